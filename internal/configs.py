@@ -1,0 +1,295 @@
+"""Every knob, on frozen dataclasses that gin fills: the only file that imports gin.
+
+The names are those that .gin files of the field already use, so published files load unchanged.
+Functions are given by name ('reciprocal') or in gin's way (`@jnp.reciprocal`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+import gin
+
+
+class ConfigError(ValueError):
+  """A config file, binding or value that cannot be used; the message says what to do."""
+
+
+_CHOICES = {
+  'batching': ('all_images', 'single_image'),
+  'data_loss_type': ('mse', 'charb'),
+  'pixels_on': ('auto', 'device', 'host'),
+  'ray_shape': ('cone', 'cylinder'),
+  'raydist_fn': (None, 'reciprocal', 'log', 'identity', 'piecewise'),
+  'warp_fn': (None, 'contract'),
+  'basis_shape': ('icosahedron', 'octahedron', 'tetrahedron'),
+  'mlp_dtype': ('float32', 'bfloat16'),
+  'render_camtype': (None, 'perspective', 'fisheye', 'panorama'),
+}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+  """Whether `value` is of the annotated type (an int may stand for a float)."""
+  origin = typing.get_origin(hint)
+  if origin in (typing.Union, types.UnionType):
+    return any(_fits(value, h) for h in typing.get_args(hint))
+  if origin in (tuple, list, Sequence):
+    return isinstance(value, (tuple, list))
+  if origin is dict:
+    return isinstance(value, dict)
+  if hint is float:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+  if hint is int:
+    return isinstance(value, int) and not isinstance(value, bool)
+  return hint is Any or isinstance(value, hint)
+
+
+class _Checked:
+  """Checks each field's type and choices, and turns functions into their names."""
+
+  def __post_init__(self):
+    hints = typing.get_type_hints(type(self), globals())
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      where = f'{type(self).__name__}.{field.name}'
+      if callable(value) and not dataclasses.is_dataclass(value):
+        value = value.__name__
+        object.__setattr__(self, field.name, value)
+      if field.name in _CHOICES:
+        if value not in _CHOICES[field.name]:
+          known = ', '.join(map(repr, _CHOICES[field.name]))
+          raise ConfigError(f'{where} must be one of {known}, got {value!r}.')
+      elif not _fits(value, hints[field.name]):
+        raise ConfigError(f'{where} must be {field.type}, got {value!r}.')
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Config(_Checked):
+  """Data, training, evaluation and rendering."""
+
+  # Data.
+  dataset_loader: str = 'llff'  # The capture's format; datasets.load_dataset has the table.
+  data_dir: str | None = None
+  checkpoint_dir: str | None = None  # Everything that a run makes lands here.
+  factor: int = 0  # Use images_<factor>/ (0: images/ as they are).
+  llffhold: int = 8  # Every llffhold-th image by name is a test image.
+  forward_facing: bool = False  # LLFF: NDC rays and a spiral path.
+  load_alphabetical: bool = True  # Sort images by name, not by COLMAP's ids.
+  near: float = 2.0
+  far: float = 6.0
+  pixels_on: str = 'auto'  # Where training pixels live: 'device', 'host', or what fits.
+
+  # Training.
+  seed: int = 20220618
+  batching: str = 'all_images'
+  batch_size: int = 16384  # Rays a step over all devices of all hosts.
+  max_steps: int = 250000
+  early_exit_steps: int | None = None  # Stop here; the schedules still run over max_steps.
+  checkpoint_every: int = 25000
+  checkpoint_keep: int = 2
+  print_every: int = 100
+  train_render_every: int = 5000  # Render test images while training (0: never).
+  train_render_images: int = 1  # How many, spread over the test set.
+  gc_every: int = 10000
+  randomized: bool = True
+  data_loss_type: str = 'charb'
+  charb_padding: float = 0.001
+  data_loss_mult: float = 1.0
+  data_coarse_loss_mult: float = 0.0
+  interlevel_loss_mult: float = 1.0
+  distortion_loss_mult: float = 0.01
+  weight_decay_mults: dict[str, float] = dataclasses.field(default_factory=dict)
+  lr_init: float = 0.002
+  lr_final: float = 0.00002
+  lr_delay_steps: int = 512
+  lr_delay_mult: float = 0.01
+  adam_beta1: float = 0.9
+  adam_beta2: float = 0.999
+  adam_eps: float = 1e-6
+  grad_max_norm: float = 0.001  # Of each MLP's own gradient; 0: off.
+  grad_max_val: float = 0.0  # Of each gradient entry; 0: off.
+
+  # Evaluation.
+  eval_only_once: bool = True  # False: wait for further checkpoints until max_steps.
+  eval_save_output: bool = True
+  eval_render_interval: int = 1  # Every so many-th test image.
+  eval_dataset_limit: int | None = None  # At most so many test images.
+  eval_quantize_metrics: bool = True
+  eval_crop_borders: int = 0
+
+  # Rendering.
+  render_chunk_size: int = 16384  # Rays at once over all devices.
+  render_dir: str | None = None  # None: <checkpoint_dir>/render.
+  render_path: bool = False  # Accepted: render.py always renders the path.
+  render_path_frames: int = 120
+  render_path_file: str | None = None  # .npy of [n, 3, 4] poses in the normalised world.
+  render_video_fps: int = 60
+  render_video_crf: int = 18
+  render_resolution: Sequence[int] | None = None  # (width, height)
+  render_focal: float | None = None  # Pixels.
+  render_camtype: str | None = None
+  render_spline_keyframes: str | None = None  # Comma-separated image names.
+  render_spline_n_interp: int = 30
+  render_spline_degree: int = 5
+  render_spline_smoothness: float = 0.03
+  z_variation: float = 0.0
+  z_phase: float = 0.0
+  vis_num_rays: int = 16
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not 0 <= self.near < self.far:
+      raise ConfigError(f'Config.near must be in [0, far), got near {self.near}, far {self.far}.')
+    for name in ('batch_size', 'max_steps', 'llffhold', 'render_chunk_size', 'print_every',
+                 'checkpoint_every', 'eval_render_interval', 'render_path_frames'):  # fmt: skip
+      if getattr(self, name) < 1:
+        raise ConfigError(f'Config.{name} must be at least 1, got {getattr(self, name)}.')
+    if self.factor < 0:
+      raise ConfigError(f'Config.factor must be 0 or a downsampling factor, got {self.factor}.')
+
+  @property
+  def last_step(self) -> int:
+    """The step at which training stops."""
+    return min(self.max_steps, self.early_exit_steps or self.max_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class MLP(_Checked):
+  """One field: positions (and directions) in, density (and colour) out."""
+
+  net_depth: int = 8
+  net_width: int = 256
+  bottleneck_width: int = 256
+  net_depth_viewdirs: int = 1
+  net_width_viewdirs: int = 128
+  skip_layer: int = 4  # The encoding joins again after layers 5, 9, ...
+  min_deg_point: int = 0
+  max_deg_point: int = 12
+  deg_view: int = 4
+  basis_shape: str = 'icosahedron'
+  basis_subdivisions: int = 2
+  warp_fn: str | typing.Callable | None = None
+  density_bias: float = -1.0
+  density_noise: float = 0.0
+  rgb_padding: float = 0.001
+  rgb_bias: float = 0.0
+  rgb_premultiplier: float = 1.0
+  bottleneck_noise: float = 0.0
+  weight_init: str = 'he_uniform'
+  disable_rgb: bool = False
+  disable_density_normals: bool = False  # Accepted: normals are never part of training.
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class NerfMLP(MLP):
+  """The last level's MLP."""
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class PropMLP(MLP):
+  """The proposal levels' MLP (one set of weights for all of them)."""
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Model(_Checked):
+  """Sampling along the ray and compositing."""
+
+  num_prop_samples: int = 64
+  num_nerf_samples: int = 32
+  num_levels: int = 3  # The proposal levels and the last one.
+  raydist_fn: str | typing.Callable | None = None  # g of Eq. 11; None: identity.
+  ray_shape: str = 'cone'
+  opaque_background: bool = False
+  anneal_slope: float = 10.0
+  dilation_multiplier: float = 0.5
+  dilation_bias: float = 0.0025
+  single_jitter: bool = True
+  stop_level_grad: bool = True
+  single_mlp: bool = False
+  disable_integration: bool = False
+  use_viewdirs: bool = True
+  bg_intensity_range: Sequence[float] = (1.0, 1.0)
+  num_glo_features: int = 0
+  num_glo_embeddings: int = 1000
+  near_anneal_rate: float | None = None
+  near_anneal_init: float = 0.95
+  resample_padding: float = 0.0
+  use_gpu_resampling: bool = False  # Accepted: the choice is made by platform.
+  mlp_dtype: str = 'float32'  # Of the MLPs' hidden layers; geometry and heads are float32.
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """All that one run was told."""
+
+  config: Config
+  model: Model
+  prop_mlp: PropMLP
+  nerf_mlp: NerfMLP
+  text: str  # The whole, as gin text that load_config reads back.
+
+
+def _register(module: str, name: str) -> None:
+  """Lets gin text say `@module.name`; the dataclasses keep the bare name."""
+
+  def stand_in(*args):
+    raise ConfigError(f'@{module}.{name} is a name to be looked up, not a function to call.')
+
+  stand_in.__name__ = stand_in.__qualname__ = name
+  gin.external_configurable(stand_in, name=name, module=module)
+
+
+for _name in ('reciprocal', 'log'):
+  _register('jnp', _name)
+_register('coord', 'contract')
+
+
+def _advice(message: str) -> str:
+  """The nearest known names to those that gin complains about."""
+  owners = {c.__name__: [f.name for f in dataclasses.fields(c)]
+            for c in (Config, Model, NerfMLP, PropMLP)}  # fmt: skip
+  known = [f'{owner}.{name}' for owner, names in owners.items() for name in names]
+  for wrong in re.findall(r"'([\w.]+)'|([A-Za-z]\w*\.\w+)", message):
+    wrong = wrong[0] or wrong[1]
+    last = wrong.rsplit('.', 1)[-1]
+    near = [k for k in known if k.rsplit('.', 1)[-1] == last and k != wrong]
+    near += difflib.get_close_matches(wrong, known, 3, 0.75)
+    near += [k for k in known
+             if k.rsplit('.', 1)[-1] in difflib.get_close_matches(last, owners['Config'], 2, 0.8)]
+    if near:
+      return f' Nearest known: {", ".join(dict.fromkeys(near))}.'
+  return ' internal/configs.py lists every known name.'
+
+
+def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = ()) -> Settings:
+  """Reads gin files, then bindings (`'Config.factor = 4'`), later ones winning.
+
+  Raises:
+    ConfigError: no such file, an unknown name (the nearest known ones are listed), a bad value.
+  """
+  gin.clear_config()
+  for path in gin_configs:
+    if not os.path.isfile(path):
+      raise ConfigError(f'No such gin file: {path!r}. --gin_configs takes paths to .gin files.')
+  try:
+    gin.parse_config_files_and_bindings(
+      list(gin_configs), list(gin_bindings), skip_unknown=False, print_includes_and_imports=False
+    )
+    settings = Config(), Model(), PropMLP(), NerfMLP()
+  except ConfigError as e:
+    raise ConfigError(str(e).split('\n')[0]) from None
+  except (ValueError, SyntaxError, TypeError, OSError, KeyError, RuntimeError, ImportError) as e:
+    message = ' '.join(str(e).split())
+    raise ConfigError(f'Bad gin config: {message}{_advice(message)}') from None
+  return Settings(*settings, text=gin.operative_config_str())

@@ -1,0 +1,95 @@
+"""The data that flows through the system: frozen pytrees, the shape beside each field.
+
+`...` stands for any leading batch shape; `n` for the number of cameras or bins.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+
+Array = jax.Array
+
+# Codes of the lens models in `Cameras.lens`; also the values that `Cameras.lenses` lists.
+PERSPECTIVE, FISHEYE, PANORAMA = 0, 1, 2
+LENS_NAMES = ('perspective', 'fisheye', 'panorama')
+
+
+@flax.struct.dataclass
+class Cameras:
+  """A table of n posed cameras: all that is needed to turn pixels into rays.
+
+  Pixels go through `pixtocam` to the OpenCV camera plane (x right, y down, z forward), are
+  undistorted there, and are flipped to the OpenGL axes (x right, y up, z back) of `camtoworld`.
+  """
+
+  pixtocam: Array  # [n, 3, 3] inverse intrinsics, of the image as it is used (downsampled).
+  camtoworld: Array  # [n, 3, 4] OpenGL camera axes to (normalised) world.
+  distortion: Array  # [n, 6] k1, k2, k3, k4, p1, p2; zeros for none.
+  lens: Array  # [n] int32, PERSPECTIVE, FISHEYE or PANORAMA.
+  size: Array  # [n, 2] int32, width and height in pixels.
+  pixtocam_ndc: Array | None = None  # [3, 3] if rays are to be in NDC (LLFF), else None.
+  lenses: tuple[int, ...] = flax.struct.field(pytree_node=False, default=(PERSPECTIVE,))
+  distorted: bool = flax.struct.field(pytree_node=False, default=False)  # any distortion != 0.
+
+
+@flax.struct.dataclass
+class Rays:
+  """Rays with the cone that each pixel subtends."""
+
+  origins: Array  # [..., 3] world units.
+  directions: Array  # [..., 3] not normalised: z is -1 in the camera (perspective).
+  viewdirs: Array  # [..., 3] unit.
+  radii: Array  # [..., 1] cone radius at t = 1.
+  cam_idx: Array  # [...] int32, the image that the ray is of (appearance vectors).
+
+
+@flax.struct.dataclass
+class Batch:
+  """What one training step compares: rays and the colours seen along them."""
+
+  rays: Rays
+  rgb: Array  # [..., 3] in [0, 1].
+
+
+@flax.struct.dataclass
+class Gaussians:
+  """A Gaussian for each interval of each ray."""
+
+  mean: Array  # [..., n, 3]
+  cov: Array  # [..., n, 3, 3]
+
+
+@flax.struct.dataclass
+class RayHistory:
+  """One sampling level along each ray: a histogram and the colours of its bins."""
+
+  sdist: Array  # [..., n + 1] endpoints in normalised distance, in [0, 1].
+  tdist: Array  # [..., n + 1] endpoints in metric distance.
+  weights: Array  # [..., n] compositing weights.
+  rgb: Array | None  # [..., n, 3], None where the level's MLP has no colour.
+
+
+@flax.struct.dataclass
+class Rendering:
+  """What a pixel shows."""
+
+  rgb: Array  # [..., 3] composited on the background.
+  acc: Array  # [...] opacity.
+  distance_mean: Array  # [...] exp of the expectation of log t.
+  distance_percentiles: Array  # [..., 3] metric distance at 5, 50 and 95 percent.
+
+  @property
+  def distance_median(self) -> Array:
+    return self.distance_percentiles[..., 1]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that changes during training: what a checkpoint holds."""
+
+  step: Array  # [] int32, updates done so far.
+  params: Any  # {'prop_mlp': ..., 'nerf_mlp': ..., ...}
+  opt_state: Any
