@@ -27,7 +27,7 @@ _CHOICES = {
   'data_loss_type': ('mse', 'charb'),
   'pixels_on': ('auto', 'device', 'host'),
   'ray_shape': ('cone', 'cylinder'),
-  'raydist_fn': (None, 'reciprocal', 'log', 'identity', 'piecewise'),
+  'raydist_fn': (None, 'reciprocal', 'log', 'identity', 'piecewise', 'power'),
   'warp_fn': (None, 'contract'),
   'basis_shape': ('icosahedron', 'octahedron', 'tetrahedron'),
   'mlp_dtype': ('float32', 'bfloat16'),
@@ -265,8 +265,11 @@ def _advice(message: str) -> str:
     last = wrong.rsplit('.', 1)[-1]
     near = [k for k in known if k.rsplit('.', 1)[-1] == last and k != wrong]
     near += difflib.get_close_matches(wrong, known, 3, 0.75)
-    near += [k for k in known
-             if k.rsplit('.', 1)[-1] in difflib.get_close_matches(last, owners['Config'], 2, 0.8)]
+    near += [
+      k
+      for k in known
+      if k.rsplit('.', 1)[-1] in difflib.get_close_matches(last, owners['Config'], 2, 0.8)
+    ]
     if near:
       return f' Nearest known: {", ".join(dict.fromkeys(near))}.'
   return ' internal/configs.py lists every known name.'

@@ -34,6 +34,11 @@ class Cameras:
   lenses: tuple[int, ...] = flax.struct.field(pytree_node=False, default=(PERSPECTIVE,))
   distorted: bool = flax.struct.field(pytree_node=False, default=False)  # any distortion != 0.
 
+  def take(self, rows) -> Cameras:
+    """The table of some of the cameras."""
+    names = ('pixtocam', 'camtoworld', 'distortion', 'lens', 'size')
+    return self.replace(**{name: getattr(self, name)[rows] for name in names})
+
 
 @flax.struct.dataclass
 class Rays:

@@ -1,0 +1,84 @@
+"""Training pixels and the draw of a batch from them.
+
+Batch k is a pure function of (seed, k): pixels are drawn by a key folded with the step, whether
+they live on the device or on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from internal import cameras, structs
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class PixelStore:
+  """All training pixels, uint8, in one flat table on the device (or host)."""
+
+  rgb: tuple[Array, Array, Array]  # Each [pixels] uint8: planes, so that no axis of 3 is padded.
+  first: Array  # [n] int32, where each image's pixels begin.
+
+
+def make_store(images: Sequence[np.ndarray]) -> PixelStore:
+  """Flattens [h, w, 3] uint8 images into one table.
+
+  Raises:
+    ValueError: more pixels than 32-bit indices reach.
+  """
+  counts = np.array([im.shape[0] * im.shape[1] for im in images], np.int64)
+  if counts.sum() >= 2**31:
+    raise ValueError(
+      f'{counts.sum():,} training pixels are more than 2^31; set Config.factor to downsample.'
+    )
+  rgb = np.empty((3, counts.sum()), np.uint8)
+  first = np.concatenate([[0], np.cumsum(counts)[:-1]])
+  for image, start, count in zip(images, first, counts):
+    rgb[:, start : start + count] = image.reshape(-1, 3).T
+  return PixelStore(tuple(rgb), first.astype(np.int32))
+
+
+def draw_pixels(
+  key: Array, size: Array, batch_size: int, batching: str
+) -> tuple[Array, Array, Array]:
+  """Draws pixels uniformly: from all images, or all from one image.
+
+  Args:
+    key: PRNG key.
+    size: [n, 2] widths and heights of the images.
+    batch_size: number of pixels.
+    batching: 'all_images' or 'single_image'.
+
+  Returns:
+    (cam_idx, x, y), each [batch_size] int32.
+  """
+  image_key, x_key, y_key = jax.random.split(key, 3)
+  # Image by its share of all pixels, then a pixel in it: no index ever passes 2^31.
+  share = jnp.cumsum(size[:, 0].astype(jnp.float32) * size[:, 1])
+  share /= share[-1]
+  draws = batch_size if batching == 'all_images' else 1
+  u = jax.random.uniform(image_key, (draws,))
+  cam_idx = jnp.minimum(jnp.searchsorted(share, u, side='right'), len(size) - 1)
+  cam_idx = jnp.broadcast_to(cam_idx, (batch_size,)).astype(jnp.int32)
+  x = jax.random.randint(x_key, (batch_size,), 0, size[cam_idx, 0])
+  y = jax.random.randint(y_key, (batch_size,), 0, size[cam_idx, 1])
+  return cam_idx, x, y
+
+
+def lookup(store: PixelStore, size: Array, cam_idx, x, y):
+  """The pixels' colours, [..., 3] uint8; numpy in, numpy out."""
+  xp = np if isinstance(store.first, np.ndarray) else jnp
+  index = store.first[cam_idx] + y * size[cam_idx, 0] + x
+  return xp.stack([plane[index] for plane in store.rgb], -1)
+
+
+def make_batch(cams: structs.Cameras, cam_idx, x, y, rgb: Array) -> structs.Batch:
+  """Casts the pixels' rays and pairs them with their [..., 3] uint8 colours."""
+  rays = cameras.pixels_to_rays(cams, cam_idx, x, y)
+  return structs.Batch(rays, rgb.astype(jnp.float32) / 255)

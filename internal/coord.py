@@ -1,0 +1,152 @@
+"""Space warps and encodings.
+
+Shapes: points `x` [..., 3]; Gaussians as `mean` [..., 3] and `cov` [..., 3, 3]; distances along
+a ray as metric `t` and normalised `s` in [0, 1].
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from internal import math
+
+Array = jax.Array
+
+
+def contract(x: Array) -> Array:
+  """Contracts points towards the origin, into a ball of radius 2 (Eq. 10 of arXiv:2111.12077).
+
+  With r = max(1, |x|), both branches of the equation are (2 - 1 / r) x / r, and the gradient is
+  finite everywhere: r never nears zero, and the factor's derivative vanishes at r = 1.
+
+  Args:
+    x: [..., 3] points.
+
+  Returns:
+    [..., 3] points with norm below 2; those of norm up to 1 unchanged.
+  """
+  r_sq = jnp.maximum(1, jnp.sum(x**2, -1, keepdims=True))
+  return x * ((2 * jnp.sqrt(r_sq) - 1) / r_sq)
+
+
+def inv_contract(z: Array) -> Array:
+  """The inverse of `contract`, for [..., 3] points with norm below 2."""
+  r_sq = jnp.maximum(1, jnp.sum(z**2, -1, keepdims=True))
+  return z / (2 * jnp.sqrt(r_sq) - r_sq)
+
+
+def linearize(fn: Callable[[Array], Array], mean: Array, cov: Array) -> tuple[Array, Array]:
+  """Pushes Gaussians through a warp by linearising it at their means (Eq. 9).
+
+  The Jacobian is applied by jvp, first to the columns of `cov` and then to its rows, and never
+  built. `fn` must act on each point by itself.
+
+  Args:
+    fn: [..., 3] -> [..., 3].
+    mean: [..., 3].
+    cov: [..., 3, 3].
+
+  Returns:
+    (fn(mean), J cov J^T), of the same shapes.
+  """
+  warped, jvp = jax.linearize(fn, mean)
+  columns = jax.vmap(jvp, -1, -1)
+  half = columns(cov)  # J cov
+  return warped, columns(jnp.swapaxes(half, -1, -2))  # J (J cov)^T, symmetric.
+
+
+# Pairs (g, its inverse) of Eq. 11. The power family is that of arXiv:2304.06706, lambda = -1.5.
+_POWER = -1.5
+_POWER_SCALE = abs(_POWER - 1)
+_CURVES = {
+  'identity': (lambda x: x, lambda x: x),
+  'reciprocal': (lambda x: 1 / x, lambda x: 1 / x),
+  'log': (jnp.log, jnp.exp),
+  'piecewise': (
+    lambda x: jnp.where(x < 1, 0.5 * x, 1 - 0.5 / jnp.maximum(x, 1)),
+    lambda y: jnp.where(y < 0.5, 2 * y, 0.5 / jnp.maximum(1 - y, math.TINY)),
+  ),
+  'power': (
+    lambda x: _POWER_SCALE / _POWER * ((x / _POWER_SCALE + 1) ** _POWER - 1),
+    lambda y: _POWER_SCALE * ((y * _POWER / _POWER_SCALE + 1) ** (1 / _POWER) - 1),
+  ),
+}
+
+
+def ray_warps(name: str | None, near: float, far: float) -> tuple[Callable, Callable]:
+  """The maps between metric and normalised distance (Eq. 11).
+
+  Args:
+    name: 'reciprocal', 'log', 'identity' (or None), 'piecewise' or 'power'.
+    near: the distance of s = 0.
+    far: the distance of s = 1.
+
+  Returns:
+    (t_to_s, s_to_t), each from any shape to the same.
+
+  Raises:
+    ValueError: an unknown name, or distances that the curve does not take.
+  """
+  name = name or 'identity'
+  if name not in _CURVES:
+    raise ValueError(f'ray warp must be one of {", ".join(_CURVES)}, got {name!r}.')
+  if not 0 <= near < far:
+    raise ValueError(f'ray warp needs 0 <= near < far, got near {near}, far {far}.')
+  if near == 0 and name in ('reciprocal', 'log'):
+    raise ValueError(f'ray warp {name!r} needs near > 0; set Config.near, say to 0.1.')
+  fwd, inv = _CURVES[name]
+  g_near, g_far = (float(fwd(jnp.float32(v))) for v in (near, far))
+
+  def t_to_s(t):
+    return (fwd(t) - g_near) / (g_far - g_near)
+
+  def s_to_t(s):
+    return jnp.clip(inv(s * g_far + (1 - s) * g_near), near, far)
+
+  return t_to_s, s_to_t
+
+
+def lift_and_diagonalize(mean: Array, cov: Array, basis: Array) -> tuple[Array, Array]:
+  """Projects Gaussians onto the columns of a basis, keeping the variances along them.
+
+  Args:
+    mean: [..., 3].
+    cov: [..., 3, 3].
+    basis: [3, b].
+
+  Returns:
+    P^T mean [..., b] and diag(P^T cov P) [..., b].
+  """
+  basis = jnp.asarray(basis, mean.dtype)
+  projected = math.dot(cov, basis)  # [..., 3, b]
+  pad = (1,) * (projected.ndim - 2)
+  var = jnp.sum(projected * basis.reshape(pad + basis.shape), -2)
+  return math.dot(mean, basis), jnp.maximum(var, 0)
+
+
+def integrated_pos_enc(mean: Array, var: Array, min_deg: int, max_deg: int) -> Array:
+  """Expected sines and cosines of Gaussian coordinates (arXiv:2103.13415, Eq. 14).
+
+  Args:
+    mean: [..., b] coordinates.
+    var: [..., b] their variances.
+    min_deg: l of the first frequency 2^l.
+    max_deg: l after the last.
+
+  Returns:
+    [..., 2 * (max_deg - min_deg) * b]: all sines, then all cosines; by frequency, then by
+    coordinate.
+  """
+  scales = 2.0 ** jnp.arange(min_deg, max_deg, dtype=mean.dtype)[:, None]
+  scales = scales.reshape((1,) * (mean.ndim - 1) + scales.shape)  # [..., deg, 1]
+  flat = (*mean.shape[:-1], -1)
+  angle = (mean[..., None, :] * scales).reshape(flat)
+  damping = jnp.exp(-0.5 * var[..., None, :] * scales**2).reshape(flat)
+  return jnp.concatenate([damping * math.safe_sin(angle), damping * math.safe_cos(angle)], -1)
+
+
+def pos_enc(x: Array, min_deg: int, max_deg: int, append_identity: bool = True) -> Array:
+  """Plain sines and cosines of [..., c] coordinates, with x itself in front (NeRF, Eq. 4)."""
+  features = integrated_pos_enc(x, jnp.zeros_like(x), min_deg, max_deg)
+  return jnp.concatenate([x, features], -1) if append_identity else features

@@ -1,0 +1,82 @@
+"""The off-axis basis of Mip-NeRF 360: directions spread evenly over the half sphere."""
+
+import itertools
+
+import numpy as np
+
+_GOLDEN = (1 + np.sqrt(5)) / 2
+
+
+def _cyclic(points):
+  """Each point with its coordinates rotated: the vertices' threefold symmetry."""
+  return [np.roll(p, k) for p in points for k in range(3)]
+
+
+def _vertices(shape: str) -> np.ndarray:
+  if shape == 'icosahedron':
+    points = _cyclic([(0, a, b * _GOLDEN) for a in (1, -1) for b in (1, -1)])
+  elif shape == 'octahedron':
+    points = _cyclic([(a, 0, 0) for a in (1, -1)])
+  elif shape == 'tetrahedron':
+    points = [(1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)]
+  else:
+    raise ValueError(f'basis shape must be icosahedron, octahedron or tetrahedron, got {shape!r}.')
+  points = np.array(points, np.float64)
+  return points / np.linalg.norm(points, axis=-1, keepdims=True)
+
+
+def _faces(points: np.ndarray) -> list[tuple[int, int, int]]:
+  """Triangles of mutually nearest vertices of a regular polyhedron."""
+  distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
+  edge = np.min(distance[distance > 1e-6]) * (1 + 1e-6)
+  near = distance <= edge
+  return [
+    (i, j, k)
+    for i, j, k in itertools.combinations(range(len(points)), 3)
+    if near[i, j] and near[j, k] and near[i, k]
+  ]
+
+
+def _tessellate(points: np.ndarray, subdivisions: int) -> np.ndarray:
+  """Splits every edge in `subdivisions` and projects the new vertices to the sphere."""
+  corners = [
+    (a, b, subdivisions - a - b)
+    for a in range(subdivisions + 1)
+    for b in range(subdivisions + 1 - a)
+  ]
+  weights = np.array(corners) / subdivisions
+  new = np.concatenate([weights @ points[list(face)] for face in _faces(points)])
+  return new / np.linalg.norm(new, axis=-1, keepdims=True)
+
+
+def _half_sphere(points: np.ndarray) -> np.ndarray:
+  """One of each pair of antipodal points, without repeats, in a fixed order.
+
+  Kept is the one whose last coordinate that is not zero is positive.
+  """
+  points = np.round(points, 12) + 0.0  # +0.0 turns -0.0 into 0.0.
+  kept = {}
+  for p in points:
+    last = p[np.nonzero(p)[0][-1]]
+    p = p if last > 0 else -p + 0.0
+    kept[tuple(np.round(p, 9))] = p
+  return np.array([kept[k] for k in sorted(kept, reverse=True)])
+
+
+def generate_basis(shape: str, subdivisions: int) -> np.ndarray:
+  """The basis P onto whose columns Gaussians are projected (arXiv:2111.12077, section 2).
+
+  Args:
+    shape: 'icosahedron', 'octahedron' or 'tetrahedron'.
+    subdivisions: number of parts that each edge is split into; 1 is the shape itself.
+
+  Returns:
+    [3, b] float64 unit columns, one of each antipodal pair: 21 for the icosahedron split in 2;
+    the identity for the octahedron split in 1.
+
+  Raises:
+    ValueError: an unknown shape, or fewer than one subdivision.
+  """
+  if subdivisions < 1:
+    raise ValueError(f'basis subdivisions must be at least 1, got {subdivisions}.')
+  return _half_sphere(_tessellate(_vertices(shape), subdivisions)).T

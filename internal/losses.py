@@ -1,0 +1,88 @@
+"""Loss terms on a step's renderings, ray histories and batch.
+
+The terms are bare; their multipliers stand in `total`, in one place.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from internal import configs, stepfun, structs
+
+Array = jax.Array
+
+
+def squared_error(rgb: Array, target: Array) -> Array:
+  """Mean of squared differences, over rays and channels."""
+  return jnp.mean((rgb - target) ** 2)
+
+
+def charbonnier(rgb: Array, target: Array, padding: float) -> Array:
+  """Mean of sqrt(r^2 + padding^2): robust to outliers, smooth at zero (section 4)."""
+  return jnp.mean(jnp.sqrt((rgb - target) ** 2 + padding**2))
+
+
+def interlevel(history: Sequence[structs.RayHistory]) -> Array:
+  """Keeps each proposal histogram above the final one (Eq. 13); trains the proposals only.
+
+  Mean over bins and rays, summed over proposal levels.
+  """
+  t = jax.lax.stop_gradient(history[-1].sdist)
+  w = jax.lax.stop_gradient(history[-1].weights)
+  losses = [jnp.mean(stepfun.lossfun_outer(t, w, h.sdist, h.weights)) for h in history[:-1]]
+  return sum(losses, jnp.zeros(()))
+
+
+def distortion(history: Sequence[structs.RayHistory]) -> Array:
+  """Pulls the final histogram together along s (Eq. 15); mean over rays."""
+  return jnp.mean(stepfun.lossfun_distortion(history[-1].sdist, history[-1].weights))
+
+
+def weight_decay(params, mults: dict[str, float]) -> Array:
+  """Sum over the named parts ('nerf_mlp', 'prop_mlp/trunk_0') of multiplier x squared norm.
+
+  Raises:
+    ValueError: a name that is no part of the parameters.
+  """
+  total_decay = jnp.zeros(())
+  for name, mult in mults.items():
+    part = params
+    for piece in name.split('/'):
+      if not isinstance(part, dict) or piece not in part:
+        known = ', '.join(part) if isinstance(part, dict) else 'nothing below'
+        raise ValueError(f'Config.weight_decay_mults names {name!r}; known here: {known}.')
+      part = part[piece]
+    total_decay += mult * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(part))
+  return total_decay
+
+
+def total(
+  config: configs.Config,
+  params,
+  renderings: Sequence[structs.Rendering | None],
+  history: Sequence[structs.RayHistory],
+  batch: structs.Batch,
+) -> tuple[Array, dict[str, Array]]:
+  """The training loss and its terms, each times its multiplier.
+
+  Raises:
+    ValueError: a coarse data loss is asked for where proposals have no colour.
+  """
+  if config.data_loss_type == 'mse':
+    data_loss = squared_error
+  else:
+    data_loss = lambda rgb, target: charbonnier(rgb, target, config.charb_padding)  # noqa: E731
+  terms = {'data': config.data_loss_mult * data_loss(renderings[-1].rgb, batch.rgb)}
+  if config.data_coarse_loss_mult > 0:
+    if any(r is None for r in renderings):
+      raise ValueError('Config.data_coarse_loss_mult needs PropMLP.disable_rgb = False.')
+    coarse = sum(data_loss(r.rgb, batch.rgb) for r in renderings[:-1])
+    terms['data_coarse'] = config.data_coarse_loss_mult * coarse
+  if config.interlevel_loss_mult > 0:
+    terms['interlevel'] = config.interlevel_loss_mult * interlevel(history)
+  if config.distortion_loss_mult > 0:
+    terms['distortion'] = config.distortion_loss_mult * distortion(history)
+  if config.weight_decay_mults:
+    terms['weight_decay'] = weight_decay(params, config.weight_decay_mults)
+  return sum(terms.values()), terms

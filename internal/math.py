@@ -1,0 +1,84 @@
+"""Safe primitives: finite in value and in gradient wherever the pipeline can call them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+TINY = float(np.finfo(np.float32).tiny)
+EPS = float(np.finfo(np.float32).eps)
+_MAX_EXP = 88.0  # exp(88) is the last whole power that float32 holds.
+_WRAP = 100 * np.pi  # Whole periods, small enough to keep float32's digits.
+
+
+def safe_sin(x: Array) -> Array:
+  """sin(x) that stays accurate on backends with a short range reduction: wraps beyond 100 pi."""
+  return jnp.sin(jnp.where(jnp.abs(x) < _WRAP, x, x % _WRAP))
+
+
+def safe_cos(x: Array) -> Array:
+  """cos(x), wrapped as `safe_sin`."""
+  return jnp.cos(jnp.where(jnp.abs(x) < _WRAP, x, x % _WRAP))
+
+
+@jax.custom_jvp
+def safe_exp(x: Array) -> Array:
+  """exp(x), held at exp(88) above 88; its derivative is itself, so it never vanishes there."""
+  return jnp.exp(jnp.minimum(x, _MAX_EXP))
+
+
+@safe_exp.defjvp
+def _safe_exp_jvp(primals, tangents):
+  y = safe_exp(primals[0])
+  return y, y * tangents[0]
+
+
+def safe_log(x: Array) -> Array:
+  """log(x), with x held at the smallest normal float32, so that log(0) is about -87."""
+  return jnp.log(jnp.maximum(x, TINY))
+
+
+def dot(x: Array, matrix: Array) -> Array:
+  """[..., a] times [a, b] in full float32: TF32 or bfloat16 would lose detail at frequency 2^11."""
+  return jnp.matmul(x, matrix, precision=jax.lax.Precision.HIGHEST)
+
+
+def log_lerp(t: Array, v0: float, v1: float) -> Array:
+  """Interpolates between v0 (t = 0) and v1 (t = 1) on a log scale; t is clipped to [0, 1].
+
+  Raises:
+    ValueError: v0 or v1 is not positive.
+  """
+  if v0 <= 0 or v1 <= 0:
+    raise ValueError(f'log_lerp needs positive end points, got {v0} and {v1}.')
+  return jnp.exp(jnp.log(v0) + jnp.clip(t, 0, 1) * (jnp.log(v1) - jnp.log(v0)))
+
+
+def sorted_interp(x: Array, xp: Array, fp: Array) -> Array:
+  """Piecewise-linear interpolation of a monotone function, without a gather.
+
+  As `np.interp` along the last axis, for xp and fp that both ascend (ties allowed). The knots on
+  either side of x are found as a masked maximum and minimum, which every backend runs well.
+
+  Args:
+    x: [..., m] where to evaluate.
+    xp: [..., n] knots, ascending.
+    fp: [..., n] values at the knots, ascending.
+
+  Returns:
+    [..., m] values, held at fp's ends outside xp.
+  """
+  below = xp[..., None, :] <= x[..., :, None]  # [..., m, n]
+
+  def bracket(v):
+    v = v[..., None, :]
+    lo = jnp.max(jnp.where(below, v, v[..., :1]), -1)
+    hi = jnp.min(jnp.where(below, v[..., -1:], v), -1)
+    return lo, hi
+
+  x0, x1 = bracket(xp)
+  f0, f1 = bracket(fp)
+  width = x1 - x0
+  offset = jnp.where(width > 0, (x - x0) / jnp.where(width > 0, width, 1), 0)
+  return f0 + jnp.clip(offset, 0, 1) * (f1 - f0)

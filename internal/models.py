@@ -1,0 +1,243 @@
+"""The MLPs and the proposal loop: from rays to renderings and ray histories.
+
+`n` is the number of intervals along a ray at the level in hand; leading axes are of rays.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from internal import configs, coord, encodings, render, stepfun, structs
+
+Array = jax.Array
+
+_WARPS = {None: None, 'contract': coord.contract}
+
+
+class MLP(nn.Module):
+  """A radiance field: Gaussians (and view directions) in, density (and colour) out.
+
+  Hidden layers compute in `dtype`, the heads in float32; parameters are float32.
+  """
+
+  config: configs.MLP
+  dtype: jnp.dtype = jnp.float32
+
+  def _dense(self, width: int, name: str, dtype=None) -> nn.Dense:
+    init = getattr(nn.initializers, self.config.weight_init)()
+    return nn.Dense(width, kernel_init=init, dtype=dtype or self.dtype, name=name)
+
+  @nn.compact
+  def __call__(
+    self,
+    key: Array | None,
+    gaussians: structs.Gaussians,
+    viewdirs: Array | None = None,
+    glo: Array | None = None,
+  ) -> tuple[Array, Array | None]:
+    """Evaluates the field.
+
+    Args:
+      key: PRNG key of the noise that the config asks for, or None for none.
+      gaussians: mean [..., n, 3], cov [..., n, 3, 3], in world space.
+      viewdirs: [..., 3] unit directions, or None for colour that does not depend on them.
+      glo: [..., g] appearance vector, or None.
+
+    Returns:
+      density [..., n], and rgb [..., n, 3] or None if the config disables it.
+    """
+    cfg = self.config
+    keys = [None, None] if key is None else jax.random.split(key)
+    x = self._trunk(self._encode(gaussians))
+    raw = self._dense(1, 'density', jnp.float32)(x)[..., 0]
+    raw = _add_noise(keys[0], raw, cfg.density_noise)
+    density = nn.softplus(raw + cfg.density_bias)
+    if cfg.disable_rgb:
+      return density, None
+    x = self._view_layers(keys[1], x, viewdirs, glo)
+    raw_rgb = self._dense(3, 'rgb', jnp.float32)(x)
+    rgb = nn.sigmoid(cfg.rgb_premultiplier * raw_rgb + cfg.rgb_bias)
+    return density, rgb * (1 + 2 * cfg.rgb_padding) - cfg.rgb_padding
+
+  def _encode(self, gaussians: structs.Gaussians) -> Array:
+    cfg = self.config
+    warp = _WARPS[cfg.warp_fn]
+    if warp is not None:
+      gaussians = structs.Gaussians(*coord.linearize(warp, gaussians.mean, gaussians.cov))
+    encoding = encodings.IntegratedPositionalEncoding(
+      cfg.min_deg_point, cfg.max_deg_point, cfg.basis_shape, cfg.basis_subdivisions
+    )
+    return encoding(gaussians).astype(self.dtype)
+
+  def _trunk(self, encoded: Array) -> Array:
+    cfg = self.config
+    x = encoded
+    for i in range(cfg.net_depth):
+      x = nn.relu(self._dense(cfg.net_width, f'trunk_{i}')(x))
+      if i > 0 and i % cfg.skip_layer == 0:
+        x = jnp.concatenate([x, encoded], -1)
+    return x
+
+  def _view_layers(self, key, x: Array, viewdirs: Array | None, glo: Array | None) -> Array:
+    cfg = self.config
+    parts = []
+    if viewdirs is not None:
+      if cfg.bottleneck_width > 0:
+        bottleneck = self._dense(cfg.bottleneck_width, 'bottleneck')(x)
+        parts.append(_add_noise(key, bottleneck, cfg.bottleneck_noise))
+      parts.append(coord.pos_enc(viewdirs, 0, cfg.deg_view))
+    else:
+      parts.append(x)
+    if glo is not None:
+      parts.append(glo)
+    spread = (*x.shape[:-1], -1)
+    parts = [
+      jnp.broadcast_to(p[..., None, :], (*spread[:-1], p.shape[-1])) if p.ndim < x.ndim else p
+      for p in parts
+    ]
+    x = jnp.concatenate([p.astype(self.dtype) for p in parts], -1)
+    for i in range(cfg.net_depth_viewdirs):
+      x = nn.relu(self._dense(cfg.net_width_viewdirs, f'view_{i}')(x))
+    return x
+
+
+def _add_noise(key: Array | None, x: Array, scale: float) -> Array:
+  if key is None or scale == 0:
+    return x
+  return x + scale * jax.random.normal(key, x.shape, x.dtype)
+
+
+class Model(nn.Module):
+  """The proposal loop: each level samples where the level before found weight."""
+
+  config: configs.Model
+  prop_config: configs.PropMLP
+  nerf_config: configs.NerfMLP
+  near: float
+  far: float
+
+  def setup(self):
+    cfg = self.config
+    dtype = jnp.dtype(cfg.mlp_dtype)
+    self.nerf_mlp = MLP(self.nerf_config, dtype)
+    if not cfg.single_mlp:
+      self.prop_mlp = MLP(self.prop_config, dtype)
+    if cfg.num_glo_features > 0:
+      self.glo = nn.Embed(cfg.num_glo_embeddings, cfg.num_glo_features)
+
+  def __call__(
+    self, key: Array | None, rays: structs.Rays, train_frac: float | Array, use_glo: bool = True
+  ) -> tuple[list[structs.Rendering | None], list[structs.RayHistory]]:
+    """Renders rays.
+
+    Args:
+      key: PRNG key of jitter, noise and random backgrounds; None renders without any.
+      rays: [...] rays.
+      train_frac: fraction of training done, in [0, 1]: steers the annealing.
+      use_glo: give each ray its image's appearance vector; else zeros.
+
+    Returns:
+      For each level a Rendering (None where the level has no colour) and a RayHistory.
+    """
+    cfg = self.config
+    _, s_to_t = coord.ray_warps(cfg.raydist_fn, self.near, self.far)
+    glo = self._appearance(rays, use_glo)
+    start = jnp.zeros_like(rays.radii) + self._first_endpoint(train_frac)  # [..., 1]
+    one = jnp.ones_like(start)
+    sdist, weights = jnp.concatenate([start, one], -1), one
+    renderings, history = [], []
+    for level in range(cfg.num_levels):
+      key, sample_key, mlp_key, bg_key = _split(key, 4)
+      sdist = self._resample(sample_key, level, sdist, weights, train_frac)
+      tdist = s_to_t(sdist)
+      density, rgb = self._query(mlp_key, level, rays, tdist, glo)
+      weights = render.compute_alpha_weights(density, tdist, rays.directions, cfg.opaque_background)
+      history.append(structs.RayHistory(sdist, tdist, weights, rgb))
+      background = self._background(bg_key, rays)
+      renderings.append(
+        None if rgb is None
+        else render.volumetric_rendering(rgb, weights, tdist, background, self.far)
+      )  # fmt: skip
+    return renderings, history
+
+  def _num_samples(self, level: int) -> int:
+    last = level == self.config.num_levels - 1
+    return self.config.num_nerf_samples if last else self.config.num_prop_samples
+
+  def _first_endpoint(self, train_frac) -> float | Array:
+    """Where rays start in s: 0, or further out early in training if the config anneals it."""
+    cfg = self.config
+    if cfg.near_anneal_rate is None:
+      return 0.0
+    return jnp.clip(1 - train_frac / cfg.near_anneal_rate, 0, cfg.near_anneal_init)
+
+  def _resample(self, key, level: int, sdist: Array, weights: Array, train_frac) -> Array:
+    """The next level's endpoints, from the histogram of the level before."""
+    cfg = self.config
+    domain = (self._first_endpoint(train_frac), 1.0)
+    if level > 0 and (cfg.dilation_bias > 0 or cfg.dilation_multiplier > 0):
+      drawn = 1
+      for previous in range(level):
+        drawn *= self._num_samples(previous)
+      dilation = cfg.dilation_bias + cfg.dilation_multiplier / drawn
+      sdist, weights = stepfun.max_dilate_weights(sdist, weights, dilation, domain, True)
+      sdist, weights = sdist[..., 1:-1], weights[..., 1:-1]
+    slope = cfg.anneal_slope
+    anneal = slope * train_frac / ((slope - 1) * train_frac + 1) if slope > 0 else 1.0
+    logits = stepfun.anneal_logits(sdist, weights, anneal, cfg.resample_padding)
+    sdist = stepfun.sample_intervals(
+      key, sdist, logits, self._num_samples(level), cfg.single_jitter, domain
+    )
+    if cfg.stop_level_grad:
+      sdist = jax.lax.stop_gradient(sdist)
+    # Without the barrier XLA may fuse sampling into the MLP's inputs, and compile for minutes.
+    return jax.lax.optimization_barrier(sdist)
+
+  def _query(self, key, level: int, rays: structs.Rays, tdist: Array, glo: Array | None):
+    """Density and colour of each interval at this level's MLP."""
+    cfg = self.config
+    gaussians = render.cast_rays(tdist, rays.origins, rays.directions, rays.radii, cfg.ray_shape)
+    if cfg.disable_integration:
+      gaussians = gaussians.replace(cov=jnp.zeros_like(gaussians.cov))
+    last = level == cfg.num_levels - 1
+    mlp = self.nerf_mlp if last or cfg.single_mlp else self.prop_mlp
+    return mlp(key, gaussians, rays.viewdirs if cfg.use_viewdirs else None, glo)
+
+  def _appearance(self, rays: structs.Rays, use_glo: bool) -> Array | None:
+    features = self.config.num_glo_features
+    if features == 0:
+      return None
+    if use_glo:
+      return self.glo(rays.cam_idx)
+    return jnp.zeros((*rays.cam_idx.shape, features), rays.origins.dtype)
+
+  def _background(self, key, rays: structs.Rays) -> Array:
+    """A grey per ray: random while training if the config gives a range, else its middle."""
+    low, high = self.config.bg_intensity_range
+    if key is None or low == high:
+      return jnp.full_like(rays.radii, (low + high) / 2)
+    return jax.random.uniform(key, rays.radii.shape, minval=low, maxval=high)
+
+
+def _split(key: Array | None, num: int):
+  return (None,) * num if key is None else jax.random.split(key, num)
+
+
+def build(settings: configs.Settings) -> Model:
+  """The model that the settings describe."""
+  cfg = settings.config
+  return Model(settings.model, settings.prop_mlp, settings.nerf_mlp, cfg.near, cfg.far)
+
+
+def init_params(model: Model, key: Array) -> dict:
+  """Initial parameters, a plain dict: 'prop_mlp', 'nerf_mlp' (and 'glo')."""
+  one = jnp.ones((1, 1), jnp.float32)
+  vec = jnp.ones((1, 3), jnp.float32) / jnp.sqrt(3.0)
+  rays = structs.Rays(vec, vec, vec, 1e-3 * one, jnp.zeros((1,), jnp.int32))
+  init = jax.jit(lambda k: model.init(k, None, rays, 1.0)['params'])
+  return init(key)
+
+
+def num_params(params) -> int:
+  """Number of trainable numbers."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,186 @@
+"""Histograms along a ray.
+
+`t` [..., n + 1] are ascending endpoints of bins, `w` [..., n] the weights of the bins; a second
+histogram, the envelope, is `t_env` [..., m + 1], `w_env` [..., m]. A bin of no width has density
+zero.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from internal import math
+
+Array = jax.Array
+
+
+def weight_to_density(t: Array, w: Array) -> Array:
+  """Weight over width, [..., n]; zero where a bin has no width."""
+  width = jnp.diff(t)
+  return jnp.where(width > 0, w / jnp.maximum(width, math.TINY), 0)
+
+
+def max_dilate_weights(
+  t: Array,
+  w: Array,
+  dilation: float,
+  domain: tuple[float, float] = (-jnp.inf, jnp.inf),
+  renormalize: bool = False,
+) -> tuple[Array, Array]:
+  """Widens a histogram: its density becomes the maximum over +- `dilation` (section 3.1's text).
+
+  Args:
+    t: [..., n + 1] endpoints.
+    w: [..., n] weights.
+    dilation: half-width of the maximum filter, in the units of t.
+    domain: endpoints are clipped to it.
+    renormalize: scale the result to sum to one.
+
+  Returns:
+    Endpoints [..., 3 n + 1] of 3 n bins, and their weights [..., 3 n].
+  """
+  density = weight_to_density(t, w)
+  start, stop = t[..., :-1] - dilation, t[..., 1:] + dilation
+  edges = jnp.sort(jnp.concatenate([start, t, stop], -1), -1)  # [..., 3 n + 1]
+  edges = jnp.clip(edges, *domain)
+  covers = (start[..., None, :] <= edges[..., :, None]) & (stop[..., None, :] > edges[..., :, None])
+  dilated = jnp.max(jnp.where(covers, density[..., None, :], 0), -1)[..., :-1]
+  weights = dilated * jnp.diff(edges)
+  if renormalize:
+    weights /= jnp.maximum(jnp.sum(weights, -1, keepdims=True), math.TINY)
+  return edges, weights
+
+
+def integrate_weights(w: Array) -> Array:
+  """The CDF [..., n + 1] at the endpoints of weights that sum to one: from 0 to exactly 1."""
+  cdf = jnp.minimum(1, jnp.cumsum(w[..., :-1], -1))
+  ends = (*w.shape[:-1], 1)
+  return jnp.concatenate([jnp.zeros(ends, w.dtype), cdf, jnp.ones(ends, w.dtype)], -1)
+
+
+def anneal_logits(t: Array, w: Array, exponent: float | Array, padding: float = 0.0) -> Array:
+  """Logits of w^exponent (Eq. 18's annealing), -inf for bins without width.
+
+  Weights are held at float32's smallest: a ray without any weight is sampled uniformly over its
+  bins rather than not at all.
+  """
+  logits = exponent * math.safe_log(w + padding)
+  return jnp.where(jnp.diff(t) > 0, logits, -jnp.inf)
+
+
+def sample(
+  key: Array | None, t: Array, w_logits: Array, num_samples: int, single_jitter: bool = False
+) -> Array:
+  """Draws stratified points from a histogram by inverting its piecewise-linear CDF.
+
+  Args:
+    key: PRNG key, or None for the middle of each stratum.
+    t: [..., n + 1] endpoints.
+    w_logits: [..., n] logits of the bins' weights.
+    num_samples: number of points.
+    single_jitter: one offset for all strata of a ray rather than one each.
+
+  Returns:
+    [..., num_samples] ascending points.
+  """
+  batch = t.shape[:-1]
+  if key is None:
+    jitter = jnp.full((*batch, 1), 0.5, t.dtype)
+  else:
+    jitter = jax.random.uniform(key, (*batch, 1 if single_jitter else num_samples), t.dtype)
+  strata = jnp.arange(num_samples, dtype=t.dtype).reshape((1,) * len(batch) + (-1,))
+  u = jnp.minimum((strata + jitter) / num_samples, 1 - math.EPS)
+  cdf = integrate_weights(jax.nn.softmax(w_logits, -1))
+  return math.sorted_interp(u, cdf, t)
+
+
+def sample_intervals(
+  key: Array | None,
+  t: Array,
+  w_logits: Array,
+  num_samples: int,
+  single_jitter: bool = False,
+  domain: tuple[float, float] = (-jnp.inf, jnp.inf),
+) -> Array:
+  """Draws intervals from a histogram: the midpoints between stratified points are endpoints.
+
+  The two outermost endpoints are the reflections of their neighbours about the outermost points,
+  clipped to the domain.
+
+  Args:
+    key: PRNG key, or None for deterministic samples.
+    t: [..., n + 1] endpoints.
+    w_logits: [..., n] logits of the bins' weights.
+    num_samples: number of intervals, at least 2.
+    single_jitter: one offset for all samples of a ray.
+    domain: bounds of the new endpoints.
+
+  Returns:
+    [..., num_samples + 1] ascending endpoints.
+
+  Raises:
+    ValueError: fewer than 2 samples.
+  """
+  if num_samples < 2:
+    raise ValueError(f'num_samples must be at least 2, got {num_samples}.')
+  centers = sample(key, t, w_logits, num_samples, single_jitter)
+  middle = (centers[..., 1:] + centers[..., :-1]) / 2
+  first = 2 * centers[..., :1] - middle[..., :1]
+  last = 2 * centers[..., -1:] - middle[..., -1:]
+  return jnp.clip(jnp.concatenate([first, middle, last], -1), *domain)
+
+
+def outer_bound(t: Array, t_env: Array, w_env: Array) -> Array:
+  """The sum of envelope weights whose bins touch each bin of t: `bound` of Eq. 13.
+
+  Bins are closed: one that meets another in a single point touches it.
+
+  Args:
+    t: [..., n + 1] endpoints of the bins to bound.
+    t_env: [..., m + 1] endpoints of the envelope.
+    w_env: [..., m] weights of the envelope.
+
+  Returns:
+    [..., n]
+  """
+  touches = (t_env[..., None, :-1] <= t[..., 1:, None]) & (
+    t_env[..., None, 1:] >= t[..., :-1, None]
+  )
+  return jnp.sum(jnp.where(touches, w_env[..., None, :], 0), -1)
+
+
+def lossfun_outer(t: Array, w: Array, t_env: Array, w_env: Array) -> Array:
+  """How far each weight exceeds the envelope's bound (Eq. 13), [..., n].
+
+  Args:
+    t: [..., n + 1], w: [..., n], the histogram that should lie under the envelope.
+    t_env: [..., m + 1], w_env: [..., m], the envelope.
+  """
+  excess = jnp.maximum(0, w - outer_bound(t, t_env, w_env))
+  return excess**2 / (w + math.EPS)
+
+
+def lossfun_distortion(t: Array, w: Array) -> Array:
+  """The expected distance between two points drawn from the histogram (Eq. 15), [...].
+
+  Exact: the double integral of |u - v| over pairs of bins, and over each bin with itself.
+  """
+  middle = (t[..., 1:] + t[..., :-1]) / 2
+  apart = jnp.abs(middle[..., :, None] - middle[..., None, :])
+  between = jnp.sum(w * jnp.sum(w[..., None, :] * apart, -1), -1)
+  within = jnp.sum(w**2 * jnp.diff(t), -1) / 3
+  return between + within
+
+
+def weighted_percentile(t: Array, w: Array, ps) -> Array:
+  """Percentiles of histograms whose weights sum to one.
+
+  Args:
+    t: [..., n + 1], w: [..., n].
+    ps: k percentiles, in percent.
+
+  Returns:
+    [..., k]
+  """
+  x = jnp.asarray(ps, t.dtype) / 100
+  x = jnp.broadcast_to(x.reshape((1,) * (t.ndim - 1) + (-1,)), (*t.shape[:-1], x.size))
+  return math.sorted_interp(x, integrate_weights(w), t)

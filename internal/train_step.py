@@ -1,0 +1,144 @@
+"""Optimizer, schedule, and the jit-compiled training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from internal import batches, configs, image, losses, math, models, sharding, structs
+
+Array = jax.Array
+
+
+def learning_rate(config: configs.Config) -> Callable[[Array], Array]:
+  """Log-linear decay over max_steps with a sine warm-up (section 4 of arXiv:2111.12077)."""
+
+  def schedule(step):
+    rate = math.log_lerp(step / config.max_steps, config.lr_init, config.lr_final)
+    if config.lr_delay_steps <= 0:
+      return rate
+    ramp = jnp.sin(jnp.pi / 2 * jnp.clip(step / config.lr_delay_steps, 0, 1))
+    return rate * (config.lr_delay_mult + (1 - config.lr_delay_mult) * ramp)
+
+  return schedule
+
+
+def clip_by_part_norm(max_norm: float) -> optax.GradientTransformation:
+  """Scales each part's gradient ('prop_mlp', 'nerf_mlp', ...) down to `max_norm`, by itself."""
+
+  def clip(part):
+    norm = optax.global_norm(part)
+    scale = jnp.minimum(1, max_norm / jnp.maximum(norm, math.TINY))
+    return jax.tree.map(lambda g: g * scale, part)
+
+  return optax.stateless(lambda grads, _: {name: clip(part) for name, part in grads.items()})
+
+
+def make_optimizer(config: configs.Config) -> optax.GradientTransformation:
+  """Clipping (entries, then each MLP's norm), then Adam on the schedule."""
+  parts = []
+  if config.grad_max_val > 0:
+    parts.append(optax.clip(config.grad_max_val))
+  if config.grad_max_norm > 0:
+    parts.append(clip_by_part_norm(config.grad_max_norm))
+  parts.append(
+    optax.adam(learning_rate(config), config.adam_beta1, config.adam_beta2, config.adam_eps)
+  )
+  return optax.chain(*parts)
+
+
+def create_state(settings: configs.Settings) -> structs.TrainState:
+  """The state before the first step: a pure function of the config's seed."""
+  key = jax.random.key(settings.config.seed)
+  params = models.init_params(models.build(settings), key)
+  opt_state = make_optimizer(settings.config).init(params)
+  return structs.TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def train_fraction(step: Array, max_steps: int) -> Array:
+  """The fraction of training done before this step, 0 at the first and 1 at the last."""
+  return jnp.clip(step / max(max_steps - 1, 1), 0, 1)
+
+
+def step_keys(seed: int, step: Array) -> tuple[Array, Array]:
+  """The keys of a step's batch and of its rendering: pure functions of (seed, step)."""
+  batch_key, model_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+  return batch_key, model_key
+
+
+def make_draw(config: configs.Config, mesh: Mesh) -> Callable:
+  """The jit-compiled `draw(step, size) -> (cam_idx, x, y)` of the step's pixels, replicated."""
+
+  def draw(step, size):
+    batch_key, _ = step_keys(config.seed, step)
+    return batches.draw_pixels(batch_key, size, config.batch_size, config.batching)
+
+  return jax.jit(draw, out_shardings=sharding.replicated(mesh))
+
+
+def make_train_step(settings: configs.Settings, mesh: Mesh) -> Callable:
+  """The jit-compiled `train_step(state, cams, pixels) -> (state, stats)`.
+
+  `cams` is the table of training cameras; `pixels` a PixelStore of their images on the device,
+  or the [batch_size, 3] uint8 colours that `make_draw`'s pixels have, looked up by the host. The
+  state's buffers are donated. `stats` are replicated scalars: loss, psnr, each loss term, the
+  gradient norm of each part, learning rate.
+
+  Raises:
+    ValueError: a batch that the devices do not divide.
+  """
+  config = settings.config
+  sharding.check_divisible('Config.batch_size', config.batch_size, mesh)
+  model = models.build(settings)
+  optimizer = make_optimizer(config)
+  schedule = learning_rate(config)
+
+  def loss_fn(params, key, batch, frac):
+    renderings, history = model.apply({'params': params}, key, batch.rays, frac)
+    loss, terms = losses.total(config, params, renderings, history, batch)
+    return loss, (terms, losses.squared_error(renderings[-1].rgb, batch.rgb))
+
+  def train_step(state, cams, pixels):
+    batch_key, model_key = step_keys(config.seed, state.step)
+    ids = batches.draw_pixels(batch_key, cams.size, config.batch_size, config.batching)
+    ids = sharding.shard_rays(ids, mesh)
+    stored = isinstance(pixels, batches.PixelStore)
+    rgb = batches.lookup(pixels, cams.size, *ids) if stored else pixels
+    batch = sharding.shard_rays(batches.make_batch(cams, *ids, rgb), mesh)
+    frac = train_fraction(state.step, config.max_steps)
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    key = model_key if config.randomized else None
+    (loss, (terms, mse)), grads = grad_fn(state.params, key, batch, frac)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    stats = {
+      'loss': loss,
+      'psnr': image.mse_to_psnr(mse),
+      'learning_rate': schedule(state.step),
+      **{f'loss_{name}': term for name, term in terms.items()},
+      **{f'grad_norm_{name}': optax.global_norm(part) for name, part in grads.items()},
+    }
+    return structs.TrainState(state.step + 1, params, opt_state), stats
+
+  whole = sharding.replicated(mesh)
+  return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))
+
+
+def host_pixels(
+  draw: Callable, step: int, store: batches.PixelStore, size: np.ndarray, mesh: Mesh
+) -> jax.Array:
+  """The step's colours from a host-side store: [batch_size, 3] uint8, sharded.
+
+  Each process looks up only the rays of its own devices.
+  """
+  ids = [sharding.to_host(a) for a in draw(step, size)]
+
+  def part(index):
+    return batches.lookup(store, size, *(a[index[0]] for a in ids))
+
+  return jax.make_array_from_callback((len(ids[0]), 3), sharding.sharded(mesh), part)
