@@ -1,0 +1,38 @@
+"""Blender's synthetic scenes: transforms_train.json and transforms_test.json, objects on white.
+
+The world is the capture's own, where the object is near the origin and the cameras are 4 away.
+"""
+
+from __future__ import annotations
+
+import os
+
+from internal import configs
+from internal.datasets import frames as frames_lib
+from internal.datasets import scene, transforms
+
+
+def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
+  """Reads a Blender scene; `Config.factor` uses (and makes) train_<factor>/ and test_<factor>/.
+
+  Raises:
+    DataNotFoundError: the folder, a transforms file or a picture is missing.
+    DataError: something there cannot be used.
+  """
+  data_dir = frames_lib.capture_dir(config.data_dir)
+  frames, split = [], []
+  for part in ('train', 'test'):
+    path = os.path.join(data_dir, f'transforms_{part}.json')
+    found = transforms.read_frames(data_dir, path, transforms.read_table(path))
+    split.append(tuple(range(len(frames), len(frames) + len(found))))
+    frames += found
+  return frames_lib.assemble(
+    'blender',
+    data_dir,
+    frames,
+    frames_lib.world_as_is(frames),
+    tuple(split),
+    factor=config.factor,
+    background='white',
+    read_only=read_only,
+  )

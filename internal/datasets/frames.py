@@ -1,0 +1,227 @@
+"""What all formats have in common: from posed frames to a scene in a normalised world.
+
+A loader reads its format into frames (full-size intrinsics, poses in the capture's own world),
+chooses the world and the split, and has `assemble` find the pictures and check them.
+`n` is the number of frames; poses are [3, 4], OpenGL camera axes to world.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from internal import cameras, colmap, paths, structs
+from internal.datasets import images, pyramid, scene
+
+# A downsampled side may be rounded either way from a side that was rounded itself.
+_SIZE_TOLERANCE = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+  """One posed picture."""
+
+  name: str  # What the capture calls it.
+  folder: str  # Where the full-size pictures are, relative to data_dir.
+  file: str  # The picture, relative to the folder.
+  intrinsics: colmap.Intrinsics  # Of the full size.
+  size: tuple[int, int]  # Width and height of the full size.
+  pose: np.ndarray  # [3, 4] float64
+  model: str  # The camera model's name, for the report.
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+  """The normalised world."""
+
+  poses: np.ndarray  # [n, 3, 4]
+  transform: np.ndarray  # [4, 4] from the capture's world.
+  bounds: tuple[float, float] | None = None
+  ndc: bool = False  # Rays are to be in NDC.
+
+
+def capture_dir(data_dir: str | None) -> str:
+  """Config.data_dir, if there is such a folder.
+
+  Raises:
+    DataNotFoundError: there is not.
+  """
+  if not data_dir:
+    raise images.DataNotFoundError('Config.data_dir is not set: give the folder of the capture.')
+  if not os.path.isdir(data_dir):
+    raise images.DataNotFoundError(
+      f'No such folder: {data_dir!r}. Config.data_dir must be the folder of the capture.'
+    )
+  return data_dir
+
+
+def world_as_is(frames: Sequence[Frame]) -> World:
+  """The capture's own world."""
+  return World(np.stack([frame.pose for frame in frames]), np.eye(4))
+
+
+def world_pca(frames: Sequence[Frame]) -> World:
+  """Centred and turned by PCA of the cameras' positions, which fill [-1, 1]^3."""
+  return World(*paths.transform_poses_pca(np.stack([frame.pose for frame in frames])))
+
+
+def split_every(n: int, hold: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """(train, test) rows: every hold-th is a test image, starting with the first."""
+  test = tuple(range(0, n, hold))
+  return tuple(i for i in range(n) if i % hold), test
+
+
+def unposed(data_dir: str, frames: Sequence[Frame]) -> list[str]:
+  """Pictures beside those of the frames that have no pose, sorted."""
+  posed = {(frame.folder, frame.file) for frame in frames}
+  return [
+    f'{folder}/{name}'
+    for folder in sorted({frame.folder for frame in frames} - {''})
+    for name in images.list_images(os.path.join(data_dir, folder))
+    if (folder, name) not in posed
+  ]
+
+
+def assemble(
+  loader: str,
+  data_dir: str,
+  frames: Sequence[Frame],
+  world: World,
+  split: tuple[tuple[int, ...], tuple[int, ...]],
+  factor: int = 0,
+  background: str = 'none',
+  unregistered: Sequence[str] = (),
+  read_only: bool = False,
+) -> scene.Scene:
+  """Finds the pictures, checks them against their cameras, and puts the scene together.
+
+  Args:
+    loader: the format's name.
+    data_dir: the capture's folder.
+    frames: n posed pictures, in the scene's order.
+    world: their poses in the normalised world.
+    split: (train, test) rows.
+    factor: of downsampling; 0 or 1 for the full size.
+    background: what alpha is composited on, as `images.decode`.
+    unregistered: pictures without a pose, for the report.
+    read_only: make no folders.
+
+  Raises:
+    DataNotFoundError: a picture is missing.
+    DataError: a picture cannot be read or has another size than its camera; no training image.
+  """
+  if not split[0]:
+    raise images.DataError(
+      f'{data_dir}: no training images: of {len(frames)} images {len(split[1])} are for testing. '
+      'More images, or a larger Config.llffhold, leave some for training.'
+    )
+  located = _locate(data_dir, frames, factor, background, read_only)
+  sizes = np.array(
+    [
+      _used_size(os.path.join(data_dir, file), header, frame, max(1, factor))
+      for frame, file, header in zip(frames, located.files, located.headers)
+    ]
+  )  # [n, 2]
+  table = _camera_table(frames, world, sizes, max(1, factor))
+  report = {
+    'loader': loader,
+    'images_found': len(frames) + len(unregistered),
+    'images_registered': len(frames),
+    'images_missing': [],  # A missing one is an error.
+    'images_unregistered': list(unregistered),
+    'images_turned_by_exif': sum(
+      (h.width, h.height) != tuple(size) for h, size in zip(located.headers, sizes.tolist())
+    ),
+    'image_folders': sorted({os.path.dirname(file) for file in located.files}),
+    'folder_to_be_made': located.to_be_made,
+    'image_sizes': _count(f'{w}x{h}' for w, h in sizes.tolist()),
+    'camera_models': _count(frame.model for frame in frames),
+    'train_images': len(split[0]),
+    'test_images': len(split[1]),
+    'training_pixel_bytes': int(3 * sizes[list(split[0])].prod(-1).sum()),
+    **_describe(world),
+  }
+  return scene.Scene(
+    loader=loader,
+    files=located.files,
+    names=tuple(frame.name for frame in frames),
+    cameras=table,
+    train=split[0],
+    test=split[1],
+    world_transform=world.transform,
+    background=background,
+    bounds=world.bounds,
+    report=report,
+  )
+
+
+def _locate(data_dir, frames, factor, background, read_only) -> pyramid.Pictures:
+  """`pyramid.locate` for frames of several folders, in the frames' order."""
+  files, headers, to_be_made = {}, {}, []
+  for folder in sorted({frame.folder for frame in frames}):
+    rows = [i for i, frame in enumerate(frames) if frame.folder == folder]
+    names = [frames[i].file for i in rows]
+    found = pyramid.locate(data_dir, folder, names, factor, background, read_only)
+    files.update(zip(rows, found.files))
+    headers.update(zip(rows, found.headers))
+    to_be_made += [found.to_be_made] if found.to_be_made else []
+  order = range(len(frames))
+  return pyramid.Pictures(
+    tuple(files[i] for i in order),
+    tuple(headers[i] for i in order),
+    ', '.join(to_be_made) or None,
+  )
+
+
+def _used_size(path: str, header: images.Header, frame: Frame, factor: int) -> tuple[int, int]:
+  """(width, height) of a picture as used, which must be its camera's over factor."""
+  expected = (frame.size[0] / factor, frame.size[1] / factor)
+  tolerance = _SIZE_TOLERANCE if factor > 1 else 0.0
+  size = header.fit(expected, tolerance)
+  if size is not None:
+    return size
+  turned = dataclasses.replace(header, orientation=6).fit(expected, tolerance)
+  hint = (
+    'It is turned by a quarter, without an EXIF tag that says so: turn it back'
+    if turned
+    else 'Use the pictures that were posed; smaller ones belong in images_<factor>/ with '
+    'Config.factor set'
+  )
+  raise images.DataError(
+    f'{path}: is {header.width}x{header.height} pixels, but its camera has '
+    f'{frame.size[0]}x{frame.size[1]}{f" / {factor}" if factor > 1 else ""}. {hint}.'
+  )
+
+
+def _camera_table(frames, world: World, sizes: np.ndarray, factor: int) -> structs.Cameras:
+  """Cameras of the downsampled pictures: intrinsics over the nominal factor."""
+  lenses = [frame.intrinsics for frame in frames]
+  focal_and_center = np.array([(k.fx, k.fy, k.cx, k.cy) for k in lenses]) / factor
+  pixtocam = cameras.pixtocam_from_intrinsics(*focal_and_center.T)
+  return cameras.make_cameras(
+    pixtocam,
+    world.poses,
+    sizes,
+    distortion=np.array([k.distortion for k in lenses]),
+    lens=np.array([k.lens for k in lenses]),
+    pixtocam_ndc=pixtocam[0] if world.ndc else None,
+  )
+
+
+def _describe(world: World) -> dict[str, Any]:
+  """The world's scale, and how far the cameras are spread in it along x, y and z."""
+  spread = np.ptp(world.poses[:, :, 3], axis=0)
+  return {
+    'world_scale': float(np.cbrt(np.linalg.det(world.transform[:3, :3]))),
+    'camera_spread': [round(float(side), 6) for side in spread],
+    'bounds': world.bounds and list(world.bounds),
+  }
+
+
+def _count(values) -> dict[str, int]:
+  return dict(sorted(collections.Counter(values).items()))

@@ -1,0 +1,229 @@
+"""Pictures on disk: finding them, their sizes, and decoding them to uint8 [h, w, 3].
+
+What every picture becomes, whatever its file says:
+- grey, palette and CMYK pictures become RGB;
+- 16-bit PNGs are scaled to 8 bits (65535 is 255), other 16-bit colour files are refused;
+- alpha is composited on white where the capture is an object on white (background 'white'), and
+  refused where it is a photograph (background 'none'), unless it is opaque everywhere;
+- the pixels are taken as stored, as COLMAP does, unless only the picture turned by its EXIF
+  orientation has the size of its camera.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tqdm
+from PIL import Image
+
+EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
+
+_ORIENTATION = 0x0112  # The EXIF tag.
+_GREY_16 = ('I;16', 'I;16B', 'I;16L', 'I;16N')
+_PLAIN = ('1', 'L', 'P', 'RGB', 'RGBX', 'CMYK', 'YCbCr', 'HSV')
+
+
+class DataError(ValueError):
+  """A capture that cannot be used; the message names the file and the way out."""
+
+
+class DataNotFoundError(FileNotFoundError):
+  """Something that a capture must have is not there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+  """What a picture's file says before its pixels."""
+
+  width: int  # As stored, in pixels.
+  height: int
+  orientation: int = 1  # EXIF's; 5 to 8 are quarter turns.
+
+  def fit(self, size: tuple[float, float], tolerance: float = 0.0) -> tuple[int, int] | None:
+    """The (width, height), stored or else turned by EXIF, that is `size`; None if neither is."""
+    candidates = [(self.width, self.height)]
+    if self.orientation >= 5:
+      candidates.append((self.height, self.width))
+    for width, height in candidates:
+      if abs(width - size[0]) <= tolerance and abs(height - size[1]) <= tolerance:
+        return width, height
+    return None
+
+
+def inside(data_dir: str, name: str) -> str:
+  """The path of `name` in `data_dir`.
+
+  Raises:
+    DataError: the name is absolute or climbs out of the folder.
+  """
+  parts = re.split(r'[\\/]', name)
+  if not name or '\0' in name or '..' in parts or not parts[0] or os.path.isabs(name):
+    raise DataError(
+      f'{name!r} is not a path inside {data_dir!r}: names must be relative to it, without "..".'
+    )
+  return os.path.join(data_dir, name)
+
+
+def list_images(folder: str) -> list[str]:
+  """All pictures in a folder and its subfolders, relative to it, sorted, '/' between folders."""
+  found = []
+  for root, folders, files in os.walk(folder):
+    folders[:] = [name for name in folders if not name.startswith('.')]
+    for name in files:
+      if name.lower().endswith(EXTENSIONS) and not name.startswith('.'):
+        path = os.path.relpath(os.path.join(root, name), folder)
+        found.append(path.replace(os.sep, '/'))
+  return sorted(found)
+
+
+def stem(name: str) -> str:
+  """A file's name without its ending."""
+  return os.path.splitext(name)[0]
+
+
+def in_threads(function: Callable, items: Sequence, label: str | None = None) -> list:
+  """[function(item) for item in items], by threads, with a progress bar if it has a label."""
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    try:
+      results = pool.map(function, items)
+      return list(tqdm.tqdm(results, label, len(items), disable=label is None))
+    except BaseException:
+      pool.shutdown(wait=True, cancel_futures=True)
+      raise
+
+
+def _readable(function: Callable) -> Callable:
+  """Turns whatever Pillow raises on a damaged file into a DataError that names it."""
+
+  def wrapped(path: str, *args, **kwargs):
+    try:
+      return function(path, *args, **kwargs)
+    except DataError:
+      raise
+    except FileNotFoundError:
+      raise DataNotFoundError(f'{path}: no such image.') from None
+    except Exception as e:  # Pillow's plugins raise nearly anything.
+      reason = ' '.join(str(e).split()) or type(e).__name__
+      raise DataError(
+        f'{path}: cannot be read as an image ({reason}). Copy it again, or convert it to PNG.'
+      ) from None
+
+  return wrapped
+
+
+@_readable
+def read_header(path: str) -> Header:
+  """Size and orientation of a picture, without decoding it.
+
+  Raises:
+    DataError, DataNotFoundError: the file cannot be read as an image, or is not there.
+  """
+  with Image.open(path) as image:
+    return Header(*image.size, orientation=image.getexif().get(_ORIENTATION, 1))
+
+
+@_readable
+def decode(path: str, background: str = 'none', size: tuple[int, int] | None = None) -> np.ndarray:
+  """Decodes a picture.
+
+  Args:
+    path: the file.
+    background: 'white' composites alpha on white, 'none' refuses it.
+    size: the (width, height) to deliver, as stored or as turned by EXIF; None: as stored.
+
+  Returns:
+    uint8 [h, w, 3].
+
+  Raises:
+    DataError, DataNotFoundError: the file is missing, damaged, of another size or of a kind that
+      would be misread.
+  """
+  with Image.open(path) as image:
+    header = Header(*image.size, orientation=image.getexif().get(_ORIENTATION, 1))
+    pixels = _composite(path, _decode_channels(path, image), background)
+  if size is None or (header.width, header.height) == tuple(size):
+    return pixels
+  if header.fit(size) is None:
+    raise DataError(
+      f'{path}: is {header.width}x{header.height} pixels, but its camera has {size[0]}x{size[1]}. '
+      'The pictures must be those that the cameras were made for.'
+    )
+  return _turn(pixels, header.orientation)
+
+
+def _decode_channels(path: str, image: Image.Image) -> np.ndarray:
+  """[h, w, 3] or, with alpha, [h, w, 4] uint8."""
+  if image.mode in _GREY_16:
+    grey = _to_8_bits(np.asarray(image))
+    return np.repeat(grey[..., None], 3, -1)
+  raw_mode = image.tile[0][3] if image.tile else ''
+  raw_mode = raw_mode[0] if isinstance(raw_mode, tuple) else raw_mode
+  if ';16' in str(raw_mode):
+    return _decode_16_bits(path, image, raw_mode)
+  if image.has_transparency_data:
+    return np.asarray(image.convert('RGBA'))
+  if image.mode not in _PLAIN:
+    raise DataError(
+      f'{path}: has pixels of the kind {image.mode!r} ({image.format}), which cannot be taken as '
+      'colours. Convert it to an 8-bit PNG or JPEG.'
+    )
+  return np.asarray(image.convert('RGB'))
+
+
+def _decode_16_bits(path: str, image: Image.Image, raw_mode: str) -> np.ndarray:
+  """16-bit colours, of which Pillow gives but the high byte: read once for each byte."""
+  if raw_mode not in ('RGB;16B', 'RGBA;16B') or image.format != 'PNG':
+    raise DataError(
+      f'{path}: has 16 bits a channel in a form that cannot be read ({image.format}, {raw_mode}). '
+      'Convert it to 8 bits, or to an RGB PNG.'
+    )
+  high = np.asarray(image).astype(np.uint16)
+  with Image.open(path) as again:
+    # Told that the bytes are the other way round, the decoder gives the low one.
+    again.tile = [tile._replace(args=raw_mode.replace('16B', '16L')) for tile in again.tile]
+    low = np.asarray(again)
+  return _to_8_bits(high * 256 + low)
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+  """uint16 to the nearest of 256 levels: 257 of 65536 are one of 256."""
+  return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _composite(path: str, pixels: np.ndarray, background: str) -> np.ndarray:
+  """[h, w, 3 or 4] to [h, w, 3]."""
+  if pixels.shape[-1] == 3:
+    return np.ascontiguousarray(pixels)
+  color, alpha = pixels[..., :3], pixels[..., 3:].astype(np.uint32)
+  if (alpha == 255).all():
+    return np.ascontiguousarray(color)
+  if background != 'white':
+    raise DataError(
+      f'{path}: has transparent pixels, which say nothing of the scene. Save it without alpha (in '
+      'place: `mogrify -background white -alpha remove -alpha off FILES`).'
+    )
+  return ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+  """Applies the quarter turns of EXIF (5 to 8)."""
+  turned = {
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+  }[orientation](pixels)
+  return np.ascontiguousarray(turned)
+
+
+def save_png(path: str, pixels: np.ndarray, orientation: int = 1) -> None:
+  """Writes uint8 [h, w, 3], as stored, with the EXIF orientation of where it came from."""
+  exif = Image.Exif()
+  if orientation != 1:
+    exif[_ORIENTATION] = orientation
+  Image.fromarray(pixels).save(path, exif=exif)

@@ -1,0 +1,165 @@
+"""Any COLMAP-posed folder: images/, images_<factor>/ and sparse/0/, as the 360 dataset ships it.
+
+With Config.forward_facing also a capture in LLFF's way: normalised device coordinates, with near
+and far from poses_bounds.npy or else from the sparse points.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from internal import colmap, configs, paths
+from internal.datasets import frames as frames_lib
+from internal.datasets import images, scene
+
+MODEL_FOLDERS = ('sparse/0', 'sparse', 'colmap/sparse/0')
+
+# The nearest thing seen goes a third beyond the near plane of NDC, which is at 1.
+_NEAR_MARGIN = 0.75
+
+
+def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
+  """Reads a COLMAP-posed folder.
+
+  The images are those that the model has registered, by name (load_alphabetical) or by COLMAP's
+  ids; every llffhold-th is a test image. The world is normalised by PCA (`paths`), or recentred for
+  forward-facing captures.
+
+  Raises:
+    DataNotFoundError, colmap.ModelNotFoundError: the folder, the model or a picture is missing.
+    DataError, colmap.ModelError: something there cannot be used.
+  """
+  data_dir = frames_lib.capture_dir(config.data_dir)
+  model = colmap.read_model(find_model(data_dir))
+  frames = read_frames(model, config.load_alphabetical)
+  if not frames:
+    raise images.DataError(
+      f'{data_dir}: the sparse model has no registered images. Run COLMAP again, with more overlap '
+      'between the pictures.'
+    )
+  if config.forward_facing:
+    world = forward_facing_world(frames, read_bounds(data_dir, model))
+  else:
+    world = frames_lib.world_pca(frames)
+  return frames_lib.assemble(
+    'llff',
+    data_dir,
+    frames,
+    world,
+    frames_lib.split_every(len(frames), config.llffhold),
+    factor=config.factor,
+    unregistered=frames_lib.unposed(data_dir, frames),
+    read_only=read_only,
+  )
+
+
+def find_model(data_dir: str) -> str:
+  """The folder of the sparse model.
+
+  Raises:
+    colmap.ModelNotFoundError: there is none; says where it was looked for and how to make it.
+  """
+  for folder in MODEL_FOLDERS:
+    path = os.path.join(data_dir, folder)
+    if colmap.find_extension(path):
+      return path
+  for file, loader in (('transforms_train.json', 'blender'), ('transforms.json', 'transforms')):
+    if os.path.isfile(os.path.join(data_dir, file)):
+      raise colmap.ModelNotFoundError(
+        f"No sparse model in {data_dir!r}, but {file}: use Config.dataset_loader = '{loader}'."
+      )
+  raise colmap.ModelNotFoundError(
+    f'No sparse model (cameras and images, .bin or .txt) in {data_dir!r}: looked in '
+    f'{", ".join(MODEL_FOLDERS)}. Make one with `colmap automatic_reconstructor --workspace_path '
+    f'{data_dir} --image_path {os.path.join(data_dir, "images")}`.'
+  )
+
+
+def read_frames(model: colmap.Model, by_name: bool = True) -> list[frames_lib.Frame]:
+  """The registered images, sorted by name or by id."""
+  intrinsics = {id_: colmap.intrinsics(camera) for id_, camera in _used_cameras(model).items()}
+  result = []
+  for image in sorted(model.images.values(), key=lambda i: i.name if by_name else i.id):
+    camera = model.cameras[image.camera_id]
+    result.append(
+      frames_lib.Frame(
+        name=image.name,
+        folder='images',
+        file=image.name,
+        intrinsics=intrinsics[camera.id],
+        size=(camera.width, camera.height),
+        pose=colmap.camera_to_world(image),
+        model=camera.model,
+      )
+    )
+  return result
+
+
+def _used_cameras(model: colmap.Model) -> dict[int, colmap.Camera]:
+  return {image.camera_id: model.cameras[image.camera_id] for image in model.images.values()}
+
+
+def forward_facing_world(
+  frames: Sequence[frames_lib.Frame], bounds: tuple[float, float]
+) -> frames_lib.World:
+  """The average pose becomes the world's axes; scaled so that all lies beyond NDC's near plane."""
+  scale = 1 / (_NEAR_MARGIN * bounds[0])
+  poses, transform = paths.recenter_poses(np.stack([frame.pose for frame in frames]))
+  poses[:, :, 3] *= scale
+  transform = np.diag([scale, scale, scale, 1]) @ transform
+  return frames_lib.World(poses, transform, (bounds[0] * scale, bounds[1] * scale), ndc=True)
+
+
+def read_bounds(data_dir: str, model: colmap.Model) -> tuple[float, float]:
+  """The least and the greatest distance seen, in the model's units.
+
+  Raises:
+    DataError: poses_bounds.npy is damaged, or there is neither it nor a point to see.
+  """
+  path = os.path.join(data_dir, 'poses_bounds.npy')
+  if not os.path.isfile(path):
+    return bounds_from_points(model)
+  try:
+    table = np.asarray(np.load(path, allow_pickle=False), np.float64)
+    near, far = table[:, 15].min(), table[:, 16].max()
+  except (ValueError, IndexError, OSError, EOFError) as e:
+    raise images.DataError(
+      f'{path}: must be numbers [n, 17] ({" ".join(str(e).split())}). Remove it to have the bounds '
+      'taken from the sparse points.'
+    ) from None
+  if not 0 < near <= far < np.inf:
+    raise images.DataError(
+      f'{path}: has the bounds {near} and {far}, which are not 0 < near <= far. Remove it to have '
+      'them taken from the sparse points.'
+    )
+  return float(near), float(far)
+
+
+def bounds_from_points(model: colmap.Model) -> tuple[float, float]:
+  """Near and far of the points in the pictures, but for 0.1% outliers at either end.
+
+  Raises:
+    DataError: no camera has a point before it.
+  """
+  near, far = [], []
+  for image in model.images.values():
+    camera = model.cameras[image.camera_id]
+    k = colmap.intrinsics(camera)
+    pose = colmap.camera_to_world(image)
+    x, y, z = ((model.points.xyz - pose[:, 3]) @ pose[:, :3] * [1, -1, -1]).T  # OpenCV axes
+    depth = z[z > 0]
+    u, v = k.fx * x[z > 0] / depth + k.cx, k.fy * y[z > 0] / depth + k.cy
+    seen = depth[(u >= 0) & (u < camera.width) & (v >= 0) & (v < camera.height)]
+    if seen.size:
+      low, high = np.percentile(seen, [0.1, 99.9])
+      near.append(low)
+      far.append(high)
+  if not near:
+    raise images.DataError(
+      'A forward-facing capture needs bounds, but the sparse model has no points in view: keep '
+      'points3D beside cameras and images, or add poses_bounds.npy.'
+    )
+  return float(min(near)), float(max(far))

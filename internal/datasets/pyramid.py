@@ -1,0 +1,201 @@
+"""Downsampled pictures: finds images_<factor>/, or makes it from images/.
+
+The folder is made under another name and renamed when it is whole, so that it is never seen half
+written, whatever happens and however many processes make it at once.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from internal.datasets import images
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+  """Where the pictures of a capture are, in the order that they were asked for."""
+
+  files: tuple[str, ...]  # Relative to the capture's folder.
+  headers: tuple[images.Header, ...]
+  to_be_made: str | None = None  # The folder that is missing still (read-only).
+
+
+def folder_name(folder: str, factor: int) -> str:
+  """'images', 4 -> 'images_4'; 0 and 1 stand for the full size."""
+  return f'{folder}_{factor}' if factor > 1 else folder
+
+
+def downsampled_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
+  """(width, height) over factor, halves rounded up, as the published 360 pictures are."""
+  return tuple(max(1, int(side / factor + 0.5)) for side in size)
+
+
+def locate(
+  data_dir: str,
+  folder: str,
+  names: Sequence[str],
+  factor: int = 0,
+  background: str = 'none',
+  read_only: bool = False,
+) -> Pictures:
+  """Finds (or makes) the pictures `names` of `folder`, at 1 / factor of their size.
+
+  Args:
+    data_dir: the capture.
+    folder: where the full-size pictures are, relative to data_dir; '' for data_dir itself.
+    names: the pictures wanted, relative to the folder.
+    factor: 0 or 1 for the full size.
+    background: as `images.decode`.
+    read_only: report a missing folder instead of making it.
+
+  Raises:
+    DataNotFoundError: a picture is missing.
+    DataError: a picture cannot be read; the two folders don't match.
+  """
+  for name in names:
+    images.inside(data_dir, name)
+    images.inside(data_dir, _join(folder, name))
+  if factor <= 1:
+    _check_present(data_dir, folder, names)
+    files = [_join(folder, name) for name in names]
+    return Pictures(tuple(files), _read_headers(data_dir, files))
+  if not folder:
+    raise images.DataError(
+      f'{data_dir}: Config.factor = {factor} needs pictures in a folder of their own, such as '
+      'images/; use Config.factor = 0.'
+    )
+  small = folder_name(folder, factor)
+  if not images.list_images(os.path.join(data_dir, small)):
+    _check_present(data_dir, folder, names)
+    if read_only:
+      return _foresee(data_dir, folder, names, factor)
+    make(data_dir, folder, factor, background)
+  pairs = pair(data_dir, folder, small, names)
+  files = [_join(small, pairs[name]) for name in names]
+  return Pictures(tuple(files), _read_headers(data_dir, files))
+
+
+def pair(data_dir: str, folder: str, small: str, names: Sequence[str]) -> dict[str, str]:
+  """The picture of the folder `small` for each of `names` in `folder`.
+
+  They go together by name without the ending. Where no names agree (LLFF's captures count their
+  downsampled pictures), the two sorted lists go together, if they are of one length.
+
+  Raises:
+    DataError: pictures without a counterpart.
+  """
+  full = images.list_images(os.path.join(data_dir, folder)) or sorted(names)
+  reduced = images.list_images(os.path.join(data_dir, small))
+  by_stem = {images.stem(name): name for name in reduced}
+  lonely = [name for name in names if images.stem(name) not in by_stem]
+  unique = len(by_stem) == len(reduced) and len({images.stem(n) for n in full}) == len(full)
+  if not lonely and unique:
+    return {name: by_stem[images.stem(name)] for name in names}
+  if len(full) == len(reduced) and (len(lonely) == len(names) or not unique):
+    pairs = dict(zip(full, reduced))
+    lonely = [name for name in names if name not in pairs]
+    if not lonely:
+      return pairs
+  raise images.DataError(
+    f'{os.path.join(data_dir, small)} does not match {folder}/: {len(reduced)} pictures for '
+    f'{len(full)}, none for {_some(lonely or names)}. Remove {small}/ to have it made anew.'
+  )
+
+
+def make(data_dir: str, folder: str, factor: int, background: str = 'none') -> None:
+  """Makes `<folder>_<factor>/` from all pictures of a folder: area (box) filter, PNG.
+
+  Raises:
+    DataError: a picture cannot be read, or the folder cannot be written.
+  """
+  source = os.path.join(data_dir, folder)
+  target = os.path.join(data_dir, folder_name(folder, factor))
+  names = images.list_images(source)
+  temporary = os.path.join(
+    os.path.dirname(target), f'.{os.path.basename(target)}.{uuid.uuid4().hex}'
+  )
+
+  def shrink(names: tuple[str, str]) -> None:
+    path = os.path.join(temporary, names[1])
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    _shrink(os.path.join(source, names[0]), path, factor, background)
+
+  try:
+    os.mkdir(temporary)
+    label = f'making {folder_name(folder, factor)}/'
+    images.in_threads(shrink, list(zip(names, target_names(names))), label)
+    try:
+      os.replace(temporary, target)
+    except OSError:
+      if not images.list_images(target):  # Else another process made it meanwhile.
+        raise
+  except images.DataNotFoundError:
+    raise
+  except OSError as e:
+    raise images.DataError(
+      f'{target}: cannot be made ({e.strerror or e}). Make the folder writable, or use another '
+      'Config.factor.'
+    ) from None
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def target_names(names: Sequence[str]) -> list[str]:
+  """The .png that each picture becomes; a.jpg beside a.png keeps its ending: a.jpg.png."""
+  count = collections.Counter(map(images.stem, names))
+  return [(images.stem(n) if count[images.stem(n)] == 1 else n) + '.png' for n in names]
+
+
+def _shrink(source: str, target: str, factor: int, background: str) -> None:
+  """The orientation stays a tag: only the camera can tell whether the turned size is meant."""
+  pixels = images.decode(source, background)
+  size = downsampled_size((pixels.shape[1], pixels.shape[0]), factor)
+  small = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
+  images.save_png(target, small, images.read_header(source).orientation)
+
+
+def _foresee(data_dir: str, folder: str, names: Sequence[str], factor: int) -> Pictures:
+  """What `make` would make."""
+  small = folder_name(folder, factor)
+  everything = images.list_images(os.path.join(data_dir, folder))
+  target = dict(zip(everything, target_names(everything)))
+  headers = _read_headers(data_dir, [_join(folder, name) for name in names])
+  headers = tuple(
+    images.Header(*downsampled_size((h.width, h.height), factor), h.orientation) for h in headers
+  )
+  files = tuple(_join(small, target.get(name, images.stem(name) + '.png')) for name in names)
+  return Pictures(files, headers, to_be_made=small)
+
+
+def _join(folder: str, name: str) -> str:
+  return f'{folder}/{name}' if folder else name
+
+
+def _some(names: Sequence[str]) -> str:
+  more = f' and {len(names) - 1} more' if len(names) > 1 else ''
+  return f'{names[0]!r}{more}'
+
+
+def _read_headers(data_dir: str, files: Sequence[str]) -> tuple[images.Header, ...]:
+  paths = [os.path.join(data_dir, file) for file in files]
+  return tuple(images.in_threads(images.read_header, paths))
+
+
+def _check_present(data_dir: str, folder: str, names: Sequence[str]) -> None:
+  root = os.path.join(data_dir, folder)
+  if not os.path.isdir(root):
+    raise images.DataNotFoundError(f'No such folder: {root!r}. The pictures belong there.')
+  missing = [name for name in names if not os.path.isfile(os.path.join(root, name))]
+  if missing:
+    raise images.DataNotFoundError(
+      f'{os.path.join(root, missing[0])}: no such image, but the capture has its pose '
+      f'({len(missing)} of {len(names)} are missing). Put it back, or pose the capture anew.'
+    )

@@ -1,0 +1,85 @@
+"""Tanks and Temples as NeRF++ ships it: {train,test}/{rgb,pose,intrinsics}/, a text file a matrix.
+
+Poses are 4x4, camera to world with OpenCV axes; intrinsics are 4x4 pinhole matrices. The world is
+normalised by PCA, as for a COLMAP-posed folder.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from internal import colmap, configs, structs
+from internal.datasets import frames as frames_lib
+from internal.datasets import images, scene
+
+
+def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
+  """Reads a scene in NeRF++'s layout; `Config.factor` uses (and makes) rgb_<factor>/.
+
+  Raises:
+    DataNotFoundError: a folder or a file is missing.
+    DataError: something there cannot be used.
+  """
+  data_dir = frames_lib.capture_dir(config.data_dir)
+  frames, split = [], []
+  for part in ('train', 'test'):
+    found = _read_part(data_dir, part)
+    split.append(tuple(range(len(frames), len(frames) + len(found))))
+    frames += found
+  return frames_lib.assemble(
+    'tat_nerfpp',
+    data_dir,
+    frames,
+    frames_lib.world_pca(frames),
+    tuple(split),
+    factor=config.factor,
+    read_only=read_only,
+  )
+
+
+def _read_part(data_dir: str, part: str) -> list[frames_lib.Frame]:
+  """The frames of train/ or test/, by name."""
+  folder = f'{part}/rgb'
+  names = images.list_images(os.path.join(data_dir, folder))
+  if not names:
+    raise images.DataNotFoundError(
+      f'No images in {os.path.join(data_dir, folder)!r}: a scene of Tanks and Temples in the layout '
+      'of NeRF++ has train/ and test/, each with rgb/, pose/ and intrinsics/.'
+    )
+  frames = []
+  for name in names:
+    text = images.stem(name) + '.txt'
+    pose = _read_matrix(os.path.join(data_dir, part, 'pose', text))
+    k = _read_matrix(os.path.join(data_dir, part, 'intrinsics', text))
+    header = images.read_header(os.path.join(data_dir, folder, name))
+    frame = frames_lib.Frame(
+      name=f'{part}/{images.stem(name)}',
+      folder=folder,
+      file=name,
+      intrinsics=colmap.Intrinsics(
+        k[0, 0], k[1, 1], k[0, 2], k[1, 2], (0.0,) * 6, structs.PERSPECTIVE
+      ),
+      size=(header.width, header.height),
+      pose=pose[:3] * [1, -1, -1, 1],
+      model='PINHOLE',
+    )
+    frames.append(frame)
+  return frames
+
+
+def _read_matrix(path: str) -> np.ndarray:
+  """[4, 4] from 16 numbers, over one line or four."""
+  try:
+    with open(path, encoding='utf-8') as f:
+      matrix = np.array(f.read().split(), np.float64).reshape(4, 4)
+  except FileNotFoundError:
+    raise images.DataNotFoundError(
+      f'No such file: {path!r}. Each picture needs its pose and its intrinsics.'
+    ) from None
+  except ValueError:
+    matrix = np.full((4, 4), np.nan)
+  if not np.isfinite(matrix).all():
+    raise images.DataError(f'{path}: must be a 4x4 matrix of numbers. Download it again.')
+  return matrix

@@ -1,0 +1,235 @@
+"""transforms.json, as instant-ngp and nerfstudio write it for photographs.
+
+Poses are camera to world with OpenGL axes. Each intrinsic value is the frame's own, or else the
+file's. The world is normalised by PCA, as for a COLMAP-posed folder; alpha is composited on white.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from internal import colmap, configs, structs
+from internal.datasets import frames as frames_lib
+from internal.datasets import images, scene
+
+_LENSES = {
+  'PINHOLE': structs.PERSPECTIVE,
+  'SIMPLE_PINHOLE': structs.PERSPECTIVE,
+  'SIMPLE_RADIAL': structs.PERSPECTIVE,
+  'RADIAL': structs.PERSPECTIVE,
+  'OPENCV': structs.PERSPECTIVE,
+  'OPENCV_FISHEYE': structs.FISHEYE,
+  'SIMPLE_RADIAL_FISHEYE': structs.FISHEYE,
+  'RADIAL_FISHEYE': structs.FISHEYE,
+}
+_SPLITS = ('train_filenames', 'val_filenames', 'test_filenames')
+
+
+def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
+  """Reads `transforms.json`.
+
+  Images are sorted by file name. The split is that of train_filenames and test_filenames (else
+  val_filenames), or every llffhold-th image is a test image. `images_<factor>/` is used, and made,
+  as for a COLMAP-posed folder.
+
+  Raises:
+    DataNotFoundError: the folder, the file or a picture is missing.
+    DataError: something there cannot be used.
+  """
+  data_dir = frames_lib.capture_dir(config.data_dir)
+  path = os.path.join(data_dir, 'transforms.json')
+  table = read_table(path)
+  frames = sorted(read_frames(data_dir, path, table), key=lambda frame: frame.name)
+  if any(key in table for key in _SPLITS):
+    split = _listed_split(path, table, frames)
+  else:
+    split = frames_lib.split_every(len(frames), config.llffhold)
+  return frames_lib.assemble(
+    'transforms',
+    data_dir,
+    frames,
+    frames_lib.world_pca(frames),
+    split,
+    factor=config.factor,
+    background='white',
+    unregistered=frames_lib.unposed(data_dir, frames),
+    read_only=read_only,
+  )
+
+
+def read_table(path: str) -> dict[str, Any]:
+  """The JSON object of a transforms file.
+
+  Raises:
+    DataNotFoundError, DataError: there is no such file, or it holds no frames.
+  """
+  try:
+    with open(path, encoding='utf-8') as f:
+      table = json.load(f)
+  except FileNotFoundError:
+    raise images.DataNotFoundError(
+      f'No such file: {path!r}. For a folder with a COLMAP model in sparse/0 use '
+      "Config.dataset_loader = 'llff'."
+    ) from None
+  except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
+    raise images.DataError(f'{path}: is not valid JSON ({e}). Export it again.') from None
+  frames = table.get('frames') if isinstance(table, dict) else None
+  if not isinstance(frames, list) or not all(isinstance(frame, dict) for frame in frames):
+    raise images.DataError(f"{path}: has no list of 'frames'. Export it again.")
+  if not frames:
+    raise images.DataError(f"{path}: its list of 'frames' is empty. Pose the pictures again.")
+  return table
+
+
+def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_lib.Frame]:
+  """The frames of a transforms file, in its order.
+
+  Raises:
+    DataError, DataNotFoundError: a frame lacks something or has an impossible value.
+  """
+  result = []
+  for number, own in enumerate(table['frames'], 1):
+    where = f'{path}: frame {number}'
+    if not isinstance(own.get('file_path'), str):
+      raise images.DataError(f"{where} has no 'file_path'. Export it again.")
+    name = normal_name(own['file_path'])
+    where = f'{where} ({name})'
+    values = {**table, **own}
+    file = find_file(data_dir, name)
+    size = _read_size(where, values, data_dir, file)
+    model = _camera_model(where, values)
+    folder, _, rest = file.partition('/')
+    frame = frames_lib.Frame(
+      name=name,
+      folder=folder if rest else '',
+      file=rest or folder,
+      intrinsics=_intrinsics(where, values, size, _LENSES[model]),
+      size=size,
+      pose=_read_pose(where, own),
+      model=model,
+    )
+    result.append(frame)
+  return result
+
+
+def normal_name(file_path: str) -> str:
+  """'./images\\a.png', as some tools write it, is images/a.png."""
+  name = file_path.replace('\\', '/')
+  while name.startswith('./'):
+    name = name[2:].lstrip('/')
+  return name
+
+
+def find_file(data_dir: str, name: str) -> str:
+  """The picture of a frame, whose ending the file may leave out: relative to data_dir.
+
+  Raises:
+    DataError: the name leads out of data_dir.
+  """
+  path = images.inside(data_dir, name)
+  if name.lower().endswith(images.EXTENSIONS) or os.path.isfile(path):
+    return name
+  for ext in images.EXTENSIONS:
+    for ending in (ext, ext.upper()):
+      if os.path.isfile(path + ending):
+        return name + ending
+  return name + '.png'
+
+
+def _number(where: str, values: dict[str, Any], key: str) -> float | None:
+  value = values.get(key)
+  if value is None:
+    return None
+  if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    raise images.DataError(f'{where}: {key} must be a number, got {value!r}. Export it again.')
+  return float(value)
+
+
+def _read_size(where: str, values: dict[str, Any], data_dir: str, file: str) -> tuple[int, int]:
+  """Width and height as the file says, or else as the full-size picture has."""
+  width, height = _number(where, values, 'w'), _number(where, values, 'h')
+  if width is None or height is None:
+    header = images.read_header(os.path.join(data_dir, file))
+    return header.width, header.height
+  if not (width >= 1 and height >= 1 and width % 1 == height % 1 == 0):
+    raise images.DataError(f'{where}: w, h must be pixels, got {width:g}, {height:g}.')
+  return int(width), int(height)
+
+
+def _camera_model(where: str, values: dict[str, Any]) -> str:
+  model = values.get('camera_model') or ('OPENCV_FISHEYE' if values.get('is_fisheye') else 'OPENCV')
+  if model not in _LENSES:
+    raise images.DataError(
+      f'{where}: unknown camera model {model!r}. Undistort the pictures, or use one of '
+      f'{", ".join(_LENSES)}.'
+    )
+  return model
+
+
+def _intrinsics(
+  where: str, values: dict[str, Any], size: tuple[int, int], lens: int
+) -> colmap.Intrinsics:
+  """Focal lengths in pixels, or else from the fields of view; the principal point or the centre."""
+
+  def focal(key: str, angle_key: str, side: int) -> float | None:
+    pixels, angle = _number(where, values, key), _number(where, values, angle_key)
+    if pixels is None and angle is not None and 0 < angle < math.pi:
+      return 0.5 * side / math.tan(0.5 * angle)
+    return pixels
+
+  fx = focal('fl_x', 'camera_angle_x', size[0])
+  fy = focal('fl_y', 'camera_angle_y', size[1])
+  fx, fy = fx if fx is not None else fy, fy if fy is not None else fx
+  if fx is None or min(fx, fy) <= 0:
+    raise images.DataError(
+      f"{where}: has no focal length: it takes a positive 'fl_x' or a 'camera_angle_x' below pi."
+    )
+  cx, cy = _number(where, values, 'cx'), _number(where, values, 'cy')
+  keys = ('k1', 'k2', 'k3', 'k4', 'p1', 'p2')
+  return colmap.Intrinsics(
+    fx,
+    fy,
+    size[0] / 2 if cx is None else cx,
+    size[1] / 2 if cy is None else cy,
+    tuple(_number(where, values, key) or 0.0 for key in keys),
+    lens,
+  )
+
+
+def _read_pose(where: str, own: dict[str, Any]) -> np.ndarray:
+  """[3, 4]"""
+  try:
+    matrix = np.array(own['transform_matrix'], np.float64)
+  except (KeyError, ValueError, TypeError):
+    matrix = np.empty(0)
+  if matrix.shape not in ((4, 4), (3, 4)) or not np.isfinite(matrix).all():
+    raise images.DataError(
+      f"{where}: 'transform_matrix' must be 4x4 finite numbers, camera to world. Export it again."
+    )
+  return matrix[:3]
+
+
+def _listed_split(
+  path: str, table: dict[str, Any], frames: Sequence[frames_lib.Frame]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """(train, test) rows by the file's own lists; what is on no list is left out of both."""
+  row = {frame.name: i for i, frame in enumerate(frames)}
+  rows = {}
+  for key in _SPLITS:
+    names = [normal_name(name) for name in table.get(key) or ()]
+    unknown = [name for name in names if name not in row]
+    if unknown:
+      raise images.DataError(
+        f'{path}: {key} has {unknown[0]!r}, which no frame is of. Remove it, or the three lists '
+        f'{", ".join(_SPLITS)}.'
+      )
+    rows[key] = sorted(row[name] for name in names)
+  test = rows['test_filenames'] or rows['val_filenames']
+  train = rows['train_filenames'] or [i for i in range(len(frames)) if i not in set(test)]
+  return tuple(train), tuple(test)
