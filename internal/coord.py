@@ -69,7 +69,10 @@ _CURVES = {
   ),
   'power': (
     lambda x: _POWER_SCALE / _POWER * ((x / _POWER_SCALE + 1) ** _POWER - 1),
-    lambda y: _POWER_SCALE * ((y * _POWER / _POWER_SCALE + 1) ** (1 / _POWER) - 1),
+    # Rounding may take the base below 0 at the far plane; held at 1e-20 it is far enough for any.
+    lambda y: (
+      _POWER_SCALE * (jnp.maximum(y * _POWER / _POWER_SCALE + 1, 1e-20) ** (1 / _POWER) - 1)
+    ),
   ),
 }
 
@@ -96,7 +99,7 @@ def ray_warps(name: str | None, near: float, far: float) -> tuple[Callable, Call
   if near == 0 and name in ('reciprocal', 'log'):
     raise ValueError(f'ray warp {name!r} needs near > 0; set Config.near, say to 0.1.')
   fwd, inv = _CURVES[name]
-  g_near, g_far = (float(fwd(jnp.float32(v))) for v in (near, far))
+  g_near, g_far = fwd(jnp.float32(near)), fwd(jnp.float32(far))
 
   def t_to_s(t):
     return (fwd(t) - g_near) / (g_far - g_near)

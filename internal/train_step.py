@@ -32,7 +32,7 @@ def clip_by_part_norm(max_norm: float) -> optax.GradientTransformation:
   """Scales each part's gradient ('prop_mlp', 'nerf_mlp', ...) down to `max_norm`, by itself."""
 
   def clip(part):
-    norm = optax.global_norm(part)
+    norm = optax.tree.norm(part)
     scale = jnp.minimum(1, max_norm / jnp.maximum(norm, math.TINY))
     return jax.tree.map(lambda g: g * scale, part)
 
@@ -121,7 +121,7 @@ def make_train_step(settings: configs.Settings, mesh: Mesh) -> Callable:
       'psnr': image.mse_to_psnr(mse),
       'learning_rate': schedule(state.step),
       **{f'loss_{name}': term for name, term in terms.items()},
-      **{f'grad_norm_{name}': optax.global_norm(part) for name, part in grads.items()},
+      **{f'grad_norm_{name}': optax.tree.norm(part) for name, part in grads.items()},
     }
     return structs.TrainState(state.step + 1, params, opt_state), stats
 

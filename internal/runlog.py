@@ -1,0 +1,99 @@
+"""The record of a training run: a line on the terminal, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+
+def duration(seconds: float) -> str:
+  """Seconds as people say them: '45s', '3m20s', '2h05m'."""
+  s = max(0, round(seconds))
+  if s < 60:
+    return f'{s}s'
+  if s < 3600:
+    return f'{s // 60}m{s % 60:02d}s'
+  return f'{s // 3600}h{s % 3600 // 60:02d}m'
+
+
+def read_metrics(path: str) -> list[dict]:
+  """The whole lines of a metrics.jsonl; a last one cut short by a crash is left out."""
+  rows = []
+  if os.path.exists(path):
+    with open(path) as f:
+      for line in f:
+        try:
+          rows.append(json.loads(line))
+        except json.JSONDecodeError:
+          break
+  return rows
+
+
+class RunLog:
+  """Writes what happens during training; does nothing on processes that are not the main one.
+
+  On resume, lines after the restored step are dropped: those steps are done again.
+  """
+
+  def __init__(self, run_dir: str, start_step: int, last_step: int, enabled: bool = True):
+    self.enabled, self.last_step = enabled, last_step
+    self.train_seconds = 0.0  # Of all runs so far, without compiling, rendering and saving.
+    self._path = os.path.join(run_dir, 'metrics.jsonl')
+    rows = [r for r in read_metrics(self._path) if r['step'] <= start_step]
+    if rows:
+      self.train_seconds = rows[-1].get('train_seconds', 0.0)
+    if not enabled:
+      return
+    from tensorboardX import SummaryWriter
+
+    with open(self._path + '.part', 'w') as f:
+      f.writelines(json.dumps(r) + '\n' for r in rows)
+    os.replace(self._path + '.part', self._path)
+    folder = os.path.join(run_dir, 'tensorboard')
+    self._board = SummaryWriter(folder, purge_step=start_step + 1)
+
+  def scalars(self, step: int, values: Mapping[str, float], prefix: str = 'train') -> None:
+    """Appends one line to metrics.jsonl and the same scalars to TensorBoard.
+
+    Numbers that are not finite become null, which JSON can hold.
+    """
+    if not self.enabled:
+      return
+    values = {k: float(v) for k, v in values.items()}
+    row = {k: v if math.isfinite(v) else None for k, v in values.items()}
+    row = {'step': step, 'time': round(time.time(), 3), **row}
+    row['train_seconds'] = round(self.train_seconds, 3)
+    with open(self._path, 'a') as f:
+      f.write(json.dumps(row) + '\n')
+    for name, value in values.items():
+      self._board.add_scalar(f'{prefix}/{name}', value, step)
+
+  def picture(self, step: int, name: str, image: np.ndarray) -> None:
+    """Adds a [h, w, 3] uint8 picture to TensorBoard."""
+    if self.enabled:
+      self._board.add_image(name, image, step, dataformats='HWC')
+
+  def progress(self, step: int, stats: Mapping[str, float], rays_per_sec: float, left: float):
+    """Prints where training stands; `left` is the estimate of remaining seconds."""
+    if self.enabled:
+      width = len(f'{self.last_step:,}')
+      print(
+        f'step {step:>{width},}/{self.last_step:,}  loss {stats["loss"]:.5f}  '
+        f'psnr {stats["psnr"]:5.2f}  {rays_per_sec:>9,.0f} rays/s  {duration(left)} left',
+        flush=True,
+      )
+
+  def say(self, text: str) -> None:
+    """Prints a line of news."""
+    if self.enabled:
+      print(text, flush=True)
+
+  def close(self) -> None:
+    """Flushes TensorBoard's file."""
+    if self.enabled:
+      self._board.close()

@@ -1,0 +1,210 @@
+"""Trains a scene: python train.py --gin_configs=configs/360.gin --gin_bindings="..."
+
+Everything lands in Config.checkpoint_dir, and a second start of the same command goes on from the
+newest checkpoint there. `--dry_run` prints a preflight report as JSON and stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import time
+
+import jax
+import numpy as np
+
+from internal import (
+  batches,
+  checkpoints,
+  cli,
+  configs,
+  datasets,
+  evaluation,
+  models,
+  report,
+  runlog,
+  sharding,
+  train_step,
+  vis,
+)
+from internal.datasets import scene as scene_lib
+
+
+def preflight(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> dict:
+  """What a run would work on: the capture's report, the model's size and the devices."""
+  shapes = jax.eval_shape(lambda: train_step.create_state(settings).params)
+  return {
+    **scene.report,
+    'num_params': models.num_params(shapes),
+    'devices': [str(d) for d in mesh.devices.flat],
+    'processes': jax.process_count(),
+    'batch_size': settings.config.batch_size,
+    'batch_per_device': settings.config.batch_size // mesh.size,
+  }
+
+
+def keep_on_device(config: configs.Config, store: batches.PixelStore) -> bool:
+  """Whether the pixels go to the device: as told, or if they take under a quarter of it."""
+  if config.pixels_on != 'auto':
+    return config.pixels_on == 'device'
+  stats = jax.local_devices()[0].memory_stats() or {}
+  limit = stats.get('bytes_limit')
+  return limit is None or sum(plane.nbytes for plane in store.rgb) < limit / 4
+
+
+class TestRenders:
+  """Renders a few test images during training: a sheet on disk, metrics in the log."""
+
+  def __init__(self, settings, scene, mesh):
+    self.config, self.scene = settings.config, scene
+    self.render_image = evaluation.make_image_renderer(settings, mesh)
+    count = min(self.config.train_render_images, len(scene.test))
+    spread = np.linspace(0, len(scene.test) - 1, count).round().astype(int)
+    self.rows = [scene.test[k] for k in spread]
+    self.folder = os.path.join(self.config.checkpoint_dir, 'train_renders')
+
+  def __call__(self, params, step: int, log: runlog.RunLog) -> None:
+    frac = float(train_step.train_fraction(step, self.config.max_steps))
+    scores = []
+    for row in self.rows:
+      began = time.time()
+      out = self.render_image(params, self.scene.cameras, row, frac)
+      seconds = time.time() - began
+      if not sharding.is_main():
+        continue
+      truth = scene_lib.read_image(self.config.data_dir, self.scene, row)
+      scores.append({**report.image_metrics(out['rgb'], truth, self.config), 'seconds': seconds})
+      sheet = vis.comparison_sheet(out, truth)
+      name = os.path.splitext(self.scene.names[row])[0].replace('/', '_')
+      vis.write_png(os.path.join(self.folder, f'{name}_step{step:07d}.png'), sheet)
+      log.picture(step, f'test/{name}', sheet)
+    if scores:
+      means = {k: float(np.mean([s[k] for s in scores])) for k in scores[0]}
+      log.scalars(step, {f'test_{k}': v for k, v in means.items()}, 'test')
+      log.say(
+        f'test of {len(scores)} images at step {step:,}: psnr {means["psnr"]:.2f}  '
+        f'ssim {means["ssim"]:.3f}  {means["seconds"]:.1f}s each -> {self.folder}'
+      )
+
+
+def load_pixels(settings, scene, mesh):
+  """The training images' pixels, on the device where they fit."""
+  config = settings.config
+  store = batches.make_store(
+    scene_lib.read_images(config.data_dir, scene, scene.train, progress=sharding.is_main())
+  )
+  on_device = keep_on_device(config, store)
+  return (sharding.replicate(store, mesh) if on_device else store), on_device
+
+
+def start_run(settings, scene, mesh):
+  """The newest checkpoint's state, or a fresh one; then the run's config and scene on disk."""
+  config = settings.config
+  manager = checkpoints.make_manager(config.checkpoint_dir, config.checkpoint_keep)
+  step = checkpoints.latest_step(config.checkpoint_dir)
+  if step is None:
+    state = sharding.replicate(train_step.create_state(settings), mesh)
+  else:
+    state = checkpoints.restore(manager, settings, mesh, step)
+  if sharding.is_main():
+    checkpoints.write_run(config.checkpoint_dir, settings, scene)
+  return manager, state, step or 0
+
+
+def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
+  """Runs the steps that are left."""
+  config, last = settings.config, settings.config.last_step
+  step_fn = train_step.make_train_step(settings, mesh)
+  draw = train_step.make_draw(config, mesh)
+  test_renders = TestRenders(settings, scene, mesh)
+  manager, state, start = start_run(settings, scene, mesh)
+  log = runlog.RunLog(config.checkpoint_dir, start, last, sharding.is_main())
+  if start >= last:
+    log.say(f'Nothing to do: {config.checkpoint_dir} has step {start:,} of {last:,}.')
+    return
+  pixels, on_device = load_pixels(settings, scene, mesh)
+  cams = scene.cameras.take(np.array(scene.train))
+  cams_on_device = sharding.replicate(cams, mesh)
+  log.say(
+    f'{models.num_params(state.params):,} parameters, {len(scene.train)} training images, '
+    f'pixels on the {"device" if on_device else "host"}, {mesh.size} x '
+    f'{mesh.devices.flat[0].device_kind}; steps {start:,} to {last:,} -> {config.checkpoint_dir}'
+  )
+  recent, clock = [], time.time()
+
+  def pause_clock():
+    """Adds the time since the last call to the training time; returns it."""
+    nonlocal clock
+    jax.block_until_ready(state.params)
+    elapsed, clock = time.time() - clock, time.time()
+    return elapsed
+
+  for step in range(start + 1, last + 1):
+    source = pixels
+    if not on_device:
+      source = train_step.host_pixels(draw, step - 1, pixels, cams.size, mesh)
+    state, stats = step_fn(state, cams_on_device, source)
+    if step == start + 1:
+      log.say(f'first step after {runlog.duration(pause_clock())} (compiling)')
+      continue
+    recent.append(stats)
+    render_now = config.train_render_every > 0 and step % config.train_render_every == 0
+    save_now = step % config.checkpoint_every == 0 or step == last
+    if step % config.print_every == 0 or render_now or save_now:
+      elapsed = pause_clock()
+      log.train_seconds += elapsed
+      rays_per_sec = len(recent) * config.batch_size / elapsed
+      rows = jax.device_get(recent)
+      means = {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}
+      left = (last - step) * elapsed / len(recent)
+      recent = []
+      log.scalars(step, {**means, 'rays_per_sec': rays_per_sec})
+      log.progress(step, means, rays_per_sec, left)
+    if render_now:
+      test_renders(state.params, step, log)
+    if save_now:
+      checkpoints.save(manager, state)
+    if step % config.gc_every == 0:
+      gc.collect()
+    if render_now or save_now:
+      pause_clock()
+  manager.wait_until_finished()
+  manager.close()
+  log.say(f'done: step {last:,}, {runlog.duration(log.train_seconds)} of training')
+  log.close()
+
+
+def main(args: argparse.Namespace) -> None:
+  settings = configs.load_config(args.gin_configs, args.gin_bindings)
+  config = settings.config
+  sharding.initialize()
+  mesh = sharding.make_mesh()
+  scene = datasets.load_dataset(config, read_only=args.dry_run)
+  if args.dry_run:
+    print(json.dumps(preflight(settings, scene, mesh), indent=2))
+    return
+  if not config.checkpoint_dir:
+    raise configs.ConfigError('Config.checkpoint_dir is not set: where should the run be kept?')
+  if settings.model.num_glo_features and settings.model.num_glo_embeddings < len(scene.train):
+    raise configs.ConfigError(
+      f'Model.num_glo_embeddings is {settings.model.num_glo_embeddings}, fewer than the '
+      f'{len(scene.train)} training images; raise it.'
+    )
+  train(settings, scene, mesh)
+
+
+def parse(argv=None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  cli.add_arguments(parser)
+  parser.add_argument(
+    '--dry_run', action='store_true', help='print a preflight report as JSON and stop'
+  )
+  return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+  cli.run(lambda: main(parse()))
