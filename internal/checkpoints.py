@@ -74,7 +74,9 @@ def latest_step(checkpoint_dir: str) -> int | None:
 def make_manager(checkpoint_dir: str, keep: int = 2) -> ocp.CheckpointManager:
   """Saves in the background, keeps the newest `keep`, never shows a half-written one."""
   options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-  return ocp.CheckpointManager(_folder(checkpoint_dir), options=options)
+  return ocp.CheckpointManager(
+    _folder(checkpoint_dir), item_handlers=ocp.StandardCheckpointHandler(), options=options
+  )
 
 
 def save(manager: ocp.CheckpointManager, state: structs.TrainState) -> None:
