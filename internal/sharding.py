@@ -9,6 +9,7 @@ import os
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = 'rays'
@@ -97,3 +98,10 @@ def shard_rays(tree, mesh: Mesh):
 def to_host(array: jax.Array) -> np.ndarray:
   """A replicated array's value, as numpy."""
   return np.asarray(array.addressable_data(0))
+
+
+def from_main(value: int) -> int:
+  """The main process's value, on every process: for what each would find at its own time."""
+  if jax.process_count() == 1:
+    return value
+  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

@@ -1,0 +1,132 @@
+"""Evaluates a trained scene on its test images: python eval.py --checkpoint_dir=runs/bonsai
+
+Writes <checkpoint_dir>/eval/results.json and, as PNG files, every test image's prediction, truth,
+error and depth. The run's own config and cameras are used, with --gin_bindings on top. With
+Config.eval_only_once = False it goes on with every further checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from internal import (
+  checkpoints,
+  cli,
+  configs,
+  evaluation,
+  models,
+  report,
+  sharding,
+  vis,
+)
+from internal.datasets import scene as scene_lib
+
+_POLL_SECONDS = 10
+_PAIR_WIDTH = 480  # Of truth and prediction together, on the contact sheet.
+
+
+class EvalError(ValueError):
+  """What keeps a run from being evaluated."""
+
+
+def steps_to_evaluate(run: str, config: configs.Config) -> Iterator[int]:
+  """The newest checkpoint's step; in the waiting mode each newer one's too, until the last."""
+  done = None
+  while True:
+    # Every process must take the same one, however late it looks.
+    step = sharding.from_main(checkpoints.latest_step(run) or 0)
+    if config.eval_only_once and not step:
+      raise EvalError(f'No checkpoint in {run}/checkpoints yet: train first.')
+    if step and step != done:
+      yield step
+      done = step
+    if config.eval_only_once or (done or 0) >= config.last_step:
+      return
+    time.sleep(_POLL_SECONDS)
+
+
+def select_images(config: configs.Config, scene: scene_lib.Scene) -> list[int]:
+  """Rows of the test images to render.
+
+  Raises:
+    EvalError: there are none, or their files are not where the config says.
+  """
+  rows = list(scene.test[:: config.eval_render_interval][: config.eval_dataset_limit])
+  if not rows:
+    raise EvalError('There are no test images (Config.llffhold, Config.eval_dataset_limit).')
+  for row in rows:
+    path = os.path.join(config.data_dir or '', scene.files[row])
+    if not os.path.isfile(path):
+      raise EvalError(
+        f'No such image: {path}. If the photographs have moved, say where they are: '
+        '--gin_bindings "Config.data_dir=\'...\'".'
+      )
+  return rows
+
+
+def save_pictures(stem: str, rendering: dict, truth, note: str) -> None:
+  """Writes prediction, truth, error and depth, each alone and all on one sheet."""
+  vis.write_png(f'{stem}_prediction.png', rendering['rgb'])
+  vis.write_png(f'{stem}_truth.png', truth)
+  vis.write_png(f'{stem}_error.png', vis.error_picture(rendering['rgb'], truth))
+  depth = vis.depth_picture(rendering['distance_median'], rendering['acc'])
+  vis.write_png(f'{stem}_depth.png', depth)
+  vis.write_png(f'{stem}_sheet.png', vis.comparison_sheet(rendering, truth, note))
+
+
+def evaluate(config, scene, rows: Sequence[int], render_image, params, step: int, folder: str):
+  """Renders the rows' images with one checkpoint and writes all that is said of them."""
+  per_image, pairs = [], []
+  for k, row in enumerate(rows):
+    began = time.time()
+    rendering = render_image(params, scene.cameras, row)
+    seconds = time.time() - began
+    if not sharding.is_main():
+      continue
+    truth = scene_lib.read_image(config.data_dir, scene, row)
+    metrics = report.image_metrics(rendering['rgb'], truth, config)
+    name = scene.names[row]
+    per_image.append({'name': name, **metrics, 'seconds': seconds})
+    print(
+      f'{k + 1}/{len(rows)} {name}  {report.format_metrics(metrics)}  {seconds:.1f}s', flush=True
+    )
+    if config.eval_save_output:
+      stem = f'{k:03d}_{os.path.splitext(name)[0].replace("/", "_")}'
+      note = f'PSNR {metrics["psnr"]:.2f}   SSIM {metrics["ssim"]:.3f}'
+      save_pictures(os.path.join(folder, stem), rendering, truth, note)
+      pair = np.concatenate([truth, vis.to_uint8(rendering['rgb'])], 1)
+      pairs.append(vis.shrink(pair, _PAIR_WIDTH))
+  if not sharding.is_main():
+    return
+  results = report.make_results(config, per_image, step, models.num_params(params))
+  report.write_json(os.path.join(folder, 'results.json'), results)
+  if not config.eval_only_once:
+    report.write_json(os.path.join(folder, f'results_{step:06d}.json'), results)
+  if pairs:
+    captions = [f'{r["name"]}: truth, prediction   PSNR {r["psnr"]:.2f}' for r in per_image]
+    sheet = vis.contact_sheet(pairs, captions, _PAIR_WIDTH)
+    vis.write_png(os.path.join(folder, 'contact_sheet.png'), sheet)
+  print(f'mean of {len(rows)} images at step {step:,}: {report.format_metrics(results["mean"])}')
+  print(f'-> {os.path.join(folder, "results.json")}', flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+  args = cli.parse_run_arguments(__doc__, argv)
+  run = cli.run_folder(args)
+  settings, scene = checkpoints.open_run(run, args.gin_bindings)
+  sharding.initialize()
+  mesh = sharding.make_mesh()
+  rows = select_images(settings.config, scene)
+  render_image = evaluation.make_image_renderer(settings, mesh)
+  for step in steps_to_evaluate(run, settings.config):
+    params, _ = checkpoints.restore_params(run, settings, step, mesh)
+    folder = os.path.join(run, 'eval')
+    evaluate(settings.config, scene, rows, render_image, params, step, folder)
+
+
+if __name__ == '__main__':
+  cli.run(main)

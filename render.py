@@ -1,0 +1,143 @@
+"""Renders a camera path through a trained scene: python render.py --checkpoint_dir=runs/bonsai
+
+Writes <checkpoint_dir>/render/color/*.png and depth/*.png, then color.mp4 and depth.mp4. Frames
+that exist are skipped, so an interrupted rendering goes on where it stopped. Config.render_* in
+--gin_bindings chooses path, size and lens, e.g. "Config.render_resolution=(1280, 720)".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from internal import (
+  checkpoints,
+  cli,
+  evaluation,
+  progress,
+  report,
+  sharding,
+  structs,
+  trajectory,
+  video,
+  vis,
+)
+
+_KINDS = ('color', 'depth')
+_SURVEY_FRAMES, _SURVEY_SIDE = 8, 96  # Frames and pixels that the depth's scale is taken from.
+
+
+class RenderError(ValueError):
+  """What keeps a path from being rendered."""
+
+
+def digest(tree) -> str:
+  """A short fingerprint of all numbers in a pytree."""
+  sha = hashlib.sha256()
+  for leaf in jax.tree.leaves(tree):
+    sha.update(np.ascontiguousarray(leaf).tobytes())
+  return sha.hexdigest()[:16]
+
+
+def describe(cams: structs.Cameras, params, step: int) -> dict:
+  """What frames are of; frames of one description belong to one video."""
+  return {
+    'step': step,
+    'weights': digest(params),
+    'frames': len(cams.size),
+    'size': np.asarray(cams.size)[0].tolist(),
+    'lens': structs.LENS_NAMES[cams.lenses[0]],
+    'path': digest(cams),
+  }
+
+
+def read_description(folder: str, wanted: dict) -> dict | None:
+  """What the folder's frames are of, None where there are none yet.
+
+  Raises:
+    RenderError: they are of something else than what is wanted.
+  """
+  path = os.path.join(folder, 'render.json')
+  way_out = (
+    'Remove that folder to render anew, or choose another: '
+    '--gin_bindings "Config.render_dir=\'...\'".'
+  )
+  try:
+    with open(path) as f:
+      found = json.load(f)
+    other = [k for k in wanted if found[k] != wanted[k]]
+    _ = [float(t) for t in found['depth_range']]
+  except FileNotFoundError:
+    if any(os.path.exists(os.path.join(folder, kind)) for kind in _KINDS):
+      raise RenderError(f'{folder} holds frames of unknown origin. {way_out}') from None
+    return None
+  except (ValueError, TypeError, KeyError):
+    raise RenderError(f'{path} cannot be read. {way_out}') from None
+  if other:
+    changes = ', '.join(f'{k} {found[k]} (now {wanted[k]})' for k in other)
+    raise RenderError(f'{folder} holds other frames: {changes}. {way_out}')
+  return found
+
+
+def survey_depth(render_image: Callable, params, cams: structs.Cameras) -> tuple[float, float]:
+  """The distances that all depth frames draw brightest and darkest, from a few small frames."""
+  small = trajectory.shrink(cams, _SURVEY_SIDE)
+  rows = np.unique(np.linspace(0, len(cams.size) - 1, _SURVEY_FRAMES).round().astype(int))
+  seen = [render_image(params, small, int(row)) for row in rows]
+  distance, acc = (np.concatenate([s[k].ravel() for s in seen]) for k in ('distance_median', 'acc'))
+  return vis.depth_range(distance, acc)
+
+
+def frame_path(folder: str, kind: str, k: int) -> str:
+  return os.path.join(folder, kind, f'{k:05d}.png')
+
+
+def main(argv: list[str] | None = None) -> None:
+  args = cli.parse_run_arguments(__doc__, argv)
+  run = cli.run_folder(args)
+  settings, scene = checkpoints.open_run(run, args.gin_bindings)
+  config = settings.config
+  cams = trajectory.make_cameras(config, scene)
+  sharding.initialize()
+  mesh = sharding.make_mesh()
+  params, step = checkpoints.restore_params(run, settings, mesh=mesh)
+  render_image = evaluation.make_image_renderer(settings, mesh)
+
+  folder, count = config.render_dir or os.path.join(run, 'render'), len(cams.size)
+  wanted = describe(cams, params, step)
+  description = read_description(folder, wanted)
+  present = [
+    all(os.path.exists(frame_path(folder, kind, k)) for kind in _KINDS) for k in range(count)
+  ]
+  missing = [k for k in range(count) if not present[k]]
+  say = print if sharding.is_main() else lambda *_: None
+  say(f'{count} frames of {wanted["size"]} at step {step:,}, {len(missing)} to do -> {folder}')
+  if description is None:
+    description = {**wanted, 'depth_range': survey_depth(render_image, params, cams)}
+    if sharding.is_main():
+      report.write_json(os.path.join(folder, 'render.json'), description)
+
+  for k in progress.track(missing, 'frames', sharding.is_main()):
+    frame = render_image(params, cams, k)
+    if sharding.is_main():
+      depth = vis.depth_picture(
+        frame['distance_median'], frame['acc'], tuple(description['depth_range'])
+      )
+      vis.write_png(frame_path(folder, 'color', k), frame['rgb'])
+      vis.write_png(frame_path(folder, 'depth', k), depth)
+
+  if sharding.is_main():
+    for kind in _KINDS:
+      frames = [frame_path(folder, kind, k) for k in range(count)]
+      path = os.path.join(folder, f'{kind}.mp4')
+      video.write_video(frames, path, config.render_video_fps, config.render_video_crf)
+      say(f'-> {path}')
+
+
+if __name__ == '__main__':
+  cli.run(main)
