@@ -120,6 +120,7 @@ def assemble(
       f'{data_dir}: no training images: of {len(frames)} images {len(split[1])} are for testing. '
       'More images, or a larger Config.llffhold, leave some for training.'
     )
+  _check_poses(data_dir, frames)
   located = _locate(data_dir, frames, factor, background, read_only)
   sizes = np.array(
     [
@@ -158,6 +159,18 @@ def assemble(
     bounds=world.bounds,
     report=report,
   )
+
+
+def _check_poses(data_dir: str, frames: Sequence[Frame]) -> None:
+  """Poses turn and shift; one that scales or mirrors would bend the rays."""
+  for frame in frames:
+    rotation = frame.pose[:, :3]
+    skew = np.abs(rotation.T @ rotation - np.eye(3)).max()
+    if not (skew < 0.01 and np.linalg.det(rotation) > 0):
+      raise images.DataError(
+        f'{data_dir}: the pose of {frame.name!r} is no rotation (it scales, shears or mirrors). '
+        'Export the poses again, with all scales applied.'
+      )
 
 
 def _locate(data_dir, frames, factor, background, read_only) -> pyramid.Pictures:

@@ -12,7 +12,9 @@ What every picture becomes, whatever its file says:
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -100,6 +102,7 @@ def in_threads(function: Callable, items: Sequence, label: str | None = None) ->
 def _readable(function: Callable) -> Callable:
   """Turns whatever Pillow raises on a damaged file into a DataError that names it."""
 
+  @functools.wraps(function)
   def wrapped(path: str, *args, **kwargs):
     try:
       return function(path, *args, **kwargs)
@@ -124,7 +127,16 @@ def read_header(path: str) -> Header:
     DataError, DataNotFoundError: the file cannot be read as an image, or is not there.
   """
   with Image.open(path) as image:
-    return Header(*image.size, orientation=image.getexif().get(_ORIENTATION, 1))
+    return _header(image)
+
+
+def _header(image: Image.Image) -> Header:
+  orientation = 1
+  # Pillow would decode a whole PNG to look for EXIF data that did not come before its pixels.
+  if image.format != 'PNG' or 'exif' in image.info:
+    with contextlib.suppress(Exception):  # Damaged EXIF data does not make a damaged picture.
+      orientation = image.getexif().get(_ORIENTATION, 1)
+  return Header(*image.size, orientation=orientation if orientation in range(1, 9) else 1)
 
 
 @_readable
@@ -144,7 +156,7 @@ def decode(path: str, background: str = 'none', size: tuple[int, int] | None = N
       would be misread.
   """
   with Image.open(path) as image:
-    header = Header(*image.size, orientation=image.getexif().get(_ORIENTATION, 1))
+    header = _header(image)
     pixels = _composite(path, _decode_channels(path, image), background)
   if size is None or (header.width, header.height) == tuple(size):
     return pixels

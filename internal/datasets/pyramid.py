@@ -100,10 +100,10 @@ def pair(data_dir: str, folder: str, small: str, names: Sequence[str]) -> dict[s
   if not lonely and unique:
     return {name: by_stem[images.stem(name)] for name in names}
   if len(full) == len(reduced) and (len(lonely) == len(names) or not unique):
-    pairs = dict(zip(full, reduced))
-    lonely = [name for name in names if name not in pairs]
+    by_order = dict(zip(full, reduced))
+    lonely = [name for name in names if name not in by_order]
     if not lonely:
-      return pairs
+      return {name: by_order[name] for name in names}
   raise images.DataError(
     f'{os.path.join(data_dir, small)} does not match {folder}/: {len(reduced)} pictures for '
     f'{len(full)}, none for {_some(lonely or names)}. Remove {small}/ to have it made anew.'

@@ -45,8 +45,8 @@ def _read_part(data_dir: str, part: str) -> list[frames_lib.Frame]:
   names = images.list_images(os.path.join(data_dir, folder))
   if not names:
     raise images.DataNotFoundError(
-      f'No images in {os.path.join(data_dir, folder)!r}: a scene of Tanks and Temples in the layout '
-      'of NeRF++ has train/ and test/, each with rgb/, pose/ and intrinsics/.'
+      f'No images in {os.path.join(data_dir, folder)!r}: Tanks and Temples in the layout of '
+      'NeRF++ has train/ and test/, each with rgb/, pose/ and intrinsics/.'
     )
   frames = []
   for name in names:

@@ -164,7 +164,7 @@ def _read_size(where: str, values: dict[str, Any], data_dir: str, file: str) -> 
 
 def _camera_model(where: str, values: dict[str, Any]) -> str:
   model = values.get('camera_model') or ('OPENCV_FISHEYE' if values.get('is_fisheye') else 'OPENCV')
-  if model not in _LENSES:
+  if not isinstance(model, str) or model not in _LENSES:
     raise images.DataError(
       f'{where}: unknown camera model {model!r}. Undistort the pictures, or use one of '
       f'{", ".join(_LENSES)}.'
@@ -222,7 +222,7 @@ def _listed_split(
   row = {frame.name: i for i, frame in enumerate(frames)}
   rows = {}
   for key in _SPLITS:
-    names = [normal_name(name) for name in table.get(key) or ()]
+    names = [normal_name(str(name)) for name in table.get(key) or ()]
     unknown = [name for name in names if name not in row]
     if unknown:
       raise images.DataError(

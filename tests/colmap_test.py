@@ -1,0 +1,279 @@
+"""COLMAP models: what is written comes back, and what is broken is named."""
+
+import os
+import struct
+
+import captures
+import numpy as np
+import pytest
+
+from internal import colmap, structs
+
+NAMES = ['a.png', 'deep/er/b c.JPG', 'ü.png']
+
+
+def sample_model():
+  rng = np.random.default_rng(1)
+  cameras = {
+    3: colmap.Camera(3, 'OPENCV', 640, 480, tuple(rng.normal(size=8).tolist())),
+    1: colmap.Camera(1, 'SIMPLE_RADIAL', 99, 77, (0.1, 1 / 3, 1e-17, -2e20)),
+  }
+  poses = captures.circle_poses(3)
+  images = {
+    i: colmap.Image(i, *captures.to_colmap(poses[k]), camera_id=c, name=NAMES[k])
+    for k, (i, c) in enumerate([(7, 3), (2, 1), (5, 3)])
+  }
+  points = colmap.make_points(
+    rng.normal(size=(4, 3)), rng.integers(0, 256, (4, 3)), rng.random(4), [9, 2**40, 1, 3]
+  )
+  return colmap.Model(cameras, images, points)
+
+
+def assert_same(a: colmap.Model, b: colmap.Model):
+  assert a.cameras == b.cameras
+  assert a.images == b.images
+  for name in ('ids', 'xyz', 'rgb', 'error'):
+    np.testing.assert_array_equal(getattr(a.points, name), getattr(b.points, name))
+    assert getattr(a.points, name).dtype == getattr(b.points, name).dtype
+
+
+def error_of(folder) -> str:
+  with pytest.raises((colmap.ModelError, colmap.ModelNotFoundError)) as caught:
+    colmap.read_model(str(folder))
+  message = str(caught.value)
+  assert '\n' not in message
+  return message
+
+
+@pytest.mark.parametrize('ext', ['.bin', '.txt'])
+def test_round_trip_is_exact(tmp_path, ext):
+  model = sample_model()
+  colmap.write_model(str(tmp_path), model, ext)
+  assert_same(colmap.read_model(str(tmp_path)), model)
+
+
+def test_numpy_numbers_can_be_written(tmp_path):
+  image = colmap.Image(1, tuple(np.array([1.0, 0, 0, 0])), tuple(np.ones(3)), 1, 'a.png')
+  camera = colmap.Camera(1, 'SIMPLE_PINHOLE', 4, 4, tuple(np.array([0.1, 2, 2])))
+  colmap.write_model(str(tmp_path), colmap.Model({1: camera}, {1: image}, colmap.make_points()))
+  back = colmap.read_model(str(tmp_path))
+  assert back.cameras[1].params == (0.1, 2, 2)
+  assert back.images[1].tvec == (1, 1, 1)
+
+
+def test_bin_is_preferred_and_points_may_be_missing(tmp_path):
+  colmap.write_model(str(tmp_path), sample_model(), '.bin')
+  (tmp_path / 'cameras.txt').write_text('nonsense')
+  (tmp_path / 'images.txt').write_text('nonsense')
+  (tmp_path / 'points3D.bin').unlink()
+  assert colmap.read_model(str(tmp_path)).points.xyz.shape == (0, 3)
+
+
+def write_with_tracks(folder):
+  """A model by hand, with the 2D points and the tracks that COLMAP writes and nobody needs."""
+  camera = struct.pack('<QIiQQ4d', 1, 1, 1, 16, 12, 20.0, 21.0, 8.0, 6.0)
+  images = struct.pack('<Q', 2)
+  for i, count in ((1, 2), (2, 1)):
+    images += struct.pack('<I7dI', i, 1, 0, 0, 0, i, 0, 0, 1) + b'im%d\0' % i
+    images += struct.pack('<Q', count) + struct.pack('<ddq', 1.5, 2.5, -1) * count
+  points = struct.pack('<Q', 3)
+  for i, track in ((1, 2), (2, 0), (3, 1)):
+    points += struct.pack('<Q3d3BdQ', i, i, 2 * i, 3 * i, i, 0, 255, 0.5 * i, track)
+    points += struct.pack('<II', 1, 0) * track
+  files = {'cameras.bin': camera, 'images.bin': images, 'points3D.bin': points}
+  for name, content in files.items():
+    (folder / name).write_bytes(content)
+  return files
+
+
+def test_2d_points_and_tracks_are_skipped(tmp_path):
+  write_with_tracks(tmp_path)
+  model = colmap.read_model(str(tmp_path))
+  assert [i.name for i in model.images.values()] == ['im1', 'im2']
+  assert model.images[2].tvec == (2, 0, 0)
+  np.testing.assert_array_equal(model.points.xyz, np.outer([1, 2, 3], [1, 2, 3]))
+  np.testing.assert_array_equal(model.points.rgb[:, 0], [1, 2, 3])
+  np.testing.assert_array_equal(model.points.error, [0.5, 1, 1.5])
+
+
+def test_text_as_colmap_writes_it(tmp_path):
+  (tmp_path / 'cameras.txt').write_text('# comment\n\n1 PINHOLE 16 12 20 21 8 6\n')
+  (tmp_path / 'images.txt').write_text(
+    '# a\n# b\n1 1 0 0 0 0 0 0 1 one.png\n1.5 2.5 -1 3 4 7\n2 0 1 0 0 1e0 0 0 1 two words.png\n\n'
+  )
+  (tmp_path / 'points3D.txt').write_text('# c\n5 1 2 3 255 0 9 0.25 1 0 1 1\n')
+  model = colmap.read_model(str(tmp_path))
+  assert [i.name for i in model.images.values()] == ['one.png', 'two words.png']
+  assert model.points.ids.tolist() == [5]
+  assert model.points.rgb.tolist() == [[255, 0, 9]]
+
+
+@pytest.mark.parametrize('name', ['cameras.bin', 'images.bin', 'points3D.bin'])
+def test_every_truncation_is_named(tmp_path, name):
+  content = write_with_tracks(tmp_path)[name]
+  for length in range(len(content)):
+    (tmp_path / name).write_bytes(content[:length])
+    message = error_of(tmp_path)
+    assert name in message
+    assert 'at byte' in message
+    assert 'copy the model again' in message
+
+
+@pytest.mark.parametrize('name', ['cameras.bin', 'images.bin', 'points3D.bin'])
+@pytest.mark.parametrize('count', [4, 2**33, 2**63, 2**64 - 1])
+def test_absurd_counts_take_no_memory(tmp_path, name, count):
+  content = write_with_tracks(tmp_path)[name]
+  (tmp_path / name).write_bytes(struct.pack('<Q', count) + content[8:])
+  assert name in error_of(tmp_path)
+
+
+def test_absurd_counts_inside_records(tmp_path):
+  files = write_with_tracks(tmp_path)
+  at = files['images.bin'].index(b'im1\0') + 4
+  damaged = files['images.bin'][:at] + b'\xff' * 8 + files['images.bin'][at + 8 :]
+  (tmp_path / 'images.bin').write_bytes(damaged)
+  assert "2D points of 'im1'" in error_of(tmp_path)
+  files = write_with_tracks(tmp_path)
+  damaged = files['points3D.bin'][: 8 + 43] + b'\xff' * 8 + files['points3D.bin'][8 + 51 :]
+  (tmp_path / 'points3D.bin').write_bytes(damaged)
+  assert 'track of point 1' in error_of(tmp_path)
+
+
+def test_bytes_too_many(tmp_path):
+  content = write_with_tracks(tmp_path)['images.bin']
+  (tmp_path / 'images.bin').write_bytes(content + b'\0')
+  assert '1 bytes too many' in error_of(tmp_path)
+
+
+def test_missing_folder_and_missing_model(tmp_path):
+  assert 'No such folder' in error_of(tmp_path / 'nowhere')
+  assert 'No sparse model' in error_of(tmp_path)
+  (tmp_path / 'cameras.bin').write_bytes(b'')
+  (tmp_path / 'images.txt').write_bytes(b'')
+  assert 'No sparse model' in error_of(tmp_path)
+
+
+def test_unknown_camera_models(tmp_path):
+  content = write_with_tracks(tmp_path)['cameras.bin']
+  (tmp_path / 'cameras.bin').write_bytes(content[:12] + struct.pack('<i', 77) + content[16:])
+  assert 'unknown camera model id 77' in error_of(tmp_path)
+  (tmp_path / 'cameras.bin').unlink()
+  (tmp_path / 'images.txt').write_text('')
+  (tmp_path / 'cameras.txt').write_text('\n1 WIDE 16 12 20 8 6\n')
+  message = error_of(tmp_path)
+  assert "cameras.txt:2: unknown camera model 'WIDE'" in message
+  assert 'OPENCV_FISHEYE' in message
+
+
+@pytest.mark.parametrize(
+  ('file', 'line'),
+  [
+    ('cameras.txt', '1 PINHOLE 16 12 20 21 8'),
+    ('cameras.txt', '1 PINHOLE 16 12 20 21 8 x'),
+    ('cameras.txt', '1 PINHOLE 16'),
+    ('cameras.txt', 'words'),
+    ('cameras.txt', '2 PINHOLE 0 12 20 21 8 6'),
+    ('cameras.txt', '2 PINHOLE 16 12 nan 21 8 6'),
+    ('images.txt', '2 1 0 0 0 0 0 0 1'),
+    ('images.txt', '2 1 0 0 0 0 0 zero 1 b.png'),
+    ('images.txt', '2 0 0 0 0 0 0 0 1 b.png'),
+    ('images.txt', '2 1 0 0 0 0 0 inf 1 b.png'),
+    ('points3D.txt', '1 2 3 4'),
+    ('points3D.txt', '1 2 3 4 300 0 0 1'),
+    ('points3D.txt', 'one 2 3 4 0 0 0 1'),
+  ],
+)
+def test_bad_text_lines_are_numbered(tmp_path, file, line):
+  (tmp_path / 'cameras.txt').write_text('1 PINHOLE 16 12 20 21 8 6\n')
+  (tmp_path / 'images.txt').write_text('1 1 0 0 0 0 0 0 1 a.png\n\n')
+  (tmp_path / 'points3D.txt').write_text('')
+  assert len(colmap.read_model(str(tmp_path)).images) == 1
+  with open(tmp_path / file, 'a') as f:
+    f.write(line + '\n')
+  number = len((tmp_path / file).read_text().splitlines())
+  assert f'{file}:{number}:' in error_of(tmp_path)
+
+
+def test_a_lost_line_of_2d_points_is_noticed(tmp_path):
+  (tmp_path / 'cameras.txt').write_text('1 PINHOLE 16 12 20 21 8 6\n')
+  (tmp_path / 'images.txt').write_text('1 1 0 0 0 0 0 0 1 a.png\n2 1 0 0 0 0 0 0 1 b.png\n')
+  assert 'images.txt:2' in error_of(tmp_path)
+
+
+def test_an_image_of_no_camera(tmp_path):
+  model = captures.make_model(['a.png'], captures.circle_poses(1))
+  colmap.write_model(str(tmp_path), colmap.Model({}, model.images, model.points))
+  assert 'is of camera 1, which' in error_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('model', 'params', 'expected'),
+  [
+    ('SIMPLE_PINHOLE', (9, 1, 2), (9, 9, 1, 2, (0, 0, 0, 0, 0, 0), structs.PERSPECTIVE)),
+    ('PINHOLE', (9, 8, 1, 2), (9, 8, 1, 2, (0, 0, 0, 0, 0, 0), structs.PERSPECTIVE)),
+    ('SIMPLE_RADIAL', (9, 1, 2, 3), (9, 9, 1, 2, (3, 0, 0, 0, 0, 0), structs.PERSPECTIVE)),
+    ('RADIAL', (9, 1, 2, 3, 4), (9, 9, 1, 2, (3, 4, 0, 0, 0, 0), structs.PERSPECTIVE)),
+    (
+      'OPENCV',
+      (9, 8, 1, 2, 3, 4, 5, 6),
+      (9, 8, 1, 2, (3, 4, 0, 0, 5, 6), structs.PERSPECTIVE),
+    ),
+    (
+      'OPENCV_FISHEYE',
+      (9, 8, 1, 2, 3, 4, 5, 6),
+      (9, 8, 1, 2, (3, 4, 5, 6, 0, 0), structs.FISHEYE),
+    ),
+    ('SIMPLE_RADIAL_FISHEYE', (9, 1, 2, 3), (9, 9, 1, 2, (3, 0, 0, 0, 0, 0), structs.FISHEYE)),
+    ('RADIAL_FISHEYE', (9, 1, 2, 3, 4), (9, 9, 1, 2, (3, 4, 0, 0, 0, 0), structs.FISHEYE)),
+  ],
+)
+def test_intrinsics(model, params, expected):
+  assert len(params) == colmap.CAMERA_MODELS[model]
+  assert colmap.intrinsics(colmap.Camera(1, model, 4, 4, params)) == colmap.Intrinsics(*expected)
+
+
+def test_models_without_a_counterpart_are_refused_by_name():
+  usable = 0
+  for model, count in colmap.CAMERA_MODELS.items():
+    try:
+      colmap.intrinsics(colmap.Camera(1, model, 4, 4, (1.0,) * count))
+      usable += 1
+    except colmap.ModelError as e:
+      assert model in str(e)  # noqa: PT017
+      assert 'image_undistorter' in str(e)  # noqa: PT017
+  assert usable == 8
+  with pytest.raises(colmap.ModelError, match='focal lengths'):
+    colmap.intrinsics(colmap.Camera(1, 'SIMPLE_PINHOLE', 4, 4, (0.0, 1.0, 2.0)))
+
+
+def test_camera_to_world_inverts_the_pose():
+  """A point before an OpenCV camera is before the OpenGL one, with y and z turned over."""
+  for pose in captures.circle_poses(5):
+    quaternion, translation = captures.to_colmap(pose)
+    scaled = tuple(3 * q for q in quaternion)  # COLMAP normalises what it reads.
+    image = colmap.Image(1, scaled, translation, 1, 'a')
+    np.testing.assert_allclose(colmap.camera_to_world(image), pose, atol=1e-12)
+  image = colmap.Image(1, (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 5.0), 1, 'a')
+  np.testing.assert_allclose(
+    colmap.camera_to_world(image), [[1, 0, 0, 0], [0, -1, 0, 0], [0, 0, -1, -5]], atol=1e-12
+  )
+
+
+def test_quarter_turn():
+  """90 degrees around x: the world's y is the camera's z."""
+  half = np.sqrt(0.5)
+  image = colmap.Image(1, (half, half, 0.0, 0.0), (0.0, 0.0, 0.0), 1, 'a')
+  forward = -colmap.camera_to_world(image)[:, 2]
+  np.testing.assert_allclose(forward, [0, 1, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize(('scene', 'images'), [('bonsai', 292), ('phone_toy', 82)])
+def test_real_models(scene, images):
+  root = os.path.join(os.path.dirname(__file__), '..', '..', 'shared', 'data', scene, 'sparse', '0')
+  if not os.path.isdir(root):
+    pytest.skip(f'the real capture {scene} is not here')
+  model = colmap.read_model(root)
+  assert len(model.images) == images
+  assert len(model.points.xyz) > 5000
+  assert np.isfinite(model.points.xyz).all()
+  assert 0.2 < model.points.error.mean() < 0.7

@@ -1,0 +1,191 @@
+"""Decoding: every kind of picture becomes the right uint8 RGB, or is refused by name."""
+
+import os
+import pathlib
+import time
+
+import captures
+import numpy as np
+import pytest
+from PIL import Image
+
+from internal.datasets import images
+
+RGB = captures.pixels(0)
+
+
+def refused(path, **kwargs) -> str:
+  with pytest.raises(images.DataError) as caught:
+    images.decode(str(path), **kwargs)
+  message = str(caught.value)
+  assert os.path.basename(path) in message
+  assert '\n' not in message
+  return message
+
+
+def saved(tmp_path, image: Image.Image, name='a.png', **kwargs) -> str:
+  path = str(tmp_path / name)
+  image.save(path, **kwargs)
+  return path
+
+
+@pytest.mark.parametrize('name', ['a.png', 'a.bmp', 'a.tif', 'a.webp', 'a.ppm'])
+def test_rgb_is_as_stored(tmp_path, name):
+  kwargs = {'lossless': True} if name == 'a.webp' else {}
+  pixels = images.decode(saved(tmp_path, Image.fromarray(RGB), name, **kwargs))
+  assert pixels.dtype == np.uint8
+  assert pixels.flags.c_contiguous
+  np.testing.assert_array_equal(pixels, RGB)
+
+
+def test_grey_and_palette(tmp_path):
+  grey = RGB[..., 0]
+  expected = np.repeat(grey[..., None], 3, -1)
+  np.testing.assert_array_equal(images.decode(saved(tmp_path, Image.fromarray(grey))), expected)
+  palette = Image.fromarray(grey).convert('P')
+  np.testing.assert_array_equal(images.decode(saved(tmp_path, palette)), expected)
+  bits = Image.fromarray(grey > 127)
+  assert bits.mode == '1'
+  np.testing.assert_array_equal(
+    images.decode(saved(tmp_path, bits)), np.where(expected > 127, 255, 0)
+  )
+
+
+def test_cmyk(tmp_path):
+  image = Image.new('CMYK', (16, 12), (0, 255, 255, 0))
+  pixels = images.decode(saved(tmp_path, image, 'a.jpg', quality=95))
+  assert pixels.shape == (12, 16, 3)
+  np.testing.assert_allclose(pixels[5, 5].astype(int), [255, 0, 0], atol=4)
+
+
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_16_bits_are_scaled_to_the_nearest(tmp_path, channels):
+  values = np.random.default_rng(3).integers(0, 65536, (12, 16, channels))
+  values.flat[:4] = 0, 128, 129, 65535
+  if channels == 4:
+    values[..., 3] = 65535
+  path = tmp_path / 'a.png'
+  path.write_bytes(captures.png_16(values))
+  expected = np.round(values[..., :3] / 257)
+  np.testing.assert_array_equal(
+    images.decode(str(path)), np.broadcast_to(expected, (12, 16, 3)).astype(np.uint8)
+  )
+
+
+def test_kinds_that_would_be_misread_are_refused(tmp_path):
+  path = tmp_path / 'grey_alpha.png'
+  path.write_bytes(captures.png_16(np.full((4, 4, 2), 30000)))
+  assert '16 bits' in refused(path)
+  for mode in ('F', 'I'):
+    path = saved(tmp_path, Image.new(mode, (4, 4)), f'{mode}.tif')
+    assert f'{mode!r}' in refused(path)
+
+
+def test_alpha(tmp_path):
+  rgba = captures.pixels(1, channels=4)
+  path = saved(tmp_path, Image.fromarray(rgba))
+  assert 'transparent' in refused(path)
+  alpha = rgba[..., 3:] / 255
+  expected = rgba[..., :3] * alpha + 255 * (1 - alpha)
+  pixels = images.decode(path, 'white')
+  assert np.abs(pixels - expected).max() <= 0.5 + 1e-9
+  rgba[..., 3] = 255
+  path = saved(tmp_path, Image.fromarray(rgba))
+  np.testing.assert_array_equal(images.decode(path), rgba[..., :3])
+
+
+def test_transparent_palette_and_color_key(tmp_path):
+  grey = np.zeros((4, 4), np.uint8)
+  grey[0] = 200
+  path = saved(tmp_path, Image.fromarray(grey).convert('P'), transparency=0)
+  assert 'transparent' in refused(path)
+  np.testing.assert_array_equal(images.decode(path, 'white')[:, 0, 0], [200, 255, 255, 255])
+
+
+@pytest.mark.parametrize('orientation', [5, 6, 7, 8])
+def test_exif_turns_only_where_the_camera_wants_it(tmp_path, orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  path = saved(tmp_path, Image.fromarray(RGB), exif=exif)
+  np.testing.assert_array_equal(images.decode(path), RGB)
+  np.testing.assert_array_equal(images.decode(path, size=(16, 12)), RGB)
+  turned = np.asarray(
+    Image.fromarray(RGB).transpose(
+      {
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+      }[orientation]
+    )
+  )
+  np.testing.assert_array_equal(images.decode(path, size=(12, 16)), turned)
+  assert images.read_header(path) == images.Header(16, 12, orientation)
+  assert '16x12' in refused(path, size=(11, 16))
+
+
+def test_an_upside_down_tag_is_ignored_as_colmap_does(tmp_path):
+  exif = Image.Exif()
+  exif[0x0112] = 3
+  path = saved(tmp_path, Image.fromarray(RGB), 'a.png', exif=exif)
+  np.testing.assert_array_equal(images.decode(path, size=(16, 12)), RGB)
+
+
+def test_a_turned_size_without_a_tag_is_refused(tmp_path):
+  path = saved(tmp_path, Image.fromarray(RGB))
+  assert 'its camera has 12x16' in refused(path, size=(12, 16))
+
+
+def test_headers_are_read_without_the_pixels(tmp_path):
+  path = saved(tmp_path, Image.fromarray(RGB))
+  content = pathlib.Path(path).read_bytes()
+  with open(path, 'wb') as f:
+    f.write(content[: len(content) // 2])
+  assert images.read_header(path) == images.Header(16, 12)
+  assert 'cannot be read' in refused(path)
+
+
+@pytest.mark.filterwarnings('ignore:Corrupt EXIF')
+@pytest.mark.parametrize('name', ['a.png', 'a.jpg', 'a.webp', 'a.tif'])
+def test_damaged_files_are_named(tmp_path, name):
+  path = saved(tmp_path, Image.fromarray(RGB), name)
+  content = pathlib.Path(path).read_bytes()
+  for length in (0, 1, 10, len(content) // 2):
+    with open(path, 'wb') as f:
+      f.write(content[:length])
+    assert 'cannot be read as an image' in refused(path)
+  with pytest.raises(images.DataNotFoundError, match='no such image'):
+    images.decode(str(tmp_path / 'nothing.png'))
+
+
+@pytest.mark.parametrize('name', ['../a.png', '/a.png', 'b/../../a.png', '..\\a.png', '', 'a\0b'])
+def test_names_stay_inside(tmp_path, name):
+  with pytest.raises(images.DataError, match='not a path inside'):
+    images.inside(str(tmp_path), name)
+
+
+def test_names_inside_are_paths(tmp_path):
+  for name in ('a.png', 'b/c.png', 'b..c/d.png'):
+    assert images.inside(str(tmp_path), name) == os.path.join(str(tmp_path), name)
+
+
+def test_list_images(tmp_path):
+  for name in ('b.PNG', 'a/z.jpg', '.hidden.png', '.git/x.png', 'notes.txt', '._b.jpg', 'a.jpg'):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b'')
+  assert images.list_images(str(tmp_path)) == ['a.jpg', 'a/z.jpg', 'b.PNG']
+
+
+def test_threads_keep_the_order_and_stop_at_an_error():
+  assert images.in_threads(lambda x: x * x, list(range(50))) == [x * x for x in range(50)]
+  done = []
+
+  def work(i):
+    if i == 0:
+      raise KeyboardInterrupt
+    time.sleep(0.002)
+    done.append(i)
+
+  with pytest.raises(KeyboardInterrupt):
+    images.in_threads(work, list(range(1000)))
+  assert len(done) < 500

@@ -1,0 +1,97 @@
+"""Scenes: what is saved comes back exactly; pixels are those of the camera's size."""
+
+import dataclasses
+import json
+import os
+
+import captures
+import jax
+import numpy as np
+import pytest
+
+from internal import cameras, structs
+from internal.datasets import images, scene
+
+
+def sample(ndc=True) -> scene.Scene:
+  rng = np.random.default_rng(0)
+  table = cameras.make_cameras(
+    rng.normal(size=(3, 3, 3)),
+    rng.normal(size=(3, 3, 4)),
+    [[16, 12]] * 3,
+    distortion=rng.normal(size=(3, 6)),
+    lens=[structs.FISHEYE, 0, 0],
+    pixtocam_ndc=rng.normal(size=(3, 3)) if ndc else None,
+  )
+  return scene.Scene(
+    loader='llff',
+    files=('images/0.png', 'images/\udce4.png', 'images/2.png'),
+    names=('0.png', '\udce4.png', 'ü 2.png'),
+    cameras=table,
+    train=(1, 2),
+    test=(0,),
+    world_transform=rng.normal(size=(4, 4)),
+    background='none',
+    bounds=(1 / 3, 7.0) if ndc else None,
+    report={'images_found': 3},
+  )
+
+
+@pytest.mark.parametrize('ndc', [True, False])
+def test_round_trip_is_exact(tmp_path, ndc):
+  path = str(tmp_path / 'scene.json')
+  a = sample(ndc)
+  scene.save_scene(path, a)
+  b = scene.load_scene(path)
+  for field in dataclasses.fields(scene.Scene):
+    if field.name not in ('cameras', 'world_transform'):
+      assert getattr(a, field.name) == getattr(b, field.name), field.name
+  np.testing.assert_array_equal(a.world_transform, b.world_transform)
+  # The same tree: static fields too, or a compiled program would not fit.
+  assert jax.tree.structure(a.cameras) == jax.tree.structure(b.cameras)
+  for x, y in zip(jax.tree.leaves(a.cameras), jax.tree.leaves(b.cameras)):
+    assert x.dtype == y.dtype
+    np.testing.assert_array_equal(x, y)
+  assert os.listdir(tmp_path) == ['scene.json']
+
+
+def test_a_failed_save_keeps_the_old_one(tmp_path):
+  path = str(tmp_path / 'scene.json')
+  scene.save_scene(path, sample())
+  with pytest.raises(TypeError):
+    scene.save_scene(path, dataclasses.replace(sample(), report={'x': object()}))
+  assert scene.load_scene(path).report == {'images_found': 3}
+
+
+def test_bad_files_are_named(tmp_path):
+  path = str(tmp_path / 'scene.json')
+  with pytest.raises(images.DataNotFoundError, match=r'scene\.json'):
+    scene.load_scene(path)
+  scene.save_scene(path, sample())
+  fields = json.loads((tmp_path / 'scene.json').read_text())
+  for content in ('{', '[]', '{"version": 1}', json.dumps({**fields, 'new': 1})):
+    with open(path, 'w') as f:
+      f.write(content)
+    with pytest.raises(images.DataError, match=r'scene\.json: is no scene'):
+      scene.load_scene(path)
+  with open(path, 'w') as f:
+    json.dump({**fields, 'version': 99}, f)
+  with pytest.raises(images.DataError, match=r'version 99'):
+    scene.load_scene(path)
+
+
+def test_pixels(tmp_path):
+  for i, name in enumerate(('0.png', '2.png')):
+    captures.save_image(str(tmp_path / 'images' / name), captures.pixels(i))
+  some = sample()
+  np.testing.assert_array_equal(scene.read_image(str(tmp_path), some, 0), captures.pixels(0))
+  two = scene.read_images(str(tmp_path), some, (2, 0), progress=False)
+  np.testing.assert_array_equal(two, [captures.pixels(1), captures.pixels(0)])
+  with pytest.raises(images.DataNotFoundError, match='no such image'):
+    scene.read_images(str(tmp_path), some, (0, 1), progress=False)
+  captures.save_image(str(tmp_path / 'images' / '0.png'), captures.pixels(0, (17, 12)))
+  with pytest.raises(images.DataError, match=r'0\.png: is 17x12.*16x12'):
+    scene.read_image(str(tmp_path), some, 0)
+  outside = dataclasses.replace(some, files=('../images/0.png',) * 3)
+  with pytest.raises(images.DataError, match='not a path inside'):
+    scene.read_image(str(tmp_path), outside, 0)
