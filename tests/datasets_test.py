@@ -79,11 +79,10 @@ def test_rays_pass_through_the_points(tmp_path):
   model = colmap.read_model(str(tmp_path / 'sparse/0'))
   found = load(tmp_path)
   rng = np.random.default_rng(0)
-  for row in range(6):
+  pixels = rng.integers(0, [16, 12], (6, 2))
+  rays = cameras.pixels_to_rays(found.cameras, jnp.arange(6), *jnp.asarray(pixels.T))
+  for row, along in enumerate(np.asarray(rays.origins + 2 * rays.directions, np.float64)):
     image = next(i for i in model.images.values() if i.name == found.names[row])
-    pixel = rng.integers(0, [16, 12])
-    rays = cameras.pixels_to_rays(found.cameras, *(jnp.asarray(v) for v in (row, *pixel)))
-    along = np.asarray(rays.origins + 2 * rays.directions, np.float64)
     point = np.linalg.solve(found.world_transform, [*along, 1])[:3]
     w2c = np.linalg.inv(np.vstack([colmap.camera_to_world(image), [0, 0, 0, 1]]))
     x, y, z = (w2c @ [*point, 1])[:3] * [1, -1, -1]
@@ -93,7 +92,7 @@ def test_rays_pass_through_the_points(tmp_path):
     radial = 1 + k1 * r2 + k2 * r2 * r2
     u = fx * (x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x)) + cx
     v = fy * (y * radial + 2 * p2 * x * y + p1 * (r2 + 2 * y * y)) + cy
-    np.testing.assert_allclose([u, v], pixel + 0.5, atol=1e-3)
+    np.testing.assert_allclose([u, v], pixels[row] + 0.5, atol=1e-3)
 
 
 def test_several_cameras_sizes_and_folders(tmp_path):
@@ -223,7 +222,7 @@ def test_bounds_from_points():
 
 
 def test_no_folder_and_no_model(tmp_path):
-  with pytest.raises(images.DataNotFoundError, match='Config.data_dir is not set'):
+  with pytest.raises(images.DataNotFoundError, match=r'Config\.data_dir is not set'):
     datasets.load_dataset(configs.Config())
   for loader in datasets.LOADERS:
     message = refused(tmp_path / 'nowhere', dataset_loader=loader)
