@@ -128,6 +128,27 @@ def lift_and_diagonalize(mean: Array, cov: Array, basis: Array) -> tuple[Array, 
   return math.dot(mean, basis), jnp.maximum(var, 0)
 
 
+_OCTAVES = 4  # Frequencies from one sine and cosine: three doublings cost 3 bits of float32's 24.
+
+
+def _sines(x: Array, degs: int) -> tuple[Array, Array]:
+  """sin and cos of 2^l x for l in [0, degs): [..., b] -> [..., degs, b] each.
+
+  Every fourth octave is computed, those between by doubling the angle: most of an encoding's
+  time would go into sines.
+  """
+  groups = -(-degs // _OCTAVES)
+  scales = 2.0 ** (_OCTAVES * jnp.arange(groups, dtype=x.dtype)[:, None])
+  angle = x[..., None, :] * scales.reshape((1,) * (x.ndim - 1) + scales.shape)  # [..., groups, b]
+  sin, cos = [math.safe_sin(angle)], [math.safe_cos(angle)]
+  for _ in range(_OCTAVES - 1):
+    s, c = sin[-1], cos[-1]
+    sin.append(2 * s * c)
+    cos.append((c - s) * (c + s))
+  flat = (*x.shape[:-1], groups * _OCTAVES, x.shape[-1])
+  return tuple(jnp.stack(v, -2).reshape(flat)[..., :degs, :] for v in (sin, cos))
+
+
 def integrated_pos_enc(mean: Array, var: Array, min_deg: int, max_deg: int) -> Array:
   """Expected sines and cosines of Gaussian coordinates (arXiv:2103.13415, Eq. 14).
 
@@ -143,10 +164,9 @@ def integrated_pos_enc(mean: Array, var: Array, min_deg: int, max_deg: int) -> A
   """
   scales = 2.0 ** jnp.arange(min_deg, max_deg, dtype=mean.dtype)[:, None]
   scales = scales.reshape((1,) * (mean.ndim - 1) + scales.shape)  # [..., deg, 1]
-  flat = (*mean.shape[:-1], -1)
-  angle = (mean[..., None, :] * scales).reshape(flat)
-  damping = jnp.exp(-0.5 * var[..., None, :] * scales**2).reshape(flat)
-  return jnp.concatenate([damping * math.safe_sin(angle), damping * math.safe_cos(angle)], -1)
+  damping = jnp.exp(-0.5 * var[..., None, :] * scales**2)  # [..., deg, b]
+  features = [damping * v for v in _sines(mean * 2.0**min_deg, max_deg - min_deg)]
+  return jnp.stack(features, -3).reshape((*mean.shape[:-1], -1))
 
 
 def pos_enc(x: Array, min_deg: int, max_deg: int, append_identity: bool = True) -> Array:

@@ -89,9 +89,10 @@ def ssim(a: Array, b: Array) -> Array:
     )
   mean_a, mean_b = _blur(a), _blur(b)
   # Rounding can push a variance below zero, and a covariance above what the variances allow.
+  # The root is kept off zero, where its gradient is infinite.
   var_a = jnp.maximum(_blur(a * a) - mean_a * mean_a, 0)
   var_b = jnp.maximum(_blur(b * b) - mean_b * mean_b, 0)
-  limit = jnp.sqrt(var_a * var_b)
+  limit = jnp.sqrt(jnp.maximum(var_a * var_b, 1e-24))
   cov = jnp.clip(_blur(a * b) - mean_a * mean_b, -limit, limit)
   c1, c2 = _SSIM_K1**2, _SSIM_K2**2
   numerator = (2 * mean_a * mean_b + c1) * (2 * cov + c2)

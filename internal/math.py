@@ -8,18 +8,19 @@ Array = jax.Array
 
 TINY = float(np.finfo(np.float32).tiny)
 EPS = float(np.finfo(np.float32).eps)
+SMALL = 1e-18  # Guards divisors: gradients have their square, and TINY^2 is no float32.
 _MAX_EXP = 88.0  # exp(88) is the last whole power that float32 holds.
-_WRAP = 100 * np.pi  # Whole periods, small enough to keep float32's digits.
+_MAX = float(np.finfo(np.float32).max)
 
 
 def safe_sin(x: Array) -> Array:
-  """sin(x) that stays accurate on backends with a short range reduction: wraps beyond 100 pi."""
-  return jnp.sin(jnp.where(jnp.abs(x) < _WRAP, x, x % _WRAP))
+  """sin(x) with infinities held at float32's largest number, so that the result is finite."""
+  return jnp.sin(jnp.clip(x, -_MAX, _MAX))
 
 
 def safe_cos(x: Array) -> Array:
-  """cos(x), wrapped as `safe_sin`."""
-  return jnp.cos(jnp.where(jnp.abs(x) < _WRAP, x, x % _WRAP))
+  """cos(x), guarded as `safe_sin`."""
+  return jnp.cos(jnp.clip(x, -_MAX, _MAX))
 
 
 @jax.custom_jvp
@@ -36,7 +37,8 @@ def _safe_exp_jvp(primals, tangents):
 
 def safe_log(x: Array) -> Array:
   """log(x), with x held at the smallest normal float32, so that log(0) is about -87."""
-  return jnp.log(jnp.maximum(x, TINY))
+  # Not maximum, whose gradient is a product: 0 times a gradient of 1 / TINY that overflowed.
+  return jnp.log(jnp.where(x > TINY, x, TINY))
 
 
 def dot(x: Array, matrix: Array) -> Array:

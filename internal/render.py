@@ -18,7 +18,8 @@ def _conical_frustum(t0: Array, t1: Array, radii: Array) -> tuple[Array, Array, 
   In mid-point and half-width, so that thin and far frusta keep their digits.
   """
   mid, half = (t0 + t1) / 2, (t1 - t0) / 2
-  ratio = half**2 / jnp.maximum(3 * mid**2 + half**2, math.TINY)  # In [0, 1].
+  slant = half / jnp.maximum(mid, math.SMALL)  # In [0, 1]: squares of tiny t would underflow.
+  ratio = slant**2 / (3 + slant**2)
   t_mean = mid + 2 * mid * ratio
   t_var = half**2 / 3 - (4 / 15) * ratio**2 * (12 * mid**2 - half**2)
   r_var = radii**2 * (mid**2 / 4 + (5 / 12) * half**2 - (4 / 15) * ratio * half**2)
@@ -57,7 +58,8 @@ def cast_rays(
   t_mean, t_var, r_var = _SHAPES[ray_shape](tdist[..., :-1], tdist[..., 1:], radii)
   d = directions[..., None, :]  # [..., 1, 3]
   outer = d[..., :, None] * d[..., None, :]  # [..., 1, 3, 3]
-  norm_sq = jnp.maximum(jnp.sum(d**2, -1), math.TINY)[..., None, None]
+  norm_sq = jnp.sum(d**2, -1)[..., None, None]
+  norm_sq = jnp.where(norm_sq > 0, norm_sq, 1)  # A ray that goes nowhere has outer = 0.
   across = jnp.broadcast_to(jnp.eye(3, dtype=d.dtype), outer.shape) - outer / norm_sq
   cov = t_var[..., None, None] * outer + r_var[..., None, None] * across
   return structs.Gaussians(origins[..., None, :] + t_mean[..., None] * d, cov)

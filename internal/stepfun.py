@@ -16,7 +16,7 @@ Array = jax.Array
 def weight_to_density(t: Array, w: Array) -> Array:
   """Weight over width, [..., n]; zero where a bin has no width."""
   width = jnp.diff(t)
-  return jnp.where(width > 0, w / jnp.maximum(width, math.TINY), 0)
+  return jnp.where(width > 0, w / jnp.maximum(width, math.SMALL), 0)
 
 
 def max_dilate_weights(
@@ -46,7 +46,7 @@ def max_dilate_weights(
   dilated = jnp.max(jnp.where(covers, density[..., None, :], 0), -1)[..., :-1]
   weights = dilated * jnp.diff(edges)
   if renormalize:
-    weights /= jnp.maximum(jnp.sum(weights, -1, keepdims=True), math.TINY)
+    weights /= jnp.maximum(jnp.sum(weights, -1, keepdims=True), math.SMALL)
   return edges, weights
 
 

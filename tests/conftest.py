@@ -1,11 +1,16 @@
-"""Eight virtual CPU devices, and shape slips are errors, in every test."""
+"""Eight virtual CPU devices, shape slips are errors, and no program is compiled twice."""
 
 import os
+import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 )
+# Shared with the subprocesses that the tests start.
+_CACHE = tempfile.TemporaryDirectory(prefix='jax_cache_')
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _CACHE.name)
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
 import jax
 

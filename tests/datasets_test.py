@@ -6,6 +6,7 @@ import pathlib
 import shutil
 
 import captures
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_rays_pass_through_the_points(tmp_path):
   found = load(tmp_path)
   rng = np.random.default_rng(0)
   pixels = rng.integers(0, [16, 12], (6, 2))
-  rays = cameras.pixels_to_rays(found.cameras, jnp.arange(6), *jnp.asarray(pixels.T))
+  rays = jax.jit(cameras.pixels_to_rays)(found.cameras, jnp.arange(6), *jnp.asarray(pixels.T))
   for row, along in enumerate(np.asarray(rays.origins + 2 * rays.directions, np.float64)):
     image = next(i for i in model.images.values() if i.name == found.names[row])
     point = np.linalg.solve(found.world_transform, [*along, 1])[:3]
