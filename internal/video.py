@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +16,8 @@ class VideoError(ValueError):
   """Frames that cannot be encoded, or no encoder; the message says what to do."""
 
 
-def _load_encoder(folder: str):
+def _find_encoder(folder: str) -> str:
+  """The encoder's program; `folder` is where the frames are."""
   try:
     import imageio_ffmpeg
   except ImportError:
@@ -21,7 +25,10 @@ def _load_encoder(folder: str):
       f'The video encoder is missing: pip install imageio-ffmpeg, then run the same command again. '
       f'The frames are kept in {folder}.'
     ) from None
-  return imageio_ffmpeg
+  try:
+    return imageio_ffmpeg.get_ffmpeg_exe()
+  except RuntimeError as e:
+    raise VideoError(f'{" ".join(str(e).split())} The frames are kept in {folder}.') from None
 
 
 def _read_even(path: str) -> np.ndarray:
@@ -57,37 +64,45 @@ def write_video(frames: Sequence[str], path: str, fps: float = 60, crf: int = 18
     raise VideoError(f'There are no frames to make {path} of.')
   if not fps > 0 or not 0 <= crf <= 51:
     raise VideoError(f'A video needs fps > 0 and crf in 0..51, got fps {fps}, crf {crf}.')
-  encoder = _load_encoder(os.path.dirname(frames[0]))
-  first = _read_even(frames[0])
+  program = _find_encoder(os.path.dirname(frames[0]))
   temporary = f'{path}.{os.getpid()}.part.mp4'
   try:
-    stream = encoder.write_frames(
-      temporary,
-      first.shape[1::-1],
-      fps=fps,
-      codec='libx264',
-      quality=None,
-      macro_block_size=2,
-      ffmpeg_log_level='error',
-      # Without the tag players guess the matrix by the size, and colours shift.
-      output_params=[
-        *('-crf', str(crf)),
-        *('-vf', 'scale=out_color_matrix=bt709:out_range=tv'),
-        *('-colorspace', 'bt709', '-color_primaries', 'bt709', '-color_trc', 'bt709'),
-        *('-movflags', '+faststart'),
-      ],
-    )
-    _send(stream, frames, first.shape)
-    _check_count(encoder, temporary, len(frames))
+    _encode(program, frames, temporary, fps, crf)
     os.replace(temporary, path)
   finally:
     if os.path.exists(temporary):
       os.remove(temporary)
 
 
-def _send(stream, frames: Sequence[str], shape: tuple[int, ...]) -> None:
-  stream.send(None)
-  try:
+def _encode(program: str, frames: Sequence[str], path: str, fps: float, crf: int) -> None:
+  first = _read_even(frames[0])
+  height, width = first.shape[:2]
+  command = [
+    *(program, '-v', 'error', '-y'),
+    *('-f', 'rawvideo', '-pix_fmt', 'rgb24', '-s', f'{width}x{height}', '-r', str(fps), '-i', '-'),
+    *('-c:v', 'libx264', '-crf', str(crf), '-pix_fmt', 'yuv420p'),
+    # Without the tags players guess the matrix by the size, and colours shift.
+    *('-vf', 'scale=out_color_matrix=bt709:out_range=tv'),
+    *('-colorspace', 'bt709', '-color_primaries', 'bt709', '-color_trc', 'bt709'),
+    *('-movflags', '+faststart', path),
+  ]
+  # Not by the package's own writer: that loses the exit code, and forks under JAX's threads.
+  with tempfile.TemporaryFile() as log:
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+    try:
+      _send(process.stdin, frames, first.shape)
+      code = process.wait()
+    finally:
+      process.kill()
+      process.wait()
+    if code:
+      log.seek(0)
+      said = ' '.join(log.read().decode(errors='replace').split()) or f'exit code {code}'
+      raise VideoError(f'The video encoder failed: {said[-300:]}. The frames are kept.')
+
+
+def _send(pipe, frames: Sequence[str], shape: tuple[int, ...]) -> None:
+  with contextlib.suppress(BrokenPipeError), pipe:  # Its exit code says more.
     for name in frames:
       frame = _read_even(name)
       if frame.shape != shape:
@@ -95,21 +110,4 @@ def _send(stream, frames: Sequence[str], shape: tuple[int, ...]) -> None:
           f'{name}: is {frame.shape[1]}x{frame.shape[0]}, the first frame {shape[1]}x{shape[0]}. '
           'Delete it and render again.'
         )
-      stream.send(np.ascontiguousarray(frame))
-  except OSError as e:
-    raise VideoError(f'The video encoder stopped: {" ".join(str(e).split())}.') from None
-  finally:
-    stream.close()
-
-
-def _check_count(encoder, path: str, wanted: int) -> None:
-  """ffmpeg's exit code is lost in the package, so the file itself is asked."""
-  try:
-    count, _ = encoder.count_frames_and_secs(path)
-  except (RuntimeError, OSError):
-    count = 0
-  if count != wanted:
-    raise VideoError(
-      f'The video encoder wrote {count} of {wanted} frames (is the disk full?). The frames are '
-      'kept; run the same command again.'
-    )
+      pipe.write(np.ascontiguousarray(frame))
