@@ -15,7 +15,7 @@ _LIGHTNESS = (0.13, 0.97)
 _HUES = (262, 290, 330, 372, 402, 430, 465)  # Degrees.
 _CHROMAS = (0.06, 0.16, 0.185, 0.17, 0.15, 0.15, 0.07)
 
-ERROR_MAX = 0.15  # The error that is drawn brightest; fixed, so that pictures can be compared.
+ERROR_MAX = 0.3  # The error that is drawn brightest; fixed, so that pictures can be compared.
 _PAPER, _INK = 250, 40
 _MARGIN = 6
 
@@ -82,9 +82,14 @@ def apply_colormap(x: np.ndarray) -> np.ndarray:
   return to_uint8(np.stack([np.interp(position, knots, c) for c in _COLORMAP.T], -1))
 
 
+def _finite(distance: np.ndarray) -> np.ndarray:
+  """Distances as positive finite numbers; NaN counts as far away."""
+  return np.clip(np.nan_to_num(distance, nan=np.inf), 1e-6, 1e12)
+
+
 def _depth_curve(distance: np.ndarray) -> np.ndarray:
   """1 / sqrt(t): disparity brings out what is near, the logarithm what is far; this is between."""
-  return 1 / np.sqrt(np.clip(np.nan_to_num(distance, nan=np.inf), 1e-6, 1e12))
+  return 1 / np.sqrt(_finite(distance))
 
 
 def depth_range(distance: np.ndarray, acc: np.ndarray) -> tuple[float, float]:
@@ -92,12 +97,13 @@ def depth_range(distance: np.ndarray, acc: np.ndarray) -> tuple[float, float]:
 
   `distance` and `acc` have one shape, any: one image, or several for a range common to them.
   """
-  order = np.argsort(distance, axis=None)
+  distance = _finite(np.ravel(distance))
+  order = np.argsort(distance)
   cdf = np.cumsum(np.clip(np.nan_to_num(np.ravel(acc)[order]), 0, 1), dtype=np.float64)
   if not len(cdf) or cdf[-1] <= 0:
     return 1.0, 2.0
   picked = np.searchsorted(cdf, np.array([0.01, 0.99]) * cdf[-1])
-  near, far = np.ravel(distance)[order][np.minimum(picked, len(cdf) - 1)]
+  near, far = distance[order][np.minimum(picked, len(cdf) - 1)]
   return float(near), float(far)
 
 
@@ -115,9 +121,9 @@ def depth_picture(
 
 
 def error_picture(img: np.ndarray, truth: np.ndarray) -> np.ndarray:
-  """Mean absolute difference over channels, black at 0, brightest from ERROR_MAX up."""
+  """Mean absolute difference over channels (its square root), brightest from ERROR_MAX up."""
   difference = to_uint8(img).astype(np.float32) - to_uint8(truth)
-  return apply_colormap(np.abs(difference).mean(-1) / 255 / ERROR_MAX)
+  return apply_colormap(np.sqrt(np.abs(difference).mean(-1) / 255 / ERROR_MAX))
 
 
 def shrink(img: np.ndarray, max_width: int) -> np.ndarray:
@@ -127,6 +133,12 @@ def shrink(img: np.ndarray, max_width: int) -> np.ndarray:
     height = max(1, round(picture.height * max_width / picture.width))
     picture = picture.resize((max_width, height), Image.Resampling.BOX)
   return np.asarray(picture)
+
+
+def enlarge(img: np.ndarray, max_width: int) -> np.ndarray:
+  """[h, w, 3] with each pixel repeated a whole number of times, as far as max_width allows."""
+  times = max(1, max_width // img.shape[1])
+  return to_uint8(img).repeat(times, 0).repeat(times, 1)
 
 
 def sheet(
@@ -177,13 +189,14 @@ def comparison_sheet(
     f'error (brightest: {ERROR_MAX:g} or more)': error_picture(rendering['rgb'], truth),
     'median depth (near is bright)': depth_picture(rendering['distance_median'], rendering['acc']),
   }
-  return sheet(list(panels.values()), list(panels), columns=2)
+  return sheet([enlarge(img, 400) for img in panels.values()], list(panels), columns=2)
 
 
 def contact_sheet(
   images: Sequence[np.ndarray], captions: Sequence[str], max_width: int = 320
 ) -> np.ndarray:
-  """Small pictures of many images, in about as many columns as make the whole 4:3."""
+  """Pictures of many images, in about as many columns as make the whole 4:3."""
+  images = [enlarge(img, max_width) for img in images]
   height, width = np.max([img.shape[:2] for img in images], axis=0)
   columns = int(np.ceil(np.sqrt(len(images) * 4 / 3 * height / width)))
   return sheet(images, captions, columns, max_width)

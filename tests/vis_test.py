@@ -74,6 +74,11 @@ class TestDepth:
     near, far = vis.depth_range(np.ones((3, 3)), np.zeros((3, 3)))
     assert 0 < near < far
 
+  @pytest.mark.parametrize('odd', [np.inf, np.nan, 0.0])
+  def test_range_is_finite_and_positive(self, odd):
+    near, far = vis.depth_range(np.array([1.0, 2.0, odd]), np.ones(3))
+    assert 0 < near < far < np.inf
+
   def test_near_is_brighter(self):
     distance = np.geomspace(0.5, 1e6, 64).reshape(8, 8)
     brightness = luma(vis.depth_picture(distance, np.ones((8, 8)))).ravel()
@@ -139,6 +144,13 @@ class TestSheet:
     small = vis.shrink(np.zeros((100, 400, 3)), 100)
     assert small.shape == (25, 100, 3)
     assert vis.shrink(np.zeros((5, 7, 3)), 100).shape == (5, 7, 3)
+
+  def test_small_images_are_enlarged_by_whole_pixels(self):
+    img = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
+    big = vis.enlarge(img, 10)
+    assert big.shape == (6, 9, 3)
+    np.testing.assert_array_equal(big[1::3, 1::3], img)
+    np.testing.assert_array_equal(vis.enlarge(img, 2), img)
 
   def test_captions_are_drawn_and_do_not_run_into_the_neighbour(self):
     images = [np.full((20, 60, 3), 250, np.uint8)] * 2

@@ -1,0 +1,239 @@
+"""The decisions that eval.py and render.py take, with a stand-in for the model."""
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import eval as eval_program
+import render as render_program
+from internal import cameras, checkpoints, configs, evaluation, video
+from internal.datasets import scene as scene_lib
+
+
+def fake_render(params, cams, i, step_fraction=1.0, progress=None):
+  """A picture that tells which frame it is, with depths from `params` on."""
+  width, height = np.asarray(cams.size)[i]
+  shade = np.full((height, width), 0.1 + 0.05 * i, np.float32)
+  distance = float(params['w'][0]) + np.linspace(0, 4, width)[None].repeat(height, 0)
+  return {
+    'rgb': np.stack([shade, 1 - shade, shade], -1),
+    'acc': np.ones((height, width), np.float32),
+    'distance_median': distance.astype(np.float32),
+  }
+
+
+@pytest.fixture
+def scene(tmp_path):
+  """Five images on disk, the first and the last for testing, one of them in a folder."""
+  names = ('a.png', 'b.png', 'c.png', 'd.png', 'sub/e.png')
+  (tmp_path / 'data' / 'sub').mkdir(parents=True)
+  rng = np.random.default_rng(0)
+  for name in names:
+    picture = Image.fromarray(rng.integers(0, 256, (14, 20, 3), np.uint8))
+    picture.save(tmp_path / 'data' / name)
+  angle = 2 * np.pi * np.arange(5) / 5
+  poses = np.zeros((5, 3, 4))
+  back = np.stack([np.cos(angle), np.sin(angle), 0 * angle], -1)
+  up = np.tile([0.0, 0, 1], (5, 1))
+  poses[...] = np.stack([np.cross(up, back), up, back, back], -1)
+  cams = cameras.make_cameras(
+    cameras.pixtocam_from_intrinsics(20.0, 20.0, 10.0, 7.0), poses, size=[20, 14]
+  )
+  return scene_lib.Scene(
+    loader='llff', files=names, names=names, cameras=cams, train=(1, 2, 3), test=(0, 4),
+    world_transform=np.eye(4), background='none', bounds=None, report={},
+  )  # fmt: skip
+
+
+class TestStepsToEvaluate:
+  def steps(self, monkeypatch, seen, **config):
+    """What is evaluated when checkpoints appear as in `seen`, one entry a look."""
+    looks, naps = iter(seen), []
+    monkeypatch.setattr(checkpoints, 'latest_step', lambda run: next(looks))
+    fake_time = SimpleNamespace(sleep=naps.append, time=lambda: 0.0)
+    monkeypatch.setattr(eval_program, 'time', fake_time)
+    return list(eval_program.steps_to_evaluate('runs/a', configs.Config(**config))), len(naps)
+
+  def test_once_means_the_newest(self, monkeypatch):
+    assert self.steps(monkeypatch, [400]) == ([400], 0)
+
+  def test_no_checkpoint_is_an_error(self, monkeypatch):
+    with pytest.raises(eval_program.EvalError, match=r'No checkpoint in runs/a'):
+      self.steps(monkeypatch, [None])
+
+  def test_waiting_takes_each_new_one_until_the_last(self, monkeypatch):
+    seen = [None, None, 100, 100, 300, 1000]
+    got = self.steps(monkeypatch, seen, eval_only_once=False, max_steps=1000)
+    assert got == ([100, 300, 1000], 5)
+
+  def test_waiting_ends_where_training_stops_early(self, monkeypatch):
+    got = self.steps(monkeypatch, [50], eval_only_once=False, max_steps=1000, early_exit_steps=50)
+    assert got == ([50], 0)
+
+
+class TestSelectImages:
+  def select(self, scene, tmp_path, **config):
+    return eval_program.select_images(
+      configs.Config(**{'data_dir': str(tmp_path / 'data'), **config}), scene
+    )
+
+  def test_all_or_some(self, scene, tmp_path):
+    assert self.select(scene, tmp_path) == [0, 4]
+    assert self.select(scene, tmp_path, eval_render_interval=2) == [0]
+    assert self.select(scene, tmp_path, eval_dataset_limit=1) == [0]
+
+  def test_none_is_an_error(self, scene, tmp_path):
+    with pytest.raises(eval_program.EvalError, match='no test images'):
+      self.select(scene, tmp_path, eval_dataset_limit=0)
+
+  def test_photographs_that_moved(self, scene, tmp_path):
+    with pytest.raises(eval_program.EvalError, match=r'/elsewhere.*--gin_bindings .*data_dir'):
+      self.select(scene, tmp_path, data_dir='/elsewhere')
+
+
+class TestEvaluate:
+  def evaluate(self, scene, tmp_path, **config):
+    config = configs.Config(**{'data_dir': str(tmp_path / 'data'), **config})
+    params = {'w': np.ones(5, np.float32)}
+    folder = tmp_path / 'eval'
+    eval_program.evaluate(config, scene, [0, 4], fake_render, params, 70, str(folder))
+    return folder, json.loads((folder / 'results.json').read_text())
+
+  def test_writes_metrics_and_pictures(self, scene, tmp_path, capsys):
+    folder, results = self.evaluate(scene, tmp_path)
+    assert [row['name'] for row in results['per_image']] == ['a.png', 'sub/e.png']
+    assert results['step'] == 70
+    assert results['num_params'] == 5
+    names = {p.name for p in folder.iterdir()}
+    for kind in ('prediction', 'truth', 'error', 'depth', 'sheet'):
+      assert {f'000_a_{kind}.png', f'001_sub_e_{kind}.png'} <= names
+    assert 'contact_sheet.png' in names
+    truth = np.asarray(Image.open(folder / '001_sub_e_truth.png'))
+    np.testing.assert_array_equal(truth, np.asarray(Image.open(tmp_path / 'data/sub/e.png')))
+    shown = np.asarray(Image.open(folder / '001_sub_e_prediction.png')) / 255.0
+    wanted = -10 * np.log10(np.mean((shown - truth / 255.0) ** 2))
+    assert results['per_image'][1]['psnr'] == pytest.approx(wanted, abs=1e-3)
+    out = capsys.readouterr().out
+    assert '2/2 sub/e.png  psnr' in out
+    assert f'psnr {results["mean"]["psnr"]:.2f}' in out
+
+  def test_pictures_can_be_left_out(self, scene, tmp_path):
+    folder, _ = self.evaluate(scene, tmp_path, eval_save_output=False)
+    assert os.listdir(folder) == ['results.json']
+
+  def test_waiting_keeps_the_results_of_each_step(self, scene, tmp_path):
+    folder, results = self.evaluate(scene, tmp_path, eval_only_once=False, eval_save_output=False)
+    assert json.loads((folder / 'results_000070.json').read_text()) == results
+
+
+@pytest.fixture
+def render(scene, tmp_path, monkeypatch):
+  """Runs render.py's main; returns the numbers of the full-size frames that it rendered."""
+  run = tmp_path / 'run'
+
+  def main(step=7, weights=2.0, stop_after=None, **config):
+    config = configs.Config(**{'render_path_frames': 6, **config})
+    rendered = []
+
+    def render_image(params, cams, i):
+      if len(cams.size) == 6 and np.asarray(cams.size)[i, 0] >= 20:
+        if len(rendered) == stop_after:
+          raise KeyboardInterrupt
+        rendered.append(i)
+      return fake_render(params, cams, i)
+
+    params = {'w': np.full(3, weights, np.float32)}
+    settings = SimpleNamespace(config=config)
+    monkeypatch.setattr(checkpoints, 'open_run', lambda folder, bindings: (settings, scene))
+    monkeypatch.setattr(checkpoints, 'restore_params', lambda *_, **__: (params, step))
+    monkeypatch.setattr(evaluation, 'make_image_renderer', lambda *_: render_image)
+    monkeypatch.setattr(render_program, '_SURVEY_SIDE', 10)
+    render_program.main(['--checkpoint_dir', str(run)])
+    return rendered
+
+  main.folder = run / 'render'
+  return main
+
+
+def frames(folder, kind='depth'):
+  return {p.name: np.asarray(Image.open(p)) for p in sorted((folder / kind).iterdir())}
+
+
+class TestRender:
+  def test_frames_and_videos(self, render):
+    assert render() == list(range(6))
+    for kind in ('color', 'depth'):
+      assert list(frames(render.folder, kind)) == [f'{k:05d}.png' for k in range(6)]
+      assert (render.folder / f'{kind}.mp4').stat().st_size > 300
+    color = frames(render.folder, 'color')['00003.png']
+    np.testing.assert_array_equal(color[0, 0], [64, 191, 64])
+
+  def test_goes_on_after_an_interruption_on_the_same_depth_scale(self, render, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+      render(stop_after=2)
+    assert len(frames(render.folder)) == 2
+    scale = json.loads((render.folder / 'render.json').read_text())['depth_range']
+    assert 1.9 < scale[0] < 2.5
+    assert 5.5 < scale[1] < 6.1
+    assert render() == [2, 3, 4, 5]
+    resumed = frames(render.folder)
+    shutil.rmtree(render.folder)
+    render()
+    for name, picture in frames(render.folder).items():
+      np.testing.assert_array_equal(picture, resumed[name])
+
+  def test_nothing_is_rendered_twice(self, render):
+    render()
+    (render.folder / 'depth' / '00004.png').unlink()
+    assert render() == [4]
+    assert render() == []
+
+  @pytest.mark.parametrize(
+    ('change', 'word'),
+    [
+      ({'step': 8}, r'step 7 \(now 8\)'),
+      ({'weights': 3.0}, 'weights'),
+      ({'render_path_frames': 5}, r'frames 6 \(now 5\)'),
+      ({'render_resolution': (40, 28)}, 'size'),
+      ({'z_variation': 1.0, 'z_phase': 0.3}, 'path'),
+      ({'render_camtype': 'fisheye'}, 'lens'),
+    ],
+  )
+  def test_frames_of_something_else_are_not_mixed_in(self, render, scene, change, word):
+    scene.cameras.camtoworld[1:4, 2, 3] = [0.0, 0.3, -0.3]  # Heights for z_variation.
+    with pytest.raises(KeyboardInterrupt):
+      render(stop_after=1)
+    with pytest.raises(render_program.RenderError, match=f'{word}.*render_dir'):
+      render(**change)
+    assert len(frames(render.folder)) == 1
+
+  def test_another_folder_may_hold_them(self, render, tmp_path):
+    render(stop_after=None)
+    assert render(step=8, render_dir=str(tmp_path / 'other')) == list(range(6))
+    assert len(frames(tmp_path / 'other')) == 6
+
+  @pytest.mark.parametrize('text', [None, 'half of', '{"step": 7}'])
+  def test_frames_of_unknown_origin_are_left_alone(self, render, text):
+    render()
+    path = render.folder / 'render.json'
+    path.unlink()
+    if text:
+      path.write_text(text)
+    with pytest.raises(render_program.RenderError, match='Remove that folder'):
+      render()
+
+  def test_without_an_encoder_the_frames_stay(self, render, monkeypatch):
+    def missing(folder):
+      raise video.VideoError('no encoder')
+
+    with monkeypatch.context() as patch:
+      patch.setattr(video, '_find_encoder', missing)
+      with pytest.raises(video.VideoError):
+        render()
+    assert render() == []
+    assert (render.folder / 'color.mp4').exists()
