@@ -106,9 +106,19 @@ def test_fisheye_sees_behind_itself():
   """An equidistant lens of 100 pixels a radian: 170 pixels off axis is 1.7 radians."""
   pixtocam = cameras.pixtocam_from_intrinsics(100, 100, 200.5, 200.5)
   cams = cameras.make_cameras(pixtocam, EYE[None], (401, 401), lens=structs.FISHEYE)
-  rays = cast(cams, np.zeros(3, int), np.array([200, 370, 200]), [200, 200, 30])
+  x, y = np.array([200, 370, 200, 600]), np.array([200, 200, 30, 200])
+  rays = cast(cams, 0 * x, x, y)
   expected = [[0, 0, -1], [np.sin(1.7), 0, -np.cos(1.7)], [0, np.sin(1.7), -np.cos(1.7)]]
+  expected.append([0, 0, 1])  # No angle exceeds pi, and this pixel is 4 radians off.
   np.testing.assert_allclose(rays.directions, expected, atol=1e-6)
+
+
+def test_a_fisheye_has_no_tangential_distortion():
+  k = LENSES['fisheye'][2]
+  plain, tangential = (
+    cast(make('fisheye', distortion=(*k[:4], p, p)), 0, 70, 40).directions for p in (0, 0.1)
+  )
+  np.testing.assert_array_equal(plain, tangential)
 
 
 def test_panorama_covers_the_sphere_once():
@@ -143,6 +153,18 @@ def test_tables_of_several_lenses_give_each_its_own_rays():
   np.testing.assert_array_equal(rays.cam_idx, idx)
 
 
+def test_of_two_solutions_the_one_inside_the_fold_is_taken():
+  """This lens stretches, then folds at a radius of 1.207; most points have a preimage beyond."""
+  target = np.linspace(0.02, 1.315, 300)
+  pixtocam = cameras.pixtocam_from_intrinsics(1000, 1000, 0.5, 0.5)
+  cams = cameras.make_cameras(pixtocam, EYE[None], (9, 9), distortion=(0.5, -0.3, 0, 0, 0, 0))
+  x = np.round(1000 * target).astype(int)
+  directions = cast(cams, 0 * x, x, 0 * x).directions
+  polynomial = lambda r, xd: r + 0.5 * r**3 - 0.3 * r**5 - xd / 1000  # noqa: E731
+  expected = [optimize.brentq(polynomial, 0, 1.2071, args=(xd,)) for xd in x]
+  np.testing.assert_allclose(directions[:, 0], expected, atol=1e-4)  # On a fold digits get lost.
+
+
 def fold_radius(distortion):
   """Where the radial polynomial of `distortion` stops to rise."""
   r = np.linspace(0, 20, 200001)
@@ -158,16 +180,16 @@ def test_pixels_beyond_the_fold_stay_finite_near_it_and_on_their_side(k, fisheye
   cams = cameras.make_cameras(
     pixtocam, EYE[None], (999, 999), distortion=(*k, 1e-4, -1e-4), lens=int(fisheye)
   )
-  x = np.array([18, 25, 40, 80, 999, 10**6])
-  y = np.array([11, 3, -30, 80, 0, 10**6])
+  x = np.array([18, 25, 40, 80, 999, 10**6, 10**9])  # The last overflows, and equals x + 1.
+  y = np.array([11, 3, -30, 80, 0, 10**6, 10**9])
   rays = cast(cams, 0 * x, x, y)
   for leaf in jax.tree.leaves(rays):
     assert np.all(np.isfinite(leaf))
   plane = np.asarray(rays.directions[:, :2]) * [1, -1]
-  assert np.all(np.sum(plane * np.stack([x, y], -1), -1) > 0)
+  assert np.all(np.sum(plane * np.stack([x, y], -1), -1)[:-1] > 0)
   if not fisheye:
     radius = np.linalg.norm(plane, axis=-1)
-    np.testing.assert_allclose(radius[1:], fold_radius(k), rtol=0.15)
+    np.testing.assert_allclose(radius[1:-2], fold_radius(k), rtol=0.15)
   assert np.all(np.isfinite(slopes(*differentiable(cams), cams, 0 * x, x, y)[2]))
 
 

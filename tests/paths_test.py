@@ -67,6 +67,7 @@ def test_pca_normalises(seed):
   assert_are_poses(new)
   assert np.linalg.det(transform) > 0
   np.testing.assert_array_equal(transform[3], [0, 0, 0, 1])
+  assert transform[0, np.argmax(np.abs(transform[0, :3]))] > 0  # Whatever the eigensolver says.
   position = new[:, :, 3]
   np.testing.assert_allclose(position.mean(0), 0, atol=1e-9)
   assert np.abs(position).max() == pytest.approx(1)
