@@ -1,0 +1,163 @@
+"""Loss terms: their values by hand and by loops, whom they train, and how `total` adds them up."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from finite import assert_finite
+
+from internal import configs, losses, structs
+
+RNG = np.random.default_rng(0)
+CONFIG = configs.Config()
+
+
+def _level(n, rays=5, scale=1.0, rgb=True):
+  t = np.sort(RNG.uniform(size=(rays, n + 1)), -1)
+  w = RNG.uniform(size=(rays, n))
+  w *= scale / w.sum(-1, keepdims=True)
+  t, w = jnp.float32(t), jnp.float32(w)
+  return structs.RayHistory(t, 1 + t, w, jnp.ones((rays, n, 3)) if rgb else None)
+
+
+def _rendering(rgb):
+  ray = jnp.zeros(rgb.shape[:-1])
+  return structs.Rendering(rgb, ray, ray, jnp.zeros((*ray.shape, 3)))
+
+
+def _batch(target):
+  return structs.Batch(rays=None, rgb=target)
+
+
+HISTORY = [_level(9, scale=0.4), _level(7, scale=0.6), _level(4)]
+TARGET = jnp.float32(RNG.uniform(size=(5, 3)))
+RENDERINGS = [None, None, _rendering(jnp.float32(RNG.uniform(size=(5, 3))))]
+
+
+class TestData:
+  def test_golden(self):
+    # Residuals 0, 3e-3 and -4e-3 in one channel each; padding 4e-3: 4, 5 and 4 sqrt 2, x 1e-3.
+    rgb, target = jnp.array([[0.5, 0.503, 0.496]]), jnp.full((1, 3), 0.5)
+    expected = (4 + 5 + 4 * 2**0.5) / 3 * 1e-3
+    np.testing.assert_allclose(losses.charbonnier(rgb, target, 4e-3), expected, rtol=1e-4)
+    np.testing.assert_allclose(losses.squared_error(rgb, target), 25e-6 / 3, rtol=1e-4)
+
+  def test_charbonnier_is_smooth_at_zero_and_linear_far_out(self):
+    target = jnp.zeros((1, 3))
+    slope = jax.grad(lambda rgb: losses.charbonnier(rgb, target, 1e-3))
+    np.testing.assert_array_equal(slope(target), 0)
+    np.testing.assert_allclose(slope(jnp.full((1, 3), 100.0)), 1 / 3, rtol=1e-5)
+    assert_finite(lambda r, t: losses.charbonnier(r, t, 1e-3), [[0.0, 1.0, 1e6]], [[0.0, 1.0, 0.0]])
+
+
+class TestInterlevel:
+  def test_matches_loops(self):
+    expected = 0.0
+    t, w = HISTORY[-1].sdist, HISTORY[-1].weights
+    for level in HISTORY[:-1]:
+      bins = []
+      for ray in range(5):
+        for i in range(4):
+          t_env, w_env = level.sdist[ray], level.weights[ray]
+          touching = [
+            j for j in range(w_env.size) if t_env[j] <= t[ray, i + 1] and t_env[j + 1] >= t[ray, i]
+          ]
+          short = max(0, w[ray, i] - sum(w_env[j] for j in touching))
+          bins.append(short**2 / w[ray, i])
+      expected += np.mean(bins)
+    assert expected > 1e-3
+    np.testing.assert_allclose(losses.interlevel(HISTORY), expected, rtol=1e-4)
+
+  def test_equal_histograms_cost_nothing(self):
+    assert losses.interlevel([HISTORY[-1]] * 3) == 0
+    assert losses.interlevel(HISTORY[-1:]) == 0  # A single level has nothing to compare.
+
+  def test_trains_the_proposals_only(self):
+    def loss(weights):
+      return losses.interlevel([h.replace(weights=w) for h, w in zip(HISTORY, weights)])
+
+    slopes = jax.grad(loss)([h.weights for h in HISTORY])
+    assert all(np.any(s < 0) and np.all(s <= 0) for s in slopes[:-1])  # Only ever upwards.
+    np.testing.assert_array_equal(slopes[-1], 0)
+
+
+class TestDistortion:
+  def test_is_of_the_final_level_averaged_over_rays(self):
+    # One bin of width d and weight 1 costs d / 3: mean of 0.1 and 0.3, over 3.
+    level = structs.RayHistory(
+      jnp.array([[0.4, 0.5], [0.1, 0.4]]), jnp.zeros((2, 2)), jnp.ones((2, 1)), None
+    )
+    np.testing.assert_allclose(losses.distortion([HISTORY[0], level]), 0.2 / 3, rtol=1e-5)
+
+  def test_shortens_and_lightens(self):
+    level = HISTORY[-1]
+    slope = jax.grad(lambda w: losses.distortion([level.replace(weights=w)]))(level.weights)
+    assert np.all(slope > 0)
+
+
+PARAMS = {
+  'nerf_mlp': {'trunk_0': {'kernel': jnp.full((2, 2), 2.0), 'bias': jnp.ones(2)}},
+  'prop_mlp': {'density': {'kernel': jnp.full((1, 3), 3.0)}},
+}
+
+
+class TestWeightDecay:
+  def test_sums_squares_of_the_named_parts(self):
+    mults = {'nerf_mlp/trunk_0': 0.5, 'prop_mlp': 0.1}
+    expected = 0.5 * (4 * 4 + 2) + 0.1 * 27
+    np.testing.assert_allclose(losses.weight_decay(PARAMS, mults), expected, rtol=1e-6)
+
+  def test_refuses_an_unknown_part(self):
+    with pytest.raises(ValueError, match=r"'nerf_mlp/trunk_9'; known here: trunk_0"):
+      losses.weight_decay(PARAMS, {'nerf_mlp/trunk_9': 1.0})
+    with pytest.raises(ValueError, match='nothing below'):
+      losses.weight_decay(PARAMS, {'nerf_mlp/trunk_0/bias/x': 1.0})
+
+
+class TestTotal:
+  def _total(self, renderings=RENDERINGS, params=None, **changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    return losses.total(config, params, renderings, HISTORY, _batch(TARGET))
+
+  def test_default_terms_and_multipliers(self):
+    loss, terms = self._total()
+    rgb = RENDERINGS[-1].rgb
+    expected = {
+      'data': losses.charbonnier(rgb, TARGET, 1e-3),
+      'interlevel': losses.interlevel(HISTORY),
+      'distortion': 0.01 * losses.distortion(HISTORY),
+    }
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+      np.testing.assert_allclose(terms[name], value, rtol=1e-6)
+    np.testing.assert_allclose(loss, sum(expected.values()), rtol=1e-6)
+
+  def test_each_multiplier_scales_its_term(self):
+    _, base = self._total()
+    for name, mult in (('data', 1.0), ('interlevel', 1.0), ('distortion', 0.01)):
+      _, terms = self._total(**{f'{name}_loss_mult': 3 * mult})
+      for other in base:
+        factor = 3 if other == name else 1
+        np.testing.assert_allclose(terms[other], factor * base[other], rtol=1e-6)
+
+  def test_mse_without_distortion(self):
+    _, terms = self._total(data_loss_type='mse', distortion_loss_mult=0.0)
+    assert terms.keys() == {'data', 'interlevel'}
+    np.testing.assert_allclose(
+      terms['data'], np.mean((RENDERINGS[-1].rgb - TARGET) ** 2), rtol=1e-6
+    )
+
+  def test_coarse_data_loss_sums_over_proposal_levels(self):
+    three = [_rendering(TARGET + d) for d in (0.1, 0.2, 0.0)]
+    _, terms = self._total(three, data_loss_type='mse', data_coarse_loss_mult=2.0)
+    np.testing.assert_allclose(terms['data'], 0, atol=1e-9)
+    np.testing.assert_allclose(terms['data_coarse'], 2 * (0.01 + 0.04), rtol=1e-4)
+    with pytest.raises(ValueError, match=r'PropMLP\.disable_rgb = False'):
+      self._total(data_coarse_loss_mult=0.1)
+
+  def test_weight_decay_joins_when_asked_for(self):
+    loss, terms = self._total(params=PARAMS, weight_decay_mults={'prop_mlp': 0.1})
+    np.testing.assert_allclose(terms['weight_decay'], 2.7, rtol=1e-6)
+    np.testing.assert_allclose(loss, self._total()[0] + 2.7, rtol=1e-6)

@@ -1,0 +1,80 @@
+"""Safe primitives: right where the plain ones are right, finite where those are not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from finite import assert_finite
+
+from internal import math
+
+
+@pytest.mark.parametrize(
+  ('safe', 'exact', 'slope'),
+  [(math.safe_sin, np.sin, np.cos), (math.safe_cos, np.cos, lambda x: -np.sin(x))],
+)
+def test_sine_and_cosine_match_float64(safe, exact, slope):
+  # Contracted coordinates reach 2 and frequencies 2^11; 1e5 is far beyond. Wrapping may cost no
+  # more than rounding the argument to float32 does: half an ulp of x.
+  x = np.concatenate([np.linspace(-4096, 4096, 2001), [-1e5, -314.2, 0, 314.1, 1e5]])
+  x = x.astype(np.float32)
+  allowed = 1e-6 + np.abs(x) * math.EPS / 2
+  y, dy = jax.jit(jax.vmap(jax.value_and_grad(safe)))(x)
+  assert np.all(np.abs(y - exact(x.astype(np.float64))) <= allowed)
+  assert np.all(np.abs(dy - slope(x.astype(np.float64))) <= allowed)
+
+
+def test_exp_is_held_but_its_slope_never_vanishes():
+  x = jnp.array([-1e10, -1.0, 0.0, 3.0, 88.0, 89.0, 1e10])
+  y, dy = jax.vmap(jax.value_and_grad(math.safe_exp))(x)
+  expected = np.exp(np.minimum(np.asarray(x, np.float64), 88))
+  np.testing.assert_allclose(y, expected, rtol=1e-5)
+  np.testing.assert_allclose(dy, y)
+  assert dy[-1] > 1e38
+
+
+def test_log_is_exact_for_normal_numbers_and_finite_below():
+  x = np.array([1e-37, 1e-3, 1.0, 1e30], np.float32)
+  np.testing.assert_allclose(math.safe_log(x), np.log(x.astype(np.float64)), rtol=1e-6)
+  np.testing.assert_allclose(math.safe_log(jnp.zeros(1)), np.log(math.TINY), rtol=1e-6)
+  assert_finite(math.safe_log, [0.0, -1.0, 1e-37, 1e30])
+
+
+def test_dot_keeps_float32_digits():
+  rng = np.random.default_rng(0)
+  x, m = rng.normal(size=(4, 5, 3)) * 1e6, rng.normal(size=(3, 21))
+  out = math.dot(jnp.float32(x), jnp.float32(m))
+  np.testing.assert_allclose(out, np.float32(x) @ np.float32(m).astype(np.float64), atol=1.0)
+  jaxpr = str(jax.make_jaxpr(math.dot)(jnp.float32(x), jnp.float32(m)))
+  assert 'HIGHEST' in jaxpr  # The CPU computes in float32 anyhow; a GPU only when asked to.
+
+
+def test_log_lerp():
+  # Half way between 2e-3 and 2e-5 on a log scale is their geometric mean, 2e-4.
+  out = math.log_lerp(jnp.array([-1.0, 0.0, 0.5, 1.0, 2.0]), 2e-3, 2e-5)
+  np.testing.assert_allclose(out, [2e-3, 2e-3, 2e-4, 2e-5, 2e-5], rtol=1e-5)
+  with pytest.raises(ValueError, match='positive'):
+    math.log_lerp(jnp.zeros(()), 0, 1)
+
+
+def test_sorted_interp_matches_numpy():
+  rng = np.random.default_rng(1)
+  xp = np.sort(rng.uniform(size=(6, 9)), -1).astype(np.float32)
+  fp = np.sort(rng.normal(size=(6, 9)), -1).astype(np.float32)
+  x = rng.uniform(-0.2, 1.2, size=(6, 50)).astype(np.float32)
+  x[:, :9] = xp  # The knots themselves.
+  expected = [np.interp(a, b, c) for a, b, c in zip(x, xp, fp)]
+  np.testing.assert_allclose(jax.jit(math.sorted_interp)(x, xp, fp), expected, atol=2e-5)
+
+
+def test_sorted_interp_jumps_at_ties():
+  # Two knots at x = 1: the function jumps there from 2 to 5, and is 5 from the jump onwards.
+  xp, fp = jnp.array([0.0, 1.0, 1.0, 2.0]), jnp.array([0.0, 2.0, 5.0, 6.0])
+  x = jnp.array([0.5, np.nextafter(np.float32(1), np.float32(0)), 1.0, 1.5])
+  np.testing.assert_allclose(math.sorted_interp(x, xp, fp), [1, 2, 5, 5.5], rtol=1e-6)
+
+
+def test_sorted_interp_is_finite_without_any_width():
+  ramp = [0.0, 1.0, 2.0]
+  assert_finite(math.sorted_interp, [-1.0, 0.5, 2.0], [0.5, 0.5, 0.5], ramp)
+  assert_finite(math.sorted_interp, [0.0, 1.0], ramp, [3.0, 3.0, 3.0])

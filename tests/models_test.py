@@ -1,0 +1,454 @@
+"""The encoding, the MLPs and the proposal loop: sizes, invariants, switches, whom a loss trains."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from internal import configs, coord, encodings, losses, models, stepfun, structs
+
+SCENE_360 = (
+  'Config.near = 0.2',
+  'Config.far = 1e6',
+  'Model.raydist_fn = @jnp.reciprocal',
+  'Model.opaque_background = True',
+  'PropMLP.warp_fn = @coord.contract',
+  'PropMLP.net_depth = 4',
+  'PropMLP.net_width = 256',
+  'PropMLP.disable_rgb = True',
+  'NerfMLP.warp_fn = @coord.contract',
+  'NerfMLP.net_depth = 8',
+  'NerfMLP.net_width = 1024',
+)
+BLENDER = (
+  'Model.num_levels = 2',
+  'Model.num_prop_samples = 128',
+  'PropMLP.net_depth = 4',
+  'PropMLP.net_width = 256',
+  'PropMLP.disable_rgb = True',
+  'PropMLP.max_deg_point = 16',
+  'NerfMLP.net_depth = 8',
+  'NerfMLP.max_deg_point = 16',
+)
+AXES = ('PropMLP', 'NerfMLP')
+OCTAHEDRON = tuple(f"{m}.basis_shape = 'octahedron'" for m in AXES) + tuple(
+  f'{m}.basis_subdivisions = 1' for m in AXES
+)
+# A 360 scene's settings, small enough to run in a moment.
+TINY = (
+  *SCENE_360,
+  'Model.num_prop_samples = 12',
+  'Model.num_nerf_samples = 8',
+  'PropMLP.net_depth = 2',
+  'PropMLP.net_width = 16',
+  'NerfMLP.net_depth = 2',
+  'NerfMLP.net_width = 16',
+  'NerfMLP.bottleneck_width = 8',
+  'NerfMLP.net_width_viewdirs = 8',
+  'PropMLP.max_deg_point = 4',
+  'NerfMLP.max_deg_point = 4',
+)
+KEY = jax.random.key(0)
+
+
+def _rays(n=6):
+  rng = np.random.default_rng(0)
+  directions = rng.normal(size=(n, 3))
+  viewdirs = directions / np.linalg.norm(directions, axis=-1, keepdims=True)
+  arrays = rng.uniform(-0.5, 0.5, (n, 3)), directions, viewdirs, np.full((n, 1), 1e-3)
+  return structs.Rays(*map(jnp.float32, arrays), jnp.arange(n, dtype=jnp.int32))
+
+
+RAYS = _rays()
+
+
+@functools.cache
+def _make(*bindings):
+  """Settings, parameters, and the forward pass of the tiny model.
+
+  The pass is not compiled as a whole: the configurations share most of their operations, and
+  compiling each operation once is faster than each configuration. Parameters are drawn by shape.
+  """
+  settings = configs.load_config((), (*TINY, *bindings))
+  model = models.build(settings)
+  shapes = jax.eval_shape(functools.partial(models.init_params, model), KEY)
+  rng = np.random.default_rng(2)
+
+  def draw(leaf):
+    bound = np.sqrt(6 / leaf.shape[0]) if leaf.ndim == 2 else 0.1
+    return jnp.float32(rng.uniform(-bound, bound, leaf.shape))
+
+  def apply(params, key, rays, train_frac=1.0, use_glo=True):
+    return model.apply({'params': params}, key, rays, train_frac, use_glo)
+
+  return settings, jax.tree.map(draw, shapes), apply
+
+
+@functools.cache
+def _plain(*bindings, random=False):
+  _, params, apply = _make(*bindings)
+  return apply(params, KEY if random else None, RAYS)
+
+
+def _forward(*bindings, rays=RAYS, **kwargs):
+  _, params, apply = _make(*bindings)
+  return apply(params, kwargs.pop('key', None), rays, **kwargs)
+
+
+def _differs(a, b):
+  return float(np.max(np.abs(np.asarray(a) - np.asarray(b)))) > 1e-4
+
+
+class TestEncoding:
+  def test_is_the_expectation_along_each_direction(self):
+    rng = np.random.default_rng(1)
+    mean, a = rng.normal(size=(4, 5, 3)), rng.normal(size=(4, 5, 3, 3)) * 0.1
+    cov = a @ np.swapaxes(a, -1, -2)
+    encoding = encodings.IntegratedPositionalEncoding(0, 3, 'octahedron', 1)
+    out = encoding(structs.Gaussians(jnp.float32(mean), jnp.float32(cov)))
+    var = np.diagonal(cov, axis1=-2, axis2=-1)
+    expected = [
+      np.exp(-0.5 * 4**l * var) * fn(2**l * mean) for fn in (np.sin, np.cos) for l in range(3)
+    ]
+    np.testing.assert_allclose(out, np.concatenate(expected, -1), atol=1e-5)
+
+  def test_the_paper_s_has_504_features_and_no_parameters(self):
+    encoding = encodings.IntegratedPositionalEncoding(0, 12, 'icosahedron', 2)
+    gaussians = structs.Gaussians(jnp.zeros((2, 3)), jnp.zeros((2, 3, 3)))
+    out, variables = encoding.init_with_output(KEY, gaussians)
+    assert out.shape == (2, 504)
+    assert not variables
+
+
+class TestSizes:
+  @pytest.mark.parametrize(
+    ('bindings', 'count'),
+    [
+      (SCENE_360, 9_007_493),
+      ((*SCENE_360, 'Model.num_glo_features = 4', 'Model.num_glo_embeddings = 1000'), 9_012_005),
+      ((*BLENDER, *OCTAHEDRON, 'NerfMLP.net_width = 256'), 835_205),
+      ((*BLENDER, 'NerfMLP.net_width = 512'), 3_065_733),
+    ],
+    ids=['360', '360_glo4', 'width_256', 'width_512'],
+  )
+  def test_parameter_counts_are_exact(self, bindings, count):
+    model = models.build(configs.load_config((), bindings))
+    shapes = jax.eval_shape(functools.partial(models.init_params, model), KEY)
+    assert models.num_params(shapes) == count
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))
+
+  def test_initial_values(self):
+    params = models.init_params(models.build(configs.load_config((), TINY)), KEY)
+    assert params.keys() == {'prop_mlp', 'nerf_mlp'}
+    for mlp in params.values():
+      for layer in mlp.values():
+        np.testing.assert_array_equal(layer['bias'], 0)
+        fan_in = layer['kernel'].shape[0]
+        # he_uniform: uniform within sqrt(6 / fan_in).
+        largest, bound = np.max(np.abs(layer['kernel'])), np.sqrt(6 / fan_in)
+        assert 0.5 * bound < largest <= bound
+
+  def test_skip_and_view_layers(self):
+    bindings = (*TINY, 'NerfMLP.net_depth = 6')
+    model = models.build(configs.load_config((), bindings))
+    shapes = jax.eval_shape(functools.partial(models.init_params, model), KEY)['nerf_mlp']
+    kernels = {name: layer['kernel'].shape for name, layer in shapes.items()}
+    assert kernels['trunk_4'] == (16, 16)
+    assert kernels['trunk_5'] == (16 + 2 * 4 * 21, 16)  # After the fifth layer.
+    assert kernels['bottleneck'] == (16, 8)
+    assert kernels['view_0'] == (8 + 27, 8)
+    assert kernels['density'] == (16, 1)
+    assert kernels['rgb'] == (8, 3)
+
+
+class TestHistory:
+  @pytest.mark.parametrize('key', [None, KEY], ids=['still', 'random'])
+  @pytest.mark.parametrize('frac', [0.0, 0.5, 1.0])
+  def test_invariants(self, key, frac):
+    renderings, history = _forward(key=key, train_frac=frac)
+    assert [h.weights.shape for h in history] == [(6, 12), (6, 12), (6, 8)]
+    for h in history:
+      assert h.sdist.shape == h.tdist.shape == (6, h.weights.shape[-1] + 1)
+      assert np.all(np.diff(h.sdist) >= 0)
+      assert np.all((h.sdist >= 0) & (h.sdist <= 1))
+      assert np.all((h.tdist >= np.float32(0.2)) & (h.tdist <= 1e6))
+      assert np.all(h.weights >= 0)
+      np.testing.assert_allclose(np.sum(h.weights, -1), 1, rtol=1e-5)  # Opaque background.
+    assert renderings[0] is None
+    assert renderings[1] is None
+    out = renderings[2]
+    assert out.rgb.shape == out.distance_percentiles.shape == (6, 3)
+    assert out.acc.shape == out.distance_mean.shape == (6,)
+    assert np.all(np.diff(out.distance_percentiles) >= 0)
+
+  def test_weights_without_an_opaque_background(self):
+    renderings, history = _forward('Model.opaque_background = False', 'Config.far = 3.0')
+    acc = np.sum(history[-1].weights, -1)
+    assert np.all((acc > 0) & (acc < 1))
+    np.testing.assert_allclose(renderings[-1].acc, acc, rtol=1e-5)
+
+  def test_keeps_any_leading_axes(self):
+    rays = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), RAYS)
+    _, params, apply = _make()
+    nested, _ = jax.jit(apply)(params, None, rays)
+    flat, _ = _plain()
+    np.testing.assert_allclose(nested[-1].rgb.reshape(6, 3), flat[-1].rgb, atol=1e-4)
+
+  def test_samples_follow_the_weights(self):
+    # A density bias that makes the first interval opaque draws all further samples to the front,
+    # within the dilation of that interval.
+    _, params, apply = _make()
+    params = _biased(params, 1e10)
+    _, history = apply(params, None, RAYS)
+    dilation = 0.0025 + 0.5 / 12
+    assert np.all(history[1].sdist[:, -1] < 1 / 12 + 2 * dilation)
+    assert np.all(history[1].sdist[:, 0] == 0)
+
+  @pytest.mark.parametrize('frac', [0.0, 0.05, 1.0])
+  def test_resamples_the_dilated_annealed_histogram(self, frac):
+    _, history = _forward(train_frac=frac)
+    for level, drawn in ((1, 12), (2, 144)):
+      before = history[level - 1]
+      t, w = stepfun.max_dilate_weights(
+        before.sdist, before.weights, 0.0025 + 0.5 / drawn, (0.0, 1.0), True
+      )
+      logits = 10 * frac / (9 * frac + 1) * np.log(np.maximum(w, 1e-37))
+      logits = np.where(np.diff(t) > 0, logits, -np.inf)[:, 1:-1]
+      num = history[level].weights.shape[-1]
+      expected = stepfun.sample_intervals(None, t[:, 1:-1], logits, num, True, (0.0, 1.0))
+      np.testing.assert_allclose(history[level].sdist, expected, atol=1e-4)
+
+
+def _biased(params, value, mlps=('prop_mlp', 'nerf_mlp')):
+  """The parameters with every density's bias at `value`."""
+  params = dict(params)
+  for mlp in mlps:
+    density = {**params[mlp]['density'], 'bias': jnp.full((1,), value, jnp.float32)}
+    params[mlp] = {**params[mlp], 'density': density}
+  return params
+
+
+class TestRandomness:
+  def test_none_without_a_key(self):
+    renderings, history = _plain()
+    np.testing.assert_array_equal(_forward()[0][-1].rgb, renderings[-1].rgb)
+    np.testing.assert_allclose(history[0].sdist[0], np.linspace(0, 1, 13), atol=1e-6)
+
+  def test_a_key_jitters_rays_apart_and_repeats(self):
+    _, history = _plain(random=True)
+    _, again = _forward(key=KEY)
+    _, other = _forward(key=jax.random.key(5))
+    np.testing.assert_array_equal(history[-1].sdist, again[-1].sdist)
+    assert _differs(history[0].sdist, other[0].sdist)
+    inner = np.asarray(history[0].sdist[:, 1:-1])
+    assert np.std(inner[:, 0]) > 1e-3  # Each ray its own jitter,
+    np.testing.assert_allclose(np.diff(inner), 1 / 12, atol=1e-6)  # one for all of its strata.
+
+  def test_a_jitter_each_without_single_jitter(self):
+    _, history = _forward('Model.single_jitter = False', key=KEY)
+    assert np.std(np.diff(np.asarray(history[0].sdist[:, 1:-1]))) > 1e-3
+
+  def test_density_noise(self):
+    noisy = 'NerfMLP.density_noise = 1.0'
+    assert _differs(_plain(noisy, random=True)[1][-1].weights, _plain(random=True)[1][-1].weights)
+    same = _plain(noisy)[1][-1].weights, _plain()[1][-1].weights
+    np.testing.assert_array_equal(*same)
+
+  def test_bottleneck_noise(self):
+    noisy = 'NerfMLP.bottleneck_noise = 1.0'
+    assert _differs(_plain(noisy, random=True)[0][-1].rgb, _plain(random=True)[0][-1].rgb)
+
+  def test_background_range(self):
+    bindings = 'Model.opaque_background = False', 'Model.bg_intensity_range = (0.2, 0.8)'
+    _, params, apply = _make(*bindings)
+    params = _biased(params, -1e10)  # Nothing on the rays: the background is what shows.
+    still, random = (apply(params, key, RAYS)[0][-1].rgb for key in (None, KEY))
+    np.testing.assert_allclose(still, 0.5, rtol=1e-6)
+    assert np.all((random >= 0.2) & (random <= 0.8))
+    assert np.std(random[:, 0]) > 0.05
+    np.testing.assert_allclose(random, np.tile(random[:, :1], 3))  # Grey.
+    white = _make(bindings[0])[2](params, KEY, RAYS)[0][-1].rgb
+    np.testing.assert_allclose(white, 1, rtol=1e-6)
+
+
+class TestSwitches:
+  def test_single_mlp(self):
+    _, params, _ = _make('Model.single_mlp = True')
+    assert params.keys() == {'nerf_mlp'}
+    renderings, _ = _forward('Model.single_mlp = True')
+    assert all(r is not None for r in renderings)
+
+  def test_proposals_with_colour(self):
+    renderings, history = _forward('PropMLP.disable_rgb = False')
+    assert all(r is not None for r in renderings)
+    assert history[0].rgb.shape == (6, 12, 3)
+    assert _plain()[1][0].rgb is None
+
+  def test_colours_are_padded_sigmoids(self):
+    _, params, apply = _make()
+    for raw, expected in ((1e10, 1.001), (-1e10, -0.001), (0.0, 0.5)):
+      head = jax.tree.map(jnp.zeros_like, params['nerf_mlp']['rgb'])
+      head['bias'] = jnp.full(3, raw)
+      rgb = apply({**params, 'nerf_mlp': {**params['nerf_mlp'], 'rgb': head}}, None, RAYS)[0][
+        -1
+      ].rgb
+      np.testing.assert_allclose(rgb, expected, atol=1e-5)
+
+  def test_density_is_softplus_of_raw_minus_one(self):
+    settings, params, _ = _make()
+    mlp = models.MLP(settings.nerf_mlp)
+    zeros = jax.tree.map(jnp.zeros_like, params['nerf_mlp'])
+    gaussians = structs.Gaussians(jnp.ones((6, 8, 3)), jnp.zeros((6, 8, 3, 3)))
+    density, rgb = mlp.apply({'params': zeros}, None, gaussians, jnp.ones((6, 3)))
+    assert density.shape == (6, 8)
+    assert rgb.shape == (6, 8, 3)
+    np.testing.assert_allclose(density, np.log1p(np.exp(-1)), rtol=1e-5)
+
+  def test_view_directions(self):
+    turned = RAYS.replace(viewdirs=-RAYS.viewdirs)
+    assert _differs(_forward(rays=turned)[0][-1].rgb, _plain()[0][-1].rgb)
+    # They tint, but never move: density does not see them.
+    np.testing.assert_array_equal(_forward(rays=turned)[1][-1].weights, _plain()[1][-1].weights)
+    blind = 'Model.use_viewdirs = False'
+    np.testing.assert_array_equal(_forward(blind, rays=turned)[0][-1].rgb, _plain(blind)[0][-1].rgb)
+
+  def test_disable_integration(self):
+    wide = RAYS.replace(radii=RAYS.radii * 300)
+    assert _differs(_forward(rays=wide)[0][-1].rgb, _plain()[0][-1].rgb)
+    points = 'Model.disable_integration = True'
+    np.testing.assert_array_equal(_forward(points, rays=wide)[0][-1].rgb, _plain(points)[0][-1].rgb)
+
+  def test_cylinders(self):
+    assert _differs(
+      _forward("Model.ray_shape = 'cylinder'")[1][-1].weights, _plain()[1][-1].weights
+    )
+
+  def test_contraction(self):
+    # Without it, far points are beyond the lowest frequency's period.
+    flat = 'PropMLP.warp_fn = None', 'NerfMLP.warp_fn = None'
+    assert _differs(_forward(*flat)[1][-1].weights, _plain()[1][-1].weights)
+
+  def test_near_anneal(self):
+    bindings = 'Model.near_anneal_rate = 0.1', 'Model.near_anneal_init = 0.9'
+    first = [_forward(*bindings, train_frac=f)[1] for f in (0.0, 0.05, 1.0)]
+    for history, start in zip(first, (0.9, 0.5, 0.0)):
+      np.testing.assert_allclose(history[0].sdist[:, 0], start, atol=1e-6)
+      assert all(np.all(h.sdist >= np.float32(start) - 1e-6) for h in history)
+
+  def test_resampling_without_dilation(self):
+    bindings = 'Model.dilation_bias = 0.0', 'Model.dilation_multiplier = 0.0'
+    assert _differs(_forward(*bindings)[1][-1].sdist, _plain()[1][-1].sdist)
+
+  def test_first_distances_are_the_warp_s(self):
+    _, history = _plain()
+    _, s_to_t = coord.ray_warps('reciprocal', 0.2, 1e6)
+    for h in history:
+      np.testing.assert_allclose(h.tdist, s_to_t(h.sdist), rtol=1e-5)
+
+
+class TestAppearance:
+  glo = 'Model.num_glo_features = 4', 'Model.num_glo_embeddings = 6'
+
+  def test_images_differ_in_training(self):
+    same = RAYS.replace(cam_idx=jnp.zeros(6, jnp.int32))
+    a, b = _forward(*self.glo, rays=same), _forward(*self.glo, rays=RAYS)
+    np.testing.assert_allclose(a[0][-1].rgb[0], b[0][-1].rgb[0], atol=1e-6)
+    assert _differs(a[0][-1].rgb[1:], b[0][-1].rgb[1:])
+    np.testing.assert_array_equal(a[1][-1].weights, b[1][-1].weights)  # Colour only.
+
+  def test_zeros_at_evaluation(self):
+    _, params, apply = _make(*self.glo)
+    still = apply(params, None, RAYS, use_glo=False)[0][-1].rgb
+    other = RAYS.replace(cam_idx=RAYS.cam_idx[::-1])
+    np.testing.assert_array_equal(apply(params, None, other, use_glo=False)[0][-1].rgb, still)
+    zeroed = {**params, 'glo': jax.tree.map(jnp.zeros_like, params['glo'])}
+    np.testing.assert_array_equal(apply(zeroed, None, RAYS)[0][-1].rgb, still)
+    assert _differs(apply(params, None, RAYS)[0][-1].rgb, still)
+
+  def test_works_without_view_directions(self):
+    out, _ = _forward(*self.glo, 'Model.use_viewdirs = False')
+    assert np.all(np.isfinite(out[-1].rgb))
+
+
+@functools.cache
+def _slopes(*bindings):
+  """A compiled function from parameters to each loss term and its gradient."""
+  settings, params, apply = _make(*bindings)
+  batch = structs.Batch(RAYS, jnp.full((6, 3), 0.2))
+
+  def terms(params, mults):
+    renderings, history = apply(params, KEY, RAYS, 0.5)
+    _, parts = losses.total(settings.config, params, renderings, history, batch)
+    return sum(mults[name] * value for name, value in parts.items()), parts
+
+  return params, jax.jit(jax.value_and_grad(terms, has_aux=True))
+
+
+def _norms(tree):
+  return {k: float(sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(v))) for k, v in tree.items()}
+
+
+ALL_TERMS = {'data': 1.0, 'interlevel': 1.0, 'distortion': 0.01}
+
+
+class TestGradients:
+  @pytest.mark.parametrize(
+    ('term', 'trained', 'untouched'),
+    [
+      ('data', 'nerf_mlp', 'prop_mlp'),
+      ('distortion', 'nerf_mlp', 'prop_mlp'),
+      ('interlevel', 'prop_mlp', 'nerf_mlp'),
+    ],
+  )
+  def test_each_loss_trains_its_own_mlp(self, term, trained, untouched):
+    params, slopes = _slopes()
+    # Proposals that see nothing but the last, opaque interval lack weight everywhere else.
+    params = _biased(params, -3.0, ('prop_mlp',))
+    mults = {name: float(name == term) for name in ALL_TERMS}
+    (value, _), grads = slopes(params, mults)
+    assert value > 0
+    norms = _norms(grads)
+    assert norms[trained] > 1e-6
+    assert norms[untouched] == 0
+
+  @pytest.mark.parametrize('opaque', [True, False])
+  @pytest.mark.parametrize('start', ['zero', 'random'])
+  def test_finite_at_extremes(self, opaque, start):
+    params, slopes = _slopes(f'Model.opaque_background = {opaque}')
+    if start == 'zero':
+      params = jax.tree.map(jnp.zeros_like, params)
+    for prop in (0.0, 1e10, -1e10, 1e30):
+      for nerf in (0.0, 1e10, -1e10, 1e30):
+        biased = _biased(_biased(params, prop, ('prop_mlp',)), nerf, ('nerf_mlp',))
+        (value, _), grads = slopes(biased, ALL_TERMS)
+        assert np.isfinite(value), (prop, nerf)
+        assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads)), (prop, nerf)
+
+  def test_finite_where_gradients_flow_through_endpoints(self):
+    params, slopes = _slopes('Model.stop_level_grad = False', 'Model.num_levels = 2')
+    (_, _), grads = slopes(params, {**ALL_TERMS, 'interlevel': 0.0})
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+    assert _norms(grads)['prop_mlp'] > 0  # The switch does something.
+
+
+class TestBfloat16:
+  def test_outputs_are_float32_and_near(self):
+    half, full = _forward("Model.mlp_dtype = 'bfloat16'"), _plain()
+    for leaf in jax.tree.leaves(half):
+      assert leaf.dtype == jnp.float32
+    _, params, _ = _make("Model.mlp_dtype = 'bfloat16'")
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    np.testing.assert_allclose(half[0][-1].rgb, full[0][-1].rgb, atol=0.02)
+    np.testing.assert_allclose(half[1][0].weights, full[1][0].weights, atol=0.02)
+    assert np.any(half[0][-1].rgb != full[0][-1].rgb)
+
+
+def test_settings_build_the_model_they_describe():
+  settings = configs.load_config((), TINY)
+  model = models.build(settings)
+  assert (model.near, model.far) == (0.2, 1e6)
+  assert model.nerf_config == settings.nerf_mlp
+  assert dataclasses.is_dataclass(model.prop_config)
