@@ -150,9 +150,9 @@ class TestTotal:
     )
 
   def test_coarse_data_loss_sums_over_proposal_levels(self):
-    three = [_rendering(TARGET + d) for d in (0.1, 0.2, 0.0)]
+    three = [_rendering(TARGET + d) for d in (0.1, 0.2, 0.3)]
     _, terms = self._total(three, data_loss_type='mse', data_coarse_loss_mult=2.0)
-    np.testing.assert_allclose(terms['data'], 0, atol=1e-9)
+    np.testing.assert_allclose(terms['data'], 0.09, rtol=1e-4)
     np.testing.assert_allclose(terms['data_coarse'], 2 * (0.01 + 0.04), rtol=1e-4)
     with pytest.raises(ValueError, match=r'PropMLP\.disable_rgb = False'):
       self._total(data_coarse_loss_mult=0.1)

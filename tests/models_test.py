@@ -445,6 +445,13 @@ class TestBfloat16:
     np.testing.assert_allclose(half[1][0].weights, full[1][0].weights, atol=0.02)
     assert np.any(half[0][-1].rgb != full[0][-1].rgb)
 
+  def test_heads_are_float32(self):
+    settings, params, _ = _make()
+    mlp = models.MLP(settings.nerf_mlp, jnp.bfloat16)
+    gaussians = structs.Gaussians(jnp.ones((6, 8, 3)), jnp.zeros((6, 8, 3, 3)))
+    out = mlp.apply({'params': params['nerf_mlp']}, None, gaussians, RAYS.viewdirs)
+    assert [x.dtype for x in out] == [jnp.float32] * 2
+
 
 def test_settings_build_the_model_they_describe():
   settings = configs.load_config((), TINY)
