@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util  # noqa: F401  gin's search for included files uses it unimported.
 import os
 import re
 import types
@@ -256,23 +257,19 @@ _register('coord', 'contract')
 
 
 def _advice(message: str) -> str:
-  """The nearest known names to those that gin complains about."""
-  owners = {c.__name__: [f.name for f in dataclasses.fields(c)]
-            for c in (Config, Model, NerfMLP, PropMLP)}  # fmt: skip
-  known = [f'{owner}.{name}' for owner, names in owners.items() for name in names]
-  for wrong in re.findall(r"'([\w.]+)'|([A-Za-z]\w*\.\w+)", message):
-    wrong = wrong[0] or wrong[1]
-    last = wrong.rsplit('.', 1)[-1]
-    near = [k for k in known if k.rsplit('.', 1)[-1] == last and k != wrong]
-    near += difflib.get_close_matches(wrong, known, 3, 0.75)
-    near += [
-      k
-      for k in known
-      if k.rsplit('.', 1)[-1] in difflib.get_close_matches(last, owners['Config'], 2, 0.8)
-    ]
-    if near:
-      return f' Nearest known: {", ".join(dict.fromkeys(near))}.'
-  return ' internal/configs.py lists every known name.'
+  """The nearest known names to the one that gin complains about."""
+  owners = (Config, Model, NerfMLP, PropMLP)
+  known = [f'{c.__name__}.{f.name}' for c in owners for f in dataclasses.fields(c)]
+  # Gin quotes only half of a wrong name; the binding itself stands in the message, or not.
+  written = re.search(r'([A-Za-z]\w*\.\w+)\s*=', message)
+  quoted = re.findall(r"'([\w.]+)'", message)
+  wrong = written[1] if written else '.'.join(quoted)
+  tail = wrong.rsplit('.', 1)[-1]
+  near = [k for k in known if k.endswith(f'.{tail}')]  # Right name, wrong owner.
+  near += difflib.get_close_matches(wrong, known, 3, 0.75)
+  if not near:
+    return ' internal/configs.py lists every known name.'
+  return f' Nearest known: {", ".join(dict.fromkeys(near))}.'
 
 
 def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = ()) -> Settings:

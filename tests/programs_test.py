@@ -1,0 +1,226 @@
+"""The three programs as users run them: subprocesses on a tiny capture."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import captures
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TINY = (
+  'Config.max_steps = 12',
+  'Config.print_every = 4',
+  'Config.checkpoint_every = 6',
+  'Config.train_render_every = 12',
+  'Config.batch_size = 64',
+  'Config.render_chunk_size = 256',
+  'Config.render_path_frames = 5',
+  'Model.num_prop_samples = 8',
+  'Model.num_nerf_samples = 4',
+  'PropMLP.net_depth = 2',
+  'PropMLP.net_width = 16',
+  'NerfMLP.net_depth = 2',
+  'NerfMLP.net_width = 16',
+)
+
+
+def _env(devices=1, **more):
+  flags = f'--xla_force_host_platform_device_count={devices}'
+  return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, **more}
+
+
+def _command(program, *bindings, config='configs/360.gin', flags=()):
+  told = [f'--gin_bindings={b}' for b in bindings]
+  configs = [f'--gin_configs={config}'] if config else []
+  return [sys.executable, program, *configs, *told, *flags]
+
+
+def _run(*args, code=0, env=None, **kwargs):
+  done = subprocess.run(
+    _command(*args, **kwargs), cwd=ROOT, env=env or _env(), capture_output=True, text=True,
+    timeout=400, check=False,
+  )  # fmt: skip
+  assert done.returncode == code, done.stdout + done.stderr
+  return done
+
+
+def _train_bindings(data, run, *more):
+  here = (f"Config.data_dir = '{data}'", f"Config.checkpoint_dir = '{run}'", 'Config.factor = 0')
+  return (*TINY, *here, *more)
+
+
+def _one_line(done, *words):
+  """The user's error is the last line on stderr, without a traceback, and says all of `words`."""
+  assert 'Traceback' not in done.stderr
+  last = done.stderr.strip().splitlines()[-1]
+  for word in words:
+    assert word in last, (word, done.stderr)
+
+
+def _metrics(run, prefix='loss'):
+  with open(Path(run) / 'metrics.jsonl') as f:
+    return [row for row in map(json.loads, f) if prefix in row]
+
+
+@pytest.fixture(scope='session')
+def capture(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('capture')
+  camera = ('PINHOLE', (30.0, 30.0, 16.0, 12.0))
+  captures.write_colmap(folder, n=10, camera=camera, size=(32, 24))
+  return folder
+
+
+@pytest.fixture(scope='session')
+def run(capture, tmp_path_factory):
+  """A finished run, trained in two goes."""
+  folder = tmp_path_factory.mktemp('run') / 'r'
+  first = _run('train.py', *_train_bindings(capture, folder, 'Config.early_exit_steps = 6'))
+  assert 'step 4/6' in ' '.join(first.stdout.split())
+  second = _run('train.py', *_train_bindings(capture, folder))
+  assert 'steps 6 to 12' in second.stdout
+  return folder
+
+
+def test_dry_run_reports_as_json_and_writes_nothing(capture, tmp_path):
+  bindings = _train_bindings(capture, tmp_path / 'r')
+  report = json.loads(_run('train.py', *bindings, flags=['--dry_run']).stdout)
+  assert report['num_params'] > 1000
+  assert report['batch_per_device'] == 64
+  text = json.dumps(report).lower()
+  for word in ('registered', 'missing', '32x24', 'pinhole', 'train', 'test', 'bytes', 'scale'):
+    assert word in text, word
+  assert not (tmp_path / 'r').exists()
+
+
+def test_train_leaves_metrics_checkpoints_renders_and_tensorboard(run):
+  rows = _metrics(run)
+  assert [r['step'] for r in rows] == [4, 6, 8, 12]
+  assert all(np.isfinite(r['loss']) and r['rays_per_sec'] > 0 for r in rows)
+  assert (run / 'config.gin').exists()
+  assert (run / 'scene.json').exists()
+  assert len(list((run / 'train_renders').glob('*.png'))) == 1
+  assert list((run / 'tensorboard').glob('events*'))
+  assert {p.name for p in (run / 'checkpoints').iterdir()} >= {'6', '12'}
+
+
+def test_a_finished_run_has_nothing_to_do(run, capture):
+  done = _run('train.py', *_train_bindings(capture, run))
+  assert 'Nothing to do' in done.stdout
+
+
+def test_resuming_gives_what_one_go_gives(run, capture, tmp_path):
+  whole = tmp_path / 'whole'
+  _run('train.py', *_train_bindings(capture, whole))
+  a, b = _metrics(run)[-1], _metrics(whole)[-1]
+  assert (a['step'], a['loss']) == (b['step'], b['loss'])
+
+
+def test_eval_writes_results(run):
+  done = _run('eval.py', f"Config.checkpoint_dir = '{run}'", config=None)
+  results = json.loads((run / 'eval' / 'results.json').read_text())
+  assert results['step'] == 12
+  assert len(results['per_image']) == 2
+  for name in ('psnr', 'ssim', 'cc_psnr', 'cc_ssim'):
+    values = [image[name] for image in results['per_image']]
+    np.testing.assert_allclose(results['mean'][name], np.mean(values), rtol=1e-6)
+  assert results['protocol']
+  assert len(list((run / 'eval').rglob('*.png'))) >= 6
+  assert f'{results["mean"]["psnr"]:.2f}' in done.stdout
+
+
+def test_render_needs_no_photographs_and_continues(run, tmp_path):
+  """Run on a copy of the run's folder whose config names a capture that is gone."""
+  moved = tmp_path / 'moved'
+  shutil.copytree(run, moved)
+  config = moved / 'config.gin'
+  config.write_text(re.sub(r'data_dir = .*(\n\s+.*)?', "data_dir = '/gone'", config.read_text()))
+  _run('render.py', f"Config.checkpoint_dir = '{moved}'", config=None)
+  frames = sorted((moved / 'render' / 'color').glob('*.png'))
+  assert len(frames) == 5
+  for name in ('color.mp4', 'depth.mp4'):
+    assert (moved / 'render' / name).stat().st_size > 500
+  kept = {f: f.stat().st_mtime_ns for f in frames}
+  frames[2].unlink()
+  (moved / 'render' / 'color.mp4').unlink()
+  _run('render.py', f"Config.checkpoint_dir = '{moved}'", config=None)
+  assert (moved / 'render' / 'color.mp4').exists()
+  again = {f: f.stat().st_mtime_ns for f in frames}
+  assert [f for f in frames if again[f] != kept[f]] == [frames[2]]
+
+
+def test_eval_without_a_checkpoint_says_so(tmp_path, run):
+  done = _run('eval.py', f"Config.checkpoint_dir = '{tmp_path}'", config=None, code=1)
+  _one_line(done, str(tmp_path), 'Train first')
+  empty = tmp_path / 'empty'
+  shutil.copytree(run, empty)
+  shutil.rmtree(empty / 'checkpoints')
+  done = _run('eval.py', f"Config.checkpoint_dir = '{empty}'", config=None, code=1)
+  _one_line(done, 'No checkpoint', str(empty))
+
+
+def test_eval_says_where_the_photographs_went(run):
+  bindings = (f"Config.checkpoint_dir = '{run}'", "Config.data_dir = '/gone'")
+  _one_line(_run('eval.py', *bindings, config=None, code=1), '/gone', 'Config.data_dir')
+
+
+def test_errors_of_users_are_one_line(capture, run, tmp_path):
+  def fails(*bindings):
+    return _run('train.py', *_train_bindings(capture, tmp_path / 'r', *bindings), code=1)
+
+  _one_line(fails('Config.bach_size = 32'), 'bach_size', 'Config.batch_size')
+  _one_line(fails("Config.data_dir = '/no/such/folder'"), '/no/such/folder')
+  other = _train_bindings(capture, run, 'NerfMLP.net_width = 24', 'Config.max_steps = 14')
+  done = _run('train.py', *other, code=1)
+  _one_line(done, 'another architecture', 'nerf_mlp', '16', '24')
+
+
+def test_a_batch_that_devices_do_not_divide(capture, tmp_path):
+  bindings = _train_bindings(capture, tmp_path / 'r', 'Config.batch_size = 62')
+  _one_line(_run('train.py', *bindings, code=1, env=_env(4)), '62', '4', 'multiple')
+
+
+def _free_port():
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    return s.getsockname()[1]
+
+
+def test_two_processes_train_and_evaluate_as_one(capture, tmp_path):
+  """Two processes of two devices each, joined by jax.distributed, against one of four."""
+  single, joined = tmp_path / 'single', tmp_path / 'joined'
+  _run('train.py', *_train_bindings(capture, single), env=_env(4))
+  port = _free_port()
+  for program, config in (('train.py', 'configs/360.gin'), ('eval.py', None)):
+    bindings = (
+      _train_bindings(capture, joined) if config else (f"Config.checkpoint_dir = '{joined}'",)
+    )
+    processes = []
+    for i in range(2):
+      env = _env(2, JAX_COORDINATOR_ADDRESS=f'localhost:{port}', JAX_NUM_PROCESSES='2',
+                 JAX_PROCESS_ID=str(i))  # fmt: skip
+      processes.append(
+        subprocess.Popen(
+          _command(program, *bindings, config=config), cwd=ROOT, env=env, text=True,
+          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+      )  # fmt: skip
+    said = [p.communicate(timeout=400)[0] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], said
+    port = _free_port()
+  for a, b in zip(_metrics(single), _metrics(joined)):
+    assert a['step'] == b['step']
+    np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-4)
+  assert len(_metrics(joined)) == len(_metrics(single))
+  assert (joined / 'eval' / 'results.json').exists()
+  _run('eval.py', f"Config.checkpoint_dir = '{single}'", config=None)
+  psnrs = [json.loads((r / 'eval' / 'results.json').read_text())['mean']['psnr']
+           for r in (single, joined)]  # fmt: skip
+  assert abs(psnrs[0] - psnrs[1]) < 0.05
