@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Sets up (once) and runs the tests; arguments go to pytest: scripts/test.sh -k coord -x
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+setup_env requirements-dev.lock
+cd "$ROOT"
+exec "$VENV/bin/python" -m pytest "$@"

@@ -1,0 +1,220 @@
+"""Settings: what ships loads, defaults are the published ones, and slips are answered."""
+
+import dataclasses
+import glob
+import os
+
+import jax
+import pytest
+
+from internal import configs, models, train_step
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SHIPPED = sorted(glob.glob(os.path.join(ROOT, 'configs', '*.gin')))
+
+
+def shipped(name: str) -> configs.Settings:
+  return configs.load_config([os.path.join(ROOT, 'configs', f'{name}.gin')])
+
+
+def test_all_configs_ship():
+  names = {os.path.splitext(os.path.basename(path))[0] for path in SHIPPED}
+  assert names >= {'360', '360_glo4', 'blender_256', 'blender_512', 'llff_256', 'llff_512', 'tat',
+                   'demo', 'debug'}  # fmt: skip
+
+
+@pytest.mark.parametrize('path', SHIPPED, ids=os.path.basename)
+def test_shipped_config_loads_and_opens_with_its_command(path):
+  settings = configs.load_config([path])
+  assert settings.prop_mlp.disable_rgb
+  with open(path) as f:
+    comment = f.read().split('\n\n')[0]
+  assert all(line.startswith('#') for line in comment.split('\n'))
+  name = os.path.basename(path)
+  assert f'python train.py --gin_configs=configs/{name}' in comment or (
+    name == 'demo.gin' and 'scripts/demo.sh' in comment
+  )
+
+
+@pytest.mark.parametrize('path', SHIPPED, ids=os.path.basename)
+def test_shipped_config_loads_from_any_folder(path, tmp_path, monkeypatch):
+  here = configs.load_config([path])
+  monkeypatch.chdir(tmp_path)  # Some include 'configs/360.gin'.
+  assert configs.load_config([path]) == here
+
+
+@pytest.mark.parametrize(
+  ('name', 'count'),
+  [
+    ('360', 9_007_493),
+    ('tat', 9_007_493),
+    ('360_glo4', 9_012_005),
+    ('blender_256', 835_205),
+    ('llff_256', 835_205),
+    ('blender_512', 3_065_733),
+    ('llff_512', 3_065_733),
+  ],
+)
+def test_shipped_config_has_the_published_size(name, count):
+  shapes = jax.eval_shape(lambda: train_step.create_state(shipped(name)).params)
+  assert models.num_params(shapes) == count
+
+
+def test_published_defaults():
+  settings = configs.load_config()
+  config, model = settings.config, settings.model
+  wanted = {
+    'dataset_loader': 'llff', 'factor': 0, 'llffhold': 8, 'near': 2.0, 'far': 6.0,
+    'batching': 'all_images', 'batch_size': 16384, 'max_steps': 250000, 'early_exit_steps': None,
+    'checkpoint_every': 25000, 'print_every': 100, 'train_render_every': 5000,
+    'render_chunk_size': 16384, 'data_loss_type': 'charb', 'charb_padding': 1e-3,
+    'data_loss_mult': 1.0, 'data_coarse_loss_mult': 0.0, 'interlevel_loss_mult': 1.0,
+    'distortion_loss_mult': 0.01, 'weight_decay_mults': {}, 'lr_init': 2e-3, 'lr_final': 2e-5,
+    'lr_delay_steps': 512, 'lr_delay_mult': 0.01, 'adam_beta1': 0.9, 'adam_beta2': 0.999,
+    'adam_eps': 1e-6, 'grad_max_norm': 1e-3, 'grad_max_val': 0.0, 'eval_only_once': True,
+    'eval_quantize_metrics': True, 'render_path_frames': 120, 'render_video_fps': 60,
+    'render_video_crf': 18, 'render_spline_degree': 5, 'render_spline_smoothness': 0.03,
+    'vis_num_rays': 16, 'gc_every': 10000,
+  }  # fmt: skip
+  assert {k: getattr(config, k) for k in wanted} == wanted
+  wanted = {
+    'num_prop_samples': 64, 'num_nerf_samples': 32, 'num_levels': 3, 'raydist_fn': None,
+    'ray_shape': 'cone', 'opaque_background': False, 'anneal_slope': 10.0,
+    'dilation_multiplier': 0.5, 'dilation_bias': 0.0025, 'single_jitter': True,
+    'stop_level_grad': True, 'single_mlp': False, 'disable_integration': False,
+    'use_viewdirs': True, 'num_glo_features': 0, 'num_glo_embeddings': 1000,
+    'near_anneal_rate': None, 'near_anneal_init': 0.95, 'resample_padding': 0.0,
+  }  # fmt: skip
+  assert {k: getattr(model, k) for k in wanted} == wanted
+  assert tuple(model.bg_intensity_range) == (1, 1)
+  wanted = {
+    'net_depth': 8, 'net_width': 256, 'bottleneck_width': 256, 'net_depth_viewdirs': 1,
+    'net_width_viewdirs': 128, 'skip_layer': 4, 'min_deg_point': 0, 'max_deg_point': 12,
+    'deg_view': 4, 'basis_shape': 'icosahedron', 'basis_subdivisions': 2, 'warp_fn': None,
+    'density_bias': -1.0, 'density_noise': 0.0, 'rgb_padding': 0.001, 'rgb_bias': 0.0,
+    'rgb_premultiplier': 1.0, 'bottleneck_noise': 0.0, 'weight_init': 'he_uniform',
+    'disable_rgb': False,
+  }  # fmt: skip
+  for mlp in (settings.prop_mlp, settings.nerf_mlp):
+    assert {k: getattr(mlp, k) for k in wanted} == wanted
+
+
+def test_360_is_the_published_one():
+  got = shipped('360')
+  assert got.config == configs.Config(dataset_loader='llff', near=0.2, far=1e6, factor=4)
+  assert got.model == configs.Model(raydist_fn='reciprocal', opaque_background=True)
+  contract = {'warp_fn': 'contract', 'disable_density_normals': True}
+  assert got.nerf_mlp == configs.NerfMLP(net_depth=8, net_width=1024, **contract)
+  assert got.prop_mlp == configs.PropMLP(net_depth=4, net_width=256, disable_rgb=True, **contract)
+
+
+@pytest.mark.parametrize('path', SHIPPED, ids=os.path.basename)
+def test_text_reads_back(path, tmp_path):
+  first = configs.load_config(
+    [path],
+    [
+      "Config.data_dir = 'it\\'s'",
+      'Config.seed = 7',
+      "Config.weight_decay_mults = {'NerfMLP': 0.1}",
+    ],
+  )
+  (tmp_path / 'config.gin').write_text(first.text)
+  second = configs.load_config([str(tmp_path / 'config.gin')])
+  assert second.config.seed == 7
+  assert second.config.weight_decay_mults == {'NerfMLP': 0.1}
+  assert second.config.data_dir == "it's"
+  for field in ('config', 'model', 'prop_mlp', 'nerf_mlp'):
+    assert getattr(first, field) == getattr(second, field)
+
+
+def test_text_holds_defaults_too():
+  """A default that changes later must not change an old run."""
+  text = configs.load_config().text
+  for owner in (configs.Config, configs.Model, configs.PropMLP, configs.NerfMLP):
+    for field in dataclasses.fields(owner):
+      if field.default is not dataclasses.MISSING:  # Gin does not see through factories.
+        assert f'{owner.__name__}.{field.name} = ' in text
+
+
+def test_later_ones_win(tmp_path):
+  path = tmp_path / 'a.gin'
+  path.write_text('Config.factor = 4\nConfig.llffhold = 5\n')
+  config = configs.load_config([str(path)], ['Config.factor = 2', 'Config.factor = 8']).config
+  assert (config.factor, config.llffhold) == (8, 5)
+
+
+def test_nothing_lingers_from_an_earlier_load():
+  configs.load_config((), ['Config.factor = 4'])
+  assert configs.load_config().config.factor == 0
+
+
+@pytest.mark.parametrize(
+  ('binding', 'suggestion'),
+  [
+    ('Config.bach_size = 3', 'Config.batch_size'),
+    ('Config.lr_int = 3', 'Config.lr_init'),
+    ('Confg.batch_size = 3', 'Config.batch_size'),
+    ('Config.num_prop_samples = 3', 'Model.num_prop_samples'),
+    ('NerfMLP.net_widht = 3', 'NerfMLP.net_width'),
+    ('PropMLP.warp_func = None', 'PropMLP.warp_fn'),
+    ('Model.raydist = None', 'Model.raydist_fn'),
+  ],
+)
+def test_misspelt_name_is_answered_with_the_nearest(binding, suggestion):
+  with pytest.raises(configs.ConfigError) as e:
+    configs.load_config((), [binding])
+  message = str(e.value)
+  assert '\n' not in message
+  assert suggestion in message.split('Nearest known: ')[1]
+
+
+@pytest.mark.parametrize(
+  ('binding', 'rule'),
+  [
+    ('Config.near = 7', 'near'),
+    ('Config.batch_size = 0', 'Config.batch_size'),
+    ('Config.batch_size = 1.5', 'Config.batch_size must be int'),
+    ("Config.batch_size = '64'", 'Config.batch_size must be int'),
+    ('Config.randomized = 1', 'Config.randomized must be bool'),
+    ('Config.factor = -1', 'Config.factor'),
+    ("Config.data_loss_type = 'l1'", "'mse', 'charb'"),
+    ("Config.batching = 'some'", "'all_images', 'single_image'"),
+    ("Model.ray_shape = 'box'", "'cone', 'cylinder'"),
+    ('Model.raydist_fn = @jnp.sqrt', 'jnp.sqrt'),
+    ("NerfMLP.warp_fn = 'fold'", "'contract'"),
+    ('Config.batch_size = ', ''),
+    ('Config.batch_size 3', ''),
+  ],
+)
+def test_bad_value_is_told_in_one_line(binding, rule):
+  with pytest.raises(configs.ConfigError) as e:
+    configs.load_config((), [binding])
+  assert rule in str(e.value)
+  assert '\n' not in str(e.value)
+
+
+def test_int_stands_for_float_and_function_for_its_name():
+  settings = configs.load_config(
+    (), ['Config.lr_init = 1', 'Model.raydist_fn = @jnp.log', 'NerfMLP.warp_fn = @coord.contract']
+  )
+  assert settings.config.lr_init == 1
+  assert settings.model.raydist_fn == 'log'
+  assert settings.nerf_mlp.warp_fn == 'contract'
+
+
+def test_missing_file_is_named():
+  with pytest.raises(configs.ConfigError, match=r"No such gin file: 'nowhere/a\.gin'"):
+    configs.load_config(['nowhere/a.gin'])
+
+
+def test_unreadable_include_is_told_in_one_line(tmp_path):
+  path = tmp_path / 'a.gin'
+  path.write_text("include 'nowhere.gin'\n")
+  with pytest.raises(configs.ConfigError, match=r'nowhere\.gin'):
+    configs.load_config([str(path)])
+
+
+def test_early_exit_stops_before_max_steps():
+  assert configs.Config(max_steps=100).last_step == 100
+  assert configs.Config(max_steps=100, early_exit_steps=40).last_step == 40
+  assert configs.Config(max_steps=100, early_exit_steps=400).last_step == 100
