@@ -243,10 +243,13 @@ def trace(solids, origins, dirs):
   """First hits: distances [n] (inf: none) and indices into `solids` [n] (-1: none)."""
   t = np.full(len(dirs), np.inf, np.float32)
   index = np.full(len(dirs), -1)
+  started, away2 = _dot(origins, dirs), _dot(origins, origins)
   for i, solid in enumerate(solids):
-    to = solid.centre - origins
-    along = _dot(to, dirs)
-    near = np.flatnonzero((_dot(to, to) - along * along < solid.reach**2) & (along > -solid.reach))
+    # Does the ray meet the ball around the solid? Expanded, and with room for its rounding errors.
+    along = dirs @ solid.centre - started
+    reach2 = solid.reach**2 - solid.centre @ solid.centre
+    apart2 = (1 - 4e-6) * away2 - origins @ (2 * solid.centre)
+    near = np.flatnonzero((apart2 - along * along < reach2) & (along > -1.1 * solid.reach))
     if near.size:
       o, d = solid.local(origins[near]), dirs[near] @ solid.to_local.T
       new = solid.hit(o, d)

@@ -98,6 +98,7 @@ def make_scene(folder: pathlib.Path, width: int, height: int, count: int, seed: 
   (folder / 'images').mkdir(parents=True)
   names = [f'view_{i:03d}.png' for i in range(count)]
   images, depths = [], []
+  os.environ['OPENBLAS_NUM_THREADS'] = '1'  # The workers are as many as the cores.
   # Spawned: a fork of a process with threads (JAX's, in the tests) may hang.
   context = multiprocessing.get_context('spawn')
   with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
