@@ -21,6 +21,7 @@ from internal import (
   models,
   report,
   sharding,
+  train_step,
   vis,
 )
 from internal.datasets import scene as scene_lib
@@ -81,9 +82,10 @@ def save_pictures(stem: str, rendering: dict, truth, note: str) -> None:
 def evaluate(config, scene, rows: Sequence[int], render_image, params, step: int, folder: str):
   """Renders the rows' images with one checkpoint and writes all that is said of them."""
   per_image, pairs = [], []
+  fraction = float(train_step.train_fraction(step, config.max_steps))
   for k, row in enumerate(rows):
     began = time.time()
-    rendering = render_image(params, scene.cameras, row)
+    rendering = render_image(params, scene.cameras, row, fraction)
     seconds = time.time() - began
     if not sharding.is_main():
       continue

@@ -23,6 +23,7 @@ from internal import (
   report,
   sharding,
   structs,
+  train_step,
   trajectory,
   video,
   vis,
@@ -84,11 +85,13 @@ def read_description(folder: str, wanted: dict) -> dict | None:
   return found
 
 
-def survey_depth(render_image: Callable, params, cams: structs.Cameras) -> tuple[float, float]:
+def survey_depth(
+  render_image: Callable, params, cams: structs.Cameras, fraction: float
+) -> tuple[float, float]:
   """The distances that all depth frames draw brightest and darkest, from a few small frames."""
   small = trajectory.shrink(cams, _SURVEY_SIDE)
   rows = np.unique(np.linspace(0, len(cams.size) - 1, _SURVEY_FRAMES).round().astype(int))
-  seen = [render_image(params, small, int(row)) for row in rows]
+  seen = [render_image(params, small, int(row), fraction) for row in rows]
   distance, acc = (np.concatenate([s[k].ravel() for s in seen]) for k in ('distance_median', 'acc'))
   return vis.depth_range(distance, acc)
 
@@ -107,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
   mesh = sharding.make_mesh()
   params, step = checkpoints.restore_params(run, settings, mesh=mesh)
   render_image = evaluation.make_image_renderer(settings, mesh)
+  fraction = float(train_step.train_fraction(step, config.max_steps))
 
   folder, count = config.render_dir or os.path.join(run, 'render'), len(cams.size)
   wanted = describe(cams, params, step)
@@ -118,12 +122,12 @@ def main(argv: list[str] | None = None) -> None:
   say = print if sharding.is_main() else lambda *_: None
   say(f'{count} frames of {wanted["size"]} at step {step:,}, {len(missing)} to do -> {folder}')
   if description is None:
-    description = {**wanted, 'depth_range': survey_depth(render_image, params, cams)}
+    description = {**wanted, 'depth_range': survey_depth(render_image, params, cams, fraction)}
     if sharding.is_main():
       report.write_json(os.path.join(folder, 'render.json'), description)
 
   for k in progress.track(missing, 'frames', sharding.is_main()):
-    frame = render_image(params, cams, k)
+    frame = render_image(params, cams, k, fraction)
     if sharding.is_main():
       depth = vis.depth_picture(
         frame['distance_median'], frame['acc'], tuple(description['depth_range'])

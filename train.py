@@ -60,6 +60,7 @@ class TestRenders:
   def __init__(self, settings, scene, mesh):
     self.config, self.scene = settings.config, scene
     self.render_image = evaluation.make_image_renderer(settings, mesh)
+    self.probe_rays = evaluation.make_ray_probe(settings, mesh)
     count = min(self.config.train_render_images, len(scene.test))
     spread = np.linspace(0, len(scene.test) - 1, count).round().astype(int)
     self.rows = [scene.test[k] for k in spread]
@@ -80,6 +81,12 @@ class TestRenders:
       name = os.path.splitext(self.scene.names[row])[0].replace('/', '_')
       vis.write_png(os.path.join(self.folder, f'{name}_step{step:07d}.png'), sheet)
       log.picture(step, f'test/{name}', sheet)
+    if self.rows and self.config.vis_num_rays > 0:
+      history = self.probe_rays(params, self.scene.cameras, self.rows[0], frac)
+      picture = vis.ray_picture(*history, max_rays=self.config.vis_num_rays)
+      if sharding.is_main():
+        vis.write_png(os.path.join(self.folder, f'rays_step{step:07d}.png'), picture)
+        log.picture(step, 'test/rays', picture)
     if scores:
       means = {k: float(np.mean([s[k] for s in scores])) for k in scores[0]}
       log.scalars(step, {f'test_{k}': v for k, v in means.items()}, 'test')
@@ -148,11 +155,11 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
     state, stats = step_fn(state, cams_on_device, source)
     if step == start + 1:
       log.say(f'first step after {runlog.duration(pause_clock())} (compiling)')
-      continue
-    recent.append(stats)
+    else:
+      recent.append(stats)
     render_now = config.train_render_every > 0 and step % config.train_render_every == 0
     save_now = step % config.checkpoint_every == 0 or step == last
-    if step % config.print_every == 0 or render_now or save_now:
+    if recent and (step % config.print_every == 0 or render_now or save_now):
       elapsed = pause_clock()
       log.train_seconds += elapsed
       rays_per_sec = len(recent) * config.batch_size / elapsed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -87,3 +88,30 @@ def make_image_renderer(settings: configs.Settings, mesh: Mesh) -> Callable:
     return result
 
   return render_image
+
+
+def make_ray_probe(settings: configs.Settings, mesh: Mesh) -> Callable:
+  """A function that shows how rays were sampled: what `vis.ray_picture` draws.
+
+  Returns:
+    `probe_rays(params, cams, i, train_frac)` -> (sdist, weights, rgb), each a list over levels of
+    numpy arrays [r, ...] (rgb: None where a level has no colour), of vis_num_rays pixels spread
+    evenly over camera i's diagonal.
+  """
+  model, count = models.build(settings), settings.config.vis_num_rays
+
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+  def probe(params, cams, i, train_frac):
+    along = (jnp.arange(count) + 0.5) / count
+    x, y = (jnp.floor(along * cams.size[i, axis]).astype(jnp.int32) for axis in (0, 1))
+    rays = cameras.pixels_to_rays(cams, jnp.full_like(x, i), x, y)
+    rays = rays.replace(cam_idx=jnp.zeros_like(x))
+    _, history = model.apply({'params': params}, None, rays, train_frac, False)
+    return history
+
+  def probe_rays(params, cams: structs.Cameras, i: int, train_frac: float = 1.0):
+    history = probe(params, sharding.replicate(cams, mesh), i, train_frac)
+    history = jax.tree.map(sharding.to_host, history)
+    return tuple([getattr(h, name) for h in history] for name in ('sdist', 'weights', 'rgb'))
+
+  return probe_rays

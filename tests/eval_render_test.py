@@ -140,7 +140,7 @@ def render(scene, tmp_path, monkeypatch):
     config = configs.Config(**{'render_path_frames': 6, **config})
     rendered = []
 
-    def render_image(params, cams, i):
+    def render_image(params, cams, i, fraction):
       if len(cams.size) == 6 and np.asarray(cams.size)[i, 0] >= 20:
         if len(rendered) == stop_after:
           raise KeyboardInterrupt

@@ -154,7 +154,9 @@ def test_gradient_entries_are_clipped_where_asked():
   optimizer = train_step.make_optimizer(config)
   grads = {'a': jnp.array([1.0, -2.0])}
   _, state = optimizer.update(grads, optimizer.init(grads), grads)
-  adam = next(s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, 'mu')) if hasattr(s, 'mu'))
+  adam = next(
+    s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, 'mu')) if hasattr(s, 'mu')
+  )
   np.testing.assert_allclose(adam.mu['a'], [1e-7, -1e-7], rtol=1e-4)
 
 
