@@ -106,8 +106,8 @@ def load_pixels(settings, scene, mesh):
   return (sharding.replicate(store, mesh) if on_device else store), on_device
 
 
-def start_run(settings, scene, mesh):
-  """The newest checkpoint's state, or a fresh one; then the run's config and scene on disk."""
+def start_run(settings, mesh):
+  """The checkpoint manager; the newest checkpoint's state, or a fresh one; its step."""
   config = settings.config
   manager = checkpoints.make_manager(config.checkpoint_dir, config.checkpoint_keep)
   step = checkpoints.latest_step(config.checkpoint_dir)
@@ -115,8 +115,6 @@ def start_run(settings, scene, mesh):
     state = sharding.replicate(train_step.create_state(settings), mesh)
   else:
     state = checkpoints.restore(manager, settings, mesh, step)
-  if sharding.is_main():
-    checkpoints.write_run(config.checkpoint_dir, settings, scene)
   return manager, state, step or 0
 
 
@@ -126,11 +124,13 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
   step_fn = train_step.make_train_step(settings, mesh)
   draw = train_step.make_draw(config, mesh)
   test_renders = TestRenders(settings, scene, mesh)
-  manager, state, start = start_run(settings, scene, mesh)
-  log = runlog.RunLog(config.checkpoint_dir, start, last, sharding.is_main())
+  manager, state, start = start_run(settings, mesh)
   if start >= last:
-    log.say(f'Nothing to do: {config.checkpoint_dir} has step {start:,} of {last:,}.')
+    print(f'Nothing to do: {config.checkpoint_dir} has step {start:,} of {last:,}.')
     return
+  if sharding.is_main():
+    checkpoints.write_run(config.checkpoint_dir, settings, scene)
+  log = runlog.RunLog(config.checkpoint_dir, start, last, sharding.is_main())
   pixels, on_device = load_pixels(settings, scene, mesh)
   cams = scene.cameras.take(np.array(scene.train))
   cams_on_device = sharding.replicate(cams, mesh)
@@ -142,7 +142,7 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
   recent, clock = [], time.time()
 
   def pause_clock():
-    """Adds the time since the last call to the training time; returns it."""
+    """Waits for the device; returns the seconds since the last call."""
     nonlocal clock
     jax.block_until_ready(state.params)
     elapsed, clock = time.time() - clock, time.time()
@@ -160,15 +160,8 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
     render_now = config.train_render_every > 0 and step % config.train_render_every == 0
     save_now = step % config.checkpoint_every == 0 or step == last
     if recent and (step % config.print_every == 0 or render_now or save_now):
-      elapsed = pause_clock()
-      log.train_seconds += elapsed
-      rays_per_sec = len(recent) * config.batch_size / elapsed
-      rows = jax.device_get(recent)
-      means = {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}
-      left = (last - step) * elapsed / len(recent)
+      log.steps(step, recent, pause_clock(), config.batch_size)
       recent = []
-      log.scalars(step, {**means, 'rays_per_sec': rays_per_sec})
-      log.progress(step, means, rays_per_sec, left)
     if render_now:
       test_renders(state.params, step, log)
     if save_now:

@@ -6,8 +6,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 
 
@@ -78,15 +79,28 @@ class RunLog:
     if self.enabled:
       self._board.add_image(name, image, step, dataformats='HWC')
 
-  def progress(self, step: int, stats: Mapping[str, float], rays_per_sec: float, left: float):
-    """Prints where training stands; `left` is the estimate of remaining seconds."""
-    if self.enabled:
-      width = len(f'{self.last_step:,}')
-      print(
-        f'step {step:>{width},}/{self.last_step:,}  loss {stats["loss"]:.5f}  '
-        f'psnr {stats["psnr"]:5.2f}  {rays_per_sec:>9,.0f} rays/s  {duration(left)} left',
-        flush=True,
-      )
+  def steps(self, step: int, rows: Sequence[Mapping], elapsed: float, batch_size: int) -> None:
+    """Records the steps since the last call: the means of their stats, and rays/s.
+
+    Args:
+      step: the last of them.
+      rows: stats of each, on the device or not.
+      elapsed: seconds that they took.
+      batch_size: rays a step.
+    """
+    self.train_seconds += elapsed
+    if not self.enabled:
+      return
+    rows = jax.device_get(list(rows))
+    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    rays_per_sec = len(rows) * batch_size / elapsed
+    left = (self.last_step - step) * elapsed / len(rows)
+    self.scalars(step, {**means, 'rays_per_sec': rays_per_sec})
+    width = len(f'{self.last_step:,}')
+    self.say(
+      f'step {step:>{width},}/{self.last_step:,}  loss {means["loss"]:.5f}  '
+      f'psnr {means["psnr"]:5.2f}  {rays_per_sec:>9,.0f} rays/s  {duration(left)} left'
+    )
 
   def say(self, text: str) -> None:
     """Prints a line of news."""

@@ -1,0 +1,72 @@
+"""The run's record: lines that parse, numbers that JSON can hold, nothing twice after a resume."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from internal import runlog
+
+
+@pytest.mark.parametrize(
+  ('seconds', 'text'),
+  [(0, '0s'), (59.4, '59s'), (59.6, '1m00s'), (200, '3m20s'), (3600, '1h00m'), (7530, '2h05m')],
+)
+def test_durations_as_people_say_them(seconds, text):
+  assert runlog.duration(seconds) == text
+
+
+def _rows(folder):
+  return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+def _stats(loss):
+  return {'loss': np.float32(loss), 'psnr': np.float32(20.0)}
+
+
+def test_steps_are_averaged_timed_and_told(tmp_path, capsys):
+  log = runlog.RunLog(str(tmp_path), 0, 1000)
+  log.steps(100, [_stats(1.0), _stats(3.0)], 4.0, 512)
+  log.close()
+  (row,) = _rows(tmp_path)
+  assert (row['step'], row['loss'], row['rays_per_sec'], row['train_seconds']) == (100, 2.0, 256, 4)
+  said = capsys.readouterr().out
+  for part in ('100/1,000', 'loss 2.00000', 'psnr 20.00', '256 rays/s', '30m00s left'):
+    assert part in said
+  assert list((tmp_path / 'tensorboard').glob('events*'))
+
+
+def test_a_resume_drops_what_is_done_again_and_keeps_the_clock(tmp_path):
+  log = runlog.RunLog(str(tmp_path), 0, 1000)
+  for step in (100, 200, 300):
+    log.steps(step, [_stats(step)], 10.0, 1)
+  log.close()
+  with open(tmp_path / 'metrics.jsonl', 'a') as f:
+    f.write('{"step": 400, "lo')  # Killed in the middle of a line.
+  log = runlog.RunLog(str(tmp_path), 200, 1000)
+  assert [r['step'] for r in _rows(tmp_path)] == [100, 200]
+  assert log.train_seconds == 20
+  log.steps(300, [_stats(3)], 10.0, 1)
+  log.close()
+  assert [r['step'] for r in _rows(tmp_path)] == [100, 200, 300]
+  assert _rows(tmp_path)[-1]['train_seconds'] == 30
+
+
+def test_numbers_that_json_has_not_become_null(tmp_path):
+  log = runlog.RunLog(str(tmp_path), 0, 10)
+  log.scalars(1, {'loss': math.nan, 'psnr': math.inf, 'ok': 1.0})
+  log.close()
+  (row,) = _rows(tmp_path)
+  assert (row['loss'], row['psnr'], row['ok']) == (None, None, 1.0)
+
+
+def test_other_processes_write_and_say_nothing(tmp_path, capsys):
+  log = runlog.RunLog(str(tmp_path), 0, 10, enabled=False)
+  log.steps(1, [_stats(1)], 2.0, 1)
+  log.say('hello')
+  log.picture(1, 'x', np.zeros((2, 2, 3), np.uint8))
+  log.close()
+  assert log.train_seconds == 2
+  assert list(tmp_path.iterdir()) == []
+  assert capsys.readouterr().out == ''
