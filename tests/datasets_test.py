@@ -273,6 +273,18 @@ def test_missing_and_unreadable_images(tmp_path):
   assert sorted(os.listdir(tmp_path)) == ['images', 'sparse']
 
 
+def test_a_preflight_lists_missing_images(tmp_path):
+  captures.write_colmap(tmp_path)
+  for name in ('000.png', '004.png'):
+    (tmp_path / 'images' / name).unlink()
+  for factor in (0, 2):
+    config = configs.Config(data_dir=str(tmp_path), factor=factor)
+    report = datasets.load_dataset(config, read_only=True).report
+    assert report['images_missing'] == ['000.png', '004.png']
+    counts = [report[f'{what}_images'] for what in ('train', 'test')]
+    assert (report['images_found'], report['images_registered'], counts) == (7, 9, [6, 1])
+
+
 def test_sizes_that_are_not_the_cameras(tmp_path):
   captures.write_colmap(tmp_path)
   path = str(tmp_path / 'images' / '004.png')

@@ -109,12 +109,16 @@ def assemble(
     factor: of downsampling; 0 or 1 for the full size.
     background: what alpha is composited on, as `images.decode`.
     unregistered: pictures without a pose, for the report.
-    read_only: make no folders.
+    read_only: make no folders, and list missing pictures in the report instead of refusing them.
 
   Raises:
     DataNotFoundError: a picture is missing.
     DataError: a picture cannot be read or has another size than its camera; no training image.
   """
+  gone = _missing_rows(data_dir, frames, factor) if read_only else []
+  gone_names = [frames[i].name for i in gone]
+  if gone:
+    frames, world, split = _drop(gone, frames, world, split)
   if not split[0]:
     raise images.DataError(
       f'{data_dir}: no training images: of {len(frames)} images {len(split[1])} are for testing. '
@@ -132,8 +136,8 @@ def assemble(
   report = {
     'loader': loader,
     'images_found': len(frames) + len(unregistered),
-    'images_registered': len(frames),
-    'images_missing': [],  # A missing one is an error.
+    'images_registered': len(frames) + len(gone),
+    'images_missing': gone_names,
     'images_unregistered': list(unregistered),
     'images_turned_by_exif': sum(
       (h.width, h.height) != tuple(size) for h, size in zip(located.headers, sizes.tolist())
@@ -159,6 +163,25 @@ def assemble(
     bounds=world.bounds,
     report=report,
   )
+
+
+def _missing_rows(data_dir: str, frames: Sequence[Frame], factor: int) -> list[int]:
+  """Rows of frames without a picture; none if all are, which is another error."""
+  gone = set()
+  for folder in {frame.folder for frame in frames}:
+    names = [frame.file for frame in frames if frame.folder == folder]
+    gone |= {(folder, name) for name in pyramid.missing(data_dir, folder, names, factor)}
+  rows = [i for i, frame in enumerate(frames) if (frame.folder, frame.file) in gone]
+  return rows if len(rows) < len(frames) else []
+
+
+def _drop(gone: Sequence[int], frames: Sequence[Frame], world: World, split):
+  """Frames, world and split without some rows."""
+  kept = [i for i in range(len(frames)) if i not in set(gone)]
+  row = {old: new for new, old in enumerate(kept)}
+  split = tuple(tuple(row[i] for i in part if i in row) for part in split)
+  world = dataclasses.replace(world, poses=world.poses[kept])
+  return [frames[i] for i in kept], world, split
 
 
 def _check_poses(data_dir: str, frames: Sequence[Frame]) -> None:

@@ -63,8 +63,8 @@ def locate(
   for name in names:
     images.inside(data_dir, name)
     images.inside(data_dir, _join(folder, name))
+  _check_present(data_dir, folder, names, factor)
   if factor <= 1:
-    _check_present(data_dir, folder, names)
     files = [_join(folder, name) for name in names]
     return Pictures(tuple(files), _read_headers(data_dir, files))
   if not folder:
@@ -74,13 +74,20 @@ def locate(
     )
   small = folder_name(folder, factor)
   if not images.list_images(os.path.join(data_dir, small)):
-    _check_present(data_dir, folder, names)
     if read_only:
       return _foresee(data_dir, folder, names, factor)
     make(data_dir, folder, factor, background)
   pairs = pair(data_dir, folder, small, names)
   files = [_join(small, pairs[name]) for name in names]
   return Pictures(tuple(files), _read_headers(data_dir, files))
+
+
+def missing(data_dir: str, folder: str, names: Sequence[str], factor: int = 0) -> list[str]:
+  """Which of `names` `locate` would miss for want of a full-size picture."""
+  if factor > 1 and images.list_images(os.path.join(data_dir, folder_name(folder, factor))):
+    return []
+  root = os.path.join(data_dir, folder)
+  return [name for name in names if not os.path.isfile(os.path.join(root, name))]
 
 
 def pair(data_dir: str, folder: str, small: str, names: Sequence[str]) -> dict[str, str]:
@@ -189,13 +196,14 @@ def _read_headers(data_dir: str, files: Sequence[str]) -> tuple[images.Header, .
   return tuple(images.in_threads(images.read_header, paths))
 
 
-def _check_present(data_dir: str, folder: str, names: Sequence[str]) -> None:
+def _check_present(data_dir: str, folder: str, names: Sequence[str], factor: int) -> None:
+  gone = missing(data_dir, folder, names, factor)
+  if not gone:
+    return
   root = os.path.join(data_dir, folder)
   if not os.path.isdir(root):
     raise images.DataNotFoundError(f'No such folder: {root!r}. The pictures belong there.')
-  missing = [name for name in names if not os.path.isfile(os.path.join(root, name))]
-  if missing:
-    raise images.DataNotFoundError(
-      f'{os.path.join(root, missing[0])}: no such image, but the capture has its pose '
-      f'({len(missing)} of {len(names)} are missing). Put it back, or pose the capture anew.'
-    )
+  raise images.DataNotFoundError(
+    f'{os.path.join(root, gone[0])}: no such image, but the capture has its pose '
+    f'({len(gone)} of {len(names)} are missing). Put it back, or pose the capture anew.'
+  )
