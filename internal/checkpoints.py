@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 import orbax.checkpoint as ocp
 
-from internal import configs, sharding, structs, train_step
+from internal import configs, files, sharding, structs, train_step
 from internal.datasets import scene as scene_lib
 
 _CONFIG = 'config.gin'
@@ -29,11 +29,8 @@ class CheckpointError(ValueError):
 
 def write_run(checkpoint_dir: str, settings: configs.Settings, scene: scene_lib.Scene) -> None:
   """Writes config.gin and scene.json, each whole or not at all (main process only)."""
-  os.makedirs(checkpoint_dir, exist_ok=True)
-  path = os.path.join(checkpoint_dir, _CONFIG)
-  with open(path + '.part', 'w') as f:
+  with files.whole(os.path.join(checkpoint_dir, _CONFIG)) as path, open(path, 'w') as f:
     f.write(settings.text)
-  os.replace(path + '.part', path)
   scene_lib.save_scene(os.path.join(checkpoint_dir, _SCENE), scene)
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internal import configs, image
+from internal import configs, files, image
 
 SCHEMA_VERSION = 1  # Of results.json.
 METRICS = ('psnr', 'ssim', 'cc_psnr', 'cc_ssim')
@@ -124,12 +124,9 @@ def _strict(value: Any) -> Any:
 
 def write_json(path: str, value: Any) -> None:
   """Writes strict JSON, making its folder; the file is never seen half-written."""
-  os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-  temporary = f'{path}.{os.getpid()}.part'
-  with open(temporary, 'w') as f:
+  with files.whole(path) as temporary, open(temporary, 'w') as f:
     json.dump(_strict(value), f, indent=2, allow_nan=False)
     f.write('\n')
-  os.replace(temporary, path)
 
 
 def format_metrics(row: Mapping[str, float]) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
+from internal import files
+
 
 def duration(seconds: float) -> str:
   """Seconds as people say them: '45s', '3m20s', '2h05m'."""
@@ -52,9 +54,8 @@ class RunLog:
       return
     from tensorboardX import SummaryWriter
 
-    with open(self._path + '.part', 'w') as f:
+    with files.whole(self._path) as path, open(path, 'w') as f:
       f.writelines(json.dumps(r) + '\n' for r in rows)
-    os.replace(self._path + '.part', self._path)
     folder = os.path.join(run_dir, 'tensorboard')
     self._board = SummaryWriter(folder, purge_step=start_step + 1)
 

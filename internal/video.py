@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from internal import files
+
 
 class VideoError(ValueError):
   """Frames that cannot be encoded, or no encoder; the message says what to do."""
@@ -65,13 +67,8 @@ def write_video(frames: Sequence[str], path: str, fps: float = 60, crf: int = 18
   if not fps > 0 or not 0 <= crf <= 51:
     raise VideoError(f'A video needs fps > 0 and crf in 0..51, got fps {fps}, crf {crf}.')
   program = _find_encoder(os.path.dirname(frames[0]))
-  temporary = f'{path}.{os.getpid()}.part.mp4'
-  try:
+  with files.whole(path) as temporary:
     _encode(program, frames, temporary, fps, crf)
-    os.replace(temporary, path)
-  finally:
-    if os.path.exists(temporary):
-      os.remove(temporary)
 
 
 def _encode(program: str, frames: Sequence[str], path: str, fps: float, crf: int) -> None:

@@ -3,11 +3,12 @@
 In: float images [h, w, 3] in [0, 1] or uint8; maps [h, w]. Out: uint8 [h, w, 3]. numpy only.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from internal import files
 
 # Our own map, in OKLCh: dark blue over violet and orange to a pale yellow. Lightness rises evenly,
 # so that equal steps look equal, and it reads the same in grey.
@@ -65,14 +66,8 @@ def to_uint8(img: np.ndarray) -> np.ndarray:
 
 def write_png(path: str, img: np.ndarray) -> None:
   """Writes an image [h, w, 3], making its folder; the file is never seen half-written."""
-  os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-  temporary = f'{path}.{os.getpid()}.tmp'
-  try:
+  with files.whole(path) as temporary:
     Image.fromarray(to_uint8(img)).save(temporary, format='PNG')
-    os.replace(temporary, path)
-  finally:
-    if os.path.exists(temporary):
-      os.remove(temporary)
 
 
 def apply_colormap(x: np.ndarray) -> np.ndarray:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from internal import structs
+from internal import files, structs
 from internal.datasets import images
 
 _VERSION = 1  # Of scene.json.
@@ -56,10 +55,8 @@ def save_scene(path: str, scene: Scene) -> None:
     'lenses': cameras.lenses,
     'distorted': cameras.distorted,
   }
-  temporary = f'{path}.{os.getpid()}.part'
-  with open(temporary, 'w') as f:
+  with files.whole(path) as temporary, open(temporary, 'w') as f:
     json.dump(fields, f)
-  os.replace(temporary, path)
 
 
 def load_scene(path: str) -> Scene:
