@@ -133,11 +133,28 @@ def assemble(
     ]
   )  # [n, 2]
   table = _camera_table(frames, world, sizes, max(1, factor))
-  report = {
+  report = _report(loader, frames, gone_names, unregistered, located, sizes, split, world)
+  return scene.Scene(
+    loader=loader,
+    files=located.files,
+    names=tuple(frame.name for frame in frames),
+    cameras=table,
+    train=split[0],
+    test=split[1],
+    world_transform=world.transform,
+    background=background,
+    bounds=world.bounds,
+    report=report,
+  )
+
+
+def _report(loader, frames, gone, unregistered, located, sizes, split, world) -> dict[str, Any]:
+  """What a preflight prints of a capture; `gone` are the names of missing pictures."""
+  return {
     'loader': loader,
     'images_found': len(frames) + len(unregistered),
     'images_registered': len(frames) + len(gone),
-    'images_missing': gone_names,
+    'images_missing': gone,
     'images_unregistered': list(unregistered),
     'images_turned_by_exif': sum(
       (h.width, h.height) != tuple(size) for h, size in zip(located.headers, sizes.tolist())
@@ -151,18 +168,6 @@ def assemble(
     'training_pixel_bytes': int(3 * sizes[list(split[0])].prod(-1).sum()),
     **_describe(world),
   }
-  return scene.Scene(
-    loader=loader,
-    files=located.files,
-    names=tuple(frame.name for frame in frames),
-    cameras=table,
-    train=split[0],
-    test=split[1],
-    world_transform=world.transform,
-    background=background,
-    bounds=world.bounds,
-    report=report,
-  )
 
 
 def _missing_rows(data_dir: str, frames: Sequence[Frame], factor: int) -> list[int]:
