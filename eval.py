@@ -97,7 +97,7 @@ def evaluate(config, scene, rows: Sequence[int], render_image, params, step: int
       f'{k + 1}/{len(rows)} {name}  {report.format_metrics(metrics)}  {seconds:.1f}s', flush=True
     )
     if config.eval_save_output:
-      stem = f'{k:03d}_{os.path.splitext(name)[0].replace("/", "_")}'
+      stem = f'{k:03d}_{scene.stem(row)}'
       note = f'PSNR {metrics["psnr"]:.2f}   SSIM {metrics["ssim"]:.3f}'
       save_pictures(os.path.join(folder, stem), rendering, truth, note)
       pair = np.concatenate([truth, vis.to_uint8(rendering['rgb'])], 1)

@@ -78,7 +78,7 @@ class TestRenders:
       truth = scene_lib.read_image(self.config.data_dir, self.scene, row)
       scores.append({**report.image_metrics(out['rgb'], truth, self.config), 'seconds': seconds})
       sheet = vis.comparison_sheet(out, truth)
-      name = os.path.splitext(self.scene.names[row])[0].replace('/', '_')
+      name = self.scene.stem(row)
       vis.write_png(os.path.join(self.folder, f'{name}_step{step:07d}.png'), sheet)
       log.picture(step, f'test/{name}', sheet)
     if self.rows and self.config.vis_num_rays > 0:

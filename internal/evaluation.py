@@ -30,10 +30,7 @@ def make_chunk_renderer(settings: configs.Settings, mesh: Mesh) -> Callable:
     width, height = cams.size[i, 0], cams.size[i, 1]
     pixel = jnp.minimum(start + jnp.arange(chunk, dtype=jnp.int32), width * height - 1)
     pixel = sharding.shard_rays(pixel, mesh)
-    cam_idx = jnp.full_like(pixel, i)
-    rays = cameras.pixels_to_rays(cams, cam_idx, pixel % width, pixel // width)
-    # With appearance off, the index only keeps the table's bounds.
-    rays = rays.replace(cam_idx=jnp.zeros_like(cam_idx))
+    rays = cameras.pixels_to_rays(cams, jnp.full_like(pixel, i), pixel % width, pixel // width)
     renderings, _ = model.apply({'params': params}, None, rays, train_frac, False)
     final = renderings[-1]
     return {
@@ -105,7 +102,6 @@ def make_ray_probe(settings: configs.Settings, mesh: Mesh) -> Callable:
     along = (jnp.arange(count) + 0.5) / count
     x, y = (jnp.floor(along * cams.size[i, axis]).astype(jnp.int32) for axis in (0, 1))
     rays = cameras.pixels_to_rays(cams, jnp.full_like(x, i), x, y)
-    rays = rays.replace(cam_idx=jnp.zeros_like(x))
     _, history = model.apply({'params': params}, None, rays, train_frac, False)
     return history
 

@@ -90,9 +90,9 @@ class MLP(nn.Module):
       parts.append(x)
     if glo is not None:
       parts.append(glo)
-    spread = (*x.shape[:-1], -1)
+    per_bin = x.shape[:-1]  # What is of a ray is the same for all of its bins.
     parts = [
-      jnp.broadcast_to(p[..., None, :], (*spread[:-1], p.shape[-1])) if p.ndim < x.ndim else p
+      jnp.broadcast_to(p[..., None, :], (*per_bin, p.shape[-1])) if p.ndim < x.ndim else p
       for p in parts
     ]
     x = jnp.concatenate([p.astype(self.dtype) for p in parts], -1)

@@ -20,18 +20,18 @@ def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
     DataError: something there cannot be used.
   """
   data_dir = frames_lib.capture_dir(config.data_dir)
-  frames, split = [], []
-  for part in ('train', 'test'):
+
+  def read(part: str) -> list[frames_lib.Frame]:
     path = os.path.join(data_dir, f'transforms_{part}.json')
-    found = transforms.read_frames(data_dir, path, transforms.read_table(path))
-    split.append(tuple(range(len(frames), len(frames) + len(found))))
-    frames += found
+    return transforms.read_frames(data_dir, path, transforms.read_table(path))
+
+  frames, split = frames_lib.train_then_test(read)
   return frames_lib.assemble(
     'blender',
     data_dir,
     frames,
     frames_lib.world_as_is(frames),
-    tuple(split),
+    split,
     factor=config.factor,
     background='white',
     read_only=read_only,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,19 @@ def split_every(n: int, hold: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """(train, test) rows: every hold-th is a test image, starting with the first."""
   test = tuple(range(0, n, hold))
   return tuple(i for i in range(n) if i % hold), test
+
+
+def train_then_test(read: Callable[[str], Sequence[Frame]]):
+  """Frames, and their (train, test) rows, of formats that keep the two parts apart.
+
+  `read` gives the frames of 'train' and of 'test'.
+  """
+  frames, split = [], []
+  for part in ('train', 'test'):
+    found = read(part)
+    split.append(tuple(range(len(frames), len(frames) + len(found))))
+    frames += found
+  return frames, tuple(split)
 
 
 def unposed(data_dir: str, frames: Sequence[Frame]) -> list[str]:

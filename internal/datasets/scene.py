@@ -41,6 +41,10 @@ class Scene:
   bounds: tuple[float, float] | None  # Near and far of a forward-facing capture, normalised.
   report: dict[str, Any]  # What a preflight prints.
 
+  def stem(self, i: int) -> str:
+    """Image i's name as a piece of a file's: no ending, no folders."""
+    return images.stem(self.names[i]).replace('/', '_')
+
 
 def save_scene(path: str, scene: Scene) -> None:
   """Writes a scene as JSON, whole or not at all; numbers come back exactly."""

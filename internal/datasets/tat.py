@@ -23,17 +23,13 @@ def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
     DataError: something there cannot be used.
   """
   data_dir = frames_lib.capture_dir(config.data_dir)
-  frames, split = [], []
-  for part in ('train', 'test'):
-    found = _read_part(data_dir, part)
-    split.append(tuple(range(len(frames), len(frames) + len(found))))
-    frames += found
+  frames, split = frames_lib.train_then_test(lambda part: _read_part(data_dir, part))
   return frames_lib.assemble(
     'tat_nerfpp',
     data_dir,
     frames,
     frames_lib.world_pca(frames),
-    tuple(split),
+    split,
     factor=config.factor,
     read_only=read_only,
   )
