@@ -1,5 +1,7 @@
 """Safe primitives: finite in value and in gradient wherever the pipeline can call them."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,3 +86,35 @@ def sorted_interp(x: Array, xp: Array, fp: Array) -> Array:
   width = x1 - x0
   offset = jnp.where(width > 0, (x - x0) / jnp.where(width > 0, width, 1), 0)
   return f0 + jnp.clip(offset, 0, 1) * (f1 - f0)
+
+
+def split_keys(key: Array | None, num: int) -> tuple[Array | None, ...]:
+  """`num` keys, each of key's shape (one key, or an array of keys); `num` times None of None."""
+  if key is None:
+    return (None,) * num
+  key = _typed(key)
+  keys = _map_axes(lambda k: jax.random.split(k, num), key.ndim)(key)
+  return tuple(keys[..., i] for i in range(num))
+
+
+def draw(sampler: Callable, key: Array, shape: tuple[int, ...], *args, **kwargs) -> Array:
+  """Random numbers of `shape`: from one key for all, or from an array of keys each its own part.
+
+  `sampler(key, shape, *args, **kwargs)` is a function like jax.random.uniform. An array's shape
+  is the beginning of `shape`; what its keys draw does not depend on which keys stand beside them.
+  """
+  key = _typed(key)
+  return _map_axes(lambda k: sampler(k, shape[key.ndim :], *args, **kwargs), key.ndim)(key)
+
+
+def _typed(key: Array) -> Array:
+  """Keys whose shape is that of the keys: not so a raw one, of jax.random.PRNGKey."""
+  raw = not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+  return jax.random.wrap_key_data(key) if raw else key
+
+
+def _map_axes(fn: Callable, axes: int) -> Callable:
+  """`fn`, mapped over the leading axes."""
+  for _ in range(axes):
+    fn = jax.vmap(fn)
+  return fn

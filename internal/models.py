@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from internal import configs, coord, encodings, render, stepfun, structs
+from internal import configs, coord, encodings, math, render, stepfun, structs
 
 Array = jax.Array
 
@@ -38,7 +38,7 @@ class MLP(nn.Module):
     """Evaluates the field.
 
     Args:
-      key: PRNG key of the noise that the config asks for, or None for none.
+      key: PRNG key of the noise that the config asks for, or [...] keys; None for none.
       gaussians: mean [..., n, 3], cov [..., n, 3, 3], in world space.
       viewdirs: [..., 3] unit directions, or None for colour that does not depend on them.
       glo: [..., g] appearance vector, or None.
@@ -47,14 +47,14 @@ class MLP(nn.Module):
       density [..., n], and rgb [..., n, 3] or None if the config disables it.
     """
     cfg = self.config
-    keys = [None, None] if key is None else jax.random.split(key)
+    density_key, bottleneck_key = math.split_keys(key, 2)
     x = self._trunk(self._encode(gaussians))
     raw = self._dense(1, 'density', jnp.float32)(x)[..., 0]
-    raw = _add_noise(keys[0], raw, cfg.density_noise)
+    raw = _add_noise(density_key, raw, cfg.density_noise)
     density = nn.softplus(raw + cfg.density_bias)
     if cfg.disable_rgb:
       return density, None
-    x = self._view_layers(keys[1], x, viewdirs, glo)
+    x = self._view_layers(bottleneck_key, x, viewdirs, glo)
     raw_rgb = self._dense(3, 'rgb', jnp.float32)(x)
     rgb = nn.sigmoid(cfg.rgb_premultiplier * raw_rgb + cfg.rgb_bias)
     return density, rgb * (1 + 2 * cfg.rgb_padding) - cfg.rgb_padding
@@ -104,7 +104,7 @@ class MLP(nn.Module):
 def _add_noise(key: Array | None, x: Array, scale: float) -> Array:
   if key is None or scale == 0:
     return x
-  return x + scale * jax.random.normal(key, x.shape, x.dtype)
+  return x + scale * math.draw(jax.random.normal, key, x.shape, x.dtype)
 
 
 class Model(nn.Module):
@@ -131,7 +131,8 @@ class Model(nn.Module):
     """Renders rays.
 
     Args:
-      key: PRNG key of jitter, noise and random backgrounds; None renders without any.
+      key: PRNG key of jitter, noise and random backgrounds; None renders without any. With [...]
+        keys, one for each ray, a ray's draws do not depend on the rays beside it.
       rays: [...] rays.
       train_frac: fraction of training done, in [0, 1]: steers the annealing.
       use_glo: give each ray its image's appearance vector; else zeros.
@@ -147,7 +148,7 @@ class Model(nn.Module):
     sdist, weights = jnp.concatenate([start, one], -1), one
     renderings, history = [], []
     for level in range(cfg.num_levels):
-      key, sample_key, mlp_key, bg_key = _split(key, 4)
+      key, sample_key, mlp_key, bg_key = math.split_keys(key, 4)
       sdist = self._resample(sample_key, level, sdist, weights, train_frac)
       tdist = s_to_t(sdist)
       density, rgb = self._query(mlp_key, level, rays, tdist, glo)
@@ -216,11 +217,7 @@ class Model(nn.Module):
     low, high = self.config.bg_intensity_range
     if key is None or low == high:
       return jnp.full_like(rays.radii, (low + high) / 2)
-    return jax.random.uniform(key, rays.radii.shape, minval=low, maxval=high)
-
-
-def _split(key: Array | None, num: int):
-  return (None,) * num if key is None else jax.random.split(key, num)
+    return math.draw(jax.random.uniform, key, rays.radii.shape, minval=low, maxval=high)
 
 
 def build(settings: configs.Settings) -> Model:

@@ -73,7 +73,7 @@ def sample(
   """Draws stratified points from a histogram by inverting its piecewise-linear CDF.
 
   Args:
-    key: PRNG key, or None for the middle of each stratum.
+    key: PRNG key, or [...] keys, one for each histogram; None for the middle of each stratum.
     t: [..., n + 1] endpoints.
     w_logits: [..., n] logits of the bins' weights.
     num_samples: number of points.
@@ -86,7 +86,8 @@ def sample(
   if key is None:
     jitter = jnp.full((*batch, 1), 0.5, t.dtype)
   else:
-    jitter = jax.random.uniform(key, (*batch, 1 if single_jitter else num_samples), t.dtype)
+    shape = (*batch, 1 if single_jitter else num_samples)
+    jitter = math.draw(jax.random.uniform, key, shape, t.dtype)
   strata = jnp.arange(num_samples, dtype=t.dtype).reshape((1,) * len(batch) + (-1,))
   u = jnp.minimum((strata + jitter) / num_samples, 1 - math.EPS)
   cdf = integrate_weights(jax.nn.softmax(w_logits, -1))
@@ -107,7 +108,7 @@ def sample_intervals(
   clipped to the domain.
 
   Args:
-    key: PRNG key, or None for deterministic samples.
+    key: PRNG key, or [...] keys, one for each histogram; None for deterministic samples.
     t: [..., n + 1] endpoints.
     w_logits: [..., n] logits of the bins' weights.
     num_samples: number of intervals, at least 2.

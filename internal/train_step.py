@@ -98,8 +98,8 @@ def make_train_step(settings: configs.Settings, mesh: Mesh) -> Callable:
   optimizer = make_optimizer(config)
   schedule = learning_rate(config)
 
-  def loss_fn(params, key, batch, frac):
-    renderings, history = model.apply({'params': params}, key, batch.rays, frac)
+  def loss_fn(params, keys, batch, frac):
+    renderings, history = model.apply({'params': params}, keys, batch.rays, frac)
     loss, terms = losses.total(config, params, renderings, history, batch)
     return loss, (terms, losses.squared_error(renderings[-1].rgb, batch.rgb))
 
@@ -112,8 +112,9 @@ def make_train_step(settings: configs.Settings, mesh: Mesh) -> Callable:
     batch = sharding.shard_rays(batches.make_batch(cams, *ids, rgb), mesh)
     frac = train_fraction(state.step, config.max_steps)
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    key = model_key if config.randomized else None
-    (loss, (terms, mse)), grads = grad_fn(state.params, key, batch, frac)
+    # A key for each ray, so that its draws do not depend on how rays are split.
+    keys = jax.random.split(model_key, config.batch_size) if config.randomized else None
+    (loss, (terms, mse)), grads = grad_fn(state.params, keys, batch, frac)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     stats = {

@@ -77,3 +77,31 @@ def test_sorted_interp_is_finite_without_any_width():
   ramp = [0.0, 1.0, 2.0]
   assert_finite(math.sorted_interp, [-1.0, 0.5, 2.0], [0.5, 0.5, 0.5], ramp)
   assert_finite(math.sorted_interp, [0.0, 1.0], ramp, [3.0, 3.0, 3.0])
+
+
+class TestRandomness:
+  keys = jax.random.split(jax.random.key(0), (4, 3))
+
+  def test_each_key_of_an_array_draws_by_itself(self):
+    out = math.draw(jax.random.uniform, self.keys, (4, 3, 5), minval=2.0, maxval=3.0)
+    assert out.shape == (4, 3, 5)
+    for i in range(4):
+      for j in range(3):
+        alone = jax.random.uniform(self.keys[i, j], (5,), minval=2.0, maxval=3.0)
+        np.testing.assert_array_equal(out[i, j], alone)
+    part = math.draw(jax.random.uniform, self.keys[1:3], (2, 3, 5), minval=2.0, maxval=3.0)
+    np.testing.assert_array_equal(part, out[1:3])
+
+  @pytest.mark.parametrize('key', [jax.random.key(1), jax.random.PRNGKey(1)], ids=['new', 'raw'])
+  def test_one_key_draws_for_all(self, key):
+    out = math.draw(jax.random.normal, key, (4, 5), jnp.float32)
+    np.testing.assert_array_equal(out, jax.random.normal(key, (4, 5)))
+    a, b = math.split_keys(key, 2)
+    assert jax.random.uniform(a) != jax.random.uniform(b)
+
+  def test_splitting(self):
+    assert math.split_keys(None, 3) == (None, None, None)
+    parts = math.split_keys(self.keys, 2)
+    assert [p.shape for p in parts] == [(4, 3)] * 2
+    alone = jax.random.split(self.keys[2, 1], 2)
+    assert all(p[2, 1] == k for p, k in zip(parts, alone))

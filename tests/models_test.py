@@ -247,6 +247,25 @@ class TestRandomness:
     assert np.std(inner[:, 0]) > 1e-3  # Each ray its own jitter,
     np.testing.assert_allclose(np.diff(inner), 1 / 12, atol=1e-6)  # one for all of its strata.
 
+  def test_a_key_for_each_ray_makes_its_draws_its_own(self):
+    bindings = (
+      'Model.single_jitter = False',
+      'Model.opaque_background = False',
+      'Model.bg_intensity_range = (0.0, 1.0)',
+      'NerfMLP.density_noise = 1.0',
+      'NerfMLP.bottleneck_noise = 1.0',
+    )
+    keys = jax.random.split(KEY, 6)
+    whole = _forward(*bindings, key=keys)
+    half = _forward(*bindings, key=keys[2:4], rays=jax.tree.map(lambda x: x[2:4], RAYS))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(half)):
+      np.testing.assert_allclose(a[2:4], b, rtol=1e-3, atol=1e-5)
+    first = np.asarray(whole[1][0].sdist)
+    assert np.std(first[:, 1]) > 1e-3
+    assert np.std(np.diff(first[0])) > 1e-3
+    other = _forward(*bindings, key=keys[::-1])
+    assert _differs(other[0][-1].rgb, whole[0][-1].rgb)
+
   def test_a_jitter_each_without_single_jitter(self):
     _, history = _forward('Model.single_jitter = False', key=KEY)
     assert np.std(np.diff(np.asarray(history[0].sdist[:, 1:-1]))) > 1e-3

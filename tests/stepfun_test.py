@@ -164,6 +164,16 @@ class TestSample:
     assert np.all(spread < 1e-5) if single_jitter else np.all(spread > 0.05)
 
   @pytest.mark.parametrize('single_jitter', [True, False])
+  def test_a_key_for_each_histogram(self, single_jitter):
+    keys = jax.random.split(self.key, 3)
+    t, w = _histogram(np.random.default_rng(12), 6, (3,))
+    for draw in (stepfun.sample, stepfun.sample_intervals):
+      out = draw(keys, t, np.log(w), 8, single_jitter)
+      for i in range(3):
+        alone = draw(keys[i], t[i], np.log(w[i]), 8, single_jitter)
+        np.testing.assert_allclose(out[i], alone, atol=1e-6)
+
+  @pytest.mark.parametrize('single_jitter', [True, False])
   def test_follows_the_histogram(self, single_jitter):
     t, w = _histogram(np.random.default_rng(3), 6)
     rays = 2000
