@@ -1,8 +1,4 @@
-"""What a program costs: its matrix products counted, its kernels timed from a profiler's trace.
-
-The count is of the mathematics, 2 x in x out for each row through a dense layer; what a compiler
-computes twice to save memory does not count.
-"""
+"""What a program costs: its products counted, its calls timed, its kernels read from a trace."""
 
 from __future__ import annotations
 
@@ -12,10 +8,12 @@ import dataclasses
 import glob
 import os
 import re
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
+import numpy as np
 
 from internal import configs, train_step
 
@@ -50,7 +48,8 @@ def _sample_flops(params: Mapping, mlp: configs.MLP, settings, colour: bool) -> 
 def ray_flops(settings: configs.Settings) -> dict[str, int]:
   """Floating-point operations of one ray's matrix products: {'train', 'render'}.
 
-  Colours of proposal levels count only where a loss looks at them.
+  The count is of the mathematics: what a compiler computes twice to save memory does not count,
+  nor do colours of proposal levels that no loss looks at.
   """
   cfg = settings.model
   params = jax.eval_shape(lambda: train_step.create_state(settings).params)
@@ -64,6 +63,73 @@ def ray_flops(settings: configs.Settings) -> dict[str, int]:
     'train': cfg.num_nerf_samples * last[1] + proposals * coarse[1][1],
     'render': cfg.num_nerf_samples * last[0] + proposals * coarse[0][0],
   }
+
+
+def time_groups(call: Callable, seconds: float) -> dict:
+  """Milliseconds of `call`, which returns arrays to wait for: the median over groups of calls.
+
+  A group takes a third of a second or so, for the wait at its end not to count.
+  """
+  jax.block_until_ready(call())
+  began = time.perf_counter()
+  jax.block_until_ready(call())
+  size = int(np.clip(round(0.3 / (time.perf_counter() - began)), 1, 100))
+  times, end = [], time.perf_counter() + seconds
+  while time.perf_counter() < end or len(times) < 3:
+    began = time.perf_counter()
+    for _ in range(size):
+      last = call()
+    jax.block_until_ready(last)
+    times.append((time.perf_counter() - began) / size * 1e3)
+  low, middle, high = (float(v) for v in np.percentile(times, [10, 50, 90]))
+  return {
+    'ms': middle,
+    'ms_10': low,
+    'ms_90': high,
+    'groups': len(times),
+    'calls_per_group': size,
+  }
+
+
+@contextlib.contextmanager
+def _cache_hits() -> Iterator[list]:
+  """Counts, in the yielded list, the programs that the compilation cache answers meanwhile."""
+  hits, active = [], [True]
+
+  def listen(event, **_):
+    if active and event == '/jax/compilation_cache/cache_hits':
+      hits.append(event)
+
+  jax.monitoring.register_event_listener(listen)  # There is no public way to take it back.
+  try:
+    yield hits
+  finally:
+    active.clear()
+
+
+def compile_first(function: Callable, *args) -> tuple[dict, str]:
+  """Compiles a jit-compiled function (or sharding.FirstFit) ahead of its first call.
+
+  Returns:
+    Seconds with tracing, whether the cache had it, and bytes of memory on each device; the
+    compiled HLO. The first call then finds it compiled.
+  """
+  began = time.perf_counter()
+  with _cache_hits() as hits:
+    fits = hasattr(function, 'fit')
+    compiled = function.fit(*args) if fits else function.lower(*args).compile()
+  facts = {'compile_seconds': time.perf_counter() - began, 'compiled_from_cache': bool(hits)}
+  memory = compiled.memory_analysis()
+  if memory is not None:
+    facts['temp_bytes'] = memory.temp_size_in_bytes
+    facts['argument_bytes'] = memory.argument_size_in_bytes
+  return facts, compiled.as_text() or ''
+
+
+def peak_bytes(devices) -> int | None:
+  """The most memory that any of the devices has held since the process began, where it says."""
+  peaks = [(d.memory_stats() or {}).get('peak_bytes_in_use') for d in devices]
+  return max((p for p in peaks if p is not None), default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +151,20 @@ def trace(folder: str) -> Iterator[None]:
     yield
 
 
-def _kernel_lines(planes: list) -> tuple[list, Callable]:
-  """The lines that hold kernels, one list per device, and what tells a kernel's event there."""
+def _kernel_events(planes: Sequence) -> Iterator[tuple[str, object, dict]]:
+  """Each run of a kernel: which device's, the event, its facts."""
   devices = [p for p in planes if re.match(r'/device:(GPU|TPU):\d+', p.name)]
-  if devices:
-    wanted = lambda line: 'Stream' in line.name or line.name == 'XLA Ops'  # noqa: E731
-    return [[x for x in p.lines if wanted(x)] for p in devices], lambda stats: True
   hosts = [p for p in planes if p.name.startswith('/host:CPU')]
-  return [[x for p in hosts for x in p.lines]], lambda stats: 'hlo_op' in stats
+  for plane in devices or hosts:  # A CPU's kernels are among much else on the host's threads.
+    for line in plane.lines:
+      if devices and not ('Stream' in line.name or line.name == 'XLA Ops'):
+        continue
+      for event in line.events:
+        stats = _stats(event)
+        if devices:
+          yield plane.name, event, stats
+        elif 'hlo_op' in stats:
+          yield f'CPU {stats.get("device_ordinal", 0)}', event, stats
 
 
 # Events that enclose others' time: loops, branches, calls.
@@ -123,13 +195,12 @@ def kernels(folder: str, steps: int, names: Mapping[str, str] | None = None) -> 
   if not paths:
     return []
   data = jax.profiler.ProfileData.from_file(max(paths, key=os.path.getmtime))
-  devices, is_kernel = _kernel_lines(list(data.planes))
-  ns, count = collections.Counter(), collections.Counter()
+  ns, count, devices = collections.Counter(), collections.Counter(), set()
   sources = collections.defaultdict(collections.Counter)
-  for event in (e for lines in devices for line in lines for e in line.events):
-    stats = _stats(event)
-    if not is_kernel(stats) or _ENCLOSING.match(event.name):
+  for device, event, stats in _kernel_events(list(data.planes)):
+    if _ENCLOSING.match(event.name):
       continue
+    devices.add(device)
     ns[event.name] += event.duration_ns
     count[event.name] += 1
     source = (names or {}).get(str(stats.get('hlo_op', '')), '')

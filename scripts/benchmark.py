@@ -4,24 +4,23 @@
         [--data SCENE --factor N] [--profile DIR] [--scaling] [--sweep] [--only train,render]
 
 Synthetic cameras and pixels stand in for a capture, so nothing else is needed. FLOPs are those of
-matrix products, counted from the config. One process, all of its devices.
+matrix products, counted from the config. One process, with all of its devices.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import gc
-import itertools
 import json
+import math
 import os
 import pathlib
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax
 import jax
@@ -30,8 +29,6 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from internal import (
-  batches,
-  cameras,
   cli,
   configs,
   datasets,
@@ -42,243 +39,80 @@ from internal import (
   structs,
   train_step,
 )
+from scripts import benchmark_programs as programs
+from scripts import benchmark_tables as tables
 
-PARTS = ('matmul', 'train', 'real', 'render')
+PARTS = ('matmul', 'train', 'real', 'render', 'scaling', 'sweep')
+SWEEPS = ('batch', 'width', 'prop_samples', 'nerf_samples', 'image')
 _CPU_RAYS = 256  # On a CPU more rays than these would only take longer.
-_GIB = 2**30
-_COLUMNS = (
-  ('', 'name', '<30', '{}'),
-  ('devices', 'devices', '>7', '{}'),
-  ('rays', 'rays', '>7', '{:,}'),
-  ('compile s', 'compile_seconds', '>9', '{:.1f}'),
-  ('ms', 'ms', '>9', '{:.2f}'),
-  ('10..90%', 'range', '>19', '{}'),
-  ('rays/s', 'rays_per_second', '>10', '{:,.0f}'),
-  ('TFLOP/s', 'tflops', '>8', '{:.3g}'),
-  ('of chip', 'fraction_of_chip', '>7', '{:.0%}'),
-  ('temp GiB', 'temp_bytes', '>8', '{:.2f}'),
-  ('args GiB', 'argument_bytes', '>8', '{:.2f}'),
-  ('peak GiB', 'peak_bytes', '>8', '{:.2f}'),
-)
 
 
-def on_cpu() -> bool:
-  return jax.default_backend() == 'cpu'
-
-
-def say(text: str = '') -> None:
-  print(text, flush=True)
-
-
-def say_row(row: dict | None = None) -> None:
-  """Prints a measurement as a line of the table; None prints the heading."""
-  cells = []
-  for title, key, align, form in _COLUMNS:
-    value = title if row is None else row.get(key)
-    if row is not None and value is not None:
-      value = form.format(value / _GIB if key.endswith('_bytes') else value)
-    cells.append(format('' if value is None else value, align))
-  say(' '.join(cells).rstrip())
-
-
-def time_groups(call: Callable, seconds: float) -> dict:
-  """Milliseconds of `call`, which returns arrays to wait for: the median over groups of calls.
-
-  Groups are long enough for the wait at their end not to count.
-  """
-  jax.block_until_ready([call(), call()])
-  began = time.perf_counter()
-  jax.block_until_ready([call() for _ in range(3)])
-  size = int(np.clip(round(0.3 * 3 / (time.perf_counter() - began)), 1, 100))
-  times, end = [], time.perf_counter() + seconds
-  while time.perf_counter() < end or len(times) < 3:
-    began = time.perf_counter()
-    for _ in range(size):
-      last = call()
-    jax.block_until_ready(last)
-    times.append((time.perf_counter() - began) / size * 1e3)
-  low, middle, high = (float(v) for v in np.percentile(times, [10, 50, 90]))
-  return {
-    'ms': middle,
-    'ms_10': low,
-    'ms_90': high,
-    'range': f'{low:.2f}..{high:.2f}',
-    'groups': len(times),
-    'calls_per_group': size,
-  }
-
-
-def measure_matmul(dtype: str, seconds: float) -> dict:
-  """TFLOP/s of one device in large matrix products, several in one program."""
-  side, chained = (512, 4) if on_cpu() else (8192, 8)
-  keys = jax.random.split(jax.random.key(0))
-  x, w = (jax.random.normal(k, (side, side), dtype) for k in keys)
-  w = w / side**0.5  # The products keep their size.
-
-  @jax.jit
-  def chain(x):
-    for _ in range(chained):
-      x = x @ w
-    return x
-
-  timed = time_groups(lambda: chain(x), seconds)
-  flops = 2 * side**3 * chained
-  name = f'{chained} products of {side}^3, {dtype}'
-  return {'name': name, 'devices': 1, **timed, 'tflops': flops / timed['ms'] / 1e9}
-
-
-def ring(count: int, width: int, height: int) -> structs.Cameras:
-  """Perspective cameras on a circle of radius 1 about the origin, looking at it."""
-  turn = 2 * np.pi * np.arange(count) / count
-  eye = np.stack([np.cos(turn), np.sin(turn), np.full(count, 0.4)], -1)
-  back = eye / np.linalg.norm(eye, axis=-1, keepdims=True)  # OpenGL: cameras look along -z.
-  right = np.stack([-np.sin(turn), np.cos(turn), np.zeros(count)], -1)
-  pose = np.stack([right, np.cross(back, right), back, eye], -1)
-  inverse = cameras.pixtocam_from_intrinsics(0.8 * width, 0.8 * width, width / 2, height / 2)
-  return cameras.make_cameras(inverse, pose, np.array([[width, height]] * count))
-
-
-def synthetic() -> tuple[structs.Cameras, batches.PixelStore]:
-  """A ring of cameras, and random pixels of theirs."""
-  count, width, height = (8, 96, 64) if on_cpu() else (64, 800, 533)
-  rng = np.random.default_rng(0)
-  images = [rng.integers(0, 256, (height, width, 3), np.uint8) for _ in range(count)]
-  return ring(count, width, height), batches.make_store(images)
-
-
-@contextlib.contextmanager
-def cache_hits():
-  """Counts the programs that the compilation cache answers meanwhile, in the yielded list."""
-  hits, active = [], [True]
-
-  def listen(event, **_):
-    if active and event == '/jax/compilation_cache/cache_hits':
-      hits.append(event)
-
-  jax.monitoring.register_event_listener(listen)
+def attempt(name: str, function: Callable[[], dict]) -> dict:
+  """The function's row, or one that says how it failed (out of memory, most of all)."""
   try:
-    yield hits
-  finally:
-    active.clear()
+    return function()
+  except (RuntimeError, ValueError, MemoryError) as error:
+    message = ' '.join(str(error).split())[:300]
+    row = {'name': name, 'error': f'{type(error).__name__}: {message}'}
+  gc.collect()
+  tables.say_row(row)
+  return row
 
 
-def compile_first(function: Callable, *args) -> tuple[dict, str]:
-  """Compiles a jit-compiled function ahead of its first call: what that took, and its HLO."""
-  began = time.perf_counter()
-  with cache_hits() as hits:
-    if not hasattr(function, 'lower'):
-      return {}, ''
-    lowered = function.lower(*args)
-    traced = time.perf_counter()
-    compiled = lowered.compile()
-  done = time.perf_counter()
-  memory = compiled.memory_analysis()
-  facts = {
-    'trace_seconds': traced - began,
-    'compile_seconds': done - began,
-    'compiled_from_cache': bool(hits),
-  }
-  if memory is not None:
-    facts['temp_bytes'] = memory.temp_size_in_bytes
-    facts['argument_bytes'] = memory.argument_size_in_bytes
-  return facts, compiled.as_text() or ''
-
-
-def peak_bytes(mesh) -> int | None:
-  """The most memory that any of the devices has held since the process began, where it says."""
-  peaks = [(d.memory_stats() or {}).get('peak_bytes_in_use') for d in mesh.devices.flat]
-  return max((p for p in peaks if p is not None), default=None)
-
-
-def measure(name: str, call, facts: dict, rays: int, flops: int, mesh, args, chip) -> dict:
-  """Times a program whose compilation is told by `facts`: a row of the table."""
-  timed = time_groups(call, args.seconds)
-  tflops = rays * flops / timed['ms'] / 1e9
-  return {
-    'name': name,
-    'devices': mesh.size,
-    'rays': rays,
-    **facts,
-    **timed,
-    'rays_per_second': rays / timed['ms'] * 1e3,
-    'tflops': tflops,
-    'fraction_of_chip': tflops / (chip * mesh.size) if chip else None,
-    'peak_bytes': peak_bytes(mesh),
-  }
-
-
-def profile(folder: str, call: Callable, row: dict, hlo: str, top: int) -> dict:
-  """Traces a few calls, prints the kernels that took the most time, returns all of them."""
+def profile(folder: str, program: programs.Program, row: dict, top: int) -> dict:
+  """Traces a few calls: prints the `top` kernels, returns all of them."""
   steps = 3 if row['ms'] > 500 else 10
-  jax.block_until_ready(call())
+  jax.block_until_ready(program.call())
   with profiling.trace(folder):
     for _ in range(steps):
-      last = call()
+      last = program.call()
     jax.block_until_ready(last)
-  found = profiling.kernels(folder, steps, profiling.op_names(hlo))
-  busy = sum(k.ms for k in found)
-  say(f'\n{row["name"]}: kernels take {busy:.2f} of {row["ms"]:.2f} ms; {len(found)} names')
-  say(f'{"ms":>9} {"%":>6} {"count":>7}  kernel')
-  for k in found[:top]:
-    say(f'{k.ms:9.3f} {100 * k.ms / row["ms"]:6.1f} {k.count:7.1f}  {k.name[:80]}  {k.source}')
-  say()
+  found = profiling.kernels(folder, steps, profiling.op_names(program.hlo))
+  tables.say_kernels(row, found, top)
   return {
     'steps': steps,
-    'kernel_ms': busy,
+    'kernel_ms': sum(k.ms for k in found),
     'kernels': [{**dataclasses.asdict(k), 'percent': 100 * k.ms / row['ms']} for k in found],
   }
 
 
-def train_call(settings, mesh, cams, pixels):
-  """A call that takes the next training step as train.py does, and the facts of compiling it."""
-  step_fn = train_step.make_train_step(settings, mesh)
-  state = sharding.replicate(train_step.create_state(settings), mesh)
-  table = sharding.replicate(cams, mesh)
-  on_device = isinstance(pixels.first, jax.Array)
-  draw, counter = train_step.make_draw(settings.config, mesh), itertools.count()
-
-  def source():
-    if on_device:
-      return pixels
-    return train_step.host_pixels(draw, next(counter), pixels, cams.size, mesh)
-
-  def call():
-    nonlocal state
-    state, stats = step_fn(state, table, source())
-    return stats
-
-  facts, hlo = compile_first(step_fn, state, table, source())
-  began = time.perf_counter()
-  jax.block_until_ready(call())
-  facts.setdefault('compile_seconds', time.perf_counter() - began)
-  facts['first_call_seconds'] = time.perf_counter() - began
-  return call, facts, hlo
+def change(settings: configs.Settings, part: str, **values) -> configs.Settings:
+  """The settings with some fields of 'config', 'model', ... replaced."""
+  changed = dataclasses.replace(getattr(settings, part), **values)
+  return dataclasses.replace(settings, **{part: changed})
 
 
-def render_call(settings, mesh, cams):
-  """A call that renders the next chunk of camera 0, and the facts of compiling it."""
-  render_chunk = evaluation.make_chunk_renderer(settings, mesh)
-  params = sharding.replicate(train_step.create_state(settings).params, mesh)
-  table = sharding.replicate(cams, mesh)
-  width, height = cams.size[0]
-  chunk = settings.config.render_chunk_size
-  starts = itertools.cycle(range(0, max(int(width * height) - chunk, 0) + 1, chunk))
-  call = lambda: render_chunk(params, table, 0, next(starts), 1.0)  # noqa: E731
-  facts, hlo = compile_first(render_chunk, params, table, 0, 0, 1.0)
-  began = time.perf_counter()
-  jax.block_until_ready(call())
-  facts.setdefault('compile_seconds', time.perf_counter() - began)
-  facts['first_call_seconds'] = time.perf_counter() - began
-  return call, facts, hlo
+def sweep_points(kind: str, settings: configs.Settings) -> list[tuple[str, configs.Settings]]:
+  """The settings that a sweep measures, each with what is said of it."""
+  if kind == 'batch':
+    sizes = [
+      {k: max(int(getattr(settings.config, k) * f), 1) for k in ('batch_size', 'render_chunk_size')}
+      for f in (0.25, 0.5, 1, 2)
+    ]
+    return [
+      (f'{s["batch_size"]:,} / {s["render_chunk_size"]:,} rays', change(settings, 'config', **s))
+      for s in sizes
+    ]
+  part, name, values = {
+    'width': ('nerf_mlp', 'net_width', (256, 512, 1024)),
+    'prop_samples': ('model', 'num_prop_samples', (32, 64, 128)),
+    'nerf_samples': ('model', 'num_nerf_samples', (16, 32, 64)),
+  }[kind]
+  return [(f'{name} {v}', change(settings, part, **{name: v})) for v in values]
 
 
 class Benchmark:
   """The parts of a run, and the results so far, which are on disk after each."""
 
-  def __init__(self, args: argparse.Namespace, settings: configs.Settings):
-    self.args, self.settings = args, settings
+  def __init__(self, args: argparse.Namespace, settings: configs.Settings, scene=None):
+    self.args, self.settings, self.scene = args, settings, scene
+    if args.devices and not 1 <= args.devices <= jax.device_count():
+      raise configs.ConfigError(f'--devices {args.devices}: there are {jax.device_count()}.')
     self.mesh = sharding.make_mesh(jax.devices()[: args.devices])
+    self.cams, self.store = programs.synthetic()
     self.chip = {}  # TFLOP/s by dtype.
+    self.measured = {}  # Rows, for parts that want the same one again.
+    self.render_image = self.params = None  # Made when they are wanted.
     self.results = describe(settings, self.mesh)
 
   def keep(self, part: str, result) -> None:
@@ -287,64 +121,145 @@ class Benchmark:
       with files.whole(self.args.json) as path, open(path, 'w') as f:
         json.dump(self.results, f, indent=2)
 
-  def matmul(self) -> None:
-    dtypes = {self.settings.model.mlp_dtype} | (set() if on_cpu() else {'bfloat16'})
-    rows = {dtype: measure_matmul(dtype, self.args.seconds) for dtype in sorted(dtypes)}
-    for dtype, row in rows.items():
-      say_row(row)
-      self.chip[dtype] = row['tflops']
-    self.keep('matmul', rows)
-
-  def measure_train(self, name, settings, mesh, cams, pixels, folder=None) -> dict:
-    call, facts, hlo = train_call(settings, mesh, cams, pixels)
-    return self.finish(name, call, facts, hlo, settings, 'train', mesh, folder)
-
-  def measure_render(self, name, settings, mesh, cams, folder=None) -> dict:
-    call, facts, hlo = render_call(settings, mesh, cams)
-    return self.finish(name, call, facts, hlo, settings, 'render', mesh, folder)
-
-  def finish(self, name, call, facts, hlo, settings, kind, mesh, folder) -> dict:
-    config = settings.config
-    rays = config.batch_size if kind == 'train' else config.render_chunk_size
-    flops = profiling.ray_flops(settings)[kind]
+  def finish(self, name, kind, settings, mesh, make: Callable, folder=None) -> dict:
+    """Makes and times a program, prints its row and its profile."""
+    gc.collect()  # What earlier programs left would count against this one's memory.
+    program = make()
+    timed = profiling.time_groups(program.call, self.args.seconds)
+    parts = program.facts.get('micro_batches', 1)
+    name += f', in {parts} parts' if parts > 1 else ''
+    tflops = program.rays * profiling.ray_flops(settings)[kind] / timed['ms'] / 1e9
     chip = self.chip.get(settings.model.mlp_dtype)
-    row = measure(name, call, facts, rays, flops, mesh, self.args, chip)
-    say_row(row)
+    row = {
+      'name': name,
+      'devices': mesh.size,
+      'rays': program.rays,
+      **program.facts,
+      **timed,
+      'rays_per_second': program.rays / timed['ms'] * 1e3,
+      'tflops': tflops,
+      'fraction_of_chip': tflops / (chip * mesh.size) if chip else None,
+      'peak_bytes': profiling.peak_bytes(mesh.devices.flat),
+    }
+    tables.say_row(row)
     if folder:
-      row['profile'] = profile(os.path.join(folder, kind), call, row, hlo, self.args.top)
+      row['profile'] = profile(os.path.join(folder, kind), program, row, self.args.top)
     return row
 
+  def synthetic_row(self, name, kind, settings, mesh, folder=None) -> dict:
+    """Training or rendering of synthetic rays; what has been measured already is not again."""
+    key = kind, mesh.size, repr(settings)
+    if key not in self.measured:
+
+      def make():
+        if kind == 'render':
+          return programs.render_program(settings, mesh, self.cams)
+        pixels = sharding.replicate(self.store, mesh)
+        return programs.train_program(settings, mesh, self.cams, pixels)
+
+      run = lambda: self.finish(name, kind, settings, mesh, make, folder)  # noqa: E731
+      self.measured[key] = attempt(name, run)
+    return self.measured[key]
+
+  def matmul(self) -> None:
+    dtypes = {self.settings.model.mlp_dtype} | (set() if programs.on_cpu() else {'bfloat16'})
+    rows = {}
+    for dtype in sorted(dtypes):
+      rows[dtype] = programs.matmul_row(dtype, self.args.seconds)
+      tables.say_row(rows[dtype])
+      self.chip[dtype] = rows[dtype]['tflops']
+    self.keep('matmul', rows)
+
   def train(self) -> None:
-    cams, store = synthetic()
-    pixels = sharding.replicate(store, self.mesh)
-    row = self.measure_train(
-      'training, synthetic', self.settings, self.mesh, cams, pixels, self.args.profile
-    )
+    name = 'training, synthetic'
+    row = self.synthetic_row(name, 'train', self.settings, self.mesh, self.args.profile)
     self.keep('train', row)
 
-  def real(self) -> None:
-    import train  # Imports what only a training run needs.
-
-    scene = datasets.load_dataset(self.settings.config)
-    pixels, on_device = train.load_pixels(self.settings, scene, self.mesh)
-    cams = scene.cameras.take(np.array(scene.train))
-    row = self.measure_train('training, real', self.settings, self.mesh, cams, pixels)
-    row['pixels_on'] = 'device' if on_device else 'host'
-    other = self.results.get('train')
-    if other:
-      row['ms_ratio_to_synthetic'] = row['ms'] / other['ms']
-      say(f'real / synthetic: {row["ms_ratio_to_synthetic"]:.3f} x the time a step')
-    self.keep('real', row)
-
   def render(self) -> None:
-    row = self.measure_render(
-      'rendering', self.settings, self.mesh, synthetic()[0], self.args.profile
-    )
+    row = self.synthetic_row('rendering', 'render', self.settings, self.mesh, self.args.profile)
     self.keep('render', row)
+
+  def real(self) -> None:
+    import train  # It imports what only a training run needs.
+
+    pixels, on_device = train.load_pixels(self.settings, self.scene, self.mesh)
+    cams = self.scene.cameras.take(np.array(self.scene.train))
+    name = f'training, real, {"device" if on_device else "host"}'
+    make = lambda: programs.train_program(self.settings, self.mesh, cams, pixels)  # noqa: E731
+    row = attempt(name, lambda: self.finish(name, 'train', self.settings, self.mesh, make))
+    other = self.results.get('train', {})
+    if 'ms' in row and 'ms' in other:
+      row['ms_ratio_to_synthetic'] = row['ms'] / other['ms']
+      tables.say(f'real takes {row["ms_ratio_to_synthetic"]:.3f} x the time of synthetic')
+    self.keep('real', {**row, 'pixels_on': 'device' if on_device else 'host'})
+
+  def scaling(self) -> None:
+    counts = [2**k for k in range(self.mesh.size.bit_length())]
+    counts += [self.mesh.size] if self.mesh.size not in counts else []
+    found = []
+    for kind, name in (('train', 'training'), ('render', 'rendering')):
+      first = None
+      for n in counts:
+        mesh = sharding.make_mesh(self.mesh.devices.flat[:n])
+        row = self.synthetic_row(f'{name}, {n} devices', kind, self.settings, mesh)
+        row = {k: v for k, v in row.items() if k != 'profile'}
+        first = first or row
+        if 'ms' in row and 'ms' in first:
+          row['speedup'] = row['rays_per_second'] / first['rays_per_second']
+          tables.say(f'{name} on {n}: {row["speedup"]:.2f} x as fast as on {first["devices"]}')
+        found.append({'kind': kind, **row})
+        self.keep('scaling', found)
+
+  def sweep(self) -> None:
+    found = {}
+    for kind in self.args.sweep:
+      is_image = kind == 'image'
+      points = found[kind] = []
+      for point in self.image_points() if is_image else self.cost_points(kind):
+        points.append(point)
+        self.keep('sweep', found)
+      tables.say(f'\n{tables.image_table(points) if is_image else tables.cost_table(points)}\n')
+
+  def cost_points(self, kind: str):
+    """Training and rendering at each point of a sweep."""
+    for label, settings in sweep_points(kind, self.settings):
+      point = {'label': label}
+      for which in ('train', 'render'):
+        row = self.synthetic_row(f'{which}, {label}', which, settings, self.mesh)
+        point[which] = {k: v for k, v in row.items() if k != 'profile'}
+      yield point
+
+  def image_points(self):
+    """Seconds for a whole image: those of smaller ones measured too, beside those computed."""
+    sizes = [(48, 32), (96, 64)] if programs.on_cpu() else [(400, 267), (800, 533)]
+    measured = len(sizes)
+    sizes += [(2**k * sizes[-1][0], 2**k * sizes[-1][1]) for k in (1, 2)]
+    row = self.synthetic_row('rendering', 'render', self.settings, self.mesh)
+    for k, (width, height) in enumerate(sizes):
+      point = {'name': f'image, {width} x {height}', 'rays': width * height}
+      if 'ms' in row:
+        point['computed_seconds'] = math.ceil(point['rays'] / row['rays']) * row['ms'] / 1e3
+      if k < measured:
+        cams = programs.ring(1, width, height)
+        point |= attempt(point['name'], lambda cams=cams: self.image_seconds(cams))
+      yield point
+
+  def image_seconds(self, cams: structs.Cameras) -> dict:
+    """The median of a few whole images, with what is done to bring them to the host."""
+    if self.render_image is None:
+      self.params = sharding.replicate(train_step.create_state(self.settings).params, self.mesh)
+      self.render_image = evaluation.make_image_renderer(self.settings, self.mesh)
+    self.render_image(self.params, cams, 0)
+    times = []
+    for _ in range(3):
+      began = time.perf_counter()
+      self.render_image(self.params, cams, 0)
+      times.append(time.perf_counter() - began)
+    return {'measured_seconds': float(np.median(times))}
 
 
 def describe(settings: configs.Settings, mesh) -> dict:
-  """Where and on what the numbers were taken."""
+  """Where and of what the numbers are."""
   flops, config = profiling.ray_flops(settings), settings.config
   return {
     'command': shlex.join(sys.argv),
@@ -359,18 +274,25 @@ def describe(settings: configs.Settings, mesh) -> dict:
     'mlp_dtype': settings.model.mlp_dtype,
     'batch_size': config.batch_size,
     'render_chunk_size': config.render_chunk_size,
-    'flops_per_ray': flops,
+    'flops_per_ray_train': flops['train'],
+    'flops_per_ray_render': flops['render'],
     'flops_per_step': flops['train'] * config.batch_size,
   }
 
 
 def shrink(settings: configs.Settings) -> configs.Settings:
   """The same with fewer rays at once, for a CPU."""
-  config = settings.config
-  sizes = {
-    name: min(getattr(config, name), _CPU_RAYS) for name in ('batch_size', 'render_chunk_size')
-  }
-  return dataclasses.replace(settings, config=dataclasses.replace(config, **sizes))
+  names = ('batch_size', 'render_chunk_size')
+  sizes = {name: min(getattr(settings.config, name), _CPU_RAYS) for name in names}
+  return change(settings, 'config', **sizes)
+
+
+def _listed(text: str, known: Sequence[str], flag: str, parser) -> list[str]:
+  names = list(known) if text == 'all' else text.split(',')
+  unknown = [name for name in names if name not in known]
+  if unknown:
+    parser.error(f'{flag} knows {", ".join(known)}, not {", ".join(unknown)}.')
+  return names
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -380,17 +302,23 @@ def parse(argv=None) -> argparse.Namespace:
   cli.add_arguments(parser)
   parser.add_argument('--json', metavar='PATH', help='where all the numbers go')
   parser.add_argument('--data', metavar='DIR', help='train on this capture too')
-  parser.add_argument('--factor', type=int, help="of the capture's pictures; sets Config.factor")
+  parser.add_argument('--factor', type=int, help="of the capture's pictures: Config.factor")
   parser.add_argument('--devices', type=int, metavar='N', help='use the first N devices')
   parser.add_argument('--seconds', type=float, help='to measure each program for')
   parser.add_argument('--profile', metavar='DIR', help='trace some steps, list their kernels')
   parser.add_argument('--top', type=int, default=25, help='how many kernels to print')
-  parser.add_argument('--only', help=f'parts, with commas between: {",".join(PARTS)}')
+  parser.add_argument('--scaling', action='store_true', help='measure 1, 2, 4.. devices')
+  kinds = ','.join(SWEEPS)
+  parser.add_argument('--sweep', nargs='?', const='all', metavar=kinds, help='how cost grows')
+  parser.add_argument('--only', metavar=','.join(PARTS), help='these parts')
   args = parser.parse_args(argv)
-  args.only = args.only.split(',') if args.only else [p for p in PARTS if p != 'real' or args.data]
-  unknown = set(args.only) - set(PARTS)
-  if unknown:
-    parser.error(f'--only knows {", ".join(PARTS)}, not {", ".join(sorted(unknown))}.')
+  if args.only:
+    parts = _listed(args.only, PARTS, '--only', parser)
+  else:
+    parts = ['matmul', 'train', 'render'] + (['real'] if args.data else [])
+  parts += [name for name in ('scaling', 'sweep') if getattr(args, name)]
+  args.parts = [name for name in PARTS if name in parts]
+  args.sweep = _listed(args.sweep or 'all', SWEEPS, '--sweep', parser)
   if args.data:
     args.gin_bindings.append(f'Config.data_dir = {args.data!r}')
   if args.factor is not None:
@@ -402,21 +330,21 @@ def main(argv=None) -> None:
   args = parse(argv)
   settings = configs.load_config(args.gin_configs, args.gin_bindings)
   if args.seconds is None:
-    args.seconds = 2.0 if on_cpu() else 8.0
-  shrunk = on_cpu() and settings != shrink(settings)
+    args.seconds = 2.0 if programs.on_cpu() else 6.0
+  shrunk = programs.on_cpu() and shrink(settings) != settings
   if shrunk:
     settings = shrink(settings)
-    say(f'On a CPU: shrunk to {_CPU_RAYS} rays at once.')
-  benchmark = Benchmark(args, settings)
+    tables.say(f'A CPU: shrunk to at most {_CPU_RAYS} rays at once.')
+  scene = datasets.load_dataset(settings.config) if 'real' in args.parts else None
+  benchmark = Benchmark(args, settings, scene)
   benchmark.results['shrunk'] = shrunk
   for key, value in benchmark.results.items():
-    say(f'{key:20} {value}')
-  say()
-  say_row()
-  for part in PARTS:
-    if part in args.only:
-      getattr(benchmark, part)()
-      gc.collect()
+    tables.say(f'{key:20} {value:,}' if type(value) is int else f'{key:20} {value}')
+  tables.say()
+  tables.say_row()
+  for part in args.parts:
+    getattr(benchmark, part)()
+    gc.collect()
 
 
 if __name__ == '__main__':

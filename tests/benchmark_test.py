@@ -1,10 +1,14 @@
+import dataclasses
 import json
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 
 from internal import configs, profiling
-from scripts import benchmark
-from tests import tiny
+from scripts import benchmark, benchmark_programs, benchmark_tables
+from tests import captures, tiny
 
 
 class TestRayFlops:
@@ -14,28 +18,234 @@ class TestRayFlops:
     assert flops['train'] * 16384 == pytest.approx(29.8e12, rel=5e-3)
     assert flops['render'] == pytest.approx(0.64e9, rel=5e-3)
 
+  def test_layer_by_layer(self):
+    settings = tiny.settings('NerfMLP.bottleneck_width = 8', 'NerfMLP.net_width_viewdirs = 6')
+    encoding, view = 2 * 12 * 21, 2 * 3 * 4 + 3
+    nerf = [(encoding, 16, 0), (16, 16, 16), (16, 1, 16), (16, 8, 16), (8 + view, 6, 8), (6, 3, 6)]
+    prop = [(encoding, 16, 0), (16, 16, 16), (16, 1, 16)]
+    cost = lambda layers: sum(2 * o * (2 * i + needing) for i, o, needing in layers)  # noqa: E731
+    assert profiling.ray_flops(settings)['train'] == 4 * cost(nerf) + 2 * 8 * cost(prop)
+
+  def test_what_a_skip_joins_needs_no_gradient(self):
+    deep = 'NerfMLP.net_depth = 4'
+    flops = [profiling.ray_flops(tiny.settings(deep, f'NerfMLP.skip_layer = {k}')) for k in (2, 8)]
+    rows = 2 * 12 * 21 * 16 * 4  # Weights that see the encoding again, times samples.
+    assert flops[0]['render'] - flops[1]['render'] == 2 * rows
+    assert flops[0]['train'] - flops[1]['train'] == 4 * rows  # Forward and the kernel's gradient.
+
+  def test_coarse_colours_count_only_where_a_loss_sees_them(self):
+    coloured = ('PropMLP.disable_rgb = False',)
+    unseen, seen = (
+      profiling.ray_flops(tiny.settings(*coloured, f'Config.data_coarse_loss_mult = {mult}'))
+      for mult in (0.0, 0.1)
+    )
+    assert unseen == profiling.ray_flops(tiny.settings())
+    assert seen['train'] > unseen['train']
+    assert seen['render'] == unseen['render']
+
+
+class TestKernels:
+  """On a trace written by hand: planes of two GPUs, with what is beside the kernels."""
+
+  GPU = """
+    planes {{
+      id: {id} name: "/device:GPU:{id}"
+      event_metadata {{ key: 1 value {{ id: 1 name: "gemm" }} }}
+      event_metadata {{ key: 2 value {{ id: 2 name: "fusion_3" }} }}
+      event_metadata {{ key: 3 value {{ id: 3 name: "a whole step" }} }}
+      stat_metadata {{ key: 1 value {{ id: 1 name: "hlo_op" }} }}
+      lines {{
+        id: 1 name: "Stream #13(Compute)"
+        events {{ metadata_id: 1 duration_ps: 4000000000
+                  stats {{ metadata_id: 1 str_value: "dot.1" }} }}
+        events {{ metadata_id: 1 offset_ps: 5000000000 duration_ps: 2000000000
+                  stats {{ metadata_id: 1 str_value: "dot.2" }} }}
+        events {{ metadata_id: 2 offset_ps: 8000000000 duration_ps: 1000000000 }}
+      }}
+      lines {{ id: 2 name: "Steps" events {{ metadata_id: 3 duration_ps: 9000000000 }} }}
+    }}
+  """
+
+  def test_sums_by_name_per_step_and_device(self, tmp_path):
+    text = self.GPU.format(id=0) + self.GPU.format(id=1) + 'planes { id: 9 name: "/host:CPU" }'
+    data = jax.profiler.ProfileData.text_proto_to_serialized_xspace(text)
+    (tmp_path / 'host.xplane.pb').write_bytes(data)
+    hlo = '  %dot.1 = f32[2] dot(a, b), metadata={op_name="jit(f)/trunk_0"}\n  dot.2 = f32[2] dot()'
+    found = profiling.kernels(str(tmp_path), 2, profiling.op_names(hlo))
+    assert found == [
+      profiling.Kernel('gemm', 3.0, 1.0, 'jit(f)/trunk_0'),
+      profiling.Kernel('fusion_3', 0.5, 0.5, ''),
+    ]
+
+  def test_no_trace_no_kernels(self, tmp_path):
+    assert profiling.kernels(str(tmp_path), 1) == []
+
+
+class TestTimeGroups:
+  def test_of_a_call_that_takes_a_known_time(self, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(profiling, 'time', SimpleNamespace(perf_counter=lambda: clock.now))
+    lengths = iter([9.0, 0.1, *[0.1] * 3, *[0.2] * 3, *[0.3] * 3, *[0.4] * 99])
+
+    def call():
+      clock.now += next(lengths)
+      return np.zeros(1)
+
+    timed = profiling.time_groups(call, 3.0)
+    assert timed['calls_per_group'] == 3
+    assert timed['groups'] == 4
+    assert timed['ms'] == pytest.approx(250)
+    assert timed['ms_10'] == pytest.approx(130)
+
+
+class TestParts:
+  def parts(self, *argv):
+    return benchmark.parse(argv).parts
+
+  def test_default_and_on_request(self):
+    assert self.parts() == ['matmul', 'train', 'render']
+    assert self.parts('--data', 'scene') == ['matmul', 'train', 'real', 'render']
+    assert self.parts('--only', 'render,train') == ['train', 'render']
+    assert self.parts('--only', 'matmul', '--sweep', 'width') == ['matmul', 'sweep']
+
+  def test_unknown_ones_are_refused(self, capsys):
+    for argv in (['--only', 'trian'], ['--sweep', 'depth']):
+      with pytest.raises(SystemExit):
+        benchmark.parse(argv)
+      assert 'not trian' in (err := capsys.readouterr().err) or 'not depth' in err
+
+  def test_data_and_factor_become_bindings(self):
+    args = benchmark.parse(['--data', "it's here", '--factor', '2'])
+    config = configs.load_config(args.gin_configs, args.gin_bindings).config
+    assert (config.data_dir, config.factor) == ("it's here", 2)
+
+
+class TestSweepPoints:
+  @pytest.mark.parametrize('kind', [k for k in benchmark.SWEEPS if k != 'image'])
+  def test_only_what_is_swept_changes(self, kind):
+    settings = tiny.settings()
+    points = benchmark.sweep_points(kind, settings)
+    assert len({label for label, _ in points}) == len(points) >= 3
+    for _, point in points:
+      parts = [f.name for f in dataclasses.fields(point)]
+      changed = [p for p in parts if getattr(point, p) != getattr(settings, p)]
+      assert len(changed) <= 1
+
+  def test_costs_table(self):
+    row = {'ms': 2.0, 'rays_per_second': 1e6, 'tflops': 0.5, 'temp_bytes': 2**31}
+    points = [{'label': 'a', 'train': row, 'render': {'name': 'b', 'error': 'out of memory'}}]
+    line = benchmark_tables.cost_table(points).splitlines()[-1]
+    assert line.startswith('| a | 2.00 | 1,000,000 | 0.5 |  | 2.00 | failed |')
+
+
+def run(folder, *argv):
+  """The results of a run at the tiny config."""
+  out = folder / 'out.json'
+  benchmark.main(['--gin_bindings', *tiny.TINY, 'Model.num_levels = 2', '--json', str(out), *argv])
+  return json.loads(out.read_text())
+
 
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
+  """Of the parts that are always measured, on two of the devices, and their kernels."""
   folder = tmp_path_factory.mktemp('benchmark')
-  benchmark.main([
-    '--gin_bindings', *tiny.TINY, '--json', str(folder / 'out.json'),
-    '--profile', str(folder / 'trace'), '--seconds', '0.2',
-  ])  # fmt: skip
-  return json.loads((folder / 'out.json').read_text())
+  return run(folder, '--devices', '2', '--profile', str(folder / 'trace'), '--seconds', '0.2')
 
 
-def test_rows(results):
-  for part, rays in (('train', 64), ('render', 64)):
+@pytest.fixture
+def stand_ins(monkeypatch):
+  """Programs that take no time to compile; returns what each was made of."""
+  made = []
+
+  def make(kind):
+    def program(settings, mesh, cams, *_):
+      made.append((kind, mesh.size, cams.size[0].tolist()))
+      return benchmark_programs.Program(lambda: np.zeros(1), 64, {'compile_seconds': 1.0}, '')
+
+    return program
+
+  for kind in ('train', 'render'):
+    monkeypatch.setattr(benchmark_programs, f'{kind}_program', make(kind))
+  return made
+
+
+class TestRun:
+  def test_describes_itself(self, results):
+    assert results['jax'] == jax.__version__
+    assert (results['platform'], results['devices_used'], results['shrunk']) == ('cpu', 2, False)
+    assert results['flops_per_step'] == 64 * results['flops_per_ray_train']
+
+  @pytest.mark.parametrize('part', ['train', 'render'])
+  def test_rows(self, results, part):
     row = results[part]
-    assert row['rays'] == rays
-    assert row['ms_10'] <= row['ms'] <= row['ms_90']
-    assert row['rays_per_second'] == pytest.approx(rays / row['ms'] * 1e3)
-    assert row['compile_seconds'] > 0
+    assert (row['rays'], row['devices']) == (64, 2)
+    assert 0 < row['ms_10'] <= row['ms'] <= row['ms_90']
+    assert row['rays_per_second'] == pytest.approx(64 / row['ms'] * 1e3)
+    assert row['tflops'] == pytest.approx(64 * results[f'flops_per_ray_{part}'] / row['ms'] / 1e9)
+    chip = results['matmul']['float32']['tflops']
+    assert row['fraction_of_chip'] == pytest.approx(row['tflops'] / (2 * chip))
+    assert row['compile_seconds'] > row['first_call_seconds'] > 0  # It does not compile again.
+    assert row['temp_bytes'] > row['argument_bytes'] > 0
+
+  @pytest.mark.parametrize('part', ['train', 'render'])
+  def test_profile(self, results, part):
+    found = results[part]['profile']['kernels']
+    assert any('trunk_0/dot_general' in k['source'] for k in found)
+    assert sum(k['ms'] for k in found) == pytest.approx(results[part]['profile']['kernel_ms'])
+    assert [k['ms'] for k in found] == sorted((k['ms'] for k in found), reverse=True)
 
 
-def test_kernels(results):
-  for part in ('train', 'render'):
-    kernels = results[part]['profile']['kernels']
-    assert len(kernels) > 10
-    assert any('trunk_0/dot_general' in k['source'] for k in kernels)
+class TestOtherParts:
+  def test_scaling(self, tmp_path, stand_ins):
+    flags = '--only', 'train,scaling', '--devices', '4', '--seconds', '0'
+    results = run(tmp_path, *flags)
+    rows = results['scaling']
+    assert [(r['kind'], r['devices']) for r in rows] == [
+      (kind, n) for kind in ('train', 'render') for n in (1, 2, 4)
+    ]
+    for row in rows:
+      first = rows[0 if row['kind'] == 'train' else 3]
+      assert row['speedup'] == pytest.approx(first['ms'] / row['ms'])
+    assert rows[2]['ms'] == results['train']['ms']  # Not measured twice.
+    assert len(stand_ins) == 6
+
+  def test_images(self, tmp_path, stand_ins, monkeypatch):
+    seconds = lambda self, cams: {'measured_seconds': float(cams.size[0, 0])}  # noqa: E731
+    monkeypatch.setattr(benchmark.Benchmark, 'image_seconds', seconds)
+    results = run(tmp_path, '--only', 'render', '--sweep', 'image', '--seconds', '0')
+    points = results['sweep']['image']
+    assert [p['rays'] for p in points] == [1536, 6144, 24576, 98304]
+    assert [p.get('measured_seconds') for p in points] == [48, 96, None, None]
+    for p in points:
+      assert p['computed_seconds'] == pytest.approx(p['rays'] / 64 * results['render']['ms'] / 1e3)
+
+  def test_a_real_capture_beside_the_synthetic_one(self, tmp_path, stand_ins):
+    captures.write_colmap(tmp_path / 'scene', 9)
+    data = '--data', str(tmp_path / 'scene')
+    results = run(tmp_path, '--only', 'train,real', '--seconds', '0', *data)
+    assert results['real']['pixels_on'] == 'device'
+    assert results['real']['ms_ratio_to_synthetic'] > 0
+    assert [size for _, _, size in stand_ins] == [[96, 64], list(captures.SIZE)]
+
+  def test_a_failure_is_told_and_the_rest_goes_on(self, tmp_path, stand_ins, monkeypatch, capsys):
+    def no_memory(*_):
+      raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of\nmemory')
+
+    monkeypatch.setattr(benchmark_programs, 'train_program', no_memory)
+    results = run(tmp_path, '--only', 'train,render', '--sweep', 'width', '--seconds', '0')
+    assert 'Out of memory' in results['train']['error']
+    assert results['render']['ms'] >= 0
+    points = results['sweep']['width']
+    assert [('error' in p['train'], 'error' in p['render']) for p in points] == [(True, False)] * 3
+    assert 'failed' in capsys.readouterr().out
+
+  def test_too_many_devices(self, tmp_path):
+    with pytest.raises(configs.ConfigError, match='--devices 99'):
+      run(tmp_path, '--devices', '99')
+
+
+def test_a_cpu_takes_fewer_rays_and_says_so():
+  settings = configs.load_config(['configs/360.gin'])
+  config = benchmark.shrink(settings).config
+  assert (config.batch_size, config.render_chunk_size) == (256, 256)
+  assert benchmark.shrink(tiny.settings()) == tiny.settings()
