@@ -106,28 +106,26 @@ def load_pixels(settings, scene, mesh):
   return (sharding.replicate(store, mesh) if on_device else store), on_device
 
 
-def start_run(settings, mesh):
-  """The checkpoint manager; the newest checkpoint's state, or a fresh one; its step."""
+def start_run(settings, mesh, step: int):
+  """The checkpoint manager; the state of the checkpoint at `step`, or a fresh one at 0."""
   config = settings.config
   manager = checkpoints.make_manager(config.checkpoint_dir, config.checkpoint_keep)
-  step = checkpoints.latest_step(config.checkpoint_dir)
-  if step is None:
-    state = sharding.replicate(train_step.create_state(settings), mesh)
-  else:
-    state = checkpoints.restore(manager, settings, mesh, step)
-  return manager, state, step or 0
+  if step == 0:
+    return manager, sharding.replicate(train_step.create_state(settings), mesh)
+  return manager, checkpoints.restore(manager, settings, mesh, step)
 
 
 def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
   """Runs the steps that are left."""
   config, last = settings.config, settings.config.last_step
-  step_fn = train_step.make_train_step(settings, mesh)
-  draw = train_step.make_draw(config, mesh)
-  test_renders = TestRenders(settings, scene, mesh)
-  manager, state, start = start_run(settings, mesh)
+  start = checkpoints.latest_step(config.checkpoint_dir) or 0
   if start >= last:
     print(f'Nothing to do: {config.checkpoint_dir} has step {start:,} of {last:,}.')
     return
+  step_fn = train_step.make_train_step(settings, mesh)
+  draw = train_step.make_draw(config, mesh)
+  test_renders = TestRenders(settings, scene, mesh)
+  manager, state = start_run(settings, mesh, start)
   if sharding.is_main():
     checkpoints.write_run(config.checkpoint_dir, settings, scene)
   log = runlog.RunLog(config.checkpoint_dir, start, last, sharding.is_main())
@@ -154,7 +152,10 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
       source = train_step.host_pixels(draw, step - 1, pixels, cams.size, mesh)
     state, stats = step_fn(state, cams_on_device, source)
     if step == start + 1:
-      log.say(f'first step after {runlog.duration(pause_clock())} (compiling)')
+      parts = f'in {step_fn.micro_batches} micro-batches, ' if step_fn.micro_batches > 1 else ''
+      log.say(
+        f'first step after {runlog.duration(pause_clock())} (compiling); {parts}{step_fn.account()}'
+      )
     else:
       recent.append(stats)
     render_now = config.train_render_every > 0 and step % config.train_render_every == 0

@@ -92,6 +92,7 @@ class Config(_Checked):
   seed: int = 20220618
   batching: str = 'all_images'
   batch_size: int = 16384  # Rays a step over all devices of all hosts.
+  micro_batches: int = 0  # Parts in which a device takes its rays (0: as few as its memory needs).
   max_steps: int = 250000
   early_exit_steps: int | None = None  # Stop here; the schedules still run over max_steps.
   checkpoint_every: int = 25000
@@ -127,7 +128,7 @@ class Config(_Checked):
   eval_crop_borders: int = 0
 
   # Rendering.
-  render_chunk_size: int = 16384  # Rays at once over all devices.
+  render_chunk_size: int = 16384  # Rays at once over all devices; halved until they fit in memory.
   render_dir: str | None = None  # None: <checkpoint_dir>/render.
   render_path: bool = False  # Accepted: render.py always renders the path.
   render_path_frames: int = 120
@@ -153,6 +154,8 @@ class Config(_Checked):
                  'checkpoint_every', 'eval_render_interval', 'render_path_frames'):  # fmt: skip
       if getattr(self, name) < 1:
         raise ConfigError(f'Config.{name} must be at least 1, got {getattr(self, name)}.')
+    if self.micro_batches < 0:
+      raise ConfigError(f'Config.micro_batches must not be negative, got {self.micro_batches}.')
     if self.factor < 0:
       raise ConfigError(f'Config.factor must be 0 or a downsampling factor, got {self.factor}.')
 
@@ -227,6 +230,7 @@ class Model(_Checked):
   near_anneal_init: float = 0.95
   resample_padding: float = 0.0
   use_gpu_resampling: bool = False  # Accepted: the choice is made by platform.
+  use_gpu_kernels: bool = True  # On GPUs, what is written for them; False: plain XLA.
   mlp_dtype: str = 'float32'  # Of the MLPs' hidden layers; geometry and heads are float32.
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -13,24 +12,24 @@ from jax.sharding import Mesh
 from internal import cameras, configs, models, sharding, structs
 
 
-def make_chunk_renderer(settings: configs.Settings, mesh: Mesh) -> Callable:
-  """The jit-compiled `render_chunk(params, cams, i, start, train_frac) -> dict of [chunk, ...]`.
+def make_chunk_renderer(
+  settings: configs.Settings, mesh: Mesh, free_memory: Callable = sharding.free_memory
+) -> sharding.FirstFit:
+  """`render_chunk(params, cams, i, start, train_frac) -> dict of [chunk, ...]`.
 
-  Renders render_chunk_size pixels of camera i, row by row, from pixel number `start`; those past
-  the image's end repeat its last pixel. Deterministic: no jitter, no noise, appearance zero.
+  Renders `chunk` pixels of camera i, row by row, from pixel number `start`; those past the
+  image's end repeat its last pixel. Deterministic: no jitter, no noise, appearance zero. The
+  chunk is Config.render_chunk_size, on the first call halved until it fits in the memory which
+  `free_memory(mesh)` says is free; `render_chunk.choice` tells it from then on.
 
   Raises:
-    ValueError: a chunk that the devices do not divide.
+    ValueError: a render_chunk_size that the devices do not divide.
   """
-  chunk = settings.config.render_chunk_size
-  sharding.check_divisible('Config.render_chunk_size', chunk, mesh)
+  largest = settings.config.render_chunk_size
+  sharding.check_divisible('Config.render_chunk_size', largest, mesh)
   model = models.build(settings)
 
-  def render_chunk(params, cams, i, start, train_frac):
-    width, height = cams.size[i, 0], cams.size[i, 1]
-    pixel = jnp.minimum(start + jnp.arange(chunk, dtype=jnp.int32), width * height - 1)
-    pixel = sharding.shard_rays(pixel, mesh)
-    rays = cameras.pixels_to_rays(cams, jnp.full_like(pixel, i), pixel % width, pixel // width)
+  def render_rays(params, rays, train_frac):
     renderings, _ = model.apply({'params': params}, None, rays, train_frac, False)
     final = renderings[-1]
     return {
@@ -40,10 +39,28 @@ def make_chunk_renderer(settings: configs.Settings, mesh: Mesh) -> Callable:
       'distance_percentiles': final.distance_percentiles,
     }
 
-  return jax.jit(render_chunk, out_shardings=sharding.replicated(mesh))
+  def variant(chunk):
+    whole, split = sharding.WHOLE, sharding.SPLIT
+    render_all = sharding.per_device(render_rays, mesh, (whole, split, whole), split)
+
+    def render_chunk(params, cams, i, start, train_frac):
+      width, height = cams.size[i, 0], cams.size[i, 1]
+      pixel = jnp.minimum(start + jnp.arange(chunk, dtype=jnp.int32), width * height - 1)
+      pixel = sharding.shard_rays(pixel, mesh)
+      rays = cameras.pixels_to_rays(cams, jnp.full_like(pixel, i), pixel % width, pixel // width)
+      return render_all(params, rays, train_frac)
+
+    return jax.jit(render_chunk, out_shardings=sharding.replicated(mesh))
+
+  choices = [largest]
+  while choices[-1] % (2 * mesh.size) == 0:
+    choices.append(choices[-1] // 2)
+  return sharding.FirstFit(variant, choices, lambda: free_memory(mesh))
 
 
-def make_image_renderer(settings: configs.Settings, mesh: Mesh) -> Callable:
+def make_image_renderer(
+  settings: configs.Settings, mesh: Mesh, free_memory: Callable = sharding.free_memory
+) -> Callable:
   """A function that renders whole images.
 
   Returns:
@@ -52,8 +69,7 @@ def make_image_renderer(settings: configs.Settings, mesh: Mesh) -> Callable:
     distance_percentiles [h, w, 3] at 5, 50 and 95 percent. `progress(done, total)` is called
     with numbers of rays.
   """
-  render_chunk = make_chunk_renderer(settings, mesh)
-  chunk = settings.config.render_chunk_size
+  render_chunk = make_chunk_renderer(settings, mesh, free_memory)
 
   def render_image(
     params,
@@ -70,10 +86,13 @@ def make_image_renderer(settings: configs.Settings, mesh: Mesh) -> Callable:
     def fetch():
       parts.append({k: sharding.to_host(v) for k, v in pending.pop(0).items()})
       if progress is not None:
-        progress(min(len(parts) * chunk, total), total)
+        progress(min(len(parts) * render_chunk.choice, total), total)
 
-    for start in range(0, total, chunk):
-      pending.append(render_chunk(params, table, i, start, step_fraction))
+    start = 0
+    while start < total:
+      where = np.int32(i), np.int32(start), np.float32(step_fraction)
+      pending.append(render_chunk(params, table, *where))
+      start += render_chunk.choice
       if len(pending) > 2:  # Two chunks in flight keep the device busy and its memory small.
         fetch()
     while pending:
@@ -97,13 +116,16 @@ def make_ray_probe(settings: configs.Settings, mesh: Mesh) -> Callable:
   """
   model, count = models.build(settings), settings.config.vis_num_rays
 
-  @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
   def probe(params, cams, i, train_frac):
     along = (jnp.arange(count) + 0.5) / count
     x, y = (jnp.floor(along * cams.size[i, axis]).astype(jnp.int32) for axis in (0, 1))
     rays = cameras.pixels_to_rays(cams, jnp.full_like(x, i), x, y)
     _, history = model.apply({'params': params}, None, rays, train_frac, False)
     return history
+
+  # So few rays that each device may as well follow all of them.
+  each = sharding.per_device(probe, mesh, sharding.WHOLE, sharding.WHOLE)
+  probe = jax.jit(each, out_shardings=sharding.replicated(mesh))
 
   def probe_rays(params, cams: structs.Cameras, i: int, train_frac: float = 1.0):
     history = probe(params, sharding.replicate(cams, mesh), i, train_frac)

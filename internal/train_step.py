@@ -81,53 +81,118 @@ def make_draw(config: configs.Config, mesh: Mesh) -> Callable:
   return jax.jit(draw, out_shardings=sharding.replicated(mesh))
 
 
-def make_train_step(settings: configs.Settings, mesh: Mesh) -> Callable:
-  """The jit-compiled `train_step(state, cams, pixels) -> (state, stats)`.
+def _micro_batch_choices(config: configs.Config, mesh: Mesh) -> list[int]:
+  """How many micro-batches a device may take its rays in: as told, or powers of two.
+
+  Raises:
+    ConfigError: Config.micro_batches does not divide the rays of a device.
+  """
+  rays = config.batch_size // mesh.size
+  if config.micro_batches == 0:
+    return [2**k for k in range(rays.bit_length()) if rays % 2**k == 0]
+  if rays % config.micro_batches:
+    raise configs.ConfigError(
+      f'Config.micro_batches must divide the rays of a device, got {config.micro_batches} for '
+      f'{rays} (Config.batch_size {config.batch_size} on {mesh.size}); 0 chooses by itself.'
+    )
+  return [config.micro_batches]
+
+
+def _mean_of_parts(fn: Callable, parts: int, tree):
+  """The mean of `fn(part)` over equal parts of the arrays' first axis, one part after the other."""
+  if parts == 1:
+    return fn(tree)
+  stacked = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
+  shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], stacked))
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  add = lambda total, part: (jax.tree.map(jnp.add, total, fn(part)), None)  # noqa: E731
+  total, _ = jax.lax.scan(add, zeros, stacked)
+  return jax.tree.map(lambda x: x / parts, total)
+
+
+def _make_gradient(settings: configs.Settings, mesh: Mesh, micro_batches: int) -> Callable:
+  """`gradient(params, keys, batch, frac) -> (grads, seen)` of the mean loss over all rays.
+
+  Each device takes the gradient on its own rays, in as many parts one after the other; `seen` are
+  the loss, its terms and the squared error.
+  """
+  config, model = settings.config, models.build(settings)
+
+  def loss_fn(params, keys, batch, frac):
+    renderings, history = model.apply({'params': params}, keys, batch.rays, frac)
+    loss, terms = losses.total(config, params, renderings, history, batch)
+    mse = losses.squared_error(renderings[-1].rgb, batch.rgb)
+    return loss, {'loss': loss, 'mse': mse, 'terms': terms}
+
+  def gradient(params, keys, batch, frac):
+    of_part = lambda part: jax.grad(loss_fn, has_aux=True)(params, *part, frac)  # noqa: E731
+    own = _mean_of_parts(of_part, micro_batches, (keys, batch))
+    return sharding.mean_over_devices(own)
+
+  whole, split = sharding.WHOLE, sharding.SPLIT
+  return sharding.per_device(gradient, mesh, (whole, split, split, whole), whole)
+
+
+class TrainStep(sharding.FirstFit):
+  """`train_step(state, cams, pixels) -> (state, stats)`; its choice is of micro-batches."""
+
+  @property
+  def micro_batches(self) -> int | None:
+    """In how many parts a device takes its rays; None before the first step."""
+    return self.choice
+
+
+def make_train_step(
+  settings: configs.Settings, mesh: Mesh, free_memory: Callable = sharding.free_memory
+) -> TrainStep:
+  """The training step `train_step(state, cams, pixels) -> (state, stats)`, compiled when called.
 
   `cams` is the table of training cameras; `pixels` a PixelStore of their images on the device,
   or the [batch_size, 3] uint8 colours that `make_draw`'s pixels have, looked up by the host. The
   state's buffers are donated. `stats` are replicated scalars: loss, psnr, each loss term, the
   gradient norm of each part, learning rate.
 
+  Each device takes its rays in Config.micro_batches parts, or in the fewest that fit in the
+  memory which `free_memory(mesh)` says is free.
+
   Raises:
-    ValueError: a batch that the devices do not divide.
+    ValueError: a batch that the devices do not divide, or a device's rays that
+      Config.micro_batches does not.
   """
   config = settings.config
   sharding.check_divisible('Config.batch_size', config.batch_size, mesh)
-  model = models.build(settings)
   optimizer = make_optimizer(config)
   schedule = learning_rate(config)
 
-  def loss_fn(params, keys, batch, frac):
-    renderings, history = model.apply({'params': params}, keys, batch.rays, frac)
-    loss, terms = losses.total(config, params, renderings, history, batch)
-    return loss, (terms, losses.squared_error(renderings[-1].rgb, batch.rgb))
+  def variant(micro_batches):
+    gradient = _make_gradient(settings, mesh, micro_batches)
 
-  def train_step(state, cams, pixels):
-    batch_key, model_key = step_keys(config.seed, state.step)
-    ids = batches.draw_pixels(batch_key, cams.size, config.batch_size, config.batching)
-    ids = sharding.shard_rays(ids, mesh)
-    stored = isinstance(pixels, batches.PixelStore)
-    rgb = batches.lookup(pixels, cams.size, *ids) if stored else pixels
-    batch = sharding.shard_rays(batches.make_batch(cams, *ids, rgb), mesh)
-    frac = train_fraction(state.step, config.max_steps)
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    # A key for each ray, so that its draws do not depend on how rays are split.
-    keys = jax.random.split(model_key, config.batch_size) if config.randomized else None
-    (loss, (terms, mse)), grads = grad_fn(state.params, keys, batch, frac)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    stats = {
-      'loss': loss,
-      'psnr': image.mse_to_psnr(mse),
-      'learning_rate': schedule(state.step),
-      **{f'loss_{name}': term for name, term in terms.items()},
-      **{f'grad_norm_{name}': optax.tree.norm(part) for name, part in grads.items()},
-    }
-    return structs.TrainState(state.step + 1, params, opt_state), stats
+    def train_step(state, cams, pixels):
+      batch_key, model_key = step_keys(config.seed, state.step)
+      ids = batches.draw_pixels(batch_key, cams.size, config.batch_size, config.batching)
+      ids = sharding.shard_rays(ids, mesh)
+      stored = isinstance(pixels, batches.PixelStore)
+      rgb = batches.lookup(pixels, cams.size, *ids) if stored else pixels
+      batch = batches.make_batch(cams, *ids, rgb)
+      # A key for each ray, so that its draws do not depend on how rays are split.
+      keys = jax.random.split(model_key, config.batch_size) if config.randomized else None
+      frac = train_fraction(state.step, config.max_steps)
+      grads, seen = gradient(state.params, keys, batch, frac)
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+      stats = {
+        'loss': seen['loss'],
+        'psnr': image.mse_to_psnr(seen['mse']),
+        'learning_rate': schedule(state.step),
+        **{f'loss_{name}': term for name, term in seen['terms'].items()},
+        **{f'grad_norm_{name}': optax.tree.norm(part) for name, part in grads.items()},
+      }
+      return structs.TrainState(state.step + 1, params, opt_state), stats
 
-  whole = sharding.replicated(mesh)
-  return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))
+    whole = sharding.replicated(mesh)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))
+
+  return TrainStep(variant, _micro_batch_choices(config, mesh), lambda: free_memory(mesh))
 
 
 def host_pixels(

@@ -66,7 +66,7 @@ def test_published_defaults():
   wanted = {
     'dataset_loader': 'llff', 'factor': 0, 'llffhold': 8, 'near': 2.0, 'far': 6.0,
     'batching': 'all_images', 'batch_size': 16384, 'max_steps': 250000, 'early_exit_steps': None,
-    'checkpoint_every': 25000, 'print_every': 100, 'train_render_every': 5000,
+    'micro_batches': 0, 'checkpoint_every': 25000, 'print_every': 100, 'train_render_every': 5000,
     'render_chunk_size': 16384, 'data_loss_type': 'charb', 'charb_padding': 1e-3,
     'data_loss_mult': 1.0, 'data_coarse_loss_mult': 0.0, 'interlevel_loss_mult': 1.0,
     'distortion_loss_mult': 0.01, 'weight_decay_mults': {}, 'lr_init': 2e-3, 'lr_final': 2e-5,
@@ -177,6 +177,7 @@ def test_misspelt_name_is_answered_with_the_nearest(binding, suggestion):
     ("Config.batch_size = '64'", 'Config.batch_size must be int'),
     ('Config.randomized = 1', 'Config.randomized must be bool'),
     ('Config.factor = -1', 'Config.factor'),
+    ('Config.micro_batches = -1', 'Config.micro_batches'),
     ("Config.data_loss_type = 'l1'", "'mse', 'charb'"),
     ("Config.batching = 'some'", "'all_images', 'single_image'"),
     ("Model.ray_shape = 'box'", "'cone', 'cylinder'"),

@@ -42,6 +42,22 @@ def test_a_chunk_that_the_devices_do_not_divide_is_refused():
     evaluation.make_chunk_renderer(told, tiny.mesh(8))
 
 
+def test_chunks_are_halved_until_they_fit(capsys):
+  cams, _ = tiny.capture()
+  told, mesh = tiny.settings('Config.render_chunk_size = 16'), tiny.mesh(8)
+  params = sharding.replicate(train_step.create_state(told).params, mesh)
+  pictures = []
+  for free, chunk in ((10**9, 16), (1, 8)):
+    render_image = evaluation.make_image_renderer(told, mesh, lambda _, free=free: free)
+    calls = []
+    out = render_image(params, cams, 0, progress=lambda *a, calls=calls: calls.append(a))
+    assert calls[:2] == [(chunk, 96), (2 * chunk, 96)]
+    assert len(calls) == 96 // chunk
+    pictures.append(out['rgb'])
+  np.testing.assert_allclose(*pictures, atol=1e-5)
+  assert 'Too little memory' in capsys.readouterr().err  # Of one byte; 8 devices need 8 rays.
+
+
 def test_the_ray_probe_gives_each_level_of_the_diagonals_rays():
   settings = tiny.settings('Config.vis_num_rays = 5')
   cams, _ = tiny.capture()

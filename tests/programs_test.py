@@ -84,6 +84,7 @@ def run(capture, tmp_path_factory):
   folder = tmp_path_factory.mktemp('run') / 'r'
   first = _run('train.py', *_train_bindings(capture, folder, 'Config.early_exit_steps = 6'))
   assert 'step 4/6' in ' '.join(first.stdout.split())
+  assert re.search(r'first step after .* GB memory', first.stdout)
   second = _run('train.py', *_train_bindings(capture, folder))
   assert 'steps 6 to 12' in second.stdout
   return folder

@@ -1,5 +1,12 @@
 """Devices and processes: who is who, and what fits."""
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +40,149 @@ def test_rays_are_split_and_the_rest_is_whole():
   np.testing.assert_array_equal(sharding.to_host(whole), np.arange(5))
   split = jax.jit(lambda x: sharding.shard_rays(x, mesh))(jnp.zeros((16, 3)))
   assert {s.data.shape for s in split.addressable_shards} == {(2, 3)}
+
+
+def test_a_gradient_taken_by_each_device_is_averaged_once():
+  mesh = sharding.make_mesh()
+  x = jnp.arange(16.0)
+  loss = lambda w, x: jnp.mean((w['a'] * x - w['b']) ** 2)  # noqa: E731
+
+  def gradient(w, x):
+    return sharding.mean_over_devices(jax.value_and_grad(loss)(w, x))
+
+  spread = sharding.per_device(
+    gradient, mesh, (sharding.WHOLE, sharding.SPLIT), (sharding.WHOLE, sharding.WHOLE)
+  )
+  w = {'a': jnp.float32(2), 'b': jnp.float32(3)}
+  got, wanted = jax.jit(spread)(w, x), jax.value_and_grad(loss)(w, x)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, wanted)
+
+
+class Fakes:
+  """Programs that take given sizes (an exception: that fail to compile), and what was compiled."""
+
+  def __init__(self, sizes):
+    self.sizes, self.compiled = sizes, []
+
+  def variant(self, choice):
+    def compile_(args):
+      self.compiled.append((choice, *args))
+      if isinstance(self.sizes[choice], Exception):
+        raise self.sizes[choice]
+      memory = SimpleNamespace(
+        temp_size_in_bytes=self.sizes[choice] - 30,
+        output_size_in_bytes=70,
+        alias_size_in_bytes=50,
+        generated_code_size_in_bytes=10,
+      )
+
+      class Program:
+        memory_analysis = staticmethod(lambda: memory)
+        __call__ = staticmethod(lambda *args: (choice, *args))
+
+      return Program()
+
+    lower = lambda *args: SimpleNamespace(compile=lambda: compile_(args))  # noqa: E731
+    return SimpleNamespace(lower=lower)
+
+
+EXHAUSTED = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying ...')
+
+
+class TestFirstFit:
+  def fit(self, sizes, free):
+    fakes = Fakes(sizes)
+    return fakes, sharding.FirstFit(fakes.variant, list(sizes), lambda: free)
+
+  @pytest.mark.parametrize(
+    ('free', 'choice'), [(1112, 1), (1110, 2), (556, 2), (555, 4), (None, 1)]
+  )
+  def test_takes_the_first_that_fits_in_nine_tenths(self, free, choice):
+    fakes, program = self.fit({1: 1000, 2: 500, 4: 250}, free)
+    assert program.choice is None
+    assert program(7) == (choice, 7)
+    assert (program.choice, program.needed, program.free) == (choice, 1000 // choice, free)
+    assert program(8) == (choice, 8)
+    assert [c for c, _ in fakes.compiled] == [c for c in (1, 2, 4) if c <= choice]  # Once each.
+
+  def test_where_none_fits_the_last_is_tried_and_told(self, capsys):
+    _, program = self.fit({1: 10**10, 2: 5 * 10**9}, 10**9)
+    assert program(7) == (2, 7)
+    said = capsys.readouterr().err
+    assert said == 'Too little memory, trying all the same: 5 GB of 1 GB free memory.\n'
+
+  def test_what_does_not_even_compile_does_not_fit(self):
+    _, program = self.fit({1: EXHAUSTED, 2: 500}, None)
+    assert program(7) == (2, 7)
+    _, program = self.fit({1: EXHAUSTED, 2: EXHAUSTED}, None)
+    with pytest.raises(jax.errors.JaxRuntimeError, match='RESOURCE_EXHAUSTED'):
+      program(7)
+
+  def test_other_errors_are_errors(self):
+    _, program = self.fit({1: jax.errors.JaxRuntimeError('INTERNAL: no'), 2: 500}, None)
+    with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'):
+      program(7)
+
+  def test_other_shapes_are_compiled_with_the_same_choice(self):
+    fakes, program = self.fit({1: 1000, 2: 500}, 600)
+    program(np.zeros(3))
+    program(np.ones(3))
+    program(np.zeros(4))
+    assert [(c, x.shape) for c, x in fakes.compiled] == [(1, (3,)), (2, (3,)), (2, (4,))]
+
+  def test_runs_real_programs(self):
+    def variant(parts):
+      return jax.jit(lambda x: (x + 1, jnp.ones(1024 // parts)), donate_argnums=0)
+
+    program = sharding.FirstFit(variant, (1, 2), lambda: 3000)
+    more, ones = program(jnp.zeros(4096))  # 16 KB, donated.
+    assert ones.shape == (512,)
+    np.testing.assert_array_equal(more, 1)
+    assert 2048 <= program.needed < 2700
+
+
+def test_free_memory_is_that_of_the_fullest_device():
+  def mesh(*stats):
+    devices = [SimpleNamespace(memory_stats=lambda s=s: s) for s in stats]
+    return SimpleNamespace(local_devices=devices)
+
+  one, two = {'bytes_limit': 100, 'bytes_in_use': 40}, {'bytes_limit': 100, 'bytes_in_use': 70}
+  assert sharding.free_memory(mesh(one, two)) == 30
+  assert sharding.free_memory(mesh(one, {'bytes_limit': 100})) is None
+  assert sharding.free_memory(mesh(None)) is None
+  assert sharding.free_memory(sharding.make_mesh()) is None  # CPU.
+
+
+_CHOOSE = """
+import jax, jax.numpy as jnp
+from internal import sharding
+sharding.initialize()
+variant = lambda parts: jax.jit(lambda x: x + jnp.ones(4096 // parts))
+free = (10**9, 8192)[jax.process_index()]
+program = sharding.FirstFit(variant, (1, 2, 4, 8), lambda: free)
+program(1.0)
+print('chose', program.choice)
+"""
+
+
+def test_processes_choose_alike():
+  """The second has room for a quarter only."""
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  told = {'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'JAX_NUM_PROCESSES': '2'}
+  processes = [
+    subprocess.Popen(
+      [sys.executable, '-c', _CHOOSE],
+      cwd=Path(__file__).resolve().parents[1],
+      env={**os.environ, 'XLA_FLAGS': '', **told, 'JAX_PROCESS_ID': str(i)},
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  said = [p.communicate(timeout=120)[0] for p in processes]
+  assert [text.strip().splitlines()[-1] for text in said] == ['chose 4'] * 2
 
 
 @pytest.mark.parametrize('missing', ['JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'])

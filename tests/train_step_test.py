@@ -1,5 +1,6 @@
-"""The training step: devices, determinism, schedule, learning, and lowering for every platform."""
+"""The training step: devices, micro-batches, determinism, schedule, learning, every platform."""
 
+import functools
 import re
 
 import jax
@@ -49,10 +50,91 @@ def test_eight_devices_compute_what_one_does():
   assert np.quantile(worst, 0.99) < 1e-5
 
 
-def test_a_step_has_one_all_reduce():
-  text = _lower(tiny.settings(), tiny.mesh(8)).compile().as_text()
+@functools.cache
+def _first_gradient(*bindings, devices=1):
+  """A first step's stats, and Adam's mean of gradients: a tenth of the clipped gradient."""
+  state, (stats,) = _run(tiny.settings(*bindings), tiny.mesh(devices), 1)
+  return stats, _adam(state.opt_state).mu
+
+
+def _adam(opt_state):
+  is_adam = lambda s: hasattr(s, 'mu')  # noqa: E731
+  return next(filter(is_adam, jax.tree.leaves(opt_state, is_leaf=is_adam)))
+
+
+MANY_DRAWS = (
+  'Model.single_jitter = False',
+  'NerfMLP.density_noise = 1.0',
+  "Config.weight_decay_mults = {'nerf_mlp': 0.1}",
+)
+
+
+@pytest.mark.parametrize(
+  ('bindings', 'micro_batches', 'devices'),
+  [
+    (MANY_DRAWS, 2, 1),
+    (MANY_DRAWS, 4, 1),
+    (MANY_DRAWS, 1, 8),
+    (MANY_DRAWS, 2, 8),
+    (MANY_DRAWS, 4, 8),
+    (("Config.batching = 'single_image'",), 2, 8),
+  ],
+)
+def test_any_split_into_devices_and_micro_batches_has_the_same_gradient(
+  bindings, micro_batches, devices
+):
+  stats, whole = _first_gradient(*bindings, 'Config.micro_batches = 1')
+  told = f'Config.micro_batches = {micro_batches}'
+  stats_split, split = _first_gradient(*bindings, told, devices=devices)
+  for name in stats:
+    np.testing.assert_allclose(stats[name], stats_split[name], rtol=1e-4, err_msg=name)
+  for part in whole:
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole[part]))
+    jax.tree.map(
+      lambda a, b, largest=largest: np.testing.assert_allclose(a, b, atol=1e-3 * largest),
+      whole[part],
+      split[part],
+    )
+
+
+@pytest.mark.parametrize('micro_batches', [1, 2])
+def test_a_step_has_one_all_reduce(micro_batches):
+  settings = tiny.settings(f'Config.micro_batches = {micro_batches}')
+  text = _lower(settings, tiny.mesh(8)).compile().as_text()
   assert len(re.findall(r'= .* all-reduce(?:-start)?\(', text)) == 1
-  assert not re.findall(r'= .* (?:all-gather|all-to-all|collective-permute)(?:-start)?\(', text)
+  others = 'all-gather|all-to-all|collective-permute|reduce-scatter'
+  assert not re.findall(rf'= .* (?:{others})(?:-start)?\(', text)
+
+
+def test_micro_batches_are_as_few_as_fit():
+  settings, mesh = tiny.settings('Config.batch_size = 256'), tiny.mesh(1)
+
+  def first_step(free):
+    cams, images = tiny.capture()
+    state = sharding.replicate(train_step.create_state(settings), mesh)
+    store = sharding.replicate(batches.make_store(images), mesh)
+    step_fn = train_step.make_train_step(settings, mesh, lambda mesh: free)
+    step_fn(state, sharding.replicate(cams, mesh), store)
+    return step_fn
+
+  whole = first_step(None)
+  assert whole.micro_batches == 1
+  halves = first_step(whole.needed / 0.95)
+  assert halves.micro_batches == 2
+  assert halves.needed < 0.75 * whole.needed
+
+
+def test_micro_batches_divide_the_rays_of_a_device():
+  def choices(devices, *bindings):
+    return train_step.make_train_step(tiny.settings(*bindings), tiny.mesh(devices)).choices
+
+  assert choices(1, 'Config.batch_size = 24') == (1, 2, 4, 8)
+  assert choices(8, 'Config.batch_size = 24') == (1,)
+  assert choices(8, 'Config.batch_size = 24', 'Config.micro_batches = 3') == (3,)
+  with pytest.raises(
+    configs.ConfigError, match=r'micro_batches must divide .* got 5 for 8 .*64 on 8'
+  ):
+    choices(8, 'Config.micro_batches = 5')
 
 
 def test_pixels_on_the_host_give_the_same_batches():
@@ -117,10 +199,7 @@ def test_gradient_entries_are_clipped_where_asked():
   optimizer = train_step.make_optimizer(config)
   grads = {'a': jnp.array([1.0, -2.0])}
   _, state = optimizer.update(grads, optimizer.init(grads), grads)
-  adam = next(
-    s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, 'mu')) if hasattr(s, 'mu')
-  )
-  np.testing.assert_allclose(adam.mu['a'], [1e-7, -1e-7], rtol=1e-4)
+  np.testing.assert_allclose(_adam(state).mu['a'], [1e-7, -1e-7], rtol=1e-4)
 
 
 def test_annealing_and_schedule_see_the_fraction_done():
@@ -145,13 +224,13 @@ def test_training_and_rendering_lower_for_tpu_cuda_and_cpu(dtype):
   state = jax.eval_shape(lambda: train_step.create_state(settings))
   args = (state, _abstract(cams), _abstract(batches.make_store(images)))
   step_fn = train_step.make_train_step(settings, mesh)
-  exported = jax.export.export(step_fn, platforms=PLATFORMS)(*args)
+  exported = jax.export.export(step_fn.variant(1), platforms=PLATFORMS)(*args)
   assert exported.platforms == PLATFORMS
   assert exported.nr_devices == 8
   render_fn = evaluation.make_chunk_renderer(settings, mesh)
   scalar = jax.ShapeDtypeStruct((), jnp.int32)
   frac = jax.ShapeDtypeStruct((), jnp.float32)
-  exported = jax.export.export(render_fn, platforms=PLATFORMS)(
+  exported = jax.export.export(render_fn.variant(16384), platforms=PLATFORMS)(
     state.params, args[1], scalar, scalar, frac
   )
   assert exported.platforms == PLATFORMS
