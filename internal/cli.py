@@ -1,16 +1,21 @@
-"""What the command lines share: flags, and how errors are told."""
+"""What the command lines share: flags, the compilation cache, and how errors are told."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
+
+import jax
 
 from internal import configs
 
 _ROOMS = os.path.dirname(os.path.abspath(__file__))
+_CACHE = 'mipnerf360-jax'
+_PROCESS_COUNTS = ('JAX_NUM_PROCESSES', 'SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,12 +77,57 @@ def _is_for_the_user(error: Exception) -> bool:
   return ours and isinstance(error, (ValueError, OSError))
 
 
+def _cache_folder() -> str:
+  """Where this user's compiled programs are kept, made and found writable.
+
+  Raises:
+    OSError: there is no such place.
+  """
+  root = os.environ.get('XDG_CACHE_HOME', '')
+  if not os.path.isabs(root):  # Its specification says to ignore others.
+    root = os.path.join(os.path.expanduser('~'), '.cache')
+  if not os.path.isabs(root):
+    raise OSError('no home folder')
+  folder = os.path.join(root, _CACHE)
+  os.makedirs(folder, exist_ok=True)
+  with tempfile.TemporaryFile(dir=folder):
+    return folder
+
+
+def enable_compilation_cache() -> None:
+  """Keeps compiled programs for the next start, in the user's cache folder; call before compiling.
+
+  What JAX was told already counts: a JAX_COMPILATION_CACHE_DIR, even an empty one, and
+  JAX_ENABLE_COMPILATION_CACHE=false. Several processes are left alone, since only the first one
+  writes: with folders of their own the others would miss what it finds, and GPUs whose processes
+  share the search for the fastest kernels would wait for each other.
+  """
+  config = jax.config
+  told = 'JAX_COMPILATION_CACHE_DIR' in os.environ or config.jax_compilation_cache_dir
+  several = any(os.environ.get(name) not in (None, '', '1') for name in _PROCESS_COUNTS)
+  if told or several or not config.jax_enable_compilation_cache:
+    return
+  try:
+    config.update('jax_compilation_cache_dir', _cache_folder())
+  except OSError as error:
+    print(
+      f'Compiled programs are not kept: {error}. JAX_COMPILATION_CACHE_DIR can say where.',
+      file=sys.stderr,
+    )
+    return
+  if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
+    # A second, which is the default, leaves out programs that a start waits for.
+    config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
 def run(main: Callable[[], None]) -> None:
   """Calls main; a user's error becomes one line on stderr and exit code 1.
 
-  Any other error keeps its traceback; an interruption exits with 130, as shells do.
+  Any other error keeps its traceback; an interruption exits with 130, as shells do. Programs that
+  main compiles are kept for the next start.
   """
   try:
+    enable_compilation_cache()
     main()
   except KeyboardInterrupt:
     print('Interrupted.', file=sys.stderr)

@@ -1,7 +1,11 @@
 import argparse
 import os
+import pathlib
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -111,6 +115,116 @@ class TestRun:
     code, err = self.told(main, capsys)
     assert code == 130
     assert err == 'Interrupted.\n'
+
+
+class TestCompilationCache:
+  NAMES = (
+    'jax_compilation_cache_dir',
+    'jax_enable_compilation_cache',
+    'jax_persistent_cache_min_compile_time_secs',
+  )
+
+  @pytest.fixture
+  def home(self, tmp_path, monkeypatch):
+    """A user who has told JAX nothing, at an empty home."""
+    before = {name: getattr(jax.config, name) for name in self.NAMES}
+    for name in self.NAMES:
+      monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    jax.config.update('jax_compilation_cache_dir', None)
+    yield tmp_path
+    for name, value in before.items():
+      jax.config.update(name, value)
+
+  def test_is_in_the_home_folder(self, home):
+    cli.run(lambda: None)
+    folder = home / '.cache' / 'mipnerf360-jax'
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+    assert list(folder.iterdir()) == []
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.1
+
+  def test_is_where_the_desktop_keeps_caches(self, home, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(home / 'xdg'))
+    cli.enable_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == str(home / 'xdg' / 'mipnerf360-jax')
+
+  def test_a_relative_place_is_ignored(self, home, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', 'xdg')
+    cli.enable_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == str(home / '.cache' / 'mipnerf360-jax')
+
+  @pytest.mark.parametrize('place', ['', '/elsewhere'])
+  def test_the_users_own_place_wins(self, home, monkeypatch, place):
+    monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', place)
+    cli.enable_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None  # JAX has read the variable by itself.
+    assert not (home / '.cache').exists()
+
+  def test_what_jax_was_told_wins(self, home):
+    jax.config.update('jax_compilation_cache_dir', '/elsewhere')
+    cli.enable_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == '/elsewhere'
+    assert not (home / '.cache').exists()
+
+  def test_can_be_switched_off(self, home):
+    jax.config.update('jax_enable_compilation_cache', False)
+    cli.enable_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+    assert not (home / '.cache').exists()
+
+  def test_the_users_threshold_stays(self, home, monkeypatch):
+    monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '7')
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 7)
+    cli.enable_compilation_cache()
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 7
+
+  @pytest.mark.parametrize('name', ['JAX_NUM_PROCESSES', 'SLURM_STEP_NUM_TASKS'])
+  def test_is_left_alone_with_several_processes(self, home, monkeypatch, name):
+    monkeypatch.setenv(name, '2')
+    cli.enable_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+    monkeypatch.setenv(name, '1')
+    cli.enable_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is not None
+
+  def test_an_unwritable_place_is_one_line(self, home, capsys):
+    (home / '.cache').touch()
+    ran = []
+    cli.run(lambda: ran.append(True))
+    err = capsys.readouterr().err
+    assert ran == [True]
+    assert jax.config.jax_compilation_cache_dir is None
+    assert err.count('\n') == 1
+    assert str(home / '.cache' / 'mipnerf360-jax') in err
+
+  def test_nobody_without_a_home(self, home, monkeypatch, capsys):
+    monkeypatch.setattr(os.path, 'expanduser', lambda path: path)
+    monkeypatch.chdir(home)
+    cli.enable_compilation_cache()
+    assert 'no home folder' in capsys.readouterr().err
+    assert list(home.iterdir()) == []
+
+  def test_a_second_start_finds_what_the_first_compiled(self, tmp_path):
+    program = """
+import jax
+from internal import cli
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
+cli.run(lambda: jax.jit(lambda x: x.cumsum() + 3)(jax.numpy.ones(7)))
+print('/jax/compilation_cache/cache_hits' in hits)
+"""
+    drop = ('JAX_COMPILATION_CACHE_DIR', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS')
+    env = {k: v for k, v in os.environ.items() if k not in drop}
+    env |= {'XDG_CACHE_HOME': str(tmp_path), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+    root = pathlib.Path(cli.__file__).parent.parent
+    starts = [
+      subprocess.run(
+        [sys.executable, '-c', program], cwd=root, env=env, capture_output=True, text=True
+      ).stdout
+      for _ in range(2)
+    ]
+    assert starts == ['False\n', 'True\n']
 
 
 class TestProgress:
