@@ -329,6 +329,8 @@ def parse(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
   args = parse(argv)
   settings = configs.load_config(args.gin_configs, args.gin_bindings)
+  if args.profile:  # A kept program may carry the names that its operations had in older source.
+    jax.config.update('jax_compilation_cache_include_metadata_in_key', True)
   if args.seconds is None:
     args.seconds = 2.0 if programs.on_cpu() else 6.0
   shrunk = programs.on_cpu() and shrink(settings) != settings

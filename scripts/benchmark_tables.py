@@ -43,8 +43,9 @@ def say_row(row: dict | None = None) -> None:
   if row is not None and 'error' in row:
     say(f'{row["name"]:30} failed: {row["error"]}')
     return
+  kept = '  (compiled before, and kept)' if row and row.get('compiled_from_cache') else ''
   cells = (title if row is None else cell(row, key, form) for title, key, _, form in _COLUMNS)
-  say(' '.join(format(c, column[2]) for c, column in zip(cells, _COLUMNS)).rstrip())
+  say(' '.join(format(c, column[2]) for c, column in zip(cells, _COLUMNS)).rstrip() + kept)
 
 
 def say_kernels(row: dict, found: Sequence[profiling.Kernel], top: int) -> None:
