@@ -65,17 +65,20 @@ def train_fraction(step: Array, max_steps: int) -> Array:
   return jnp.clip(step / max(max_steps - 1, 1), 0, 1)
 
 
-def step_keys(seed: int, step: Array) -> tuple[Array, Array]:
-  """The keys of a step's batch and of its rendering: pure functions of (seed, step)."""
-  batch_key, model_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
-  return batch_key, model_key
+def step_keys(config: configs.Config, step: Array) -> tuple[Array, Array]:
+  """The key of a step's batch and those of its rays [batch_size]: pure functions of (seed, step).
+
+  A ray has its own, so that its draws do not depend on how rays are split.
+  """
+  batch_key, model_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
+  return batch_key, jax.random.split(model_key, config.batch_size)
 
 
 def make_draw(config: configs.Config, mesh: Mesh) -> Callable:
   """The jit-compiled `draw(step, size) -> (cam_idx, x, y)` of the step's pixels, replicated."""
 
   def draw(step, size):
-    batch_key, _ = step_keys(config.seed, step)
+    batch_key, _ = step_keys(config, step)
     return batches.draw_pixels(batch_key, size, config.batch_size, config.batching)
 
   return jax.jit(draw, out_shardings=sharding.replicated(mesh))
@@ -168,14 +171,13 @@ def make_train_step(
     gradient = _make_gradient(settings, mesh, micro_batches)
 
     def train_step(state, cams, pixels):
-      batch_key, model_key = step_keys(config.seed, state.step)
+      batch_key, ray_keys = step_keys(config, state.step)
       ids = batches.draw_pixels(batch_key, cams.size, config.batch_size, config.batching)
       ids = sharding.shard_rays(ids, mesh)
       stored = isinstance(pixels, batches.PixelStore)
       rgb = batches.lookup(pixels, cams.size, *ids) if stored else pixels
       batch = batches.make_batch(cams, *ids, rgb)
-      # A key for each ray, so that its draws do not depend on how rays are split.
-      keys = jax.random.split(model_key, config.batch_size) if config.randomized else None
+      keys = ray_keys if config.randomized else None
       frac = train_fraction(state.step, config.max_steps)
       grads, seen = gradient(state.params, keys, batch, frac)
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

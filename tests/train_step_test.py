@@ -50,6 +50,12 @@ def test_eight_devices_compute_what_one_does():
   assert np.quantile(worst, 0.99) < 1e-5
 
 
+def test_each_ray_of_each_step_draws_by_its_own_key():
+  config = tiny.settings().config
+  keys = [jax.random.key_data(train_step.step_keys(config, k)[1]) for k in range(3)]
+  assert len(np.unique(np.concatenate(keys), axis=0)) == 3 * 64
+
+
 @functools.cache
 def _first_gradient(*bindings, devices=1):
   """A first step's stats, and Adam's mean of gradients: a tenth of the clipped gradient."""
