@@ -31,7 +31,7 @@ _CHOICES = {
   'raydist_fn': (None, 'reciprocal', 'log', 'identity', 'piecewise', 'power'),
   'warp_fn': (None, 'contract'),
   'basis_shape': ('icosahedron', 'octahedron', 'tetrahedron'),
-  'mlp_dtype': ('float32', 'bfloat16'),
+  'mlp_dtype': ('auto', 'float32', 'bfloat16'),
   'render_camtype': (None, 'perspective', 'fisheye', 'panorama'),
 }
 
@@ -231,7 +231,7 @@ class Model(_Checked):
   resample_padding: float = 0.0
   use_gpu_resampling: bool = False  # Accepted: the choice is made by platform.
   use_gpu_kernels: bool = True  # On GPUs, what is written for them; False: plain XLA.
-  mlp_dtype: str = 'float32'  # Of the MLPs' hidden layers; geometry and heads are float32.
+  mlp_dtype: str = 'auto'  # Of hidden layers; 'auto': bfloat16, but float32 on CPUs.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,11 +59,29 @@ def log_lerp(t: Array, v0: float, v1: float) -> Array:
   return jnp.exp(jnp.log(v0) + jnp.clip(t, 0, 1) * (jnp.log(v1) - jnp.log(v0)))
 
 
-def sorted_interp(x: Array, xp: Array, fp: Array) -> Array:
-  """Piecewise-linear interpolation of a monotone function, without a gather.
+def num_below(knots: Array, x: Array) -> Array:
+  """How many knots [..., n], ascending, are at most x [..., m]: [..., m] int32.
 
-  As `np.interp` along the last axis, for xp and fp that both ascend (ties allowed). The knots on
-  either side of x are found as a masked maximum and minimum, which every backend runs well.
+  A binary search for all at once, its steps unrolled.
+  """
+  n = knots.shape[-1]
+  count = jnp.zeros(x.shape, jnp.int32)
+  for bit in reversed(range(n.bit_length())):
+    longer = count + (1 << bit)
+    below = pick(knots, jnp.minimum(longer, n) - 1) <= x
+    count = jnp.where((longer <= n) & below, longer, count)
+  return count
+
+
+def pick(values: Array, index: Array) -> Array:
+  """values [..., n] at [..., m] indices along the last axis, which must be in [0, n)."""
+  return jnp.take_along_axis(values, index, -1, mode='promise_in_bounds')
+
+
+def sorted_interp(x: Array, xp: Array, fp: Array) -> Array:
+  """Piecewise-linear interpolation of a monotone function.
+
+  As `np.interp` along the last axis, for xp and fp that both ascend (ties allowed).
 
   Args:
     x: [..., m] where to evaluate.
@@ -73,6 +91,26 @@ def sorted_interp(x: Array, xp: Array, fp: Array) -> Array:
   Returns:
     [..., m] values, held at fp's ends outside xp.
   """
+  x0, x1, f0, f1 = by_platform(_bracket_by_mask, _bracket_by_search)(x, xp, fp)
+  width = x1 - x0
+  offset = jnp.where(width > 0, (x - x0) / jnp.where(width > 0, width, 1), 0)
+  return f0 + jnp.clip(offset, 0, 1) * (f1 - f0)
+
+
+def by_platform(dense: Callable, indexed: Callable) -> Callable:
+  """Of two twins the one for the platform: TPUs are slow at lookups, others at comparing all."""
+  return lambda *args: jax.lax.platform_dependent(*args, tpu=dense, default=indexed)
+
+
+def _bracket_by_search(x: Array, xp: Array, fp: Array) -> tuple[Array, ...]:
+  """The knots and values on either side of x."""
+  after = num_below(xp, x)
+  lo, hi = jnp.maximum(after - 1, 0), jnp.minimum(after, xp.shape[-1] - 1)
+  return pick(xp, lo), pick(xp, hi), pick(fp, lo), pick(fp, hi)
+
+
+def _bracket_by_mask(x: Array, xp: Array, fp: Array) -> tuple[Array, ...]:
+  """The same without a lookup, as masked maxima and minima."""
   below = xp[..., None, :] <= x[..., :, None]  # [..., m, n]
 
   def bracket(v):
@@ -81,11 +119,7 @@ def sorted_interp(x: Array, xp: Array, fp: Array) -> Array:
     hi = jnp.min(jnp.where(below, v[..., -1:], v), -1)
     return lo, hi
 
-  x0, x1 = bracket(xp)
-  f0, f1 = bracket(fp)
-  width = x1 - x0
-  offset = jnp.where(width > 0, (x - x0) / jnp.where(width > 0, width, 1), 0)
-  return f0 + jnp.clip(offset, 0, 1) * (f1 - f0)
+  return *bracket(xp), *bracket(fp)
 
 
 def split_keys(key: Array | None, num: int) -> tuple[Array | None, ...]:

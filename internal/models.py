@@ -7,25 +7,39 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from internal import configs, coord, encodings, math, render, stepfun, structs
+from internal import configs, coord, dense, encodings, hopper, math, render, stepfun, structs
 
 Array = jax.Array
 
 _WARPS = {None: None, 'contract': coord.contract}
 
 
+class _Linear(nn.Module):
+  """The parameters of a dense layer, as those of nn.Dense."""
+
+  width: int
+  init: str
+
+  @nn.compact
+  def __call__(self, fan_in: int) -> tuple[Array, Array]:
+    """kernel [fan_in, width] and bias [width], float32."""
+    kernel = self.param('kernel', getattr(nn.initializers, self.init)(), (fan_in, self.width))
+    return kernel, self.param('bias', nn.initializers.zeros, (self.width,))
+
+
 class MLP(nn.Module):
   """A radiance field: Gaussians (and view directions) in, density (and colour) out.
 
-  Hidden layers compute in `dtype`, the heads in float32; parameters are float32.
+  Hidden layers compute in `dtype`, the heads in float32; parameters are float32. `gpu_kernels`
+  allows what is written for GPUs alone, where this process computes on one.
   """
 
   config: configs.MLP
   dtype: jnp.dtype = jnp.float32
+  gpu_kernels: bool = True
 
-  def _dense(self, width: int, name: str, dtype=None) -> nn.Dense:
-    init = getattr(nn.initializers, self.config.weight_init)()
-    return nn.Dense(width, kernel_init=init, dtype=dtype or self.dtype, name=name)
+  def _linear(self, name: str, fan_in: int, width: int) -> tuple[Array, Array]:
+    return _Linear(width, self.config.weight_init, name=name)(fan_in)
 
   @nn.compact
   def __call__(
@@ -48,57 +62,103 @@ class MLP(nn.Module):
     """
     cfg = self.config
     density_key, bottleneck_key = math.split_keys(key, 2)
-    x = self._trunk(self._encode(gaussians))
-    raw = self._dense(1, 'density', jnp.float32)(x)[..., 0]
+    raw, x = self._trunk(gaussians, viewdirs is not None)
     raw = _add_noise(density_key, raw, cfg.density_noise)
     density = nn.softplus(raw + cfg.density_bias)
     if cfg.disable_rgb:
       return density, None
-    x = self._view_layers(bottleneck_key, x, viewdirs, glo)
-    raw_rgb = self._dense(3, 'rgb', jnp.float32)(x)
+    if viewdirs is not None and x is not None:  # Then it is the bottleneck.
+      x = _add_noise(bottleneck_key, x, cfg.bottleneck_noise)
+    x = self._view_layers(x, viewdirs, glo, density.shape)
+    kernel, bias = self._linear('rgb', x.shape[-1], 3)
+    raw_rgb = math.dot(x.astype(jnp.float32), kernel) + _as_row(bias, x.ndim)
     rgb = nn.sigmoid(cfg.rgb_premultiplier * raw_rgb + cfg.rgb_bias)
     return density, rgb * (1 + 2 * cfg.rgb_padding) - cfg.rgb_padding
 
-  def _encode(self, gaussians: structs.Gaussians) -> Array:
+  def _encode(self, gaussians: structs.Gaussians):
+    """Features in `dtype`, and the encoding that they are of."""
     cfg = self.config
     warp = _WARPS[cfg.warp_fn]
     if warp is not None:
       gaussians = structs.Gaussians(*coord.linearize(warp, gaussians.mean, gaussians.cov))
+    on_gpu = self.gpu_kernels and jax.default_backend() == 'gpu'
     encoding = encodings.IntegratedPositionalEncoding(
-      cfg.min_deg_point, cfg.max_deg_point, cfg.basis_shape, cfg.basis_subdivisions
+      cfg.min_deg_point,
+      cfg.max_deg_point,
+      cfg.basis_shape,
+      cfg.basis_subdivisions,
+      packed=on_gpu and self.dtype == jnp.bfloat16,
     )
-    return encoding(gaussians).astype(self.dtype)
+    return encoding(gaussians).astype(self.dtype), encoding
 
-  def _trunk(self, encoded: Array) -> Array:
+  def _trunk(self, gaussians: structs.Gaussians, by_view: bool) -> tuple[Array, Array | None]:
+    """Raw density [..., n], and what colour comes from: [..., n, c], or None for nothing.
+
+    Where colour depends on the view that is the bottleneck.
+    """
     cfg = self.config
-    x = encoded
+    encoded, encoding = self._encode(gaussians)
+    flat = encoded.reshape(-1, encoded.shape[-1])
+
+    def linear(name: str, width: int, from_x: bool, from_encoded: bool) -> dense.Layer:
+      before = cfg.net_width * from_x
+      kernel, bias = self._linear(name, before + encoding.num_features * from_encoded, width)
+      of_encoded = encoding.arrange(kernel[before:]) if from_encoded else None
+      return dense.Layer(kernel[:before] if from_x else None, of_encoded, bias)
+
+    layers, joins = [], True
     for i in range(cfg.net_depth):
-      x = nn.relu(self._dense(cfg.net_width, f'trunk_{i}')(x))
-      if i > 0 and i % cfg.skip_layer == 0:
-        x = jnp.concatenate([x, encoded], -1)
+      layers.append(linear(f'trunk_{i}', cfg.net_width, i > 0, joins))
+      joins = i > 0 and i % cfg.skip_layer == 0
+    density = linear('density', 1, True, joins)
+    bottleneck = None
+    if by_view and not cfg.disable_rgb and cfg.bottleneck_width > 0:
+      bottleneck = linear('bottleneck', cfg.bottleneck_width, True, joins)
+
+    fused = self.gpu_kernels and self.dtype == jnp.bfloat16 and hopper.available()
+    heads = dense.Heads(density.of_x[:, 0], None if bottleneck is None else bottleneck.of_x)
+    if cfg.disable_rgb or by_view:
+      raw, colour = dense.trunk(tuple(layers), heads, flat, fused)
+    else:
+      x = dense.trunk(tuple(layers), None, flat, fused)
+      raw, _ = dense.outputs(heads, x)
+      colour = jnp.concatenate([x, flat], -1) if joins else x
+    raw += density.bias
+    if joins:
+      raw += math.dot(flat.astype(jnp.float32), density.of_encoded)[:, 0]
+    if bottleneck is not None:
+      colour += bottleneck.bias.astype(self.dtype)[None]
+      if joins:
+        colour += flat @ bottleneck.of_encoded.astype(self.dtype)
+    bins = encoded.shape[:-1]
+    return raw.reshape(bins), None if colour is None else colour.reshape(*bins, -1)
+
+  def _view_layers(
+    self, x: Array | None, viewdirs: Array | None, glo: Array | None, bins: tuple[int, ...]
+  ) -> Array:
+    """What colour is a linear function of, [..., n, c]: x [..., n, c'] joined with the ray's."""
+    cfg = self.config
+    of_ray = [] if viewdirs is None else [coord.pos_enc(viewdirs, 0, cfg.deg_view)]
+    of_ray += [] if glo is None else [glo]
+    of_ray = [v.astype(self.dtype)[..., None, :] for v in of_ray]  # [..., 1, c]
+    parts = [v for v in (x, *of_ray) if v is not None]
+    if cfg.net_depth_viewdirs == 0:
+      return jnp.concatenate([jnp.broadcast_to(v, (*bins, v.shape[-1])) for v in parts], -1)
+    for i in range(cfg.net_depth_viewdirs):
+      fan_in = sum(v.shape[-1] for v in parts)
+      kernel, bias = self._linear(f'view_{i}', fan_in, cfg.net_width_viewdirs)
+      x, row = _as_row(bias.astype(self.dtype), len(bins) + 1), 0
+      for v in parts:  # Each by its rows of the kernel: what is of the ray, once for its bins.
+        x += v @ kernel[row : row + v.shape[-1]].astype(self.dtype)
+        row += v.shape[-1]
+      x = nn.relu(jnp.broadcast_to(x, (*bins, x.shape[-1])))
+      parts = [x]
     return x
 
-  def _view_layers(self, key, x: Array, viewdirs: Array | None, glo: Array | None) -> Array:
-    cfg = self.config
-    parts = []
-    if viewdirs is not None:
-      if cfg.bottleneck_width > 0:
-        bottleneck = self._dense(cfg.bottleneck_width, 'bottleneck')(x)
-        parts.append(_add_noise(key, bottleneck, cfg.bottleneck_noise))
-      parts.append(coord.pos_enc(viewdirs, 0, cfg.deg_view))
-    else:
-      parts.append(x)
-    if glo is not None:
-      parts.append(glo)
-    per_bin = x.shape[:-1]  # What is of a ray is the same for all of its bins.
-    parts = [
-      jnp.broadcast_to(p[..., None, :], (*per_bin, p.shape[-1])) if p.ndim < x.ndim else p
-      for p in parts
-    ]
-    x = jnp.concatenate([p.astype(self.dtype) for p in parts], -1)
-    for i in range(cfg.net_depth_viewdirs):
-      x = nn.relu(self._dense(cfg.net_width_viewdirs, f'view_{i}')(x))
-    return x
+
+def _as_row(x: Array, ndim: int) -> Array:
+  """A vector as an array of so many axes."""
+  return x.reshape((1,) * (ndim - 1) + x.shape)
 
 
 def _add_noise(key: Array | None, x: Array, scale: float) -> Array:
@@ -118,10 +178,10 @@ class Model(nn.Module):
 
   def setup(self):
     cfg = self.config
-    dtype = jnp.dtype(cfg.mlp_dtype)
-    self.nerf_mlp = MLP(self.nerf_config, dtype)
+    dtype = mlp_dtype(cfg.mlp_dtype)
+    self.nerf_mlp = MLP(self.nerf_config, dtype, cfg.use_gpu_kernels)
     if not cfg.single_mlp:
-      self.prop_mlp = MLP(self.prop_config, dtype)
+      self.prop_mlp = MLP(self.prop_config, dtype, cfg.use_gpu_kernels)
     if cfg.num_glo_features > 0:
       self.glo = nn.Embed(cfg.num_glo_embeddings, cfg.num_glo_features)
 
@@ -218,6 +278,13 @@ class Model(nn.Module):
     if key is None or low == high:
       return jnp.full_like(rays.radii, (low + high) / 2)
     return math.draw(jax.random.uniform, key, rays.radii.shape, minval=low, maxval=high)
+
+
+def mlp_dtype(name: str) -> jnp.dtype:
+  """The type of the MLPs' hidden layers: by name, or for 'auto' the one for this platform."""
+  if name == 'auto':
+    name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  return jnp.dtype(name)
 
 
 def build(settings: configs.Settings) -> Model:

@@ -7,7 +7,6 @@ A pose is [3, 4], camera-to-world with OpenGL axes: columns right, up, back, pos
 from __future__ import annotations
 
 import numpy as np
-from scipy import interpolate
 
 _PARALLEL = 1e-6  # Mean sin^2 of the axes' angles below which they have no common point.
 
@@ -259,6 +258,8 @@ def generate_spline_path(
   _check_frames(n_interp)
   if len(poses) < 2:
     raise ValueError('A spline path needs at least two keyframes, got 1.')
+  from scipy import interpolate  # A second to import, and needed nowhere else.
+
   if not 1 <= degree <= 5:
     raise ValueError(f'The degree of a spline path must be 1 to 5, got {degree}.')
   _, up, back, position = np.moveaxis(poses, -1, 0)

@@ -154,10 +154,18 @@ def _needed_memory(compiled: jax.stages.Compiled) -> int | None:
   return sizes.temp_size_in_bytes + results + sizes.generated_code_size_in_bytes
 
 
+def compiler_options() -> dict[str, bool]:
+  """What XLA is told on GPUs: to call cuBLASLt, which ends products with biases and ReLUs.
+
+  Its choice would be Triton's kernels here and there, with passes over memory after them.
+  """
+  return {'xla_gpu_enable_triton_gemm': False} if jax.default_backend() == 'gpu' else {}
+
+
 def _compile(function: Callable, args) -> tuple[jax.stages.Compiled | None, Exception | None]:
   """The compiled program, or the error which says that it needs more memory than there is."""
   try:
-    return function.lower(*args).compile(), None
+    return function.lower(*args).compile(compiler_options()), None
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
@@ -204,7 +212,9 @@ class FirstFit:
     kind = (structure, *map(jax.typeof, leaves))
     if kind not in self._programs:
       first = self.choice is None  # Other shapes later on do not change the choice.
-      self._programs[kind] = self._choose(args) if first else self.lower(*args).compile()
+      self._programs[kind] = (
+        self._choose(args) if first else self.lower(*args).compile(compiler_options())
+      )
     return self._programs[kind]
 
   def account(self) -> str:

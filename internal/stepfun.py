@@ -42,12 +42,44 @@ def max_dilate_weights(
   start, stop = t[..., :-1] - dilation, t[..., 1:] + dilation
   edges = jnp.sort(jnp.concatenate([start, t, stop], -1), -1)  # [..., 3 n + 1]
   edges = jnp.clip(edges, *domain)
-  covers = (start[..., None, :] <= edges[..., :, None]) & (stop[..., None, :] > edges[..., :, None])
-  dilated = jnp.max(jnp.where(covers, density[..., None, :], 0), -1)[..., :-1]
+  cover = math.by_platform(_highest_by_mask, _highest_by_search)
+  dilated = cover(density, start, stop, edges[..., :-1])
   weights = dilated * jnp.diff(edges)
   if renormalize:
     weights /= jnp.maximum(jnp.sum(weights, -1, keepdims=True), math.SMALL)
   return edges, weights
+
+
+def _highest_by_mask(value: Array, start: Array, stop: Array, x: Array) -> Array:
+  """The highest value among the intervals [start, stop) that hold x; zero where none does.
+
+  Args:
+    value: [..., n], not negative.
+    start, stop: [..., n], each ascending.
+    x: [..., m].
+  """
+  holds = (start[..., None, :] <= x[..., :, None]) & (stop[..., None, :] > x[..., :, None])
+  return jnp.max(jnp.where(holds, value[..., None, :], 0), -1)
+
+
+def _highest_by_search(value: Array, start: Array, stop: Array, x: Array) -> Array:
+  """The same by lookups: such intervals stand in a row, whose maximum two overlapping spans give.
+
+  The spans' lengths are powers of two; their maxima are tabled for each length and first one.
+  """
+  n = value.shape[-1]
+  first, after = math.num_below(stop, x), math.num_below(start, x)
+  table, length = [value], 1
+  while 2 * length <= n:
+    shifted = jnp.concatenate([table[-1][..., length:], table[-1][..., -length:]], -1)
+    table.append(jnp.maximum(table[-1], shifted))  # What the last ones hold is never asked for.
+    length *= 2
+  table = jnp.concatenate(table, -1)
+  held = after - first
+  level = 31 - jax.lax.clz(jnp.maximum(held, 1))
+  last = jnp.maximum(after - (1 << level), 0)
+  one, other = (math.pick(table, level * n + jnp.minimum(i, n - 1)) for i in (first, last))
+  return jnp.where(held > 0, jnp.maximum(one, other), 0)
 
 
 def integrate_weights(w: Array) -> Array:

@@ -34,6 +34,7 @@ from internal import (
   datasets,
   evaluation,
   files,
+  models,
   profiling,
   sharding,
   structs,
@@ -129,7 +130,7 @@ class Benchmark:
     parts = program.facts.get('micro_batches', 1)
     name += f', in {parts} parts' if parts > 1 else ''
     tflops = program.rays * profiling.ray_flops(settings)[kind] / timed['ms'] / 1e9
-    chip = self.chip.get(settings.model.mlp_dtype)
+    chip = self.chip.get(models.mlp_dtype(settings.model.mlp_dtype).name)
     row = {
       'name': name,
       'devices': mesh.size,
@@ -162,7 +163,9 @@ class Benchmark:
     return self.measured[key]
 
   def matmul(self) -> None:
-    dtypes = {self.settings.model.mlp_dtype} | (set() if programs.on_cpu() else {'bfloat16'})
+    dtypes = {models.mlp_dtype(self.settings.model.mlp_dtype).name} | (
+      set() if programs.on_cpu() else {'bfloat16'}
+    )
     rows = {}
     for dtype in sorted(dtypes):
       rows[dtype] = programs.matmul_row(dtype, self.args.seconds)
@@ -271,7 +274,7 @@ def describe(settings: configs.Settings, mesh) -> dict:
     'device_kind': mesh.devices.flat[0].device_kind,
     'device_count': jax.device_count(),
     'devices_used': mesh.size,
-    'mlp_dtype': settings.model.mlp_dtype,
+    'mlp_dtype': models.mlp_dtype(settings.model.mlp_dtype).name,
     'batch_size': config.batch_size,
     'render_chunk_size': config.render_chunk_size,
     'flops_per_ray_train': flops['train'],
