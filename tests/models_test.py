@@ -255,15 +255,17 @@ class TestRandomness:
       'NerfMLP.density_noise = 1.0',
       'NerfMLP.bottleneck_noise = 1.0',
     )
+    _, params, apply = _make(*bindings)
+    apply = jax.jit(apply)  # Drawing for each ray is many small operations.
     keys = jax.random.split(KEY, 6)
-    whole = _forward(*bindings, key=keys)
-    half = _forward(*bindings, key=keys[2:4], rays=jax.tree.map(lambda x: x[2:4], RAYS))
+    whole = apply(params, keys, RAYS)
+    half = apply(params, keys[2:4], jax.tree.map(lambda x: x[2:4], RAYS))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(half)):
       np.testing.assert_allclose(a[2:4], b, rtol=1e-3, atol=1e-5)
     first = np.asarray(whole[1][0].sdist)
     assert np.std(first[:, 1]) > 1e-3
     assert np.std(np.diff(first[0])) > 1e-3
-    other = _forward(*bindings, key=keys[::-1])
+    other = apply(params, keys[::-1], RAYS)
     assert _differs(other[0][-1].rgb, whole[0][-1].rgb)
 
   def test_a_jitter_each_without_single_jitter(self):
