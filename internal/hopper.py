@@ -106,6 +106,8 @@ def _call(body, outs, scratch, blocks: int, interpret):
   )
 
 
+# Compiled by themselves, calls alike are one kernel to the compiler, and cost its time once.
+@functools.partial(jax.jit, static_argnames=('relu', 'blocks', 'interpret'))
 def product(
   xs: Sequence[Array],
   ws: Sequence[Array],
@@ -256,6 +258,7 @@ def _product_kernel(*refs, depths, extras, relu, blocks):
     plgpu.wait_smem_to_gmem(0)
 
 
+@functools.partial(jax.jit, static_argnames=('blocks', 'interpret'))
 def weight_gradient(
   x: Array, g: Array, *, blocks: int | None = None, interpret=None
 ) -> tuple[Array, Array]:
