@@ -20,11 +20,6 @@ def safe_sin(x: Array) -> Array:
   return jnp.sin(jnp.clip(x, -_MAX, _MAX))
 
 
-def safe_cos(x: Array) -> Array:
-  """cos(x), guarded as `safe_sin`."""
-  return jnp.cos(jnp.clip(x, -_MAX, _MAX))
-
-
 @jax.custom_jvp
 def safe_exp(x: Array) -> Array:
   """exp(x), held at exp(88) above 88; its derivative is itself, so it never vanishes there."""
@@ -41,11 +36,6 @@ def safe_log(x: Array) -> Array:
   """log(x), with x held at the smallest normal float32, so that log(0) is about -87."""
   # Not maximum, whose gradient is a product: 0 times a gradient of 1 / TINY that overflowed.
   return jnp.log(jnp.where(x > TINY, x, TINY))
-
-
-def dot(x: Array, matrix: Array) -> Array:
-  """[..., a] times [a, b] in full float32: TF32 or bfloat16 would lose detail at frequency 2^11."""
-  return jnp.matmul(x, matrix, precision=jax.lax.Precision.HIGHEST)
 
 
 def narrow_dot(x: Array, matrix: Array) -> Array:
