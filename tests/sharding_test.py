@@ -82,7 +82,13 @@ class Fakes:
 
       return Program()
 
-    lower = lambda *args: SimpleNamespace(compile=lambda: compile_(args))  # noqa: E731
+    def lower(*args):
+      def compile_with(options):
+        assert options == sharding.compiler_options()
+        return compile_(args)
+
+      return SimpleNamespace(compile=compile_with)
+
     return SimpleNamespace(lower=lower)
 
 
@@ -212,3 +218,9 @@ def test_who_joins_whom(monkeypatch):
     monkeypatch.setenv(name, value)
   sharding.initialize()
   assert calls[-1] == ('x:1', 2, 1)
+
+
+def test_only_gpus_are_told_to_call_cublas(monkeypatch):
+  assert sharding.compiler_options() == {}  # Other backends do not know the name.
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert sharding.compiler_options() == {'xla_gpu_enable_triton_gemm': False}
