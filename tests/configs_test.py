@@ -220,3 +220,8 @@ def test_early_exit_stops_before_max_steps():
   assert configs.Config(max_steps=100).last_step == 100
   assert configs.Config(max_steps=100, early_exit_steps=40).last_step == 40
   assert configs.Config(max_steps=100, early_exit_steps=400).last_step == 100
+
+
+def test_what_is_made_by_hand_knows_of_no_file():
+  configs.load_config([], ['NerfMLP.net_width = 7'])
+  assert configs.NerfMLP() == configs.load_config().nerf_mlp
