@@ -225,14 +225,7 @@ class TestFused:
       (128, 256, 256, 256, {}),
       (256, 200, 256, 256, {'weight_gradient': 2, 'product mask': 1, 'product mask outer': 1}),
       (256, 256, 200, 256, {'weight_gradient': 3, 'product mask': 1, 'product bias relu': 1}),
-      (
-        256,
-        256,
-        384,
-        384,  # As a product's depth 384 does, as its width it does not.
-        {'weight_gradient': 3, 'product mask': 1, 'product mask outer': 1, 'product bias relu': 1},
-      ),
-    ],  # fmt: skip
+    ],
   )
   def test_what_does_not_fit(self, monkeypatch, width, features, bottleneck, rows, wanted):
     calls = spy(monkeypatch, product_in_xla, weight_gradient_in_xla)
