@@ -65,7 +65,7 @@ def isotropic_scale(cov: Array) -> Array:
   """
   a, b, c = cov[..., 0, 0], cov[..., 1, 1], cov[..., 2, 2]
   ab, ac, bc = cov[..., 0, 1], cov[..., 0, 2], cov[..., 1, 2]
-  least = jnp.maximum(math.EPS * (a + b + c), 1e-30)  # Its inverse's square is a float32 as well.
+  least = jnp.maximum(math.EPS * (a + b + c), math.SMALL)
   first = jnp.maximum(a, least)
   second = jnp.maximum(b - ab / first * ab, least)
   rest = bc - ab / first * ac
@@ -76,8 +76,8 @@ def isotropic_scale(cov: Array) -> Array:
 def fading(scale: Array, resolution: int) -> Array:
   """How much of a level is left to points of a scale: 1 for small ones, 0 for large ones.
 
-  erf(1 / sqrt(8 s^2 n^2)), the downweighting of arXiv:2304.06706: the part of a Gaussian that is within
-  half a cell of its mean, along one axis.
+  erf(1 / sqrt(8 s^2 n^2)), the downweighting of arXiv:2304.06706: the part of a Gaussian that is
+  within half a cell of its mean, along one axis.
   """
   return jax.scipy.special.erf(1 / (8**0.5 * resolution * scale))
 

@@ -86,8 +86,8 @@ def weight_decay(params, mults: dict[str, float]) -> Array:
 def grid_decay(params) -> Array:
   """Mean square of a table's entries, summed over the levels of all fields' grids.
 
-  The mean keeps coarse levels, whose entries are few, as small as fine ones, where a sum would
-  leave them free (arXiv:2304.06706, normalised weight decay). Tables alone: dense layers are left as they are.
+  The mean presses on coarse levels, whose entries are few, as hard as on fine ones, where a sum
+  would leave them free (arXiv:2304.06706, normalised weight decay). Dense layers do not count.
   """
   fields = [part['grid'] for part in params.values() if 'grid' in part]
   return sum((jnp.mean(x**2) for x in jax.tree.leaves(fields)), jnp.zeros(()))
