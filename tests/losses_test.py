@@ -143,22 +143,23 @@ class TestWeightDecay:
       losses.weight_decay(PARAMS, {'nerf_mlp/trunk_0/bias/x': 1.0})
 
 
-class TestGridDecay:
-  params = {
-    'nerf_mlp': {
-      'grid': {'table_0': jnp.full((2, 2), 3.0), 'table_1': jnp.full((100, 2), 1.0)},
-      'trunk_0': {'kernel': jnp.full((2, 2), 5.0)},
-    },
-    'prop_mlp_0': {'grid': {'table_0': jnp.array([[1.0], [0.0]])}},
-    'glo': {'embedding': jnp.ones((2, 2))},
-  }
+GRID_PARAMS = {
+  'nerf_mlp': {
+    'grid': {'table_0': jnp.full((2, 2), 3.0), 'table_1': jnp.full((100, 2), 1.0)},
+    'trunk_0': {'kernel': jnp.full((2, 2), 5.0)},
+  },
+  'prop_mlp_0': {'grid': {'table_0': jnp.array([[1.0], [0.0]])}},
+  'glo': {'embedding': jnp.ones((2, 2))},
+}
 
+
+class TestGridDecay:
   def test_is_the_sum_of_the_tables_means(self):
-    np.testing.assert_allclose(losses.grid_decay(self.params), 9 + 1 + 0.5, rtol=1e-6)
+    np.testing.assert_allclose(losses.grid_decay(GRID_PARAMS), 9 + 1 + 0.5, rtol=1e-6)
     assert losses.grid_decay(PARAMS) == 0
 
   def test_touches_tables_alone(self):
-    slopes = jax.grad(losses.grid_decay)(self.params)
+    slopes = jax.grad(losses.grid_decay)(GRID_PARAMS)
     np.testing.assert_array_equal(slopes['nerf_mlp']['trunk_0']['kernel'], 0)
     np.testing.assert_array_equal(slopes['glo']['embedding'], 0)
     np.testing.assert_allclose(slopes['nerf_mlp']['grid']['table_1'], 2 / 200, rtol=1e-6)
@@ -216,6 +217,6 @@ class TestTotal:
     np.testing.assert_allclose(terms['interlevel'], expected, rtol=1e-6)
 
   def test_grid_decay_joins_when_asked_for(self):
-    loss, terms = self._total(params=TestGridDecay.params, grid_decay_mult=0.1)
+    loss, terms = self._total(params=GRID_PARAMS, grid_decay_mult=0.1)
     np.testing.assert_allclose(terms['grid_decay'], 1.05, rtol=1e-6)
     np.testing.assert_allclose(loss, self._total()[0] + 1.05, rtol=1e-6)

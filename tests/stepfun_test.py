@@ -1,5 +1,7 @@
 """Histograms along a ray, against their properties, naive float64 twins and closed forms."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -355,7 +357,7 @@ class TestPercentile:
 def _blurred_mass(t, w, half_width, edges, num=4001):
   """Mass of the blurred density in each bin, by numerical integration in float64."""
   out = []
-  for a, b in zip(edges[:-1], edges[1:]):
+  for a, b in itertools.pairwise(edges):
     # The density at x is that of the histogram's mass within half_width of x.
     x = a + (b - a) * (np.arange(num) + 0.5) / num
     cdf = np.concatenate([[0], np.cumsum(w)])
