@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from internal import math
 
@@ -133,25 +134,46 @@ def lift_and_diagonalize(mean: Array, cov: Array, basis: Array) -> tuple[Array, 
   return lifted, jnp.maximum(var, 0)
 
 
-_OCTAVES = 4  # Frequencies from one sine and cosine: three doublings cost 3 bits of float32's 24.
+# Angles are kept in turns, whose whole part is no matter, in two numbers: turns.hi is a product of
+# 12 by 12 bits, so its fraction at every octave is exact; turns.lo is what that leaves out.
+_TURN = 1 / (2 * np.pi)
+_TURN_HI = 2608 / 2**14  # 12 bits.
+_MAX_ANGLE = 2.0**40  # Float32 holds no fraction of a turn far beyond.
+_MAX_PACKED = 2.0**23  # In float32 alone, the packed encoding ends here.
+
+# sin 2 pi r for |r| <= 1/4 and 1/8 and cos 2 pi r for |r| <= 1/8 as polynomials of r^2 (times r for
+# the sines), fitted at Chebyshev points: off by at most 1e-10, 2e-9 and 1e-10.
+_SIN_QUARTER = (6.28318531, -41.3417019, 81.6052094, -76.703666, 41.9999608, -14.3368559)
+_SIN_EIGHTH = (6.28318522, -41.341628, 81.5881184, -75.2398368)
+_COS_EIGHTH = (1, -19.7392087, 64.9393162, -85.4428484, 59.2202883)
 
 
-def _sines(x: Array, degs: int) -> tuple[Array, Array]:
-  """sin and cos of 2^l x for l in [0, degs): [..., b] -> [..., degs, b] each.
+def _to_turns(x: Array) -> tuple[Array, Array]:
+  """x / (2 pi) as hi + lo."""
+  x = jnp.clip(x, -_MAX_ANGLE, _MAX_ANGLE)
+  leading = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=11)
+  return leading * _TURN_HI, leading * (_TURN - _TURN_HI) + (x - leading) * _TURN
 
-  Every fourth octave is computed, those between by doubling the angle: most of an encoding's
-  time would go into sines.
-  """
-  groups = -(-degs // _OCTAVES)
-  scales = 2.0 ** (_OCTAVES * jnp.arange(groups, dtype=x.dtype)[:, None])
-  angle = x[..., None, :] * scales.reshape((1,) * (x.ndim - 1) + scales.shape)  # [..., groups, b]
-  sin, cos = [math.safe_sin(angle)], [math.safe_cos(angle)]
-  for _ in range(_OCTAVES - 1):
-    s, c = sin[-1], cos[-1]
-    sin.append(2 * s * c)
-    cos.append((c - s) * (c + s))
-  flat = (*x.shape[:-1], groups * _OCTAVES, x.shape[-1])
-  return tuple(jnp.stack(v, -2).reshape(flat)[..., :degs, :] for v in (sin, cos))
+
+def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
+  total = jnp.full_like(x, coefficients[-1])
+  for c in coefficients[-2::-1]:
+    total = total * x + c
+  return total
+
+
+@jax.custom_jvp
+def _sin_turns(turns: Array) -> Array:
+  """sin of 2 pi times `turns`, in a few instructions that every device does at full rate."""
+  turns -= jnp.round(turns)
+  folded = 0.25 - jnp.abs(jnp.abs(turns) - 0.25)  # sin x = sin (pi - x)
+  return jnp.sign(turns) * folded * _polynomial(_SIN_QUARTER, folded**2)
+
+
+@_sin_turns.defjvp
+def _sin_turns_jvp(primals, tangents):
+  (turns,), (tangent,) = primals, tangents
+  return _sin_turns(turns), 2 * np.pi * _sin_turns(turns + 0.25) * tangent
 
 
 def integrated_pos_enc(mean: Array, var: Array, min_deg: int, max_deg: int) -> Array:
@@ -167,32 +189,23 @@ def integrated_pos_enc(mean: Array, var: Array, min_deg: int, max_deg: int) -> A
     [..., 2 * (max_deg - min_deg) * b]: all sines, then all cosines; by frequency, then by
     coordinate.
   """
-  scales = 2.0 ** jnp.arange(min_deg, max_deg, dtype=mean.dtype)[:, None]
-  scales = scales.reshape((1,) * (mean.ndim - 1) + scales.shape)  # [..., deg, 1]
-  damping = jnp.exp(-0.5 * var[..., None, :] * scales**2)  # [..., deg, b]
-  features = [damping * v for v in _sines(mean * 2.0**min_deg, max_deg - min_deg)]
-  return jnp.stack(features, -3).reshape((*mean.shape[:-1], -1))
-
-
-# sin and cos of 2 pi r for |r| <= 1/8, as polynomials of r^2 (times r for sin), by a fit at
-# Chebyshev points: off by at most 2e-9.
-_SIN = (6.28318522, -41.341628, 81.5881184, -75.2398368)
-_COS = (1, -19.7392087, 64.9393162, -85.4428484, 59.2202883)
-_MAX_TURNS = 2.0**20  # Float32 holds no fraction of a turn far beyond.
-
-
-def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
-  total = jnp.full_like(x, coefficients[-1])
-  for c in coefficients[-2::-1]:
-    total = total * x + c
-  return total
+  lead = (1,) * (mean.ndim - 1)
+  scale = (2.0 ** jnp.arange(min_deg, max_deg, dtype=mean.dtype)).reshape(*lead, 1, -1, 1)
+  phase = jnp.array([0, 0.25], mean.dtype).reshape(*lead, 2, 1, 1)  # Of sines, and of cosines.
+  # Once for each coordinate: compilers would repeat what is before the barrier for each feature.
+  hi, lo, fade = jax.lax.optimization_barrier((*_to_turns(mean), -0.5 * var))
+  hi, lo, fade = (v[..., None, None, :] for v in (hi, lo, fade))
+  turns = hi * scale
+  turns = turns - jnp.round(turns) + lo * scale
+  features = jnp.exp(fade * scale**2) * _sin_turns(turns + phase)  # [..., 2, deg, b]
+  return features.reshape(*mean.shape[:-1], -1)
 
 
 def _sincos_turns(turns: Array) -> tuple[Array, Array]:
-  """sin and cos of 2 pi times `turns`, in few instructions that every device does at full rate."""
+  """sin and cos of 2 pi times `turns`, from one reduction."""
   quarter = jnp.round(4 * turns)
   r = turns - 0.25 * quarter
-  s, c = r * _polynomial(_SIN, r**2), _polynomial(_COS, r**2)
+  s, c = r * _polynomial(_SIN_EIGHTH, r**2), _polynomial(_COS_EIGHTH, r**2)
   quarter = quarter.astype(jnp.int32)
   swapped = (quarter & 1) == 1
   sin, cos = jnp.where(swapped, c, s), jnp.where(swapped, s, c)
@@ -223,7 +236,7 @@ def packed_pos_enc(mean: Array, var: Array, min_deg: int, max_deg: int, width: i
     [..., width] bfloat16: by coordinate, then by octave (an even number), each a sine and a
     cosine; then zeros. `packed_order` puts other rows in this order.
   """
-  turns = jnp.clip(mean * (2.0**min_deg / (2 * jnp.pi)), -_MAX_TURNS, _MAX_TURNS)
+  turns = jnp.clip(mean, -_MAX_PACKED, _MAX_PACKED) * (2.0**min_deg * _TURN)
   fade = var * (-0.5 * 4.0**min_deg)
   turns, fade = jax.lax.optimization_barrier((turns, fade))  # Once, not for every feature.
   pairs = (max_deg - min_deg + 1) // 2

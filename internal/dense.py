@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from internal import hopper
+from internal import hopper, math
 
 Array = jax.Array
 
@@ -56,7 +56,7 @@ def outputs(heads: Heads | None, x: Array):
   """What `trunk` returns, from the last layer's result x [m, width]."""
   if heads is None:
     return x
-  density = jnp.sum(x.astype(jnp.float32) * heads.density[None], -1)
+  density = math.narrow_dot(x, heads.density[:, None])[:, 0]
   return density, None if heads.bottleneck is None else x @ heads.bottleneck.astype(x.dtype)
 
 

@@ -49,6 +49,16 @@ def dot(x: Array, matrix: Array) -> Array:
   return jnp.matmul(x, matrix, precision=jax.lax.Precision.HIGHEST)
 
 
+def narrow_dot(x: Array, matrix: Array) -> Array:
+  """[..., a] of any type times [a, b] float32 with few columns, in float32: one sum for each.
+
+  As a product, GPUs would first write x out in float32.
+  """
+  row = (1,) * (x.ndim - 1) + (-1,)
+  columns = [x.astype(jnp.float32) * matrix[:, i].reshape(row) for i in range(matrix.shape[1])]
+  return jnp.stack([jnp.sum(c, -1) for c in columns], -1)
+
+
 def log_lerp(t: Array, v0: float, v1: float) -> Array:
   """Interpolates between v0 (t = 0) and v1 (t = 1) on a log scale; t is clipped to [0, 1].
 

@@ -78,7 +78,7 @@ class MLP(nn.Module):
       x = _add_noise(bottleneck_key, x, cfg.bottleneck_noise)
     x = self._view_layers(x, viewdirs, glo, density.shape)
     kernel, bias = self._linear('rgb', x.shape[-1], 3)
-    raw_rgb = math.dot(x.astype(jnp.float32), kernel) + _as_row(bias, x.ndim)
+    raw_rgb = math.narrow_dot(x, kernel) + _as_row(bias, x.ndim)
     rgb = nn.sigmoid(cfg.rgb_premultiplier * raw_rgb + cfg.rgb_bias)
     return density, rgb * (1 + 2 * cfg.rgb_padding) - cfg.rgb_padding
 
@@ -148,7 +148,7 @@ class MLP(nn.Module):
       colour = jnp.concatenate([x, flat], -1) if joins else x
     raw += density.bias
     if joins:
-      raw += math.dot(flat.astype(jnp.float32), density.of_encoded)[:, 0]
+      raw += math.narrow_dot(flat, density.of_encoded)[:, 0]
     if bottleneck is not None:
       colour += bottleneck.bias.astype(self.dtype)[None]
       if joins:

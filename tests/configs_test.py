@@ -86,6 +86,7 @@ def test_published_defaults():
     'stop_level_grad': True, 'single_mlp': False, 'disable_integration': False,
     'use_viewdirs': True, 'num_glo_features': 0, 'num_glo_embeddings': 1000,
     'near_anneal_rate': None, 'near_anneal_init': 0.95, 'resample_padding': 0.0,
+    'use_gpu_kernels': True, 'mlp_dtype': 'auto',
   }  # fmt: skip
   assert {k: getattr(model, k) for k in wanted} == wanted
   assert tuple(model.bg_intensity_range) == (1, 1)

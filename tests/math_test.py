@@ -79,6 +79,77 @@ def test_sorted_interp_is_finite_without_any_width():
   assert_finite(math.sorted_interp, [0.0, 1.0], ramp, [3.0, 3.0, 3.0])
 
 
+def _knots(rng, rows, n):
+  """Ascending, many of them tied."""
+  return np.sort(rng.choice(np.linspace(0, 1, 1 + n), (rows, n)), -1).astype(np.float32)
+
+
+SIZES = (1, 2, 3, 7, 8, 9, 33)
+
+
+@pytest.mark.parametrize('n', SIZES)
+def test_num_below_counts(n):
+  rng = np.random.default_rng(n)
+  knots = _knots(rng, 20, n)
+  x = np.float32(rng.uniform(-0.2, 1.2, (20, 31)))
+  x[:, :n] = knots[:, :31]  # A knot that is met is below.
+  x[:, -2:] = -np.inf, np.inf
+  counts = jax.jit(math.num_below)(knots, x)
+  assert counts.dtype == jnp.int32
+  np.testing.assert_array_equal(counts, np.sum(knots[:, None] <= x[..., None], -1))
+
+
+def test_pick():
+  rng = np.random.default_rng(3)
+  values, index = rng.normal(size=(4, 5, 7)), rng.integers(0, 7, (4, 5, 9))
+  out = math.pick(jnp.float32(values), jnp.asarray(index))
+  np.testing.assert_array_equal(out, np.take_along_axis(np.float32(values), index, -1))
+
+
+def test_narrow_dot():
+  rng = np.random.default_rng(4)
+  x, matrix = jnp.asarray(rng.normal(size=(4, 5, 64)), jnp.bfloat16), rng.normal(size=(64, 3))
+  out = math.narrow_dot(x, jnp.float32(matrix))
+  assert out.dtype == jnp.float32
+  expected = np.asarray(x, np.float64) @ np.float32(matrix).astype(np.float64)
+  np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+class TestTwins:
+  """A lookup, and for TPUs a comparison with everything."""
+
+  @pytest.mark.parametrize('n', SIZES)
+  def test_brackets_are_the_same(self, n):
+    rng = np.random.default_rng(n)
+    xp, fp = _knots(rng, 20, n), _knots(rng, 20, n)
+    x = np.float32(rng.uniform(-0.2, 1.2, (20, 31)))
+    x[:, :n] = xp[:, :31]
+    x[:, -4:] = 0, 1, -1e30, 1e30
+    twins = [jax.jit(fn)(x, xp, fp) for fn in (math._bracket_by_mask, math._bracket_by_search)]
+    for a, b in zip(*twins):
+      np.testing.assert_array_equal(a, b)
+
+  def test_interpolation_has_the_same_slopes(self, monkeypatch):
+    rng = np.random.default_rng(5)
+    x, xp, fp = (np.sort(rng.normal(size=(6, n)), -1).astype(np.float32) for n in (20, 9, 9))
+    seen = []
+    for twin in range(2):
+      monkeypatch.setattr(math, 'by_platform', lambda *twins, twin=twin: twins[twin])
+      total = lambda *args: jnp.sum(math.sorted_interp(*args) ** 2)  # noqa: E731
+      seen.append(jax.jit(jax.grad(total, (0, 1, 2)))(x, xp, fp))
+    for a, b in zip(*seen):
+      assert np.max(np.abs(b)) > 0.1
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+  @pytest.mark.parametrize(('platform', 'gathers'), [('tpu', False), ('cuda', True), ('cpu', True)])
+  def test_each_platform_has_its_own(self, platform, gathers):
+    total = lambda *args: jnp.sum(math.sorted_interp(*args))  # noqa: E731
+    shapes = [jax.ShapeDtypeStruct((4, n), jnp.float32) for n in (20, 9, 9)]
+    for fn in (math.sorted_interp, jax.grad(total, (0, 1, 2))):
+      text = jax.jit(fn).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+      assert ('stablehlo.gather' in text) == gathers
+
+
 class TestRandomness:
   keys = jax.random.split(jax.random.key(0), (4, 3))
 

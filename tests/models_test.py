@@ -1,4 +1,7 @@
-"""The encoding, the MLPs and the proposal loop: sizes, invariants, switches, whom a loss trains."""
+"""The encoding, the MLPs and the proposal loop: sizes, invariants, switches, whom a loss trains.
+
+And that what is written for GPUs alone computes the same.
+"""
 
 import dataclasses
 import functools
@@ -7,8 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from dense_test import product_in_xla, spy, weight_gradient_in_xla
+from hopper_test import kernels, lower_for_cuda
+from jax.sharding import Mesh
 
-from internal import configs, coord, encodings, losses, models, stepfun, structs
+from internal import (
+  batches,
+  configs,
+  coord,
+  encodings,
+  evaluation,
+  hopper,
+  losses,
+  models,
+  sharding,
+  stepfun,
+  structs,
+  train_step,
+)
 
 SCENE_360 = (
   'Config.near = 0.2',
@@ -472,6 +492,179 @@ class TestBfloat16:
     gaussians = structs.Gaussians(jnp.ones((6, 8, 3)), jnp.zeros((6, 8, 3, 3)))
     out = mlp.apply({'params': params['nerf_mlp']}, None, gaussians, RAYS.viewdirs)
     assert [x.dtype for x in out] == [jnp.float32] * 2
+
+  @pytest.mark.parametrize(
+    ('name', 'backend', 'expected'),
+    [
+      ('auto', 'cpu', 'float32'),
+      ('auto', 'gpu', 'bfloat16'),
+      ('auto', 'tpu', 'bfloat16'),
+      ('float32', 'gpu', 'float32'),
+      ('bfloat16', 'cpu', 'bfloat16'),
+    ],
+  )
+  def test_auto_is_for_anything_but_cpus(self, monkeypatch, name, backend, expected):
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    assert models.mlp_dtype(name) == jnp.dtype(expected)
+
+
+def _field_twin(cfg, params, features, viewdirs=None, glo=None):
+  """The MLP in a few words: each layer's input in one piece, no bin knows of another."""
+
+  def linear(name, x):
+    return x @ params[name]['kernel'] + params[name]['bias'][None, None]
+
+  x = features
+  for i in range(cfg.net_depth):
+    x = jax.nn.relu(linear(f'trunk_{i}', x))
+    if i > 0 and i % cfg.skip_layer == 0:  # After layers skip_layer + 1, 2 skip_layer + 1, ...
+      x = jnp.concatenate([x, features], -1)
+  density = jax.nn.softplus(linear('density', x)[..., 0] + cfg.density_bias)
+  if cfg.disable_rgb:
+    return density, None
+  parts = [x]
+  if viewdirs is not None:
+    parts = [linear('bottleneck', x)] if cfg.bottleneck_width > 0 else []
+    parts.append(coord.pos_enc(viewdirs, 0, cfg.deg_view)[..., None, :])
+  if glo is not None:
+    parts.append(glo[..., None, :])
+  parts = [jnp.broadcast_to(p, (*density.shape, p.shape[-1])) for p in parts]
+  x = jnp.concatenate(parts, -1)
+  for i in range(cfg.net_depth_viewdirs):
+    x = jax.nn.relu(linear(f'view_{i}', x))
+  return density, 1.002 * jax.nn.sigmoid(linear('rgb', x)) - 0.001
+
+
+FIELDS = {
+  'a_join_inside': {'net_depth': 4, 'skip_layer': 2},
+  'a_join_at_the_end': {'net_depth': 3, 'skip_layer': 2},
+  'a_join_at_the_end_without_colour': {'net_depth': 3, 'skip_layer': 2, 'disable_rgb': True},
+  'joins_everywhere_without_views': {'net_depth': 3, 'skip_layer': 1, 'viewdirs': False},
+  'no_views_no_view_layers': {'net_depth': 2, 'viewdirs': False, 'net_depth_viewdirs': 0},
+  'no_views_but_appearance': {'net_depth': 1, 'viewdirs': False, 'glo': True},
+  'no_bottleneck': {'net_depth': 2, 'bottleneck_width': 0},
+  'no_bottleneck_no_view_layers': {'bottleneck_width': 0, 'net_depth_viewdirs': 0, 'glo': True},
+  'no_view_layers': {'net_depth': 2, 'net_depth_viewdirs': 0},
+  'three_view_layers': {'net_depth': 1, 'net_depth_viewdirs': 3, 'glo': True},
+}
+
+
+class TestField:
+  @pytest.mark.parametrize('case', FIELDS)
+  def test_is_the_architecture(self, case):
+    options = dict(FIELDS[case])
+    rng = np.random.default_rng(4)
+    views = RAYS.viewdirs if options.pop('viewdirs', True) else None
+    glo = jnp.float32(rng.normal(size=(6, 3))) if options.pop('glo', False) else None
+    sizes = {'net_depth': 3, 'net_width': 16, 'bottleneck_width': 8, 'net_width_viewdirs': 8}
+    cfg = configs.NerfMLP(max_deg_point=2, **{**sizes, **options})
+    field = models.MLP(cfg)
+    cov = jnp.broadcast_to(0.01 * jnp.eye(3), (6, 5, 3, 3))
+    gaussians = structs.Gaussians(jnp.float32(rng.normal(size=(6, 5, 3))), cov)
+    features = encodings.IntegratedPositionalEncoding(0, 2, 'icosahedron', 2)(gaussians)
+    shapes = jax.eval_shape(field.init, KEY, None, gaussians, views, glo)['params']
+    params = jax.tree.map(
+      lambda s: jnp.float32(rng.normal(size=s.shape) * np.sqrt(2 / s.shape[0])), shapes
+    )
+
+    out = field.apply({'params': params}, None, gaussians, views, glo)
+    wanted = _field_twin(cfg, params, features, views, glo)
+    assert [x is None for x in out] == [x is None for x in wanted]
+    for a, b in zip(*map(jax.tree.leaves, (out, wanted))):
+      assert np.std(b) > 1e-2
+      np.testing.assert_allclose(a, b, atol=1e-5 * np.max(np.abs(b)))
+
+
+@pytest.fixture
+def hopper_gpu(monkeypatch):
+  """Has the model take this process for one with Hopper GPUs: its kernels only lower here."""
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(hopper, 'available', lambda: True)
+  monkeypatch.setattr(hopper, '_blocks', lambda: 132)
+
+
+# Sizes that the kernels take, in 256 bins, and heads that the encoding joins.
+KERNEL_SIZES = (
+  "Model.mlp_dtype = 'bfloat16'",
+  'NerfMLP.net_depth = 3',
+  'NerfMLP.skip_layer = 1',
+  'NerfMLP.net_width = 256',
+  'NerfMLP.bottleneck_width = 256',
+)
+
+
+class TestGpuKernels:
+  def _render_and_slopes(self, use):
+    bindings = 'Model.num_levels = 1', f'Model.use_gpu_kernels = {use}'
+    _, params, apply = _make(*KERNEL_SIZES, *bindings)
+
+    def loss(params):
+      ((rendering,), _) = apply(params, None, _rays(32), 0.5)
+      return jnp.mean(rendering.rgb[:, 0]), rendering
+
+    return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+  def test_compute_what_plain_xla_does(self, hopper_gpu, monkeypatch):
+    calls = spy(monkeypatch, product_in_xla, weight_gradient_in_xla)
+    packed = []
+    encode = coord.packed_pos_enc
+    monkeypatch.setattr(coord, 'packed_pos_enc', lambda *args: packed.append(1) or encode(*args))
+    wanted, without = self._render_and_slopes(False)
+    assert not calls + packed
+    slopes, rendering = self._render_and_slopes(True)
+    assert packed
+    assert sorted(set(calls)) == [
+      'product bias relu', 'product mask', 'product mask outer', 'weight_gradient'
+    ]  # fmt: skip
+    np.testing.assert_allclose(rendering.rgb, without.rgb, atol=0.01)
+    assert jax.tree.structure(slopes) == jax.tree.structure(wanted)
+    for (path, a), b in zip(jax.tree.leaves_with_path(slopes), jax.tree.leaves(wanted)):
+      assert np.linalg.norm(a - b) < 0.03 * np.linalg.norm(b), path
+
+  def test_parameters_do_not_depend_on_them(self, hopper_gpu):
+    def initial(*bindings):
+      model = models.build(configs.load_config((), (*TINY, *KERNEL_SIZES, *bindings)))
+      return models.init_params(model, KEY)
+
+    use, without = initial(), initial('Model.use_gpu_kernels = False')
+    assert jax.tree.structure(use) == jax.tree.structure(without)
+    jax.tree.map(np.testing.assert_array_equal, use, without)
+    trunk = {'trunk_0', 'trunk_1', 'trunk_2', 'density'}
+    assert use['nerf_mlp'].keys() == trunk | {'bottleneck', 'view_0', 'rgb'}
+    assert use['prop_mlp'].keys() == {'trunk_0', 'trunk_1', 'density'}
+    assert use['nerf_mlp']['trunk_2'].keys() == {'kernel', 'bias'}
+    assert use['nerf_mlp']['trunk_2']['kernel'].shape == (256 + 168, 256)
+
+  def test_float32_does_without(self, hopper_gpu, monkeypatch):
+    def refuse(*args, **kwargs):
+      raise AssertionError
+
+    for module, name in (
+      (hopper, 'product'),
+      (hopper, 'weight_gradient'),
+      (coord, 'packed_pos_enc'),
+    ):
+      monkeypatch.setattr(module, name, refuse)
+    _, params, apply = _make(*KERNEL_SIZES, "Model.mlp_dtype = 'float32'")
+    loss = lambda p: jnp.mean(apply(p, None, _rays(32))[0][-1].rgb)  # noqa: E731
+    jax.eval_shape(jax.grad(loss), params)
+
+  def test_training_and_rendering_of_the_paper_s_size_lower_for_cuda(self, hopper_gpu):
+    settings = configs.load_config(['configs/360.gin'])
+    mesh = Mesh(np.array(jax.devices()), (sharding.AXIS,))
+    cams, images = tiny.capture()
+
+    def abstract(tree):
+      return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.asarray(x).dtype), tree)
+
+    state = jax.eval_shape(lambda: train_step.create_state(settings))
+    args = state, abstract(cams), abstract(batches.make_store(images))
+    text = lower_for_cuda(train_step.make_train_step(settings, mesh).variant(1), *args)
+    assert 6 < len(set(kernels(text))) <= 9
+    scalar, frac = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, jnp.float32))
+    render = evaluation.make_chunk_renderer(settings, mesh).variant(16384)
+    text = lower_for_cuda(render, state.params, args[1], scalar, scalar, frac)
+    assert len(kernels(text)) == 1  # The layer that the encoding joins.
 
 
 def test_settings_build_the_model_they_describe():

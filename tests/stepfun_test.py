@@ -113,6 +113,53 @@ class TestDilation:
     assert_finite(dilate, *PAIRS)
 
 
+class TestHighest:
+  """The maximum over the intervals that hold a point: a lookup, and for TPUs a mask."""
+
+  twins = stepfun._highest_by_mask, stepfun._highest_by_search
+
+  def _intervals(self, n, rows, dilation):
+    """Values, starts and stops; endpoints tied, and at times all the same."""
+    rng = np.random.default_rng(n)
+    t = np.sort(rng.choice(np.linspace(0, 1, 1 + n), (rows, n + 1)), -1)
+    t[0] = t[0, 0]
+    value = rng.permutation(rows * n).reshape(rows, n) / (rows * n)
+    value[:, rng.integers(0, n, n // 3)] = 0
+    return (np.float32(v) for v in (value, t[:, :-1] - dilation, t[:, 1:] + dilation))
+
+  @pytest.mark.parametrize('n', [1, 2, 3, 7, 8, 9, 33])
+  @pytest.mark.parametrize('dilation', [0.0, 0.01, 0.3, 5.0])
+  def test_twins_are_the_same_to_the_bit(self, n, dilation):
+    value, start, stop = self._intervals(n, 20, dilation)
+    inside = np.random.default_rng(1).uniform(-0.5, 1.5, (20, 30))
+    x = np.concatenate([start, stop, inside], -1).astype(np.float32)
+    mask, search = (jax.jit(fn)(value, start, stop, x) for fn in self.twins)
+    np.testing.assert_array_equal(mask, search)
+    for row in range(0, 20, 5):
+      for k in range(0, x.shape[1], 3):
+        held = value[row][(start[row] <= x[row, k]) & (x[row, k] < stop[row])]
+        assert search[row, k] == max(held, default=0)
+
+  def test_slopes_are_the_same(self):
+    value, start, stop = self._intervals(9, 20, 0.1)
+    value += np.float32(1e-4) * np.arange(1, 10, dtype=np.float32)  # No two alike, and none is 0.
+    x = np.random.default_rng(2).uniform(-0.5, 1.5, (20, 30)).astype(np.float32)
+    weights = np.random.default_rng(3).normal(size=(20, 30)).astype(np.float32)
+    slopes = [
+      jax.jit(jax.grad(lambda v, fn=fn: jnp.sum(weights * fn(v, start, stop, x))))(value)
+      for fn in self.twins
+    ]
+    assert np.sum(slopes[0] != 0) > 50
+    np.testing.assert_allclose(*slopes, atol=1e-6)
+
+  @pytest.mark.parametrize(('platform', 'gathers'), [('tpu', False), ('cuda', True), ('cpu', True)])
+  def test_each_platform_has_its_own(self, platform, gathers):
+    fn = jax.jit(lambda t, w: stepfun.max_dilate_weights(t, w, 0.01, (0.0, 1.0), True))
+    shapes = [jax.ShapeDtypeStruct((4, n), jnp.float32) for n in (10, 9)]
+    text = fn.trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+    assert ('stablehlo.gather' in text) == gathers
+
+
 class TestAnneal:
   t = jnp.array([0.0, 0.2, 0.2, 0.7, 1.0])
   w = jnp.array([0.1, 0.5, 0.4, 0.0])

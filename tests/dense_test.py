@@ -1,0 +1,241 @@
+"""The trunk against plain autodiff of the same layers, its kernels for GPUs against itself."""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hopper_test import INTERPRET, needs_interpreter
+
+from internal import dense, hopper
+
+FULL, HALF = jnp.float32, jnp.bfloat16
+
+
+def _parameters(depth, joins, width, features, bottleneck):
+  """Layers (`joins`: those that see the features) and heads, float32.
+
+  For `_features` as inputs. What a layer gives before its ReLU is far from zero, on either side as
+  the row's first feature and the unit have it: else rounding would choose who gets a gradient.
+  """
+  rng = np.random.default_rng(depth)
+
+  def draw(*shape):
+    return rng.normal(size=shape) * 0.2 / np.sqrt(shape[0])
+
+  def layer(of_x, of_encoded):
+    sides = rng.choice([-1, 1], width)
+    sides[:2] = 1, -1
+    kernels = [draw(width, width) if of_x else None, draw(features, width) if of_encoded else None]
+    if of_x:  # The first two units are on opposite sides; their difference is the row's.
+      kernels[0][:2] = sides, -sides
+    if of_encoded:
+      kernels[1][0] = 5 * sides
+    return dense.Layer(*kernels, draw(width))
+
+  layers = tuple(layer(i > 0, i in joins) for i in range(depth))
+  heads = dense.Heads(draw(width), draw(width, bottleneck) if bottleneck else None)
+  return jax.tree.map(lambda p: jnp.asarray(p, FULL), (layers, heads))
+
+
+def _features(rows, features, dtype=FULL):
+  rng = np.random.default_rng(1)
+  encoded = rng.normal(size=(rows, features))
+  encoded[:, 0] = rng.choice([-1, 1], rows)
+  return jnp.asarray(encoded, dtype)
+
+
+def _naive(layers, heads, encoded):
+  """The same in as many words, in the type of `encoded`."""
+  x, cast = None, lambda w: w.astype(encoded.dtype)
+  for layer in layers:
+    parts = [v for v, w in ((x, layer.of_x), (encoded, layer.of_encoded)) if w is not None]
+    kernels = [w for w in (layer.of_x, layer.of_encoded) if w is not None]
+    joined = jnp.concatenate(parts, -1) @ cast(jnp.concatenate(kernels))
+    x = jax.nn.relu(joined + cast(layer.bias)[None])
+  if heads is None:
+    return x
+  density = (x.astype(heads.density.dtype) * heads.density[None]).sum(-1)
+  return density, None if heads.bottleneck is None else x @ cast(heads.bottleneck)
+
+
+def _slopes(fn, layers, heads, encoded):
+  """Gradients in layers, heads and features, of a weighted sum of the outputs; and those."""
+
+  def total(*args):
+    outs, loss = fn(*args), 0
+    for out in jax.tree.leaves(outs):
+      weights = jnp.asarray(np.random.default_rng(2).normal(size=out.shape), HALF)
+      loss += jnp.sum(out * weights.astype(out.dtype))
+    return loss, outs
+
+  return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(layers, heads, encoded)
+
+
+def _assert_near(a, b, tolerance):
+  """Leaf by leaf, relative to the leaf's largest entry."""
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+    assert x.dtype == y.dtype
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    np.testing.assert_allclose(x, y, atol=tolerance * np.max(np.abs(y)), rtol=0)
+
+
+SHAPES = {  # Depth, layers that see the features, width of the bottleneck (None: no heads).
+  'one_layer': (1, (0,), None),
+  'heads': (3, (0,), 5),
+  'density_alone': (2, (0,), 0),
+  'a_join': (4, (0, 2), 5),
+  'joins_at_every_layer': (3, (0, 1, 2), 5),
+  'a_join_at_the_end_and_no_heads': (3, (0, 2), None),
+}
+
+
+class TestTrunk:
+  @pytest.mark.parametrize('shape', SHAPES)
+  def test_is_autodiff_of_the_layers(self, shape):
+    self._check(shape, FULL, 2e-6)
+
+  @pytest.mark.parametrize('shape', ['joins_at_every_layer', 'a_join_at_the_end_and_no_heads'])
+  def test_is_autodiff_in_bfloat16(self, shape):
+    self._check(shape, HALF, 0.02)
+
+  def _check(self, shape, dtype, tolerance):
+    depth, joins, bottleneck = SHAPES[shape]
+    layers, heads = _parameters(depth, joins, 16, 11, bottleneck or 0)
+    args = layers, None if bottleneck is None else heads, _features(40, 11, dtype)
+    out, naive = _slopes(dense.trunk, *args), _slopes(_naive, *args)
+    assert all(np.max(np.abs(np.float32(g))) > 0.01 for g in jax.tree.leaves(naive[0]))
+    _assert_near(out, naive, tolerance)
+
+  def test_types(self):
+    layers, heads = _parameters(3, (0, 2), 16, 11, 5)
+    (d_layers, d_heads, d_encoded), (density, bottleneck) = _slopes(
+      dense.trunk, layers, heads, _features(40, 11, HALF)
+    )
+    assert density.dtype == FULL
+    assert bottleneck.dtype == d_encoded.dtype == HALF
+    assert all(leaf.dtype == FULL for leaf in jax.tree.leaves((d_layers, d_heads)))
+
+  def test_a_unit_at_exactly_zero_has_no_gradient(self):
+    layers, heads = _parameters(3, (0,), 16, 11, 5)
+    still = [
+      dense.Layer(*(None if p is None else p.at[..., 3].set(0) for p in layer)) for layer in layers
+    ]
+    for i in range(3):
+      changed = tuple(still[i] if j == i else layer for j, layer in enumerate(layers))
+      for h in (heads, None):
+        (d_layers, d_heads, _), _ = _slopes(dense.trunk, changed, h, _features(40, 11))
+        for leaf in jax.tree.leaves(d_layers[i]):
+          np.testing.assert_array_equal(leaf[..., 3], 0)
+        assert np.all(np.any(d_layers[i].bias[:3] != 0))
+        if i == 2 and h is not None:
+          assert d_heads.density[3] == 0
+
+  def test_bfloat16_sums_weight_gradients_in_float32(self):
+    layers, _ = _parameters(1, (0,), 16, 11, 0)
+    encoded = _features(2000, 11, HALF)
+    with jax.enable_x64(True):
+      # One layer and a loss of numbers that bfloat16 holds: nothing but the sums is rounded.
+      wide = jax.tree.map(lambda p: p.astype(jnp.float64), (layers, encoded))
+      exact = jax.device_get(_slopes(_naive, wide[0], None, wide[1])[0][0])
+    out, naive = (_slopes(fn, layers, None, encoded)[0][0] for fn in (dense.trunk, _naive))
+    for a, b, wanted in zip(*map(jax.tree.leaves, (out, naive, exact))):
+      assert wanted.dtype == np.float64
+      largest = np.max(np.abs(wanted))
+      assert np.max(np.abs(np.asarray(a) - wanted)) < 1e-6 * largest
+      assert np.max(np.abs(np.asarray(b) - wanted)) > 1e-4 * largest
+
+  def test_what_nobody_asks_for_is_not_computed(self):
+    layers, heads = _parameters(2, (0, 1), 16, 11, 5)
+
+    def slopes(layers, encoded, argnums):
+      total = lambda p, e: jnp.sum(dense.trunk(p, heads, e)[0])  # noqa: E731
+      return jax.grad(total, argnums)(layers, encoded)
+
+    of_features = 'f32[40,11]'
+    for argnums, times in ((0, 0), ((0, 1), 2)):
+      program = jax.jit(slopes, static_argnums=2).lower(layers, _features(40, 11), argnums)
+      assert program.compile().as_text().count(f'= {of_features}{{1,0}} dot(') == times
+
+
+def product_in_xla(xs, ws, *, bias=None, outer=None, relu=False, mask=None):
+  """hopper.product's twin."""
+  assert all(hopper.fits(*x.shape, w.shape[1]) for x, w in zip(xs, ws))
+  out = sum(jnp.dot(x, w, preferred_element_type=FULL) for x, w in zip(xs, ws))
+  out += 0 if bias is None else bias[None]
+  out += 0 if outer is None else outer[0][:, None] * outer[1][None]
+  out = jnp.maximum(out, 0) if relu else out
+  return jnp.where(True if mask is None else mask > 0, out, 0).astype(HALF)
+
+
+def weight_gradient_in_xla(x, g):
+  """hopper.weight_gradient's twin."""
+  assert hopper.fits(*x.shape, g.shape[1])
+  return jnp.dot(x.T, g, preferred_element_type=FULL), jnp.sum(g.astype(FULL), 0)
+
+
+def spy(monkeypatch, product, weight_gradient):
+  """Has these in the place of the kernels; their calls, as names with what is asked of them."""
+  calls = []
+
+  def spied(name, fn, *args, **wanted):
+    used = [k for k, v in wanted.items() if v is not None and v is not False]
+    calls.append(' '.join([name, *sorted(used)]))
+    return fn(*args, **wanted)
+
+  for name, fn in (('product', product), ('weight_gradient', weight_gradient)):
+    monkeypatch.setattr(hopper, name, functools.partial(spied, name, fn))
+  return calls
+
+
+_fused = functools.partial(dense.trunk, fused=True)
+
+
+class TestFused:
+  def _compare(self, calls, *args):
+    """Which kernels it takes, and how often each; that it computes the same with them."""
+    plain = _slopes(dense.trunk, *args)
+    assert not calls
+    _assert_near(_slopes(_fused, *args), plain, 0.02)
+    return collections.Counter(calls)
+
+  def test_two_layers_join_and_heads(self, monkeypatch):
+    calls = spy(monkeypatch, product_in_xla, weight_gradient_in_xla)
+    args = *_parameters(2, (0, 1), 256, 384, 256), _features(384, 384, HALF)
+    assert self._compare(calls, *args) == {
+      'product bias relu': 1,
+      'product mask outer': 1,
+      'product mask': 1,
+      'weight_gradient': 4,
+    }
+
+  def test_no_heads(self, monkeypatch):
+    calls = spy(monkeypatch, product_in_xla, weight_gradient_in_xla)
+    layers, _ = _parameters(3, (0,), 256, 256, 0)
+    wanted = {'product mask': 2, 'weight_gradient': 3}
+    assert self._compare(calls, layers, None, _features(256, 256, HALF)) == wanted
+
+  @pytest.mark.parametrize(
+    ('width', 'features', 'bottleneck', 'rows', 'wanted'),
+    [
+      (256, 256, 256, 200, {}),
+      (128, 256, 256, 256, {}),
+      (256, 200, 256, 256, {'weight_gradient': 2, 'product mask': 1, 'product mask outer': 1}),
+      (256, 256, 200, 256, {'weight_gradient': 3, 'product mask': 1, 'product bias relu': 1}),
+    ],
+  )
+  def test_what_does_not_fit(self, monkeypatch, width, features, bottleneck, rows, wanted):
+    calls = spy(monkeypatch, product_in_xla, weight_gradient_in_xla)
+    args = *_parameters(2, (0, 1), width, features, bottleneck), _features(rows, features, HALF)
+    assert self._compare(calls, *args) == wanted
+
+  @needs_interpreter
+  def test_kernels_compute_what_xla_does(self, monkeypatch):
+    told = {'interpret': INTERPRET, 'blocks': 3}
+    kernels = [functools.partial(k, **told) for k in (hopper.product, hopper.weight_gradient)]
+    calls = spy(monkeypatch, *kernels)
+    args = *_parameters(2, (0, 1), 256, 256, 256), _features(256, 256, HALF)
+    assert sum(self._compare(calls, *args).values()) == 7

@@ -1,0 +1,145 @@
+"""The encoding as GPUs get it, packed, against the plain one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from internal import encodings, geopoly, structs
+
+CASES = {  # min_deg, max_deg, basis.
+  '360': (0, 12, ('icosahedron', 2)),
+  'octahedron': (0, 16, ('octahedron', 1)),
+  'an_odd_number_of_octaves': (0, 3, ('icosahedron', 2)),
+  'one_octave': (2, 3, ('octahedron', 1)),
+  'not_from_zero': (-2, 5, ('tetrahedron', 2)),
+}
+
+
+def _pair(case):
+  """The plain encoding, and the packed."""
+  low, high, basis = CASES[case]
+  return tuple(
+    encodings.IntegratedPositionalEncoding(low, high, *basis, packed=p) for p in (False, True)
+  )
+
+
+def _gaussians(*batch):
+  rng = np.random.default_rng(0)
+  mean, a = rng.uniform(-2, 2, (*batch, 3)), rng.normal(size=(*batch, 3, 3))
+  cov = a @ np.swapaxes(a, -1, -2) * rng.choice([1e-10, 1e-6, 1e-2], (*batch, 1, 1))
+  return structs.Gaussians(jnp.float32(mean), jnp.float32(cov))
+
+
+GAUSSIANS = _gaussians(2, 100)
+
+
+@functools.cache
+def _features(case):
+  return [jax.jit(lambda g, e=e: e(g))(GAUSSIANS) for e in _pair(case)]
+
+
+def _arrange(case, rows):
+  return np.asarray(_pair(case)[1].arrange(jnp.asarray(rows)))
+
+
+def _octaves(case):
+  """That of each row that goes with a feature as documented."""
+  low, high, _ = CASES[case]
+  octaves = np.repeat(np.arange(low, high), _pair(case)[0].num_features // 2 // (high - low))
+  return np.tile(octaves, 2)
+
+
+@pytest.mark.parametrize('case', CASES)
+class TestPacked:
+  def test_is_the_plain_one_in_another_order(self, case):
+    plain, packed = _features(case)
+    assert plain.dtype == jnp.float32
+    assert packed.dtype == jnp.bfloat16
+    assert plain.shape[:-1] == packed.shape[:-1] == (2, 100)
+    # What bfloat16 rounds of numbers below 1, and float32 of the angles.
+    allowed = _arrange(case, 2**-9 + 2e-7 * 2.0 ** _octaves(case))
+    wanted = _arrange(case, np.moveaxis(plain, -1, 0))
+    found = np.moveaxis(np.float32(packed), -1, 0)
+    used = allowed > 0
+    assert np.all(np.std(wanted[used], (1, 2)) > 0.02)
+    assert np.all(np.abs(found - wanted)[used] <= allowed[used][:, None, None])
+
+  def test_width(self, case):
+    low, high, basis = CASES[case]
+    directions = geopoly.generate_basis(*basis).shape[1]
+    num, pairs = 2 * (high - low) * directions, (high - low + 1) // 2
+    plain, packed = _features(case)
+    assert [e.num_features for e in _pair(case)] == [num, num]
+    assert plain.shape[-1] == num
+    assert packed.shape[-1] == -(-4 * pairs * directions // 128) * 128
+    np.testing.assert_array_equal(np.float32(packed[..., 4 * pairs * directions :]), 0)
+
+  def test_every_row_has_its_place_and_the_rest_are_zeros(self, case):
+    num = _pair(case)[0].num_features
+    rows = _arrange(case, 1 + np.arange(num))
+    assert rows.shape == _features(case)[1].shape[-1:]
+    np.testing.assert_array_equal(np.sort(rows[rows != 0]), 1 + np.arange(num))
+
+  def test_layers_on_either_give_the_same(self, case):
+    # What is computed of an octave too many meets rows of zeros.
+    plain, packed = (np.float64(f) for f in _features(case))
+    kernel = np.random.default_rng(5).normal(size=(plain.shape[-1], 7))
+    wanted = plain @ kernel
+    off = packed @ _arrange(case, np.float32(kernel)) - wanted
+    assert np.sqrt(np.mean(off**2)) < 5e-3 * np.std(wanted)
+
+
+@pytest.mark.parametrize('case', ['360', 'an_odd_number_of_octaves'])
+def test_gradient_is_the_plain_one_s(case):
+  num = _pair(case)[0].num_features
+  weights = np.random.default_rng(6).normal(size=(2, 100, num))
+
+  def slopes(encoding):
+    ways = encoding.arrange(jnp.moveaxis(jnp.asarray(weights, jnp.bfloat16), -1, 0))
+    total = lambda g: jnp.sum(jnp.moveaxis(encoding(g), -1, 0) * ways)  # noqa: E731
+    return jax.tree.leaves(jax.jit(jax.grad(total))(GAUSSIANS))
+
+  for a, b in zip(*map(slopes, _pair(case))):
+    assert a.dtype == jnp.float32
+    np.testing.assert_allclose(a, b, atol=1e-2 * np.std(b), rtol=1e-2)
+
+
+def test_finite_for_the_largest_numbers():
+  _, packed = _pair('360')
+  means, covs = np.meshgrid([0, -2, 1e6, -1e38], [0, 1e-12, 1, 1e30, 1e38])
+  gaussians = structs.Gaussians(
+    jnp.float32(means.reshape(-1, 1) * np.ones(3)),
+    jnp.float32(covs.reshape(-1, 1, 1) * np.ones((3, 3))),
+  )
+
+  def total(gaussians):
+    features = packed(gaussians)
+    return jnp.sum(features.astype(jnp.float32)), features
+
+  slope, features = jax.jit(jax.grad(total, has_aux=True))(gaussians)
+  assert np.all(np.abs(np.float32(features)) <= 1)
+  assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slope))
+
+
+def test_types_of_64_bits_stay_inside():
+  _, packed = _pair('an_odd_number_of_octaves')
+
+  def around(gaussians):
+    features = packed(gaussians)
+    return features, features.astype(float), jnp.arange(3), jnp.sum(features > 0), jnp.zeros(3)
+
+  types = [str(x.dtype) for x in jax.jit(around)(GAUSSIANS)]
+  assert types == ['bfloat16', 'float32', 'int32', 'int32', 'float32']
+  total = lambda g: jnp.sum(packed(g).astype(float))  # noqa: E731
+  program = jax.jit(jax.value_and_grad(total)).lower(GAUSSIANS).as_text()
+  assert 'ui64' in program  # The words.
+  assert 'f64' not in program
+  assert not jax.config.jax_enable_x64
+
+
+def test_the_plain_one_s_rows_stay_as_they_are():
+  rows = np.ones((504, 2))
+  assert _pair('360')[0].arrange(rows) is rows
