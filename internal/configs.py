@@ -347,9 +347,12 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
       list(gin_configs), list(gin_bindings), skip_unknown=False, print_includes_and_imports=False
     )
     settings = Config(), Model(), PropMLP(), NerfMLP()
+    text = gin.operative_config_str()
   except ConfigError as e:
     raise ConfigError(str(e).split('\n')[0]) from None
   except (ValueError, SyntaxError, TypeError, OSError, KeyError, RuntimeError, ImportError) as e:
     message = ' '.join(str(e).split())
     raise ConfigError(f'Bad gin config: {message}{_advice(message)}') from None
-  return Settings(*settings, text=gin.operative_config_str())
+  finally:
+    gin.clear_config()  # Else a `NerfMLP()` made by hand would have this file's values.
+  return Settings(*settings, text=text)

@@ -148,6 +148,7 @@ def test_later_ones_win(tmp_path):
 
 def test_nothing_lingers_from_an_earlier_load():
   configs.load_config((), ['Config.factor = 4'])
+  assert configs.Config().factor == 0
   assert configs.load_config().config.factor == 0
 
 
@@ -244,7 +245,6 @@ def test_grids_differ_from_360_in_encoding_and_training_alone():
 
 
 def test_numbers_of_a_proposal_level():
-  configs.load_config()  # Nothing is left of other files.
   prop = configs.PropMLP(grid_levels=(5, 6), grid_log2_size=19)
   first, second = prop.for_level(0), prop.for_level(1)
   assert (first.grid_levels, second.grid_levels) == (5, 6)
