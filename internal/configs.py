@@ -30,7 +30,10 @@ _CHOICES = {
   'ray_shape': ('cone', 'cylinder'),
   'raydist_fn': (None, 'reciprocal', 'log', 'identity', 'piecewise', 'power'),
   'warp_fn': (None, 'contract'),
+  'encoding': ('ipe', 'grid'),
   'basis_shape': ('icosahedron', 'octahedron', 'tetrahedron'),
+  'interlevel_loss_type': ('bound', 'blur'),
+  'num_multisamples': (0, 6),
   'mlp_dtype': ('auto', 'float32', 'bfloat16'),
   'render_camtype': (None, 'perspective', 'fisheye', 'panorama'),
 }
@@ -107,8 +110,11 @@ class Config(_Checked):
   data_loss_mult: float = 1.0
   data_coarse_loss_mult: float = 0.0
   interlevel_loss_mult: float = 1.0
+  interlevel_loss_type: str = 'bound'  # The paper's, or 'blur' (Zip-NeRF's, smooth along the ray).
+  interlevel_blur: Sequence[float] = (0.03, 0.003)  # Half-width in s for each proposal level.
   distortion_loss_mult: float = 0.01
   weight_decay_mults: dict[str, float] = dataclasses.field(default_factory=dict)
+  grid_decay_mult: float = 0.0  # Of the mean squares of the grids' tables, summed over levels.
   lr_init: float = 0.002
   lr_final: float = 0.00002
   lr_delay_steps: int = 512
@@ -154,6 +160,8 @@ class Config(_Checked):
                  'checkpoint_every', 'eval_render_interval', 'render_path_frames'):  # fmt: skip
       if getattr(self, name) < 1:
         raise ConfigError(f'Config.{name} must be at least 1, got {getattr(self, name)}.')
+    if any(r <= 0 for r in self.interlevel_blur):
+      raise ConfigError(f'Config.interlevel_blur must be positive, got {self.interlevel_blur}.')
     if self.micro_batches < 0:
       raise ConfigError(f'Config.micro_batches must not be negative, got {self.micro_batches}.')
     if self.factor < 0:
@@ -175,11 +183,17 @@ class MLP(_Checked):
   net_depth_viewdirs: int = 1
   net_width_viewdirs: int = 128
   skip_layer: int = 4  # The encoding joins again after layers 5, 9, ...
+  encoding: str = 'ipe'  # Integrated positional encoding, or 'grid': a hash grid.
   min_deg_point: int = 0
   max_deg_point: int = 12
   deg_view: int = 4
   basis_shape: str = 'icosahedron'
   basis_subdivisions: int = 2
+  grid_levels: int | Sequence[int] = 10  # (5, 6): for each of Model.separate_prop_mlps its own.
+  grid_min_resolution: int | Sequence[int] = 16  # Cells along a side of [-2, 2]^3.
+  grid_max_resolution: int | Sequence[int] = 8192
+  grid_log2_size: int | Sequence[int] = 21  # Rows of a table, at most.
+  grid_features: int | Sequence[int] = 4  # Numbers a row.
   warp_fn: str | typing.Callable | None = None
   density_bias: float = -1.0
   density_noise: float = 0.0
@@ -191,6 +205,40 @@ class MLP(_Checked):
   disable_rgb: bool = False
   disable_density_normals: bool = False  # Accepted: normals are never part of training.
 
+  def __post_init__(self):
+    super().__post_init__()
+    for name in _GRID:
+      values = getattr(self, name)
+      values = values if isinstance(values, Sequence) else (values,)
+      if not values or not all(_fits(v, int) and v >= 1 for v in values):
+        where = f'{type(self).__name__}.{name}'
+        raise ConfigError(f'{where} must be at least 1, or several such, got {values}.')
+
+  def for_level(self, level: int | None) -> MLP:
+    """These settings with the numbers of one proposal level, or with None of all of them.
+
+    Raises:
+      ConfigError: a sequence without a number for the level.
+    """
+    own = {}
+    for name in _GRID:
+      values = getattr(self, name)
+      if isinstance(values, Sequence):
+        where = f'{type(self).__name__}.{name}'
+        if level is None:
+          raise ConfigError(
+            f'{where} must be one number, got {values}; only PropMLP may have several, with '
+            'Model.separate_prop_mlps = True.'
+          )
+        if level >= len(values):
+          raise ConfigError(f'{where} must have a number for each proposal level, got {values}.')
+        own[name] = values[level]
+    return dataclasses.replace(self, **own) if own else self
+
+
+_GRID = ('grid_levels', 'grid_min_resolution', 'grid_max_resolution', 'grid_log2_size',
+         'grid_features')  # fmt: skip
+
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +249,7 @@ class NerfMLP(MLP):
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class PropMLP(MLP):
-  """The proposal levels' MLP (one set of weights for all of them)."""
+  """The proposal levels' MLP (one set of weights for all, but see Model.separate_prop_mlps)."""
 
 
 @gin.configurable
@@ -214,6 +262,7 @@ class Model(_Checked):
   num_levels: int = 3  # The proposal levels and the last one.
   raydist_fn: str | typing.Callable | None = None  # g of Eq. 11; None: identity.
   ray_shape: str = 'cone'
+  num_multisamples: int = 0  # 0: one Gaussian a frustum; 6: Zip-NeRF's pattern of small ones.
   opaque_background: bool = False
   anneal_slope: float = 10.0
   dilation_multiplier: float = 0.5
@@ -221,6 +270,7 @@ class Model(_Checked):
   single_jitter: bool = True
   stop_level_grad: bool = True
   single_mlp: bool = False
+  separate_prop_mlps: bool = False  # A PropMLP for each proposal level: grids need it.
   disable_integration: bool = False
   use_viewdirs: bool = True
   bg_intensity_range: Sequence[float] = (1.0, 1.0)
@@ -232,6 +282,12 @@ class Model(_Checked):
   use_gpu_resampling: bool = False  # Accepted: the choice is made by platform.
   use_gpu_kernels: bool = True  # On GPUs, what is written for them; False: plain XLA.
   mlp_dtype: str = 'auto'  # Of hidden layers; 'auto': bfloat16, but float32 on CPUs.
+  deterministic_grid: bool = False  # Grids' gradients repeat to the bit on GPUs too; slower.
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.single_mlp and self.separate_prop_mlps:
+      raise ConfigError('Model.single_mlp and Model.separate_prop_mlps exclude each other.')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Encodings: contracted Gaussians in, features out, behind one interface.
 
 An encoding is a module called with `structs.Gaussians` (mean [..., 3], cov [..., 3, 3]) that
-returns features [..., f]. A layer's weights for them go through `arrange` first: an encoding may
-give its features in another order than it is documented in, and padded, where that is faster.
+returns features [..., f]; if it is `multisampled`, Gaussians are [..., k, 3] and their features
+averaged over the k. A layer's weights for them go through `arrange` first: an encoding may give its
+features in another order than it is documented in, and padded, where that is faster.
 """
 
 import functools
@@ -11,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from internal import coord, geopoly, structs
+from internal import coord, geopoly, grid, structs
 
 Array = jax.Array
 
@@ -32,6 +33,7 @@ class IntegratedPositionalEncoding(nn.Module):
   basis_shape: str
   basis_subdivisions: int
   packed: bool = False
+  multisampled: bool = False
 
   @property
   def num_features(self) -> int:
@@ -39,7 +41,8 @@ class IntegratedPositionalEncoding(nn.Module):
 
   def __call__(self, gaussians: structs.Gaussians) -> Array:
     encode = _packed if self.packed else _plain
-    return encode(self, gaussians.mean, gaussians.cov)
+    features = encode(self, gaussians.mean, gaussians.cov)
+    return jnp.mean(features, -2) if self.multisampled else features
 
   def arrange(self, rows: Array) -> Array:
     """Puts [2 * degs * b, ...] rows, sines first, in the order of the features as they are."""
@@ -82,3 +85,51 @@ def _packed_backward(encoding, residuals, d_features):
 
 
 _packed.defvjp(_packed_forward, _packed_backward)
+
+
+class HashGrid(nn.Module):
+  """A pyramid of grids with learned features (arXiv:2201.05989, faded as in arXiv:2304.06706).
+
+  f = levels * features; the parameters are a table for each level, coarse to fine. The scene has to
+  be in [-2, 2]^3, as contracted space is.
+
+  Attributes:
+    levels: number of grids.
+    min_resolution, max_resolution: cells along an axis of the coarsest and of the finest.
+    log2_size: finer levels than have this many vertices (log2) share rows by a hash.
+    features: numbers that a level has for a point.
+    deterministic: gradients that repeat to the bit, slower: see `grid.lookup`.
+  """
+
+  levels: int
+  min_resolution: int
+  max_resolution: int
+  log2_size: int
+  features: int
+  multisampled: bool = False
+  deterministic: bool = False
+
+  @property
+  def num_features(self) -> int:
+    return self.levels * self.features
+
+  @nn.compact
+  def __call__(self, gaussians: structs.Gaussians) -> Array:
+    x, scale = grid.in_cube(gaussians.mean, gaussians.cov)
+    of_levels = []
+    for i, n in enumerate(grid.resolutions(self.levels, self.min_resolution, self.max_resolution)):
+      shape = grid.table_size(n, self.log2_size), self.features
+      table = self.param(f'table_{i}', _small_uniform, shape)
+      features = grid.lookup(table, x, n, self.deterministic)
+      features *= grid.fading(scale, n)[..., None]
+      of_levels.append(jnp.mean(features, -2) if self.multisampled else features)
+    return jnp.concatenate(of_levels, -1)
+
+  def arrange(self, rows: Array) -> Array:
+    """Puts [levels * features, ...] rows, coarse levels first, in the order of the features."""
+    return rows
+
+
+def _small_uniform(key: Array, shape: tuple[int, ...]) -> Array:
+  """Within 1e-4 of zero: tables begin as next to nothing (arXiv:2201.05989, section 4)."""
+  return jax.random.uniform(key, shape, jnp.float32, -1e-4, 1e-4)

@@ -34,6 +34,32 @@ def interlevel(history: Sequence[structs.RayHistory]) -> Array:
   return sum(losses, jnp.zeros(()))
 
 
+def interlevel_blur(history: Sequence[structs.RayHistory], half_widths: Sequence[float]) -> Array:
+  """Keeps each proposal histogram above the blurred final one; trains the proposals only.
+
+  Sum over bins, mean over rays, summed over proposal levels (arXiv:2304.06706, on z-aliasing).
+
+  Args:
+    history: the levels.
+    half_widths: of the blur in s, for each proposal level.
+
+  Raises:
+    ValueError: not as many half-widths as proposal levels.
+  """
+  if len(half_widths) != len(history) - 1:
+    raise ValueError(
+      f'Config.interlevel_blur must have a half-width for each proposal level, got '
+      f'{tuple(half_widths)} for {len(history) - 1}.'
+    )
+  t = jax.lax.stop_gradient(history[-1].sdist)
+  w = jax.lax.stop_gradient(history[-1].weights)
+  losses = [
+    jnp.mean(jnp.sum(stepfun.lossfun_blur(t, w, h.sdist, h.weights, r), -1))
+    for h, r in zip(history, half_widths)
+  ]
+  return sum(losses, jnp.zeros(()))
+
+
 def distortion(history: Sequence[structs.RayHistory]) -> Array:
   """Pulls the final histogram together along s (Eq. 15); mean over rays."""
   return jnp.mean(stepfun.lossfun_distortion(history[-1].sdist, history[-1].weights))
@@ -55,6 +81,16 @@ def weight_decay(params, mults: dict[str, float]) -> Array:
       part = part[piece]
     total_decay += mult * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(part))
   return total_decay
+
+
+def grid_decay(params) -> Array:
+  """Mean square of a table's entries, summed over the levels of all fields' grids.
+
+  The mean presses on coarse levels, whose entries are few, as hard as on fine ones, where a sum
+  would leave them free (arXiv:2304.06706, normalised weight decay). Dense layers do not count.
+  """
+  fields = [part['grid'] for part in params.values() if 'grid' in part]
+  return sum((jnp.mean(x**2) for x in jax.tree.leaves(fields)), jnp.zeros(()))
 
 
 def total(
@@ -80,9 +116,15 @@ def total(
     coarse = sum(data_loss(r.rgb, batch.rgb) for r in renderings[:-1])
     terms['data_coarse'] = config.data_coarse_loss_mult * coarse
   if config.interlevel_loss_mult > 0:
-    terms['interlevel'] = config.interlevel_loss_mult * interlevel(history)
+    if config.interlevel_loss_type == 'blur':
+      between = interlevel_blur(history, config.interlevel_blur)
+    else:
+      between = interlevel(history)
+    terms['interlevel'] = config.interlevel_loss_mult * between
   if config.distortion_loss_mult > 0:
     terms['distortion'] = config.distortion_loss_mult * distortion(history)
   if config.weight_decay_mults:
     terms['weight_decay'] = weight_decay(params, config.weight_decay_mults)
+  if config.grid_decay_mult > 0:
+    terms['grid_decay'] = config.grid_decay_mult * grid_decay(params)
   return sum(terms.values()), terms

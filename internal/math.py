@@ -8,6 +8,7 @@ import numpy as np
 
 Array = jax.Array
 
+PI = float(np.pi)
 TINY = float(np.finfo(np.float32).tiny)
 EPS = float(np.finfo(np.float32).eps)
 SMALL = 1e-18  # Guards divisors: gradients have their square, and TINY^2 is no float32.
@@ -129,6 +130,12 @@ def split_keys(key: Array | None, num: int) -> tuple[Array | None, ...]:
   key = _typed(key)
   keys = _map_axes(lambda k: jax.random.split(k, num), key.ndim)(key)
   return tuple(keys[..., i] for i in range(num))
+
+
+def fold_in(key: Array, data: int) -> Array:
+  """Another key for each of key's, for draws of another kind."""
+  key = _typed(key)
+  return _map_axes(lambda k: jax.random.fold_in(k, data), key.ndim)(key)
 
 
 def draw(sampler: Callable, key: Array, shape: tuple[int, ...], *args, **kwargs) -> Array:

@@ -30,13 +30,19 @@ class _Linear(nn.Module):
 class MLP(nn.Module):
   """A radiance field: Gaussians (and view directions) in, density (and colour) out.
 
-  Hidden layers compute in `dtype`, the heads in float32; parameters are float32. `gpu_kernels`
-  allows what is written for GPUs alone, where this process computes on one.
+  Hidden layers compute in `dtype`, the heads in float32; parameters are float32.
+
+  Attributes:
+    gpu_kernels: allow what is written for GPUs alone, where this process computes on one.
+    multisampled: Gaussians have an axis of several for each interval, before the last.
+    deterministic: a grid's gradient repeats to the bit.
   """
 
   config: configs.MLP
   dtype: jnp.dtype = jnp.float32
   gpu_kernels: bool = True
+  multisampled: bool = False
+  deterministic: bool = False
 
   def _linear(self, name: str, fan_in: int, width: int) -> tuple[Array, Array]:
     return _Linear(width, self.config.weight_init, name=name)(fan_in)
@@ -53,7 +59,8 @@ class MLP(nn.Module):
 
     Args:
       key: PRNG key of the noise that the config asks for, or [...] keys; None for none.
-      gaussians: mean [..., n, 3], cov [..., n, 3, 3], in world space.
+      gaussians: mean [..., n, 3], cov [..., n, 3, 3], in world space ([..., n, k, 3] if
+        multisampled).
       viewdirs: [..., 3] unit directions, or None for colour that does not depend on them.
       glo: [..., g] appearance vector, or None.
 
@@ -81,15 +88,31 @@ class MLP(nn.Module):
     warp = _WARPS[cfg.warp_fn]
     if warp is not None:
       gaussians = structs.Gaussians(*coord.linearize(warp, gaussians.mean, gaussians.cov))
+    encoding = self._encoding()
+    return encoding(gaussians).astype(self.dtype), encoding
+
+  def _encoding(self) -> nn.Module:
+    cfg = self.config
+    if cfg.encoding == 'grid':
+      return encodings.HashGrid(
+        cfg.grid_levels,
+        cfg.grid_min_resolution,
+        cfg.grid_max_resolution,
+        cfg.grid_log2_size,
+        cfg.grid_features,
+        self.multisampled,
+        self.deterministic,
+        name='grid',
+      )
     on_gpu = self.gpu_kernels and jax.default_backend() == 'gpu'
-    encoding = encodings.IntegratedPositionalEncoding(
+    return encodings.IntegratedPositionalEncoding(
       cfg.min_deg_point,
       cfg.max_deg_point,
       cfg.basis_shape,
       cfg.basis_subdivisions,
       packed=on_gpu and self.dtype == jnp.bfloat16,
+      multisampled=self.multisampled,
     )
-    return encoding(gaussians).astype(self.dtype), encoding
 
   def _trunk(self, gaussians: structs.Gaussians, by_view: bool) -> tuple[Array, Array | None]:
     """Raw density [..., n], and what colour comes from: [..., n, c], or None for nothing.
@@ -178,10 +201,17 @@ class Model(nn.Module):
 
   def setup(self):
     cfg = self.config
-    dtype = mlp_dtype(cfg.mlp_dtype)
-    self.nerf_mlp = MLP(self.nerf_config, dtype, cfg.use_gpu_kernels)
-    if not cfg.single_mlp:
-      self.prop_mlp = MLP(self.prop_config, dtype, cfg.use_gpu_kernels)
+
+    def field(config: configs.MLP, level: int | None = None) -> MLP:
+      dtype, several = mlp_dtype(cfg.mlp_dtype), cfg.num_multisamples > 0
+      config = config.for_level(level)
+      return MLP(config, dtype, cfg.use_gpu_kernels, several, cfg.deterministic_grid)
+
+    self.nerf_mlp = field(self.nerf_config)
+    if cfg.separate_prop_mlps:  # Flax names them prop_mlp_0, prop_mlp_1, ...
+      self.prop_mlp = [field(self.prop_config, i) for i in range(cfg.num_levels - 1)]
+    elif not cfg.single_mlp:
+      self.prop_mlp = field(self.prop_config)
     if cfg.num_glo_features > 0:
       self.glo = nn.Embed(cfg.num_glo_embeddings, cfg.num_glo_features)
 
@@ -211,7 +241,8 @@ class Model(nn.Module):
       key, sample_key, mlp_key, bg_key = math.split_keys(key, 4)
       sdist = self._resample(sample_key, level, sdist, weights, train_frac)
       tdist = s_to_t(sdist)
-      density, rgb = self._query(mlp_key, level, rays, tdist, glo)
+      gaussians = self._cast(sample_key, rays, tdist)
+      density, rgb = self._query(mlp_key, level, rays, gaussians, glo)
       weights = render.compute_alpha_weights(density, tdist, rays.directions, cfg.opaque_background)
       history.append(structs.RayHistory(sdist, tdist, weights, rgb))
       background = self._background(bg_key, rays)
@@ -254,14 +285,26 @@ class Model(nn.Module):
     # Without the barrier XLA may fuse sampling into the MLP's inputs, and compile for minutes.
     return jax.lax.optimization_barrier(sdist)
 
-  def _query(self, key, level: int, rays: structs.Rays, tdist: Array, glo: Array | None):
-    """Density and colour of each interval at this level's MLP."""
+  def _cast(self, key, rays: structs.Rays, tdist: Array) -> structs.Gaussians:
+    """Each interval's Gaussian, or with multisampling its several."""
     cfg = self.config
-    gaussians = render.cast_rays(tdist, rays.origins, rays.directions, rays.radii, cfg.ray_shape)
+    cone = rays.origins, rays.directions, rays.radii, cfg.ray_shape
+    if cfg.num_multisamples > 0:
+      key = None if key is None else math.fold_in(key, 1)  # The key itself has drawn the jitter.
+      gaussians = render.multisample(key, tdist, *cone)
+    else:
+      gaussians = render.cast_rays(tdist, *cone)
     if cfg.disable_integration:
       gaussians = gaussians.replace(cov=jnp.zeros_like(gaussians.cov))
-    last = level == cfg.num_levels - 1
-    mlp = self.nerf_mlp if last or cfg.single_mlp else self.prop_mlp
+    return gaussians
+
+  def _query(self, key, level: int, rays: structs.Rays, gaussians: structs.Gaussians, glo):
+    """Density and colour of each interval at this level's MLP."""
+    cfg = self.config
+    if level == cfg.num_levels - 1 or cfg.single_mlp:
+      mlp = self.nerf_mlp
+    else:
+      mlp = self.prop_mlp[level] if cfg.separate_prop_mlps else self.prop_mlp
     return mlp(key, gaussians, rays.viewdirs if cfg.use_viewdirs else None, glo)
 
   def _appearance(self, rays: structs.Rays, use_glo: bool) -> Array | None:
@@ -294,7 +337,7 @@ def build(settings: configs.Settings) -> Model:
 
 
 def init_params(model: Model, key: Array) -> dict:
-  """Initial parameters, a plain dict: 'prop_mlp', 'nerf_mlp' (and 'glo')."""
+  """Initial parameters, a plain dict: 'prop_mlp' (or 'prop_mlp_0', ...), 'nerf_mlp' ('glo')."""
   one = jnp.ones((1, 1), jnp.float32)
   vec = jnp.ones((1, 3), jnp.float32) / jnp.sqrt(3.0)
   rays = structs.Rays(vec, vec, vec, 1e-3 * one, jnp.zeros((1,), jnp.int32))

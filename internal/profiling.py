@@ -19,11 +19,11 @@ from internal import configs, train_step
 
 
 def _needing(name: str, shape: tuple[int, int], mlp: configs.MLP, settings) -> int:
-  """How many of a dense layer's inputs a gradient flows to: neither encodings nor directions."""
-  if name == 'trunk_0':
-    return 0
+  """How many of a dense layer's inputs a gradient flows to: neither sines nor directions."""
   if name.startswith('trunk_') or name in ('density', 'bottleneck'):
-    return mlp.net_width
+    if mlp.encoding == 'grid':
+      return shape[0]
+    return 0 if name == 'trunk_0' else mlp.net_width
   if name == 'view_0':
     learned = settings.model.num_glo_features
     if not settings.model.use_viewdirs:
@@ -36,6 +36,8 @@ def _sample_flops(params: Mapping, mlp: configs.MLP, settings, colour: bool) -> 
   """One sample's products through one MLP: forward, and forward and backward."""
   forward = both = 0
   for name, layer in params.items():
+    if name == 'grid':
+      continue  # Lookups are no products.
     if not colour and not name.startswith(('trunk_', 'density')):
       continue
     inputs, outputs = layer['kernel'].shape
@@ -54,15 +56,15 @@ def ray_flops(settings: configs.Settings) -> dict[str, int]:
   cfg = settings.model
   params = jax.eval_shape(lambda: train_step.create_state(settings).params)
   nerf = params['nerf_mlp'], settings.nerf_mlp
-  prop = nerf if cfg.single_mlp else (params['prop_mlp'], settings.prop_mlp)
   coarse_colour = settings.config.data_coarse_loss_mult > 0
   last = _sample_flops(*nerf, settings, True)
-  coarse = _sample_flops(*prop, settings, False), _sample_flops(*prop, settings, coarse_colour)
-  proposals = (cfg.num_levels - 1) * cfg.num_prop_samples
-  return {
-    'train': cfg.num_nerf_samples * last[1] + proposals * coarse[1][1],
-    'render': cfg.num_nerf_samples * last[0] + proposals * coarse[0][0],
-  }
+  train, render = (cfg.num_nerf_samples * last[i] for i in (1, 0))
+  for level in range(cfg.num_levels - 1):
+    name = f'prop_mlp_{level}' if cfg.separate_prop_mlps else 'prop_mlp'
+    prop = nerf if cfg.single_mlp else (params[name], settings.prop_mlp)
+    train += cfg.num_prop_samples * _sample_flops(*prop, settings, coarse_colour)[1]
+    render += cfg.num_prop_samples * _sample_flops(*prop, settings, False)[0]
+  return {'train': train, 'render': render}
 
 
 def time_groups(call: Callable, seconds: float) -> dict:

@@ -192,6 +192,49 @@ def lossfun_outer(t: Array, w: Array, t_env: Array, w_env: Array) -> Array:
   return excess**2 / (w + math.EPS)
 
 
+def blur_resample(t: Array, w: Array, half_width: float, t_new: Array) -> Array:
+  """Weights of a blurred histogram in other bins (arXiv:2304.06706, on z-aliasing).
+
+  The density is convolved with a box, which makes it piecewise linear, and integrated exactly over
+  each new bin; what is blurred beyond the new bins is lost.
+
+  Args:
+    t: [..., n + 1], w: [..., n], the histogram.
+    half_width: of the box, in units of t; more than zero.
+    t_new: [..., m + 1] endpoints of the new bins.
+
+  Returns:
+    [..., m]
+  """
+  # A bin convolved with the box is a trapezoid: flat over +- (wide - narrow), then down to zero at
+  # +- (wide + narrow). Its mass beyond |x| has a closed form without differences of large numbers.
+  half = jnp.diff(t)[..., :, None] / 2  # [..., n, 1]
+  wide, narrow = jnp.maximum(half, half_width), jnp.minimum(half, half_width)
+  x = t_new[..., None, :] - ((t[..., 1:] + t[..., :-1]) / 2)[..., :, None]  # [..., n, m + 1]
+  on_slope = jnp.clip(wide + narrow - jnp.abs(x), 0, 2 * narrow)
+  on_top = jnp.maximum(wide - narrow - jnp.abs(x), 0)
+  beyond = (on_slope * (on_slope / jnp.maximum(4 * narrow, math.SMALL)) + on_top) / (2 * wide)
+  cdf = jnp.where(x > 0, 1 - beyond, beyond)
+  return jnp.sum(w[..., :, None] * jnp.diff(cdf), -2)
+
+
+def lossfun_blur(t: Array, w: Array, t_env: Array, w_env: Array, half_width: float) -> Array:
+  """How far a blurred histogram exceeds the envelope, by its bin (arXiv:2304.06706, on z-aliasing).
+
+  Unlike `lossfun_outer` it changes smoothly as bins move along the ray.
+
+  Args:
+    t: [..., n + 1], w: [..., n], the histogram that should lie under the envelope.
+    t_env: [..., m + 1], w_env: [..., m], the envelope.
+    half_width: of the blur, in units of t.
+
+  Returns:
+    [..., m]
+  """
+  excess = jnp.maximum(0, blur_resample(t, w, half_width, t_env) - w_env)
+  return excess**2 / (w_env + 1e-5)  # Bins of no weight would otherwise outweigh all others.
+
+
 def lossfun_distortion(t: Array, w: Array) -> Array:
   """The expected distance between two points drawn from the histogram (Eq. 15), [...].
 

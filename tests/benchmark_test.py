@@ -33,6 +33,21 @@ class TestRayFlops:
     assert flops[0]['render'] - flops[1]['render'] == 2 * rows
     assert flops[0]['train'] - flops[1]['train'] == 4 * rows  # Forward and the kernel's gradient.
 
+  def test_grids_cost_their_layers_alone_whose_gradients_go_on_into_the_tables(self):
+    settings = tiny.settings(
+      *(f'{m}.{b}' for m in ('NerfMLP', 'PropMLP') for b in ("encoding = 'grid'", 'net_depth = 1')),
+      'Model.separate_prop_mlps = True',
+      'NerfMLP.grid_levels = 3',
+      'PropMLP.grid_levels = (1, 2)',
+      'NerfMLP.bottleneck_width = 8',
+      'NerfMLP.net_width_viewdirs = 6',
+    )
+    view = 2 * 3 * 4 + 3
+    nerf = [(12, 16, 12), (16, 1, 16), (16, 8, 16), (8 + view, 6, 8), (6, 3, 6)]
+    prop = [(4, 16, 4), (16, 1, 16), (8, 16, 8), (16, 1, 16)]  # Of both proposal levels.
+    cost = lambda layers: sum(2 * o * (2 * i + needing) for i, o, needing in layers)  # noqa: E731
+    assert profiling.ray_flops(settings)['train'] == 4 * cost(nerf) + 8 * cost(prop)
+
   def test_coarse_colours_count_only_where_a_loss_sees_them(self):
     coloured = ('PropMLP.disable_rgb = False',)
     unseen, seen = (

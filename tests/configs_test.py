@@ -20,7 +20,7 @@ def shipped(name: str) -> configs.Settings:
 def test_all_configs_ship():
   names = {os.path.splitext(os.path.basename(path))[0] for path in SHIPPED}
   assert names >= {'360', '360_glo4', 'blender_256', 'blender_512', 'llff_256', 'llff_512', 'tat',
-                   'demo', 'debug'}  # fmt: skip
+                   'demo', 'debug', '360_grid', '360_fast'}  # fmt: skip
 
 
 @pytest.mark.parametrize('path', SHIPPED, ids=os.path.basename)
@@ -53,6 +53,8 @@ def test_shipped_config_loads_from_any_folder(path, tmp_path, monkeypatch):
     ('llff_256', 835_205),
     ('blender_512', 3_065_733),
     ('llff_512', 3_065_733),
+    ('360_grid', 77_550_072),  # Of ours, and said in their headers.
+    ('360_fast', 36_720_786),
   ],
 )
 def test_shipped_config_has_the_published_size(name, count):
@@ -146,6 +148,7 @@ def test_later_ones_win(tmp_path):
 
 def test_nothing_lingers_from_an_earlier_load():
   configs.load_config((), ['Config.factor = 4'])
+  assert configs.Config().factor == 0
   assert configs.load_config().config.factor == 0
 
 
@@ -182,6 +185,12 @@ def test_misspelt_name_is_answered_with_the_nearest(binding, suggestion):
     ("Config.data_loss_type = 'l1'", "'mse', 'charb'"),
     ("Config.batching = 'some'", "'all_images', 'single_image'"),
     ("Model.ray_shape = 'box'", "'cone', 'cylinder'"),
+    ('Model.num_multisamples = 4', '0, 6'),
+    ("NerfMLP.encoding = 'hash'", "'ipe', 'grid'"),
+    ('PropMLP.grid_levels = 0', 'PropMLP.grid_levels must be at least 1'),
+    ('PropMLP.grid_levels = (5, 6.5)', 'PropMLP.grid_levels must be at least 1'),
+    ("Config.interlevel_loss_type = 'spline'", "'bound', 'blur'"),
+    ('Config.interlevel_blur = (0.03, 0)', 'Config.interlevel_blur must be positive'),
     ('Model.raydist_fn = @jnp.sqrt', 'jnp.sqrt'),
     ("NerfMLP.warp_fn = 'fold'", "'contract'"),
     ('Config.batch_size = ', ''),
@@ -225,3 +234,33 @@ def test_early_exit_stops_before_max_steps():
 def test_what_is_made_by_hand_knows_of_no_file():
   configs.load_config([], ['NerfMLP.net_width = 7'])
   assert configs.NerfMLP() == configs.load_config().nerf_mlp
+
+
+def test_grids_differ_from_360_in_encoding_and_training_alone():
+  """Sampling, contraction and data are shared: nothing is forked."""
+  paper = shipped('360')
+  for name in ('360_grid', '360_fast'):
+    got = shipped(name)
+    for mlp in (got.nerf_mlp, got.prop_mlp):
+      assert mlp.encoding == 'grid'
+      assert mlp.warp_fn == 'contract'
+    assert got.model.num_levels == paper.model.num_levels == 3
+    assert got.model.opaque_background
+    assert (got.config.near, got.config.far) == (paper.config.near, paper.config.far)
+
+
+def test_numbers_of_a_proposal_level():
+  prop = configs.PropMLP(grid_levels=(5, 6), grid_log2_size=19)
+  first, second = prop.for_level(0), prop.for_level(1)
+  assert (first.grid_levels, second.grid_levels) == (5, 6)
+  assert first == configs.PropMLP(grid_levels=5, grid_log2_size=19)
+  assert configs.PropMLP().for_level(None) == configs.PropMLP().for_level(1) == configs.PropMLP()
+  with pytest.raises(configs.ConfigError, match=r'got \(5, 6\)'):
+    prop.for_level(2)
+  with pytest.raises(configs.ConfigError, match='separate_prop_mlps'):
+    configs.NerfMLP(grid_levels=(5, 6)).for_level(None)
+
+
+def test_one_field_for_all_or_one_for_each():
+  with pytest.raises(configs.ConfigError, match='exclude each other'):
+    configs.Model(single_mlp=True, separate_prop_mlps=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from finite import assert_finite
 
-from internal import configs, losses, structs
+from internal import configs, losses, stepfun, structs
 
 RNG = np.random.default_rng(0)
 CONFIG = configs.Config()
@@ -83,6 +83,33 @@ class TestInterlevel:
     np.testing.assert_array_equal(slopes[-1], 0)
 
 
+class TestInterlevelBlur:
+  def test_is_the_sum_over_bins_of_each_level_with_its_blur(self):
+    t, w = HISTORY[-1].sdist, HISTORY[-1].weights
+    expected = 0.0
+    for level, half_width in zip(HISTORY, (0.03, 0.003)):
+      for ray in range(5):
+        per_bin = stepfun.lossfun_blur(
+          t[ray], w[ray], level.sdist[ray], level.weights[ray], half_width
+        )
+        expected += np.sum(per_bin) / 5
+    assert expected > 0.1
+    np.testing.assert_allclose(losses.interlevel_blur(HISTORY, (0.03, 0.003)), expected, rtol=1e-4)
+
+  def test_trains_the_proposals_only(self):
+    def loss(weights):
+      levels = [h.replace(weights=w) for h, w in zip(HISTORY, weights)]
+      return losses.interlevel_blur(levels, (0.03, 0.003))
+
+    slopes = jax.grad(loss)([h.weights for h in HISTORY])
+    assert all(np.any(s < 0) and np.all(s <= 0) for s in slopes[:-1])  # Only ever upwards.
+    np.testing.assert_array_equal(slopes[-1], 0)
+
+  def test_has_a_half_width_for_each_level(self):
+    with pytest.raises(ValueError, match=r'interlevel_blur .* got \(0\.03,\) for 2'):
+      losses.interlevel_blur(HISTORY, (0.03,))
+
+
 class TestDistortion:
   def test_is_of_the_final_level_averaged_over_rays(self):
     # One bin of width d and weight 1 costs d / 3: mean of 0.1 and 0.3, over 3.
@@ -114,6 +141,28 @@ class TestWeightDecay:
       losses.weight_decay(PARAMS, {'nerf_mlp/trunk_9': 1.0})
     with pytest.raises(ValueError, match='nothing below'):
       losses.weight_decay(PARAMS, {'nerf_mlp/trunk_0/bias/x': 1.0})
+
+
+GRID_PARAMS = {
+  'nerf_mlp': {
+    'grid': {'table_0': jnp.full((2, 2), 3.0), 'table_1': jnp.full((100, 2), 1.0)},
+    'trunk_0': {'kernel': jnp.full((2, 2), 5.0)},
+  },
+  'prop_mlp_0': {'grid': {'table_0': jnp.array([[1.0], [0.0]])}},
+  'glo': {'embedding': jnp.ones((2, 2))},
+}
+
+
+class TestGridDecay:
+  def test_is_the_sum_of_the_tables_means(self):
+    np.testing.assert_allclose(losses.grid_decay(GRID_PARAMS), 9 + 1 + 0.5, rtol=1e-6)
+    assert losses.grid_decay(PARAMS) == 0
+
+  def test_touches_tables_alone(self):
+    slopes = jax.grad(losses.grid_decay)(GRID_PARAMS)
+    np.testing.assert_array_equal(slopes['nerf_mlp']['trunk_0']['kernel'], 0)
+    np.testing.assert_array_equal(slopes['glo']['embedding'], 0)
+    np.testing.assert_allclose(slopes['nerf_mlp']['grid']['table_1'], 2 / 200, rtol=1e-6)
 
 
 class TestTotal:
@@ -161,3 +210,13 @@ class TestTotal:
     loss, terms = self._total(params=PARAMS, weight_decay_mults={'prop_mlp': 0.1})
     np.testing.assert_allclose(terms['weight_decay'], 2.7, rtol=1e-6)
     np.testing.assert_allclose(loss, self._total()[0] + 2.7, rtol=1e-6)
+
+  def test_blur_takes_the_bound_s_place(self):
+    _, terms = self._total(interlevel_loss_type='blur', interlevel_loss_mult=0.01)
+    expected = 0.01 * losses.interlevel_blur(HISTORY, CONFIG.interlevel_blur)
+    np.testing.assert_allclose(terms['interlevel'], expected, rtol=1e-6)
+
+  def test_grid_decay_joins_when_asked_for(self):
+    loss, terms = self._total(params=GRID_PARAMS, grid_decay_mult=0.1)
+    np.testing.assert_allclose(terms['grid_decay'], 1.05, rtol=1e-6)
+    np.testing.assert_allclose(loss, self._total()[0] + 1.05, rtol=1e-6)

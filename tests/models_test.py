@@ -673,3 +673,117 @@ def test_settings_build_the_model_they_describe():
   assert (model.near, model.far) == (0.2, 1e6)
   assert model.nerf_config == settings.nerf_mlp
   assert dataclasses.is_dataclass(model.prop_config)
+
+
+# A tiny model with grids in place of the positional encoding.
+GRID = (
+  "PropMLP.encoding = 'grid'",
+  "NerfMLP.encoding = 'grid'",
+  'PropMLP.net_depth = 1',
+  'NerfMLP.net_depth = 1',
+  'PropMLP.grid_levels = (2, 3)',
+  'PropMLP.grid_min_resolution = 4',
+  'PropMLP.grid_max_resolution = (8, 32)',
+  'PropMLP.grid_log2_size = 8',
+  'PropMLP.grid_features = 2',
+  'NerfMLP.grid_levels = 3',
+  'NerfMLP.grid_min_resolution = 4',
+  'NerfMLP.grid_max_resolution = 64',
+  'NerfMLP.grid_log2_size = 8',
+  'Model.separate_prop_mlps = True',
+)
+
+
+class TestGrid:
+  def test_parameters_are_a_plain_dict_with_a_field_for_each_level(self):
+    _, params, _ = _make(*GRID)
+    assert params.keys() == {'prop_mlp_0', 'prop_mlp_1', 'nerf_mlp'}
+    sizes = {k: {n: t.shape for n, t in v['grid'].items()} for k, v in params.items()}
+    assert sizes == {
+      'prop_mlp_0': {'table_0': (125, 2), 'table_1': (256, 2)},
+      'prop_mlp_1': {'table_0': (125, 2), 'table_1': (256, 2), 'table_2': (256, 2)},
+      'nerf_mlp': {'table_0': (125, 4), 'table_1': (256, 4), 'table_2': (256, 4)},
+    }
+    assert params['prop_mlp_1']['trunk_0']['kernel'].shape == (6, 16)
+    assert params['nerf_mlp']['trunk_0']['kernel'].shape == (12, 16)
+
+  @pytest.mark.parametrize(('encoding', 'multisamples'), [('ipe', 6), ('grid', 0), ('grid', 6)])
+  def test_any_encoding_goes_with_any_number_of_points(self, encoding, multisamples):
+    bindings = (f'Model.num_multisamples = {multisamples}',)
+    bindings += GRID if encoding == 'grid' else ()
+    renderings, history = _forward(*bindings, key=KEY)
+    assert renderings[-1].rgb.shape == (6, 3)
+    assert [h.weights.shape for h in history] == [(6, 12), (6, 12), (6, 8)]
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((renderings, history)))
+
+  def test_points_turn_at_random_only_with_a_key(self):
+    bindings = (*GRID, 'Model.num_multisamples = 6')
+    wide = RAYS.replace(radii=RAYS.radii * 100)
+    still = [_forward(*bindings, rays=wide)[0][-1].rgb for _ in range(2)]
+    np.testing.assert_array_equal(*still)
+    turned = [_forward(*bindings, rays=wide, key=k)[1][0].weights for k in (KEY, jax.random.key(1))]
+    assert _differs(*turned)
+
+  def test_each_proposal_level_has_its_own_field(self):
+    _, params, apply = _make(*GRID)
+    _, before = apply(params, None, RAYS)
+    _, after = apply(_biased(params, 2.0, ('prop_mlp_1',)), None, RAYS)
+    np.testing.assert_array_equal(before[0].weights, after[0].weights)
+    assert _differs(before[1].weights, after[1].weights)
+
+  def test_separate_fields_without_grids(self):
+    _, params, _ = _make('Model.separate_prop_mlps = True')
+    assert params.keys() == {'prop_mlp_0', 'prop_mlp_1', 'nerf_mlp'}
+    shapes = [jax.tree.map(jnp.shape, params[f'prop_mlp_{i}']) for i in range(2)]
+    assert shapes[0] == shapes[1]
+
+  def test_the_deterministic_gradient_is_the_same(self):
+    weights = jnp.float32(np.random.default_rng(0).normal(size=(6, 3)))
+
+    def slopes(*bindings):
+      _, params, apply = _make(*GRID, *bindings)
+      loss = lambda p: jnp.sum(weights * apply(p, None, RAYS)[0][-1].rgb)  # noqa: E731
+      return jax.jit(jax.grad(loss))(params)['nerf_mlp']['grid']
+
+    a, b = slopes(), slopes('Model.deterministic_grid = True')
+    assert _norms(a)['table_2'] > 1e-3
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), a, b)
+
+  def test_every_table_trains(self):
+    params, slopes = _slopes(*GRID, "Config.interlevel_loss_type = 'blur'")
+    params = _biased(params, -3.0, ('prop_mlp_0', 'prop_mlp_1'))
+    (_, _), grads = slopes(params, ALL_TERMS)
+    for part in grads.values():
+      assert all(norm > 0 for norm in _norms(part['grid']).values())
+
+  def test_finite_where_gradients_flow_through_endpoints(self):
+    params, slopes = _slopes(
+      *GRID,
+      'Model.stop_level_grad = False',
+      'Model.num_levels = 2',
+      'Model.num_multisamples = 6',
+      'NerfMLP.grid_levels = 1',
+      'PropMLP.grid_levels = 1',
+    )
+    (_, _), grads = slopes(params, {**ALL_TERMS, 'interlevel': 0.0})
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+    assert _norms(grads)['prop_mlp_0'] > 0
+
+  def test_points_without_extent_are_not_faded(self):
+    points = 'Model.disable_integration = True'
+    wide = RAYS.replace(radii=RAYS.radii * 300)
+    a, b = _forward(*GRID, points, rays=wide), _forward(*GRID, points)
+    np.testing.assert_array_equal(a[0][-1].rgb, b[0][-1].rgb)
+    assert _differs(_forward(*GRID, rays=wide)[0][-1].rgb, _plain(*GRID)[0][-1].rgb)
+
+  @pytest.mark.parametrize(
+    ('binding', 'rule'),
+    [
+      ('Model.separate_prop_mlps = False', r'PropMLP\.grid_levels must be one number'),
+      ('Model.num_levels = 4', 'must have a number for each proposal level'),
+    ],
+  )
+  def test_several_numbers_are_for_separate_proposals(self, binding, rule):
+    model = models.build(configs.load_config((), (*TINY, *GRID, binding)))
+    with pytest.raises(configs.ConfigError, match=rule):
+      models.init_params(model, KEY)

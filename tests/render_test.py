@@ -218,3 +218,95 @@ class TestVolumetricRendering:
 
     density, tdist = np.repeat(AWKWARD_DENSITY, 3, 0), np.tile(AWKWARD_TDIST, (6, 1))
     assert_finite(outputs, density, tdist, np.full((18, 4, 3), 0.5))
+
+
+class TestMultisample:
+  cast = staticmethod(jax.jit(render.multisample, static_argnums=5))
+  cone = tuple(map(jnp.float32, ([0.3, 0.5, 1.7, 1.8, 6.0], ORIGIN, DIRECTION, [0.1])))
+
+  def _all_turns(self, shape):
+    """The points of many patterns turned at random: [4, 6 k, 3]."""
+    keys = jax.random.split(jax.random.key(0), 400)
+    tdist, *ray = self.cone
+    many = [jnp.broadcast_to(x, (400, *x.shape)) for x in (tdist, *ray)]
+    mean = np.asarray(self.cast(keys, *many, shape).mean, np.float64)
+    return np.moveaxis(mean, 0, 1).reshape(4, -1, 3)
+
+  @pytest.mark.parametrize('shape', ['cone', 'cylinder'])
+  @pytest.mark.parametrize('key', [None, jax.random.key(3)], ids=['still', 'random'])
+  def test_mean_and_spread_are_the_frustum_s(self, shape, key):
+    whole = render.cast_rays(*self.cone, shape)
+    points = np.asarray(self.cast(key, *self.cone, shape).mean, np.float64)
+    assert points.shape == (4, 6, 3)
+    np.testing.assert_allclose(points.mean(1), whole.mean, atol=1e-5)
+    axis = DIRECTION / np.linalg.norm(DIRECTION)
+    off = points - points.mean(1, keepdims=True)
+    along = np.mean((off @ axis) ** 2, -1)
+    np.testing.assert_allclose(along, np.einsum('i,nij,j->n', axis, whole.cov, axis), rtol=1e-4)
+    total = np.mean(np.sum(off**2, -1), -1)
+    np.testing.assert_allclose(total, np.trace(whole.cov, axis1=1, axis2=2), rtol=1e-4)
+
+  @pytest.mark.parametrize('shape', ['cone', 'cylinder'])
+  def test_covariance_over_all_turns_is_the_frustum_s(self, shape):
+    whole = render.cast_rays(*self.cone, shape)
+    for points, cov in zip(self._all_turns(shape), np.asarray(whole.cov)):
+      got = np.cov(points.T, bias=True)
+      np.testing.assert_allclose(got, cov, atol=0.03 * np.trace(cov) + 1e-6)
+
+  def test_golden_distances(self):
+    # From the paper's closed form, by hand for t0 = 1, t1 = 3: the hexagon's t_j.
+    t0, t1 = 1.0, 3.0
+    mid, half = 2.0, 1.0
+    j = np.arange(6)
+    root = np.sqrt((half**2 - mid**2) ** 2 + 4 * mid**4)
+    inner = t1**2 + 2 * mid**2 + 3 / np.sqrt(7) * (2 * j / 5 - 1) * root
+    expected = t0 + half * inner / (half**2 + 3 * mid**2)
+    args = jnp.array([t0, t1]), jnp.zeros(3), jnp.array([0, 0, 1.0]), jnp.array([0.2])
+    g = self.cast(None, *args, 'cone')
+    np.testing.assert_allclose(g.mean[0, :, 2], expected, rtol=1e-5)
+    across = np.linalg.norm(g.mean[0, :, :2], axis=-1)
+    np.testing.assert_allclose(across, 0.2 * expected / 2**0.5, rtol=1e-5)
+    angles = np.degrees(np.arctan2(*np.asarray(g.mean[0, :, 1::-1]).T))
+    steps = np.round(angles - angles[0]) % 360
+    np.testing.assert_allclose(steps, [0, 120, 240, 180, 300, 60], atol=1)
+    sd = 0.5 * 0.2 * expected / 2**0.5
+    np.testing.assert_allclose(g.cov[0], sd[:, None, None] ** 2 * np.eye(3), rtol=1e-5, atol=1e-9)
+
+  def test_patterns_differ_between_neighbours_and_keys(self):
+    args = jnp.linspace(1000, 1000.4, 5), jnp.zeros(3), jnp.array([0, 0, 1.0]), jnp.array([1e-3])
+
+    def angles(key):
+      g = self.cast(key, *args, 'cylinder')
+      return np.degrees(np.arctan2(g.mean[..., 1], g.mean[..., 0]))
+
+    still = angles(None)
+    turned = (still[1] - still[0, 0]) % 360
+    np.testing.assert_allclose(turned, [30, 270, 150, 210, 90, 330], atol=0.1)
+    np.testing.assert_allclose(still[2], still[0], atol=0.1)
+    first, other = angles(jax.random.key(0)), angles(jax.random.key(1))
+    np.testing.assert_array_equal(first, angles(jax.random.key(0)))
+    assert np.abs(first - other).max() > 1
+    assert np.std(first[:, 0]) > 1
+    ways = {round((a[1] - a[0]) % 360) for key in range(8) for a in angles(jax.random.key(key))}
+    assert ways == {120, 240}  # Round one way, or mirrored.
+
+  def test_a_ray_draws_by_its_own_key(self):
+    many = [jnp.broadcast_to(x, (3, *x.shape)) for x in self.cone]
+    keys = jax.random.split(jax.random.key(0), 3)
+    whole = self.cast(keys, *many, 'cone').mean
+    alone = self.cast(keys[1:2], *(x[:1] for x in many), 'cone').mean
+    np.testing.assert_allclose(alone[0], whole[1], rtol=1e-5)
+
+  def test_refuses_an_unknown_shape(self):
+    with pytest.raises(ValueError, match=r"cone, cylinder, got 'box'"):
+      render.multisample(None, jnp.zeros(2), jnp.zeros(3), jnp.ones(3), jnp.ones(1), 'box')
+
+  @pytest.mark.parametrize('shape', ['cone', 'cylinder'])
+  def test_finite(self, shape):
+    def gaussians(*args):
+      return render.multisample(None, *args, shape)
+
+    tdist = [0.0, 0.0, 1e-12, 1.0, 1.0, 1e6, 1e6]
+    directions = [[0, 0, -1], [0, 0, 0], [1e-3, 0, 0]]
+    radii = [[0.0], [1e-3], [1.0]]
+    assert_finite(gaussians, [tdist] * 3, np.zeros((3, 3)), directions, radii)

@@ -1,5 +1,7 @@
 """Histograms along a ray, against their properties, naive float64 twins and closed forms."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -397,3 +399,92 @@ class TestPercentile:
 
   def test_finite(self):
     assert_finite(lambda t, w: stepfun.weighted_percentile(t, w, (5, 50, 95)), *PAIRS)
+
+
+def _blurred_mass(t, w, half_width, edges, num=4001):
+  """Mass of the blurred density in each bin, by numerical integration in float64."""
+  out = []
+  for a, b in itertools.pairwise(edges):
+    # The density at x is that of the histogram's mass within half_width of x.
+    x = a + (b - a) * (np.arange(num) + 0.5) / num
+    cdf = np.concatenate([[0], np.cumsum(w)])
+    mass = np.interp(x + half_width, t, cdf) - np.interp(x - half_width, t, cdf)
+    out.append(np.mean(mass) / (2 * half_width) * (b - a))
+  return np.array(out)
+
+
+class TestBlur:
+  blur = staticmethod(jax.jit(stepfun.blur_resample, static_argnums=2))
+
+  @pytest.mark.parametrize('half_width', [0.003, 0.03, 0.5])
+  def test_matches_numerical_integration(self, half_width):
+    rng = np.random.default_rng(0)
+    t, w = _histogram(rng, 9)
+    edges = np.sort(np.float32(rng.uniform(-0.2, 1.2, 14)))
+    expected = _blurred_mass(np.float64(t), np.float64(w), half_width, np.float64(edges))
+    np.testing.assert_allclose(self.blur(t, w, half_width, edges), expected, atol=1e-5)
+
+  def test_keeps_the_mass_and_the_mean(self):
+    rng = np.random.default_rng(1)
+    t, w = _histogram(rng, 9, (4,))
+    edges = np.broadcast_to(np.float32(np.linspace(-0.5, 1.5, 401)), (4, 401))
+    out = np.asarray(self.blur(t, w, 0.03, edges), np.float64)
+    np.testing.assert_allclose(out.sum(-1), 1, rtol=1e-5)
+    mean = np.sum(w * (t[:, 1:] + t[:, :-1]) / 2, -1)
+    np.testing.assert_allclose(
+      np.sum(out * (edges[:, 1:] + edges[:, :-1]) / 2, -1), mean, rtol=1e-4
+    )
+
+  def test_golden_bin_that_becomes_a_triangle(self):
+    # A bin as wide as the box: a triangle from -1 to 1 around it, an eighth beyond each half.
+    out = self.blur(jnp.array([1.5, 2.5]), jnp.ones(1), 0.5, jnp.array([0.5, 1, 1.5, 2, 2.5, 9]))
+    np.testing.assert_allclose(out, [0, 1 / 8, 3 / 8, 3 / 8, 1 / 8], atol=1e-6)
+
+  def test_bins_without_width_become_the_box(self):
+    out = self.blur(jnp.array([0.4, 0.4]), jnp.ones(1), 0.1, jnp.array([0.0, 0.35, 0.4, 0.6]))
+    np.testing.assert_allclose(out, [0.25, 0.25, 0.5], rtol=1e-5)
+
+  def test_is_zero_to_the_bit_where_nothing_reaches(self):
+    # Rounding would be divided by the envelope's weight there.
+    rng = np.random.default_rng(2)
+    t, w = _histogram(rng, 32)
+    t = np.float32(0.5 + 1e-3 * t)
+    edges = np.concatenate([np.linspace(0, 0.49, 30), np.linspace(0.52, 1, 30)])
+    out = self.blur(t, w, 0.003, np.float32(edges))
+    assert np.all(np.delete(np.asarray(out), 29) == 0)
+    np.testing.assert_allclose(out[29], 1, rtol=1e-6)
+
+  def test_moves_smoothly(self):
+    """A thin bin that crosses an edge: the blur divides it, where a histogram would jump."""
+    edges = jnp.array([0.0, 0.5, 1.0])
+    shares = []
+    for x in np.linspace(0.44, 0.56, 61):
+      t = jnp.float32([x - 1e-4, x + 1e-4])
+      shares.append(float(self.blur(t, jnp.ones(1), 0.03, edges)[1]))
+    assert shares[0] == 0
+    np.testing.assert_allclose(shares[-1], 1, rtol=1e-6)
+    assert np.max(np.diff(shares)) < 0.002 / 0.06 + 1e-3
+
+  def test_loss_matches_a_loop(self):
+    rng = np.random.default_rng(3)
+    t, w = _histogram(rng, 8)
+    t_env, w_env = _histogram(rng, 12)
+    blurred = _blurred_mass(np.float64(t), np.float64(w), 0.03, np.float64(t_env))
+    expected = [max(0, b - e) ** 2 / (e + 1e-5) for b, e in zip(blurred, w_env)]
+    out = stepfun.lossfun_blur(t, w, t_env, w_env, 0.03)
+    assert np.max(expected) > 0.01
+    np.testing.assert_allclose(out, expected, rtol=1e-2, atol=1e-4)
+
+  def test_an_envelope_that_covers_costs_nothing(self):
+    rng = np.random.default_rng(4)
+    t, w = _histogram(rng, 8)
+    edges = jnp.linspace(0, 1, 30)
+    covering = self.blur(t, w, 0.03, edges) + 1e-6
+    np.testing.assert_array_equal(stepfun.lossfun_blur(t, w, edges, covering, 0.03), 0)
+
+  def test_finite(self):
+    def loss(t, w, t_env, w_env):
+      return stepfun.lossfun_blur(t, w, t_env, w_env, 0.003)
+
+    t, w = PAIRS
+    assert_finite(loss, t, w, t[::-1], w[::-1])

@@ -214,6 +214,44 @@ def test_annealing_and_schedule_see_the_fraction_done():
   assert train_step.train_fraction(jnp.array(0), 1) == 0
 
 
+GRID = (
+  "PropMLP.encoding = 'grid'",
+  "NerfMLP.encoding = 'grid'",
+  'PropMLP.net_depth = 1',
+  'NerfMLP.net_depth = 1',
+  'PropMLP.grid_levels = 2',
+  'PropMLP.grid_max_resolution = 32',
+  'PropMLP.grid_log2_size = 8',
+  'NerfMLP.grid_levels = 2',
+  'NerfMLP.grid_max_resolution = 64',
+  'NerfMLP.grid_log2_size = 10',
+  'Model.separate_prop_mlps = True',
+  'Model.deterministic_grid = True',
+  'Config.grid_decay_mult = 0.1',
+  'Config.adam_eps = 1e-15',
+  'Config.grad_max_norm = 0.0',
+)
+
+
+def test_grids_split_over_devices_and_micro_batches():
+  stats, whole = _first_gradient(*GRID, 'Config.micro_batches = 1')
+  stats_split, split = _first_gradient(*GRID, 'Config.micro_batches = 2', devices=2)
+  for name in stats:
+    np.testing.assert_allclose(stats[name], stats_split[name], rtol=1e-3, err_msg=name)
+  for part in whole:
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole[part]))
+    for a, b in zip(jax.tree.leaves(whole[part]), jax.tree.leaves(split[part])):
+      np.testing.assert_allclose(a, b, atol=1e-3 * largest)
+
+
+def test_grids_learn_and_repeat_to_the_bit():
+  settings = tiny.settings(*GRID, 'Config.lr_init = 0.01', 'Config.lr_delay_steps = 0')
+  a, stats = _run(settings, tiny.mesh(1), 40)
+  b, _ = _run(settings, tiny.mesh(1), 40)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+  assert np.mean([s['loss'] for s in stats[-5:]]) < 0.9 * np.mean([s['loss'] for s in stats[:5]])
+
+
 PLATFORMS = ('tpu', 'cuda', 'cpu')
 
 
@@ -221,10 +259,18 @@ def _abstract(tree):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.asarray(x).dtype), tree)
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_training_and_rendering_lower_for_tpu_cuda_and_cpu(dtype):
+@pytest.mark.parametrize(
+  ('name', 'binding'),
+  [
+    ('360', "Model.mlp_dtype = 'float32'"),
+    ('360', "Model.mlp_dtype = 'bfloat16'"),
+    ('360_grid', "Model.mlp_dtype = 'bfloat16'"),
+    ('360_fast', 'Model.deterministic_grid = True'),
+  ],
+)
+def test_training_and_rendering_lower_for_tpu_cuda_and_cpu(name, binding):
   """At the paper's own size: nothing in the programs is of one platform only."""
-  settings = configs.load_config(['configs/360.gin'], [f"Model.mlp_dtype = '{dtype}'"])
+  settings = configs.load_config([f'configs/{name}.gin'], [binding])
   mesh = Mesh(np.array(jax.devices()), (sharding.AXIS,))
   cams, images = tiny.capture()
   state = jax.eval_shape(lambda: train_step.create_state(settings))
