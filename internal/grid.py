@@ -7,7 +7,6 @@ hash (arXiv:2201.05989, section 3).
 """
 
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,8 @@ Array = jax.Array
 
 _RADIUS = 2.0  # The cube is [-2, 2]^3 of the fields' space, around the ball of contracted points.
 _PRIMES = (1, 2654435761, 805459861)  # Of arXiv:2201.05989, Eq. 4.
+_CORNERS = np.arange(8, dtype=np.uint32)
+_ROWS_ENOUGH = 2**18  # Tables with so many are seldom added to at one row by several at a time.
 
 
 def resolutions(levels: int, low: int, high: int) -> tuple[int, ...]:
@@ -82,33 +83,34 @@ def fading(scale: Array, resolution: int) -> Array:
   return jax.scipy.special.erf(1 / (8**0.5 * resolution * scale))
 
 
-def _corners(x: Array, resolution: int, size: int) -> Iterator[tuple[Array, Array]]:
-  """For each corner of the cells that hold x [..., 3]: row of the table, and trilinear weight."""
-  position = x * resolution
-  cell = jnp.clip(jnp.floor(jax.lax.stop_gradient(position)), 0, resolution - 1)
-  high = position - cell  # The weight of each axis's higher corner.
+def _corner(x: Array, resolution: int, size: int, corner: np.ndarray) -> tuple[Array, Array]:
+  """Row of the table, and trilinear weight, of a corner of the cells that hold x [..., 3].
+
+  Corners are numbered 0 to 7, a bit for each axis; several broadcast with [...].
+  """
   dense = (resolution + 1) ** 3 <= size
   strides = (1, resolution + 1, (resolution + 1) ** 2) if dense else _PRIMES
-  ends = []
-  for axis in range(3):
-    stride = np.uint32(strides[axis])
-    start = cell[..., axis].astype(jnp.uint32) * stride  # Modulo 2^32, as the hash would have it.
-    weight = high[..., axis]
-    ends.append(((start, 1 - weight), (start + stride, weight)))
-  for i, u in ends[0]:
-    for j, v in ends[1]:
-      for k, w in ends[2]:
-        row = i + j + k if dense else (i ^ j ^ k) & np.uint32(size - 1)
-        yield row, u * v * w
+  row, weight = jnp.uint32(0), 1.0
+  for axis, stride in enumerate(strides):
+    upper = corner >> axis & 1
+    position = x[..., axis] * resolution
+    cell = jnp.clip(jnp.floor(jax.lax.stop_gradient(position)), 0, resolution - 1)
+    # Modulo 2^32, as the hash would have it.
+    along = (cell.astype(jnp.uint32) + upper) * np.uint32(stride)
+    row = row + along if dense else row ^ along
+    high = position - cell
+    weight *= jnp.where(upper, high, 1 - high)
+  return (row if dense else row & np.uint32(size - 1)), weight
 
 
 def _interpolate(table: Array, x: Array, resolution: int) -> Array:
   """`lookup`, for autodiff in x alone."""
   # Eight small lookups: a compiler joins them with their sum and stores nothing in between.
-  return sum(
-    weight[..., None] * table.at[row].get(mode='promise_in_bounds')
-    for row, weight in _corners(x, resolution, len(table))
-  )
+  total = 0.0
+  for corner in _CORNERS:
+    row, weight = _corner(x, resolution, len(table), corner)
+    total += weight[..., None] * table.at[row].get(mode='promise_in_bounds')
+  return total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -126,30 +128,54 @@ def lookup(table: Array, x: Array, resolution: int, deterministic: bool = False)
   Returns:
     [..., f]
   """
-  return _interpolate(table, x, resolution)
+  # Joined with what becomes of several levels, lookups take a GPU four times as long.
+  return jax.lax.optimization_barrier(_interpolate(table, x, resolution))
 
 
 def _forward(table, x, resolution, deterministic):
-  return _interpolate(table, x, resolution), (table, x)
+  return lookup(table, x, resolution, deterministic), (table, x)
 
 
 def _backward(resolution, deterministic, residuals, d_out):
   table, x = residuals
-  flat, d_rows = x.reshape(-1, 3), d_out.reshape(-1, table.shape[-1])
-  corners = _corners(flat, resolution, len(table))
-  updates = [(row, weight[:, None] * d_rows) for row, weight in corners]
-  d_table = jnp.zeros_like(table)
+  flat, d_rows = x.reshape(-1, 1, 3), d_out.reshape(-1, 1, table.shape[-1])
+  rows, weights = _corner(flat, resolution, len(table), _CORNERS[None])  # [m, 8]
+  updates = weights[..., None] * d_rows
   if deterministic:
-    d_table = sorted_add(d_table, *(jnp.concatenate(v) for v in zip(*updates)))
+    d_table = sorted_add(
+      jnp.zeros_like(table), rows.reshape(-1), updates.reshape(-1, d_rows.shape[-1])
+    )
   else:
-    for row, update in updates:
-      d_table = d_table.at[row].add(update, mode='promise_in_bounds')
+    copies = _copies(len(table)) if jax.default_backend() == 'gpu' else 1
+    d_table = scatter_add(jnp.zeros_like(table), rows, updates, copies)
   # Removed by the compiler unless somebody asks for it.
   (d_x,) = jax.vjp(lambda x: _interpolate(table, x, resolution), x)[1](d_out)
   return d_table, d_x
 
 
 lookup.defvjp(_forward, _backward)
+
+
+def scatter_add(table: Array, rows: Array, updates: Array, copies: int = 1) -> Array:
+  """Adds updates [m, k, f] to a table's rows [m, k].
+
+  A GPU adds to one address one after the other, and many points share a small table's rows:
+  with several copies of the table, summed in the end, neighbours along m do not.
+  """
+  if copies == 1:
+    return table.at[rows].add(updates, mode='promise_in_bounds')
+  own = jnp.arange(len(rows), dtype=jnp.uint32)[:, None] % copies * len(table)
+  many = jnp.zeros((copies * len(table), table.shape[1]), table.dtype)
+  many = many.at[rows + own].add(updates, mode='promise_in_bounds')
+  return table + many.reshape(copies, *table.shape).sum(0)
+
+
+def _copies(size: int) -> int:
+  """How many a GPU adds to: a power of two, for about as many rows as need no copies."""
+  copies = 1
+  while 2 * copies * size <= _ROWS_ENOUGH:
+    copies *= 2
+  return copies
 
 
 def sorted_add(table: Array, rows: Array, updates: Array) -> Array:

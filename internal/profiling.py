@@ -180,9 +180,13 @@ def _stats(event) -> dict:
 
 
 def op_names(hlo: str) -> dict[str, str]:
-  """From an instruction of compiled HLO text to the name of the operation that asked for it."""
+  """From an instruction of compiled HLO text to the name of the operation that asked for it.
+
+  Kernels, the names of which have _ for what else there is in an instruction's, are found too.
+  """
   found = re.finditer(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', hlo, re.MULTILINE)
-  return {match[1]: match[2] for match in found}
+  names = {match[1]: match[2] for match in found}
+  return {re.sub(r'\W', '_', name): source for name, source in names.items()} | names
 
 
 def kernels(folder: str, steps: int, names: Mapping[str, str] | None = None) -> list[Kernel]:
@@ -205,7 +209,7 @@ def kernels(folder: str, steps: int, names: Mapping[str, str] | None = None) -> 
     devices.add(device)
     ns[event.name] += event.duration_ns
     count[event.name] += 1
-    source = (names or {}).get(str(stats.get('hlo_op', '')), '')
+    source = (names or {}).get(str(stats.get('hlo_op', event.name)), '')
     sources[event.name][source] += event.duration_ns
   per = steps * max(len(devices), 1)
   return [

@@ -148,6 +148,23 @@ class TestGradient:
       np.testing.assert_allclose(jax.grad(total)(jnp.zeros((1, 2))), len(x), rtol=1e-5)
 
 
+@pytest.mark.parametrize('copies', [1, 2, 8])
+def test_scatter_add_matches_numpy(copies):
+  rows = np.uint32(RNG.integers(0, 50, (300, 8)))
+  updates = np.float32(RNG.normal(size=(300, 8, 2)))
+  start = np.float32(RNG.normal(size=(64, 2)))
+  expected = start.astype(np.float64)
+  np.add.at(expected, rows, updates)
+  out = grid.scatter_add(jnp.asarray(start), rows, updates, copies)
+  np.testing.assert_allclose(out, expected, atol=1e-4)
+
+
+def test_small_tables_have_many_copies_and_large_ones_none():
+  assert grid._copies(17**3) == 32
+  assert grid._copies(33**3) == 4
+  assert grid._copies(2**18) == grid._copies(2**21) == 1
+
+
 class TestSortedAdd:
   def test_matches_numpy_and_repeats(self):
     rows = np.uint32(RNG.integers(0, 50, 3000) ** 2 // 50)  # Some rows often, some never.
@@ -308,7 +325,7 @@ class TestHashGrid:
 
   def test_several_points_are_averaged_each_faded_by_its_own_scale(self):
     params = _params()
-    near, wide = _gaussians((4, 1), 0.01), _gaussians((4, 1), 1.0)
+    near, wide = _gaussians((4, 1), 0.01), _gaussians((4, 1), 10.0)
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), near, wide)
     out = jax.jit(_grid(multisampled=True).apply)(params, both)
     one, other = (jax.jit(_grid().apply)(params, g)[:, 0] for g in (near, wide))
