@@ -80,28 +80,39 @@ class RunLog:
     if self.enabled:
       self._board.add_image(name, image, step, dataformats='HWC')
 
-  def steps(self, step: int, rows: Sequence[Mapping], elapsed: float, batch_size: int) -> None:
+  def steps(
+    self, step: int, rows: Sequence[Mapping], timed: int, elapsed: float, batch_size: int
+  ) -> None:
     """Records the steps since the last call: the means of their stats, and rays/s.
 
     Args:
       step: the last of them.
       rows: stats of each, on the device or not.
-      elapsed: seconds that they took.
+      timed: how many of them `elapsed` is of: not those that compiled, or ran before a restart.
+      elapsed: seconds that those took.
       batch_size: rays a step.
     """
     self.train_seconds += elapsed
     if not self.enabled:
       return
     rows = jax.device_get(list(rows))
-    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    rays_per_sec = len(rows) * batch_size / elapsed
-    left = (self.last_step - step) * elapsed / len(rows)
-    self.scalars(step, {**means, 'rays_per_sec': rays_per_sec})
+    values = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     width = len(f'{self.last_step:,}')
-    self.say(
-      f'step {step:>{width},}/{self.last_step:,}  loss {means["loss"]:.5f}  '
-      f'psnr {means["psnr"]:5.2f}  {rays_per_sec:>9,.0f} rays/s  {duration(left)} left'
+    text = (
+      f'step {step:>{width},}/{self.last_step:,}  loss {values["loss"]:.5f}  '
+      f'psnr {values["psnr"]:5.2f}'
     )
+    if timed:
+      values['rays_per_sec'] = timed * batch_size / elapsed
+      left = (self.last_step - step) * elapsed / timed
+      text += f'  {values["rays_per_sec"]:>9,.0f} rays/s  {duration(left)} left'
+    self.scalars(step, values)
+    self.say(text)
+
+  def flush(self) -> None:
+    """Puts on disk what TensorBoard has been told, for a kill after the next checkpoint."""
+    if self.enabled:
+      self._board.flush()
 
   def say(self, text: str) -> None:
     """Prints a line of news."""

@@ -1,5 +1,7 @@
 """What a run leaves on disk comes back, on any devices, or says why not."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -8,28 +10,36 @@ import tiny
 from internal import checkpoints, sharding, train_step
 
 
-@pytest.fixture
-def saved(tmp_path):
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
   """A run's folder with checkpoints of steps 3, 5 and 8, of which two are kept."""
+  folder = tmp_path_factory.mktemp('made')
   settings, mesh = tiny.settings(), tiny.mesh(8)
   state = sharding.replicate(train_step.create_state(settings), mesh)
-  with checkpoints.make_manager(str(tmp_path), keep=2) as manager:
-    for step in (3, 5, 8):
-      params = jax.tree.map(lambda p, step=step: p + step, state.params)
-      checkpoints.save(manager, state.replace(step=state.step + step, params=params))
-  return str(tmp_path), settings, state
+  for step in (3, 5, 8):
+    params = jax.tree.map(lambda p, step=step: p + step, state.params)
+    state_then = state.replace(step=state.step + step, params=params)
+    checkpoints.save(str(folder), state_then, keep=2, notes={'window': [step]})
+  return folder, settings, state
+
+
+@pytest.fixture
+def saved(made, tmp_path):
+  """A copy of it that may be damaged."""
+  folder, settings, state = made
+  return str(shutil.copytree(folder, tmp_path / 'run')), settings, state
 
 
 def test_a_state_comes_back_exactly_on_another_number_of_devices(saved):
   folder, settings, state = saved
-  with checkpoints.make_manager(folder) as manager:
-    back = checkpoints.restore(manager, settings, tiny.mesh(2), 8)
+  back = checkpoints.restore(folder, settings, tiny.mesh(2), 8)
   assert int(back.step) == 8
   expected = jax.tree.map(lambda p: np.asarray(p + 8), state.params)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(back.params), expected)
   same = jax.tree.map(lambda a, b: (a == b).all(), back.opt_state, jax.device_get(state.opt_state))
   assert all(jax.tree.leaves(jax.device_get(same)))
   assert len(jax.tree.leaves(back.params)[0].sharding.device_set) == 2
+  assert checkpoints.notes(folder, 8) == {'window': [8]}
 
 
 def test_the_newest_are_kept_and_found(saved):
@@ -48,7 +58,9 @@ def test_what_is_not_there_is_said(saved, tmp_path):
     checkpoints.restore_params(folder, settings, 7)
   empty = str(tmp_path / 'other')
   assert checkpoints.latest_step(empty) is None
-  with pytest.raises(checkpoints.CheckpointError, match=r'No checkpoint in .*other.*Train first'):
+  with pytest.raises(
+    checkpoints.CheckpointError, match=r'No whole checkpoint in .*other.*Train first'
+  ):
     checkpoints.restore_params(empty, settings)
   with pytest.raises(checkpoints.CheckpointError, match=r'other.*config\.gin is missing'):
     checkpoints.open_run(empty)
