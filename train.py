@@ -108,24 +108,29 @@ def load_pixels(settings, scene, mesh):
 
 
 def start_run(settings, mesh, step: int):
-  """The state of the checkpoint at `step`, or a fresh one at 0; and the open print window's stats.
+  """The state of the checkpoint at `step`, or a fresh one at 0; and what `save_run` noted with it.
 
-  A checkpoint in the middle of a window carries the stats of its steps so far, so that the mean
-  which is logged at its end does not depend on interruptions.
+  Returns:
+    (state, the stats of the print window's steps so far, the number of micro-batches).
   """
   folder = settings.config.checkpoint_dir
   if step == 0:
-    return sharding.replicate(train_step.create_state(settings), mesh), []
+    return sharding.replicate(train_step.create_state(settings), mesh), [], 1
   state = checkpoints.restore(folder, settings, mesh, step)
-  window = checkpoints.notes(folder, step)['window']
-  return state, [{name: np.float32(value) for name, value in row.items()} for row in window]
+  notes = checkpoints.notes(folder, step)
+  window = [{name: np.float32(value) for name, value in row.items()} for row in notes['window']]
+  return state, window, notes['micro_batches'] if notes['devices'] == mesh.size else 1
 
 
-def save_run(config: configs.Config, state, window: list, log: runlog.RunLog) -> None:
-  """A checkpoint, after all that is logged up to it."""
-  log.flush()
+def save_run(config: configs.Config, state, window: list, step_fn, mesh) -> None:
+  """A checkpoint, and with it what must not depend on interruptions.
+
+  That is: the stats of a print window whose mean is not logged yet, and in how many micro-batches
+  these devices take their rays.
+  """
   rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(window)]
-  checkpoints.save(config.checkpoint_dir, state, config.checkpoint_keep, {'window': rows})
+  notes = {'window': rows, 'micro_batches': step_fn.micro_batches, 'devices': mesh.size}
+  checkpoints.save(config.checkpoint_dir, state, config.checkpoint_keep, notes)
 
 
 def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
@@ -139,10 +144,10 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
   if start >= last:
     print(f'Nothing to do: {config.checkpoint_dir} has step {start:,} of {last:,}.')
     return
-  step_fn = train_step.make_train_step(settings, mesh)
+  state, recent, micro_batches = start_run(settings, mesh, start)
+  step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches)
   draw = train_step.make_draw(config, mesh)
   test_renders = TestRenders(settings, scene, mesh)
-  state, recent = start_run(settings, mesh, start)
   if sharding.is_main():
     checkpoints.tidy(config.checkpoint_dir, start)
     checkpoints.write_run(config.checkpoint_dir, settings, scene)
@@ -190,7 +195,7 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
       ask_now = jax.process_count() == 1 or step % config.print_every == 0
       signum = sharding.largest(request.signum) if ask_now and step < last else 0
       if save_now or signum:
-        save_run(config, state, recent, log)
+        save_run(config, state, recent, step_fn, mesh)
       if signum:
         log.say(
           f'step {step:,} is saved in {config.checkpoint_dir}; the same command goes on from there'

@@ -9,12 +9,14 @@ SHA-256 of each of its files. Reading checks them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -160,6 +162,17 @@ def _remove_all_but(checkpoint_dir: str, keep: int) -> None:
     shutil.rmtree(path + _PARTIAL)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps orbax from logging the traceback of an error that it raises as well."""
+  before = logging.root.manager.disable
+  logging.disable(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.disable(before)
+
+
 def _orbax() -> ocp.Checkpointer:
   return ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
@@ -180,7 +193,7 @@ def save(
   final = os.path.join(folder, str(step))
   failure = None
   try:
-    with _orbax() as writer:
+    with _quiet(), _orbax() as writer:
       writer.save(os.path.join(final + _PARTIAL, _STATE), args=ocp.args.StandardSave(state))
     if sharding.is_main():
       _seal(final + _PARTIAL, notes or {})
@@ -194,7 +207,7 @@ def save(
     reason = 'another process failed' if failure is None else ' '.join(str(failure).split())
     last = latest_step(checkpoint_dir)
     raise CheckpointError(
-      f'Step {step:,} could not be saved in {folder}: {reason[:300]}. '
+      f'Step {step:,} could not be saved in {folder}: {reason[:1000]}. '
       + (f'The checkpoint of step {last:,} is kept' if last else 'There is no checkpoint before it')
       + '; with room on the disk, the same command goes on.'
     ) from failure

@@ -7,7 +7,6 @@ own, with devices of its own, that can be killed like any other.
 import importlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -51,6 +50,7 @@ class Nursery:
   """Starts lives of train.py, eval.py and render.py."""
 
   def __init__(self, env):
+    self.env = env
     self._process = subprocess.Popen(
       [sys.executable, __file__], cwd=ROOT, env=env, text=True,
       stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -63,9 +63,9 @@ class Nursery:
       self._process.stdin.flush()
       return json.loads(self._process.stdout.readline())
 
-  def start(self, program: str, args, said, limit=None, **env) -> Life:
-    """`limit`: bytes that no file may pass, as on a full disk."""
-    start = {'program': program, 'args': list(args), 'said': str(said), 'limit': limit, 'env': env}
+  def start(self, program: str, args, said, **env) -> Life:
+    """Begins a life with these arguments and variables of its environment."""
+    start = {'program': program, 'args': list(args), 'said': str(said), 'env': env}
     return Life(self, self.ask({'start': start}), said)
 
   def close(self) -> None:
@@ -73,13 +73,11 @@ class Nursery:
     self._process.wait()
 
 
-def _live(program, args, said, limit, env) -> None:
+def _live(program, args, said, env) -> None:
   os.environ.update(env)
   where = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
   for stream in (1, 2):
     os.dup2(where, stream)
-  if limit:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
   sys.argv = [program, *args]
   module = importlib.import_module(program)
   code = 1

@@ -2,8 +2,14 @@
 
 import json
 import os
+import resource
 import signal
 import socket
+import struct
+import subprocess
+import sys
+import time
+from concurrent import futures
 
 import captures
 import jax
@@ -11,15 +17,16 @@ import lives
 import numpy as np
 import pytest
 import tiny
+from tensorboardX.proto import event_pb2
 
 from internal import checkpoints
 
-STEPS = 60
+STEPS = 300
 SMALLEST = (
   f'Config.max_steps = {STEPS}',
   'Config.print_every = 7',
-  'Config.checkpoint_every = 10',
-  'Config.train_render_every = 0',
+  'Config.checkpoint_every = 30',
+  f'Config.train_render_every = {STEPS}',
   'Config.batch_size = 8',
   'Config.factor = 0',
   'Config.render_chunk_size = 64',
@@ -55,13 +62,18 @@ def capture(tmp_path_factory):
   return folder
 
 
+def arguments(capture, run, *bindings):
+  """Of train.py."""
+  here = (f"Config.data_dir = '{capture}'", f"Config.checkpoint_dir = '{run}'")
+  return ('--gin_configs=configs/360.gin', '--gin_bindings', *SMALLEST, *here, *bindings)
+
+
 @pytest.fixture(scope='module')
 def train(nursery, capture):
   """Starts a life of train.py in a folder."""
 
   def start(run, *bindings, **kwargs):
-    here = (f"Config.data_dir = '{capture}'", f"Config.checkpoint_dir = '{run}'")
-    args = ('--gin_configs=configs/360.gin', '--gin_bindings', *SMALLEST, *here, *bindings)
+    args = arguments(capture, run, *bindings)
     return nursery.start('train', args, **{'said': f'{run}.said', **kwargs})
 
   return start
@@ -92,6 +104,99 @@ def same(a, b):
     states.append(jax.tree.map(np.asarray, state))
   equal = jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), *states)
   return all(jax.tree.leaves(equal)) and metrics(a) == metrics(b)
+
+
+def scalars(run):
+  """What TensorBoard shows, {(tag, step): value}, without what a clock has measured."""
+  shown = {}
+  for path in sorted((run / 'tensorboard').iterdir()):
+    for event in events(path.read_bytes()):
+      if event.session_log.status == event_pb2.SessionLog.START:
+        shown = {(tag, step): v for (tag, step), v in shown.items() if step < event.step}
+      for value in event.summary.value:
+        if not value.tag.endswith(('rays_per_sec', 'seconds')):
+          shown[value.tag, event.step] = value.simple_value
+  return shown
+
+
+def events(data):
+  """The whole records of an events file: length, its checksum, an event, its checksum."""
+  while len(data) >= 12:
+    (length,) = struct.unpack_from('<Q', data)
+    if len(data) < length + 16:
+      return
+    yield event_pb2.Event.FromString(data[12 : 12 + length])
+    data = data[length + 16 :]
+
+
+def kill(life, run, moment, rng):
+  """Kills a life in the middle of `moment`; returns whether it was still alive."""
+  folder, log = run / 'checkpoints', run / 'metrics.jsonl'
+  if moment == 'start':
+    deadline = time.monotonic() + rng.uniform(0, 4)
+    life.until(lambda: time.monotonic() > deadline)
+  else:
+    going = life.until(lambda: 'first step' in life.text())
+    if moment == 'step':
+      size = log.stat().st_size if going else 0
+      going = going and life.until(lambda: log.stat().st_size > size)
+      time.sleep(rng.uniform(0, 0.1))
+    elif moment == 'checkpoint':
+      going = going and life.until(lambda: any(folder.glob('*.partial')))
+      time.sleep(rng.uniform(0, 0.06))
+    else:
+      going = going and life.until(lambda: f'step {STEPS}/{STEPS}' in life.text())
+      time.sleep(rng.uniform(0, 0.5))
+  life.kill()
+  return life.wait() == -signal.SIGKILL
+
+
+MOMENTS = ('start', 'step', 'checkpoint', 'checkpoint')
+
+
+@pytest.fixture(scope='module')
+def killed(train, whole, tmp_path_factory):
+  """Two runs, each killed at ten random moments and once while it renders its test image.
+
+  They go on side by side. With each: the moments, and how often a half checkpoint was left.
+  """
+
+  def run_on(seed):
+    run, rng = tmp_path_factory.mktemp('killed') / 'run', np.random.default_rng(seed)
+    kills, halves = [], 0
+    for moment in [*rng.choice(MOMENTS, 10), 'render']:
+      life = train(run, said=f'{run}.{len(kills)}')
+      assert kill(life, run, moment, rng), life.text()
+      kills.append(moment)
+      halves += any(run.glob('checkpoints/*.partial'))
+    life = train(run)
+    assert life.wait() == 0, life.text()
+    return run, kills, halves
+
+  with futures.ThreadPoolExecutor(2) as pool:
+    return list(pool.map(run_on, (0, 1)))
+
+
+class TestKills:
+  def test_parameters_optimizer_state_and_metrics_are_those_of_a_whole_run(self, killed, whole):
+    assert 'test_psnr' in metrics(whole)[-1]
+    assert all(same(run, whole) for run, _, _ in killed)
+
+  def test_they_were_killed_everywhere(self, killed):
+    assert {kill for _, kills, _ in killed for kill in kills} == {*MOMENTS, 'render'}
+    assert sum(halves for _, _, halves in killed) > 2
+
+  def test_nothing_is_left_of_what_was_not_finished(self, killed, whole):
+    names = lambda folder: {p.name for p in folder.iterdir()}  # noqa: E731
+    for run, _, _ in killed:
+      assert names(run) == names(whole)
+      assert names(run / 'checkpoints') == names(whole / 'checkpoints')
+
+  def test_tensorboard_shows_each_step_once_as_well(self, killed, whole):
+    wanted = scalars(whole)
+    assert len(wanted) > 30
+    for run, _, _ in killed:
+      assert scalars(run) == wanted
 
 
 class TestSignals:
@@ -143,3 +248,30 @@ class TestSignals:
     assert not list(whole.rglob('*.part*'))
     assert nursery.start(program, ['--checkpoint_dir', str(whole)], said).wait() == 0
     assert (whole / made).exists()
+
+
+class TestFullDisk:
+  """A disk that takes no file larger than so much: checkpoints outgrow it, a log does not."""
+
+  def test_a_run_says_so_and_keeps_its_last_checkpoint(
+    self, train, nursery, capture, whole, tmp_path
+  ):
+    run = tmp_path / 'run'
+    assert train(run, 'Config.early_exit_steps = 9').wait() == 0
+    largest = max(p.stat().st_size for p in (run / 'checkpoints').rglob('*') if p.is_file())
+    # By itself, since a pipe takes what it says however large files may be.
+    full = (largest * 6 // 10,) * 2
+    done = subprocess.run(
+      [sys.executable, 'train.py', *arguments(capture, run, 'Config.early_exit_steps = 20')],
+      cwd=lives.ROOT, env=nursery.env, capture_output=True, text=True, check=False,
+      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, full),
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    (line,) = [text for text in done.stderr.splitlines() if text.startswith('Error: ')]
+    assert line.startswith('Error: Step 20 could not be saved')
+    assert 'File too large' in line
+    assert 'The checkpoint of step 9 is kept' in line
+    assert checkpoints.newest(str(run)) == 9
+    assert not list((run / 'checkpoints').glob('*.partial'))
+    assert train(run, 'Config.early_exit_steps = 20', said=f'{run}.again').wait() == 0
+    assert checkpoints.newest(str(run)) == 20
