@@ -267,11 +267,11 @@ class TestFullDisk:
       preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, full),
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    (line,) = [text for text in done.stderr.splitlines() if text.startswith('Error: ')]
-    assert line.startswith('Error: Step 20 could not be saved')
-    assert 'File too large' in line
-    assert 'The checkpoint of step 9 is kept' in line
+    # Threads of TensorStore may still be talking, even in the middle of a line.
+    said = done.stderr[done.stderr.index('Error: Step 20 could not be saved') :]
+    assert 'File too large' in said
+    assert 'The checkpoint of step 9 is kept' in said
     assert checkpoints.newest(str(run)) == 9
-    assert not list((run / 'checkpoints').glob('*.partial'))
     assert train(run, 'Config.early_exit_steps = 20', said=f'{run}.again').wait() == 0
     assert checkpoints.newest(str(run)) == 20
+    assert {p.name for p in (run / 'checkpoints').iterdir()} == {'9', '20'}
