@@ -26,6 +26,7 @@ from internal import (
   report,
   runlog,
   sharding,
+  signals,
   train_step,
   vis,
 )
@@ -107,26 +108,48 @@ def load_pixels(settings, scene, mesh):
 
 
 def start_run(settings, mesh, step: int):
-  """The checkpoint manager; the state of the checkpoint at `step`, or a fresh one at 0."""
-  config = settings.config
-  manager = checkpoints.make_manager(config.checkpoint_dir, config.checkpoint_keep)
+  """The state of the checkpoint at `step`, or a fresh one at 0; and what `save_run` noted with it.
+
+  Returns:
+    (state, the stats of the print window's steps so far, the number of micro-batches).
+  """
+  folder = settings.config.checkpoint_dir
   if step == 0:
-    return manager, sharding.replicate(train_step.create_state(settings), mesh)
-  return manager, checkpoints.restore(manager, settings, mesh, step)
+    return sharding.replicate(train_step.create_state(settings), mesh), [], 1
+  state = checkpoints.restore(folder, settings, mesh, step)
+  notes = checkpoints.notes(folder, step)
+  window = [{name: np.float32(value) for name, value in row.items()} for row in notes['window']]
+  return state, window, notes['micro_batches'] if notes['devices'] == mesh.size else 1
+
+
+def save_run(config: configs.Config, state, window: list, step_fn, mesh) -> None:
+  """A checkpoint, and with it what must not depend on interruptions.
+
+  That is: the stats of a print window whose mean is not logged yet, and in how many micro-batches
+  these devices take their rays.
+  """
+  rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(window)]
+  notes = {'window': rows, 'micro_batches': step_fn.micro_batches, 'devices': mesh.size}
+  checkpoints.save(config.checkpoint_dir, state, config.checkpoint_keep, notes)
 
 
 def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
-  """Runs the steps that are left."""
+  """Runs the steps that are left.
+
+  Raises:
+    signals.Stopped: SIGTERM or SIGINT came; the step that it came in is done and saved.
+  """
   config, last = settings.config, settings.config.last_step
-  start = checkpoints.latest_step(config.checkpoint_dir) or 0
+  start = checkpoints.newest(config.checkpoint_dir) or 0
   if start >= last:
     print(f'Nothing to do: {config.checkpoint_dir} has step {start:,} of {last:,}.')
     return
-  step_fn = train_step.make_train_step(settings, mesh)
+  state, recent, micro_batches = start_run(settings, mesh, start)
+  step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches)
   draw = train_step.make_draw(config, mesh)
   test_renders = TestRenders(settings, scene, mesh)
-  manager, state = start_run(settings, mesh, start)
   if sharding.is_main():
+    checkpoints.tidy(config.checkpoint_dir, start)
     checkpoints.write_run(config.checkpoint_dir, settings, scene)
   log = runlog.RunLog(config.checkpoint_dir, start, last, sharding.is_main())
   pixels, on_device = load_pixels(settings, scene, mesh)
@@ -137,7 +160,7 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
     f'pixels on the {"device" if on_device else "host"}, {mesh.size} x '
     f'{mesh.devices.flat[0].device_kind}; steps {start:,} to {last:,} -> {config.checkpoint_dir}'
   )
-  recent, clock = [], time.time()
+  timed, clock = 0, time.time()
 
   def pause_clock():
     """Waits for the device; returns the seconds since the last call."""
@@ -146,33 +169,43 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
     elapsed, clock = time.time() - clock, time.time()
     return elapsed
 
-  for step in range(start + 1, last + 1):
-    source = pixels
-    if not on_device:
-      source = train_step.host_pixels(draw, step - 1, pixels, cams.size, mesh)
-    state, stats = step_fn(state, cams_on_device, source)
-    if step == start + 1:
-      parts = f'in {step_fn.micro_batches} micro-batches, ' if step_fn.micro_batches > 1 else ''
-      log.say(
-        f'first step after {runlog.duration(pause_clock())} (compiling); {parts}{step_fn.account()}'
-      )
-    else:
+  with signals.postponed() as request:
+    for step in range(start + 1, last + 1):
+      source = pixels
+      if not on_device:
+        source = train_step.host_pixels(draw, step - 1, pixels, cams.size, mesh)
+      state, stats = step_fn(state, cams_on_device, source)
       recent.append(stats)
-    render_now = config.train_render_every > 0 and step % config.train_render_every == 0
-    save_now = step % config.checkpoint_every == 0 or step == last
-    if recent and (step % config.print_every == 0 or render_now or save_now):
-      log.steps(step, recent, pause_clock(), config.batch_size)
-      recent = []
-    if render_now:
-      test_renders(state.params, step, log)
-    if save_now:
-      checkpoints.save(manager, state)
-    if step % config.gc_every == 0:
-      gc.collect()
-    if render_now or save_now:
-      pause_clock()
-  manager.wait_until_finished()
-  manager.close()
+      timed += 1
+      if step == start + 1:
+        parts = f'in {step_fn.micro_batches} micro-batches, ' if step_fn.micro_batches > 1 else ''
+        log.say(
+          f'first step after {runlog.duration(pause_clock())} (compiling); '
+          f'{parts}{step_fn.account()}'
+        )
+        timed = 0
+      render_now = config.train_render_every > 0 and step % config.train_render_every == 0
+      save_now = step % config.checkpoint_every == 0 or step == last
+      if step % config.print_every == 0 or render_now or save_now:
+        log.steps(step, recent, timed, pause_clock() if timed else 0.0, config.batch_size)
+        recent, timed = [], 0
+      if render_now:
+        test_renders(state.params, step, log)
+      # Processes agree where they wait for the device anyway, so that asking costs nothing.
+      ask_now = jax.process_count() == 1 or step % config.print_every == 0
+      signum = sharding.largest(request.signum) if ask_now and step < last else 0
+      if save_now or signum:
+        save_run(config, state, recent, step_fn, mesh)
+      if signum:
+        log.say(
+          f'step {step:,} is saved in {config.checkpoint_dir}; the same command goes on from there'
+        )
+        log.close()
+        raise signals.Stopped(signum)
+      if step % config.gc_every == 0:
+        gc.collect()
+      if render_now or save_now:
+        pause_clock()
   log.say(f'done: step {last:,}, {runlog.duration(log.train_seconds)} of training')
   log.close()
 
