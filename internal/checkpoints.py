@@ -116,11 +116,21 @@ def restore(
   """Reads a checkpoint onto the mesh's devices, whatever devices it was saved from.
 
   Raises:
-    CheckpointError: another architecture; the first parameter that differs is named.
+    CheckpointError: another architecture, of which the first parameter that differs is named; or
+      damaged files.
   """
   wanted = _abstract_state(settings, mesh)
-  _check_same_architecture(manager, step, wanted)
-  return manager.restore(step, args=ocp.args.StandardRestore(wanted))
+  try:
+    _check_same_architecture(manager, step, wanted)
+    return manager.restore(step, args=ocp.args.StandardRestore(wanted))
+  except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
+    raise
+  except Exception as e:  # Orbax raises nearly anything.
+    reason = ' '.join(str(e).split())[:300] or type(e).__name__
+    raise CheckpointError(
+      f'The checkpoint {manager.directory}/{step} cannot be read ({reason}). Copy it again, or '
+      'remove its folder to go on from the one before.'
+    ) from e
 
 
 def restore_params(

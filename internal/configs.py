@@ -6,6 +6,7 @@ Functions are given by name ('reciprocal') or in gin's way (`@jnp.reciprocal`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util  # noqa: F401  gin's search for included files uses it unimported.
@@ -13,7 +14,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gin
@@ -286,14 +287,23 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
   for path in gin_configs:
     if not os.path.isfile(path):
       raise ConfigError(f'No such gin file: {path!r}. --gin_configs takes paths to .gin files.')
-  try:
-    gin.parse_config_files_and_bindings(
-      list(gin_configs), list(gin_bindings), skip_unknown=False, print_includes_and_imports=False
-    )
+    with _gin_errors(f'{path}: bad gin config'):
+      gin.parse_config_file(path)
+  with _gin_errors('Bad gin config'):
+    gin.parse_config(list(gin_bindings))
+  with _gin_errors(f'Bad gin config ({", ".join(gin_configs) or "no file"})'):
+    gin.finalize()
     settings = Config(), Model(), PropMLP(), NerfMLP()
+    return Settings(*settings, text=gin.operative_config_str())
+
+
+@contextlib.contextmanager
+def _gin_errors(where: str) -> Iterator[None]:
+  """Whatever gin raises on text that it cannot use, as one line that opens with `where`."""
+  try:
+    yield
   except ConfigError as e:
     raise ConfigError(str(e).split('\n')[0]) from None
-  except (ValueError, SyntaxError, TypeError, OSError, KeyError, RuntimeError, ImportError) as e:
-    message = ' '.join(str(e).split())
-    raise ConfigError(f'Bad gin config: {message}{_advice(message)}') from None
-  return Settings(*settings, text=gin.operative_config_str())
+  except Exception as e:  # Its parser and Python's tokenizer raise nearly anything.
+    message = ' '.join(str(e).split()) or type(e).__name__
+    raise ConfigError(f'{where}: {message}{_advice(message)}') from None

@@ -16,7 +16,7 @@ from internal.datasets import images, scene
 def sample(ndc=True) -> scene.Scene:
   rng = np.random.default_rng(0)
   table = cameras.make_cameras(
-    rng.normal(size=(3, 3, 3)),
+    rng.random((3, 3, 3)),  # Focal lengths are positive.
     rng.normal(size=(3, 3, 4)),
     [[16, 12]] * 3,
     distortion=rng.normal(size=(3, 6)),
