@@ -1,5 +1,7 @@
 """What a run leaves on disk comes back, on any devices, or says why not."""
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
@@ -52,6 +54,20 @@ def test_what_is_not_there_is_said(saved, tmp_path):
     checkpoints.restore_params(empty, settings)
   with pytest.raises(checkpoints.CheckpointError, match=r'other.*config\.gin is missing'):
     checkpoints.open_run(empty)
+
+
+def test_damaged_checkpoints_are_named(saved):
+  folder, settings, _ = saved
+  for name in ('_METADATA', 'manifest.ocdbt'):
+    (path,) = pathlib.Path(folder, 'checkpoints', '8').glob(f'*/{name}')
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(
+      checkpoints.CheckpointError, match=r'checkpoints/8 cannot be read .* before'
+    ):
+      checkpoints.restore_params(folder, settings)
+    path.write_bytes(content)
+  assert checkpoints.restore_params(folder, settings)[1] == 8
 
 
 @pytest.mark.parametrize(

@@ -219,3 +219,15 @@ def test_early_exit_stops_before_max_steps():
   assert configs.Config(max_steps=100).last_step == 100
   assert configs.Config(max_steps=100, early_exit_steps=40).last_step == 40
   assert configs.Config(max_steps=100, early_exit_steps=400).last_step == 100
+
+
+@pytest.mark.parametrize(
+  'content', [b'\xff', b"include 'a.gin'", b'Config.factor = [', b'Config.factor = 9' + b'9' * 5000]
+)
+def test_damaged_files_are_named(tmp_path, monkeypatch, content):
+  monkeypatch.chdir(tmp_path)  # Where the file that includes itself is looked for.
+  path = tmp_path / 'a.gin'
+  path.write_bytes(content)
+  with pytest.raises(configs.ConfigError) as caught:
+    configs.load_config([str(path)])
+  assert str(path) in str(caught.value)

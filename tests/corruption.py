@@ -17,27 +17,30 @@ _ODD = {
   'i': st.sampled_from([-(2**31), -1, 0, 1, 5, 7, 17, 18, 2**31 - 1]),
 }
 _TOKENS = [
-  'nan', 'inf', '-1', '0', '1e308', '1e-300', '1e400', '1' * 25, '9' * 5000, '1_0', '٣', '-', '"', "'",
-  '#', ',', '[', '(', '{', ')', '@', '%', '=', '.', 'None', 'True', 'x', '\0', '\r', '\x85', '2.5',
-  '../../outside/secret.png', '1099511627776', '[' * 3000, '(' * 3000, '-' * 3000, '\ufeff',
+  'nan', 'inf', '-1', '0', '1e308', '1e-300', '1e400', '1' * 25, '9' * 5000, '1_0', '٣', '-', '"',
+  "'", '#', ',', '[', '(', '{', ')', '@', '%', '=', '.', 'None', 'True', 'x', '\0', '\r', '\x85',
+  '2.5', '../../outside/secret.png', '1099511627776', '[' * 3000, '(' * 3000, '-' * 3000, '\ufeff',
 ]  # fmt: skip
 # gin's own words: references that call themselves, macros of themselves, files of themselves.
 GIN_TOKENS = [
-  '@Config()', '@Config', '@jnp.log()', '@jnp.log', '%a', 'a = %a', "include 'a.gin'", 'x/y/Config.factor = 1',
-  'import nothing_of_that_name', "include '/dev/null/x'", 'Config.factor', '1e999', '{"a": [1, (2,)]}',
-  'Config.render_resolution = (1e999, [])', 'Config.weight_decay_mults = {(): []}', '@gin.singleton()',
+  '@Config()', '@Config', '@jnp.log()', '@jnp.log', '%a', 'a = %a', "include 'a.gin'",
+  'x/y/Config.factor = 1', 'import nothing_of_that_name', "include '/dev/null/x'", 'Config.factor',
+  '1e999', '{"a": [1, (2,)]}', 'Config.render_resolution = (1e999, [])',
+  'Config.weight_decay_mults = {(): []}', '@gin.singleton()',
 ]  # fmt: skip
 
 
 def names(outside: str):
   """What a capture's file could call a picture; `outside` is a folder beside the capture's."""
   return st.sampled_from([
-    '../outside/secret.png', '../../outside/secret.png', f'{outside}/secret.png', 'link.png', 'out/secret.png',
-    'images/link.png', 'images/out/secret.png', '..\\outside\\secret.png', 'images\\..\\..\\outside\\secret.png',
-    f'images/{outside}/secret.png', f'images//{outside}/secret.png', 'images/../../outside/secret.png', 'link',
-    'images/link', '', '.', '..', '/', '//', './', 'images', 'images/', '\0', 'a\0.png', 'images/a\0.png', 'x' * 5000,
-    'x/' * 3000, '\udce9.png', '\ud800.png', 'images/\ud800', '/dev/zero', '/dev/stdin', 'C:\\x.png', '~/x.png',
-    'pipe.png', 'images/pipe.png', 'folder.png', 'images/folder.png', '000.png', 'images/000.png', 'ü\n b.png',
+    '../outside/secret.png', '../../outside/secret.png', f'{outside}/secret.png', 'link.png',
+    'out/secret.png', 'images/link.png', 'images/out/secret.png', '..\\outside\\secret.png',
+    'images\\..\\..\\outside\\secret.png', f'images/{outside}/secret.png',
+    f'images//{outside}/secret.png', 'images/../../outside/secret.png', 'link', 'images/link', '',
+    '.', '..', '/', '//', './', 'images', 'images/', '\0', 'a\0.png', 'images/a\0.png', 'x' * 5000,
+    'x/' * 3000, '\udce9.png', '\ud800.png', 'images/\ud800', '/dev/zero', '/dev/stdin',
+    'C:\\x.png', '~/x.png', 'pipe.png', 'images/pipe.png', 'folder.png', 'images/folder.png',
+    '000.png', 'images/000.png', 'ü\n b.png',
   ])  # fmt: skip
 
 
@@ -125,8 +128,9 @@ def _odd_values(name):
   for _ in range(200):
     deep = [deep]
   plain = [
-    None, True, False, -1, 0, 1, 2, 2.5, 2**31, 2**60, -(2**64), 10**400, '', 'x', '1', [], {}, [[]], [None],
-    {'a': 1}, ['x'], [0, 0], [1, 0], [7], [1] * 100_000, 'y' * 100_000, deep, 'none', 'white', 'OPENCV',
+    None, True, False, -1, 0, 1, 2, 2.5, 2**31, 2**60, -(2**64), 10**400, '', 'x', '1', [], {},
+    [[]], [None], {'a': 1}, ['x'], [0, 0], [1, 0], [7], [1] * 100_000, 'y' * 100_000, deep, 'none',
+    'white', 'OPENCV',
   ]  # fmt: skip
   return st.sampled_from(plain) | st.sampled_from(_FLOATS) | name
 
@@ -188,12 +192,13 @@ def of_json(draw, content: bytes, name=st.just('x')) -> bytes:  # noqa: B008
 def of_npy(draw, content: bytes) -> bytes:
   """Headers that promise another shape or kind; archives and pickles are given by the test."""
   shape = draw(st.sampled_from(
-    ['(1152921504606846976, 17)', '(-1, 17)', '(0, 17)', '(9, 5)', '()', '(17,)', '(1000000000, 17)', '(2, 3, 17)',
-     '(1152921504606846976, 0)', '(9, 3, 4)', '(1.5, 17)', '(True, 17)', '(' * 2000, '(9, 17']
+    ['(1152921504606846976, 17)', '(-1, 17)', '(0, 17)', '(9, 5)', '()', '(17,)',
+     '(1000000000, 17)', '(2, 3, 17)', '(1152921504606846976, 0)', '(9, 3, 4)', '(1.5, 17)',
+     '(True, 17)', '(' * 2000, '(9, 17']
   ))  # fmt: skip
   kind = draw(st.sampled_from(
-    ["'<f8'", "'>f8'", "'<f2'", "'|O'", "'<c16'", "'<U9'", "'<M8[s]'", "[('a', '<f8')]", "'|V8'", "'|V9999999999'",
-     "'|b1'", "'<i8'", "[('a', '<f8', (1000000, 1000000))]", '3', "'f'"]
+    ["'<f8'", "'>f8'", "'<f2'", "'|O'", "'<c16'", "'<U9'", "'<M8[s]'", "[('a', '<f8')]", "'|V8'",
+     "'|V9999999999'", "'|b1'", "'<i8'", "[('a', '<f8', (1000000, 1000000))]", '3', "'f'"]
   ))  # fmt: skip
   header = f"{{'descr': {kind}, 'fortran_order': {draw(st.booleans())}, 'shape': {shape}, }}\n"
   version = draw(st.sampled_from([b'\1\0', b'\2\0', b'\3\0', b'\7\0']))

@@ -7,16 +7,15 @@ Each case is held to a time and a memory, and may open nothing beside the captur
 import builtins
 import contextlib
 import faulthandler
+import gc
 import io
 import os
 import pathlib
 import pickle
 import re
 import resource
-import shutil
 import signal
 import tracemalloc
-import warnings
 
 import captures
 import corruption
@@ -40,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings('ignore')  # Pillow's and numpy's, of da
 def cases(share: float):
   """The decorator of a test that takes its share of the cases."""
   return hypothesis.settings(
-    max_examples=max(5, round(share * (CASES or 500))),
+    max_examples=max(5, round(share * (CASES or 400))),
     derandomize=not CASES,
     database=None,
     deadline=None,  # `held` has a sterner one.
@@ -182,15 +181,20 @@ def outside(tmp_path_factory):
 def capture(request, outside):
   """A folder, the settings that read it, the files to damage; with traps among its pictures."""
   write, kwargs, names = FORMATS[request.param]
-  root = outside.parent / request.param
-  write(str(root))
-  traps = root / 'images'
-  if traps.is_dir():
-    (traps / 'link.png').symlink_to(outside / 'secret.png')
-    (traps / 'out').symlink_to(outside)
-    (traps / 'folder.png').mkdir()
-    os.mkfifo(traps / 'pipe.png')
-  return str(root), kwargs, names
+  root = str(outside.parent / request.param)
+  write(root)
+  if 'dataset_loader' not in kwargs or kwargs['dataset_loader'] == 'transforms':
+    _set_traps(root, outside)
+  return root, kwargs, names
+
+
+def _set_traps(root: str, outside) -> None:
+  """Among the pictures: links that lead out, a folder and a pipe."""
+  folder = pathlib.Path(root, 'images')
+  (folder / 'link.png').symlink_to(outside / 'secret.png')
+  (folder / 'out').symlink_to(outside)
+  (folder / 'folder.png').mkdir()
+  os.mkfifo(folder / 'pipe.png')
 
 
 def load(root, kwargs, read_only=False):
@@ -240,6 +244,7 @@ def test_names_in_a_sparse_model(outside, ext, data):
   root = str(outside.parent / f'names{ext}')
   if not os.path.isdir(root):
     _colmap(root, ext)
+    _set_traps(root, outside)
   model = colmap.read_model(os.path.join(root, 'sparse', '0'))
   name = data.draw(corruption.names(str(outside)))
   good = model.images[2]
@@ -337,6 +342,7 @@ def test_damaged_checkpoints(run, data):
       traced=False,
     )
   assert found is None or found[1] == 3
+  gc.collect()  # Reads that orbax left unfinished complain once, here.
 
 
 # Pictures.

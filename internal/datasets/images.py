@@ -59,6 +59,16 @@ class Header:
     return None
 
 
+def is_relative(name: str) -> bool:
+  """Whether a name leads down from the folder that it is taken in, links aside."""
+  try:
+    os.fsencode(name)
+  except UnicodeEncodeError:  # JSON can say what no file can be called.
+    return False
+  parts = re.split(r'[\\/]', name)
+  return all(parts) and '..' not in parts and '\0' not in name and not os.path.isabs(name)
+
+
 def inside(data_dir: str, name: str) -> str:
   """The path of a picture that a capture's file calls `name`, which must stay in `data_dir`.
 
@@ -69,25 +79,25 @@ def inside(data_dir: str, name: str) -> str:
   Raises:
     DataError: the name is absolute or climbs out of the folder, or a link leads out of it.
   """
-  parts = re.split(r'[\\/]', name)
-  path = os.path.join(data_dir, name)
-  try:
-    target = os.path.realpath(path)
-    roots = [data_dir, os.path.join(data_dir, parts[0])][: len(parts)]
-    roots = [os.path.realpath(root) for root in roots]
-  except (OSError, ValueError):  # No name that a file could have.
-    target, roots = '', []
-  if not roots or '..' in parts or not all(parts) or os.path.isabs(name):
+  if not is_relative(name):
     raise DataError(
       f'{_short(name)} is not a path inside {data_dir!r}: names must be relative to it, without '
       '"..".'
     )
-  if not any(os.path.commonpath([root, target]) == root for root in roots):
+  path = os.path.join(data_dir, name)
+  top, *deeper = re.split(r'[\\/]', name)
+  target = os.path.realpath(path)
+  roots = [data_dir, os.path.join(data_dir, top)] if deeper else [data_dir]
+  if not any(_is_below(os.path.realpath(root), target) for root in roots):
     raise DataError(
       f'{path}: is a link that leads out of the capture, to {target}. Copy the picture there, or '
-      f'make all of {parts[0]}/ the link.'
+      f'make all of {top}/ the link.'
     )
   return path
+
+
+def _is_below(root: str, path: str) -> bool:
+  return os.path.commonpath([root, path]) == root
 
 
 def _short(name: str) -> str:

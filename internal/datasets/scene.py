@@ -82,7 +82,7 @@ def load_scene(path: str) -> Scene:
     version = fields.pop('version')
     if version == _VERSION:
       return _checked_scene(fields)
-  except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
+  except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as e:
     reason = f'{type(e).__name__}: {" ".join(str(e).split())}'[:300]
     raise images.DataError(
       f'{path}: is no scene ({reason}). Train anew to have it written.'
@@ -105,8 +105,8 @@ def _checked_scene(fields: dict[str, Any]) -> Scene:
     raise ValueError('train and test must be rows of images')
   if not scene.train or len(scene.files) != len(scene.names):
     raise ValueError('train, files or names are too short')
-  for name in scene.files:
-    images.inside('', name)
+  if not all(map(images.is_relative, scene.files)):
+    raise ValueError('files must be names inside the capture')
   if not all(isinstance(name, str) and '\0' not in name for name in scene.names):
     raise ValueError('names must be strings')
   if scene.bounds is not None and not 0 < scene.bounds[0] <= scene.bounds[1] < np.inf:
@@ -136,7 +136,8 @@ def _checked_cameras(table: dict[str, Any], n: int) -> structs.Cameras:
 def _numbers(values: Any, shape: tuple[int, ...], dtype) -> np.ndarray:
   """Lists of finite numbers as an array."""
   exact = np.array(values, np.float64)
-  if exact.shape != shape or not (np.abs(exact) <= np.finfo(np.float32).max).all():
+  most = (np.iinfo if np.issubdtype(dtype, np.integer) else np.finfo)(dtype).max
+  if exact.shape != shape or not (np.abs(exact) <= most).all():
     raise ValueError(f'{list(exact.shape)} numbers, must be {list(shape)} finite ones')
   return exact.astype(dtype)
 
