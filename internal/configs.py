@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.util  # noqa: F401  gin's search for included files uses it unimported.
+import math
 import os
 import re
 import types
@@ -53,6 +54,15 @@ def _fits(value: Any, hint: Any) -> bool:
   return hint is Any or isinstance(value, hint)
 
 
+def _finite(value: Any) -> bool:
+  """Whether there is no infinity and no NaN in a value: gin could not write it to config.gin."""
+  if isinstance(value, dict):
+    return all(map(_finite, value.values()))
+  if isinstance(value, (tuple, list)):
+    return all(map(_finite, value))
+  return not isinstance(value, float) or math.isfinite(value)
+
+
 class _Checked:
   """Checks each field's type and choices, and turns functions into their names."""
 
@@ -70,6 +80,8 @@ class _Checked:
           raise ConfigError(f'{where} must be one of {known}, got {value!r}.')
       elif not _fits(value, hints[field.name]):
         raise ConfigError(f'{where} must be {field.type}, got {value!r}.')
+      if not _finite(value):
+        raise ConfigError(f'{where} must be finite, got {value!r}.')
 
 
 @gin.configurable
@@ -250,12 +262,18 @@ def _register(module: str, name: str) -> None:
   """Lets gin text say `@module.name`; the dataclasses keep the bare name."""
 
   def stand_in(*args):
-    raise ConfigError(f'@{module}.{name} is a name to be looked up, not a function to call.')
+    raise ValueError(f'@{module}.{name} is a name to be looked up, not a function to call.')
 
   stand_in.__name__ = stand_in.__qualname__ = name
   gin.external_configurable(stand_in, name=name, module=module)
 
 
+def _refuse_import(_, statement) -> None:
+  """gin would run any module and call any function, for a file that says what to train."""
+  raise ValueError(f'It imports {statement.module}, but settings run no code: remove that line.')
+
+
+gin.config.ParseContext.process_import = _refuse_import
 for _name in ('reciprocal', 'log'):
   _register('jnp', _name)
 _register('coord', 'contract')
@@ -294,7 +312,9 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
   with _gin_errors(f'Bad gin config ({", ".join(gin_configs) or "no file"})'):
     gin.finalize()
     settings = Config(), Model(), PropMLP(), NerfMLP()
-    return Settings(*settings, text=gin.operative_config_str())
+    text = gin.operative_config_str()
+  gin.clear_config()  # Or it would fill whatever Config is made later.
+  return Settings(*settings, text=text)
 
 
 @contextlib.contextmanager
@@ -306,4 +326,6 @@ def _gin_errors(where: str) -> Iterator[None]:
     raise ConfigError(str(e).split('\n')[0]) from None
   except Exception as e:  # Its parser and Python's tokenizer raise nearly anything.
     message = ' '.join(str(e).split()) or type(e).__name__
+    if len(message) > 600:  # A file that includes itself is named a thousand times.
+      message = f'{message[:600]}...'
     raise ConfigError(f'{where}: {message}{_advice(message)}') from None

@@ -221,6 +221,31 @@ def test_early_exit_stops_before_max_steps():
   assert configs.Config(max_steps=100, early_exit_steps=400).last_step == 100
 
 
+@pytest.mark.parametrize('value', ['far = 1e999', "weight_decay_mults = {'nerf_mlp': -1e999}"])
+def test_what_config_gin_could_not_say_is_refused(value):
+  with pytest.raises(configs.ConfigError, match=r'Config\.\w+ must be finite, got .*inf'):
+    configs.load_config([], [f'Config.{value}'])
+
+
+@pytest.mark.parametrize(
+  'line', ['import os', 'from os import path', 'from __gin__ import dynamic_registration']
+)
+def test_settings_run_no_code(tmp_path, line):
+  """A run's folder that somebody else made has a config.gin of theirs."""
+  trap = tmp_path / 'sprung'
+  call = "configs.Config.data_dir = @os.mkdir()\nos.mkdir.path = '{trap}'\n"
+  imports = 'import os\nfrom internal import configs\n'
+  inner, outer = tmp_path / 'inner.gin', tmp_path / 'outer.gin'
+  inner.write_text(f'{line}\n{imports}{call.format(trap=trap)}')
+  outer.write_text(f"include '{inner}'\n")
+  for path in (inner, outer):
+    with pytest.raises(configs.ConfigError, match=rf'{path.name}: .*settings run no code'):
+      configs.load_config([str(path)])
+  with pytest.raises(configs.ConfigError, match='settings run no code'):
+    configs.load_config([], [line])
+  assert not trap.exists()
+
+
 @pytest.mark.parametrize(
   'content', [b'\xff', b"include 'a.gin'", b'Config.factor = [', b'Config.factor = 9' + b'9' * 5000]
 )
