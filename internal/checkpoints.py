@@ -94,12 +94,19 @@ def _sha256(path: str) -> str:
 
 
 def _seal(folder: str, notes: Mapping[str, Any]) -> None:
-  """Adds the notes, and the manifest of all that is there."""
+  """Adds the notes, and the manifest of all that is there; a loss of power takes nothing of it."""
   with open(os.path.join(folder, _NOTES), 'w') as f:
     json.dump(notes, f)
   sums = {name: _sha256(os.path.join(folder, name)) for name in _files_in(folder)}
   with open(os.path.join(folder, _MANIFEST), 'w') as f:
     json.dump({'sha256': sums}, f, indent=1)
+  for root, _, names in os.walk(folder):
+    for name in ['', *names]:
+      opened = os.open(os.path.join(root, name), os.O_RDONLY)
+      try:
+        os.fsync(opened)
+      finally:
+        os.close(opened)
 
 
 def damage(checkpoint_dir: str, step: int) -> str | None:
@@ -107,15 +114,18 @@ def damage(checkpoint_dir: str, step: int) -> str | None:
   folder = os.path.join(_folder(checkpoint_dir), str(step))
   try:
     with open(os.path.join(folder, _MANIFEST), 'rb') as f:
-      sums = json.load(f)['sha256']
+      sums = dict(json.load(f)['sha256'])
+    there = _files_in(folder)  # Nothing else is opened, whatever names the manifest has.
     for name, wanted in sums.items():
+      if name not in there:
+        return f'{name} is missing'
       if _sha256(os.path.join(folder, name)) != wanted:
         return f'{name} is not as it was written'
   except FileNotFoundError as error:
     return f'{os.path.relpath(error.filename, folder)} is missing'
   except OSError as error:
     return f'{os.path.relpath(error.filename or folder, folder)}: {error.strerror}'
-  except (ValueError, TypeError, KeyError, AttributeError):
+  except (ValueError, TypeError, LookupError, RecursionError):
     return f'{_MANIFEST} is not as it was written'
   return None
 
@@ -156,7 +166,7 @@ def tidy(checkpoint_dir: str, start: int) -> None:
 
 
 def _remove_all_but(checkpoint_dir: str, keep: int) -> None:
-  for step in all_steps(checkpoint_dir)[:-keep]:
+  for step in all_steps(checkpoint_dir)[:-keep] if keep else ():
     path = os.path.join(_folder(checkpoint_dir), str(step))
     os.rename(path, path + _PARTIAL)
     shutil.rmtree(path + _PARTIAL)
@@ -184,6 +194,8 @@ def save(
   notes: Mapping[str, Any] | None = None,
 ) -> None:
   """Saves the state under its step, with notes (what JSON can hold), and removes old ones.
+
+  The newest `keep` stay, with 0 all of them.
 
   Raises:
     CheckpointError: it could not be written, on any process; those before it stay as they are.
@@ -214,7 +226,7 @@ def save(
 
 
 def notes(checkpoint_dir: str, step: int) -> dict[str, Any]:
-  """What was noted beside a checkpoint that `newest` has found."""
+  """What was noted beside a checkpoint that has been restored."""
   with open(os.path.join(_folder(checkpoint_dir), str(step), _NOTES)) as f:
     return json.load(f)
 
@@ -253,11 +265,21 @@ def restore(checkpoint_dir: str, settings: configs.Settings, mesh, step: int) ->
   folder, wanted = _folder(checkpoint_dir), _abstract_state(settings, mesh)
   reason = damage(checkpoint_dir, step)
   if not sharding.on_all(reason is None):
+    reason = reason or 'another process cannot read it'
     raise CheckpointError(f'The checkpoint {folder}/{step} is damaged: {reason}.')
   path = os.path.join(folder, str(step), _STATE)
-  with _orbax() as reader:
-    _check_same_architecture(folder, step, reader.metadata(path).item_metadata.tree, wanted)
-    return reader.restore(path, args=ocp.args.StandardRestore(wanted))
+  try:
+    with _orbax() as reader:
+      _check_same_architecture(folder, step, reader.metadata(path).item_metadata.tree, wanted)
+      return reader.restore(path, args=ocp.args.StandardRestore(wanted))
+  except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
+    raise
+  except Exception as e:  # Of files that are as they were written; orbax raises nearly anything.
+    reason = ' '.join(str(e).split())[:300] or type(e).__name__
+    raise CheckpointError(
+      f'The checkpoint {folder}/{step} cannot be read ({reason}). Remove it to go on from the one '
+      'before, or use the version of the program that wrote it.'
+    ) from e
 
 
 def restore_params(

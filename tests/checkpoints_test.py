@@ -1,6 +1,7 @@
 """What a run leaves on disk comes back, on any devices, or says why not."""
 
 import errno
+import json
 import os
 import pickle
 import shutil
@@ -156,6 +157,62 @@ def test_what_is_not_there_is_said(saved, tmp_path):
     checkpoints.restore_params(empty, settings)
   with pytest.raises(checkpoints.CheckpointError, match=r'other.*config\.gin is missing'):
     checkpoints.open_run(empty)
+
+
+def _seal_anew(step):
+  (step / 'manifest.json').unlink()
+  checkpoints._seal(str(step), {})
+
+
+def test_files_that_are_as_they_were_written_but_no_checkpoint_are_named(saved):
+  """Such as somebody else's, with a manifest that fits."""
+  folder, settings, _ = saved
+  step = Path(folder) / 'checkpoints' / '8'
+  for name in ('_METADATA', 'manifest.ocdbt'):
+    (path,) = step.glob(f'*/{name}')
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    _seal_anew(step)
+    with pytest.raises(checkpoints.CheckpointError, match=r'checkpoints/8 cannot be read .*Remove'):
+      checkpoints.restore_params(folder, settings)
+    path.write_bytes(whole)
+  _seal_anew(step)
+  assert checkpoints.restore_params(folder, settings)[1] == 8
+
+
+def test_a_manifest_opens_nothing_beside_the_checkpoint(saved):
+  folder, _, _ = saved
+  secret = Path(folder) / 'secret'
+  secret.write_text('x')
+  manifest = Path(folder) / 'checkpoints' / '8' / 'manifest.json'
+  for name in ('../../secret', str(secret)):
+    manifest.write_text(json.dumps({'sha256': {name: checkpoints._sha256(secret)}}))
+    assert checkpoints.damage(folder, 8) == f'{name} is missing'
+
+
+def test_all_is_on_the_disk_before_it_gets_its_name(saved, monkeypatch):
+  folder, _, state = saved
+  flushed, renamed = set(), []
+
+  def fsync(opened):
+    flushed.add(os.path.basename(os.readlink(f'/proc/self/fd/{opened}')))
+
+  def rename(source, target, rename=os.rename):
+    renamed.append((set(flushed), {p.name for p in Path(source).rglob('*')}))
+    rename(source, target)
+
+  monkeypatch.setattr(os, 'fsync', fsync)
+  monkeypatch.setattr(checkpoints.os, 'rename', rename)
+  checkpoints.save(folder, state.replace(step=state.step + 9))
+  (before, there), *_ = [entry for entry in renamed if 'manifest.json' in entry[1]]
+  assert there <= before
+
+
+@pytest.mark.parametrize(('keep', 'left'), [(1, [9]), (2, [8, 9]), (0, [5, 8, 9])])
+def test_as_many_are_kept_as_told(saved, keep, left):
+  folder, _, state = saved
+  checkpoints.save(folder, state.replace(step=state.step + 9), keep=keep)
+  assert checkpoints.all_steps(folder) == left
 
 
 @pytest.mark.parametrize(
