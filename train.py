@@ -1,13 +1,15 @@
 """Trains a scene: python train.py --gin_configs=configs/360.gin --gin_bindings="..."
 
 Everything lands in Config.checkpoint_dir, and a second start of the same command goes on from the
-newest checkpoint there. `--dry_run` prints a preflight report as JSON and stops.
+newest checkpoint there. `--dry_run` prints a preflight report as JSON and stops; `--replay_step N`
+shows step N of a run again, term by term, and the rays whose loss or gradient is not finite.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import time
@@ -16,6 +18,7 @@ import jax
 import numpy as np
 
 from internal import (
+  bad_numbers,
   batches,
   checkpoints,
   cli,
@@ -31,6 +34,8 @@ from internal import (
   vis,
 )
 from internal.datasets import scene as scene_lib
+
+REPLAYED_RAYS = 20  # At most so many are shown.
 
 
 def preflight(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> dict:
@@ -97,12 +102,17 @@ class TestRenders:
       )
 
 
+def read_pixels(config: configs.Config, scene: scene_lib.Scene) -> batches.PixelStore:
+  """The training images' pixels, on the host."""
+  return batches.make_store(
+    scene_lib.read_images(config.data_dir, scene, scene.train, progress=sharding.is_main())
+  )
+
+
 def load_pixels(settings, scene, mesh):
   """The training images' pixels, on the device where they fit."""
   config = settings.config
-  store = batches.make_store(
-    scene_lib.read_images(config.data_dir, scene, scene.train, progress=sharding.is_main())
-  )
+  store = read_pixels(config, scene)
   on_device = keep_on_device(config, store)
   return (sharding.replicate(store, mesh) if on_device else store), on_device
 
@@ -133,14 +143,53 @@ def save_run(config: configs.Config, state, window: list, step_fn, mesh) -> None
   checkpoints.save(config.checkpoint_dir, state, config.checkpoint_keep, notes)
 
 
+def replay(settings: configs.Settings, scene: scene_lib.Scene, mesh, step: int) -> None:
+  """Does a step of a run again, from the newest checkpoint before it, and prints what it sees.
+
+  Nothing is written.
+  """
+  config = settings.config
+  if not 1 <= step <= config.last_step:
+    raise configs.ConfigError(f'--replay_step must be in [1, {config.last_step}], got {step}.')
+  say = print if sharding.is_main() else lambda *_: None
+  start = checkpoints.start_step(config.checkpoint_dir, at_most=step - 1)
+  say(f'step {step:,}, from {f"the checkpoint of step {start:,}" if start else "the beginning"}:')
+  state, _, micro_batches = start_run(settings, mesh, start)
+  step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches)
+  draw = train_step.make_draw(config, mesh)
+  store = read_pixels(config, scene)
+  cams = scene.cameras.take(np.array(scene.train))
+  cams_on_device = sharding.replicate(cams, mesh)
+  for done in range(start, step - 1):
+    rgb = train_step.host_pixels(draw, done, store, cams.size, mesh)
+    state, _ = step_fn(state, cams_on_device, rgb)
+  ids = [sharding.to_host(a) for a in draw(step - 1, cams.size)]
+  seen = batches.lookup(store, cams.size, *ids)
+  found = bad_numbers.find_rays(settings, mesh, state, cams_on_device, seen)
+  found = list(itertools.islice(found, REPLAYED_RAYS + 1))  # Before the step takes the state.
+  rgb = train_step.host_pixels(draw, step - 1, store, cams.size, mesh)
+  for name, value in jax.device_get(step_fn(state, cams_on_device, rgb)[1]).items():
+    say(f'  {name} {value:.9g}')
+  for ray, values in found[:REPLAYED_RAYS]:
+    cam, x, y = (int(a[ray]) for a in ids)
+    row = scene.train[cam]
+    terms = ', '.join(f'{name} {value:.6g}' for name, value in values.items())
+    say(f'ray {ray}: camera {row} ({scene.names[row]}), pixel x {x}, y {y}: {terms}')
+  if len(found) > REPLAYED_RAYS:
+    say('and others')
+  if not found:
+    say(f'Loss and gradient of each of the {config.batch_size:,} rays are finite by themselves.')
+
+
 def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
   """Runs the steps that are left.
 
   Raises:
     signals.Stopped: SIGTERM or SIGINT came; the step that it came in is done and saved.
+    BadNumbersError: a part has not been updated for too long.
   """
   config, last = settings.config, settings.config.last_step
-  start = checkpoints.newest(config.checkpoint_dir) or 0
+  start = checkpoints.start_step(config.checkpoint_dir)
   if start >= last:
     print(f'Nothing to do: {config.checkpoint_dir} has step {start:,} of {last:,}.')
     return
@@ -187,7 +236,11 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
       render_now = config.train_render_every > 0 and step % config.train_render_every == 0
       save_now = step % config.checkpoint_every == 0 or step == last
       if step % config.print_every == 0 or render_now or save_now:
-        log.steps(step, recent, timed, pause_clock() if timed else 0.0, config.batch_size)
+        elapsed, rows = pause_clock() if timed else 0.0, jax.device_get(recent)
+        log.steps(step, rows, timed, elapsed, config.batch_size)
+        for line in bad_numbers.lines(step, rows):
+          log.say(line)
+        bad_numbers.check(config.checkpoint_dir, config.max_skipped_updates, step, rows)
         recent, timed = [], 0
       if render_now:
         test_renders(state.params, step, log)
@@ -226,7 +279,10 @@ def main(args: argparse.Namespace) -> None:
       f'Model.num_glo_embeddings is {settings.model.num_glo_embeddings}, fewer than the '
       f'{len(scene.train)} training images; raise it.'
     )
-  train(settings, scene, mesh)
+  if args.replay_step is not None:
+    replay(settings, scene, mesh, args.replay_step)
+  else:
+    train(settings, scene, mesh)
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -236,6 +292,9 @@ def parse(argv=None) -> argparse.Namespace:
   cli.add_arguments(parser)
   parser.add_argument(
     '--dry_run', action='store_true', help='print a preflight report as JSON and stop'
+  )
+  parser.add_argument(
+    '--replay_step', type=int, metavar='N', help='show what was in step N of the run and stop'
   )
   return parser.parse_args(argv)
 

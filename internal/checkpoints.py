@@ -111,7 +111,7 @@ def _seal(folder: str, notes: Mapping[str, Any]) -> None:
 
 def damage(checkpoint_dir: str, step: int) -> str | None:
   """What is wrong with the files of a checkpoint, None if they are as they were written."""
-  folder = os.path.join(_folder(checkpoint_dir), str(step))
+  folder = folder_of(checkpoint_dir, step)
   try:
     with open(os.path.join(folder, _MANIFEST), 'rb') as f:
       sums = dict(json.load(f)['sha256'])
@@ -130,16 +130,19 @@ def damage(checkpoint_dir: str, step: int) -> str | None:
   return None
 
 
-def _report(folder: str, step: int, reason: str, then: str) -> None:
-  if sharding.is_main():
-    print(f'The checkpoint {folder}/{step} is damaged: {reason}; {then}.', file=sys.stderr)
+def folder_of(checkpoint_dir: str, step: int) -> str:
+  """Where the checkpoint of a step is, or would be."""
+  return os.path.join(_folder(checkpoint_dir), str(step))
 
 
-def newest(checkpoint_dir: str) -> int | None:
-  """The step of the newest checkpoint that is whole, or None; tells of newer, damaged ones."""
+def newest(checkpoint_dir: str, at_most: int | None = None) -> int | None:
+  """The step of the newest checkpoint that is whole, or None; tells of newer, damaged ones.
+
+  Of those up to the step `at_most`, where it is given. All processes are told the same.
+  """
   found = None
   if sharding.is_main():
-    steps = all_steps(checkpoint_dir)
+    steps = [step for step in all_steps(checkpoint_dir) if at_most is None or step <= at_most]
     while steps and found is None:
       step = steps.pop()
       reason = damage(checkpoint_dir, step)
@@ -147,9 +150,25 @@ def newest(checkpoint_dir: str) -> int | None:
         found = step
       else:
         then = f'trying that of step {steps[-1]}' if steps else 'and there is no other'
-        _report(_folder(checkpoint_dir), step, reason, then)
+        path = folder_of(checkpoint_dir, step)
+        print(f'The checkpoint {path} is damaged: {reason}; {then}.', file=sys.stderr)
   found = sharding.from_main(-1 if found is None else found)
   return None if found < 0 else found
+
+
+def start_step(checkpoint_dir: str, at_most: int | None = None) -> int:
+  """The step that training goes on from: `newest`, or 0 where nothing has been saved.
+
+  Raises:
+    CheckpointError: there are checkpoints, but none is whole.
+  """
+  step = newest(checkpoint_dir, at_most)
+  if step is None and at_most is None and sharding.from_main(latest_step(checkpoint_dir) or 0):
+    raise CheckpointError(
+      f'No checkpoint in {_folder(checkpoint_dir)} is whole. Copy one there from elsewhere, or '
+      'move that folder away to train from the beginning.'
+    )
+  return step or 0
 
 
 def tidy(checkpoint_dir: str, start: int) -> None:
@@ -167,7 +186,7 @@ def tidy(checkpoint_dir: str, start: int) -> None:
 
 def _remove_all_but(checkpoint_dir: str, keep: int) -> None:
   for step in all_steps(checkpoint_dir)[:-keep] if keep else ():
-    path = os.path.join(_folder(checkpoint_dir), str(step))
+    path = folder_of(checkpoint_dir, step)
     os.rename(path, path + _PARTIAL)
     shutil.rmtree(path + _PARTIAL)
 
@@ -201,8 +220,7 @@ def save(
     CheckpointError: it could not be written, on any process; those before it stay as they are.
   """
   step = int(sharding.to_host(state.step))
-  folder = _folder(checkpoint_dir)
-  final = os.path.join(folder, str(step))
+  folder, final = _folder(checkpoint_dir), folder_of(checkpoint_dir, step)
   failure = None
   try:
     with _quiet(), _orbax() as writer:
@@ -227,7 +245,7 @@ def save(
 
 def notes(checkpoint_dir: str, step: int) -> dict[str, Any]:
   """What was noted beside a checkpoint that has been restored."""
-  with open(os.path.join(_folder(checkpoint_dir), str(step), _NOTES)) as f:
+  with open(os.path.join(folder_of(checkpoint_dir, step), _NOTES)) as f:
     return json.load(f)
 
 
@@ -244,13 +262,13 @@ def _named_shapes(tree) -> dict[str, tuple[int, ...]]:
   return {'/'.join(map(name, path)): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def _check_same_architecture(folder: str, step: int, saved, wanted: structs.TrainState) -> None:
+def _check_same_architecture(folder: str, saved, wanted: structs.TrainState) -> None:
   """Names the first parameter in which a checkpoint and the model differ."""
   saved, wanted = _named_shapes(saved['params']), _named_shapes(wanted.params)
   for name in [*wanted, *saved]:
     if saved.get(name) != wanted.get(name):
       raise CheckpointError(
-        f'The checkpoint {folder}/{step} is of another architecture: {name} is '
+        f'The checkpoint {folder} is of another architecture: {name} is '
         f'{saved.get(name, "absent")} there and {wanted.get(name, "absent")} in this config. '
         "Use the run's own config.gin, or another Config.checkpoint_dir."
       )
@@ -262,23 +280,23 @@ def restore(checkpoint_dir: str, settings: configs.Settings, mesh, step: int) ->
   Raises:
     CheckpointError: damaged, or of another architecture; the first parameter that differs is named.
   """
-  folder, wanted = _folder(checkpoint_dir), _abstract_state(settings, mesh)
+  folder, wanted = folder_of(checkpoint_dir, step), _abstract_state(settings, mesh)
   reason = damage(checkpoint_dir, step)
   if not sharding.on_all(reason is None):
     reason = reason or 'another process cannot read it'
-    raise CheckpointError(f'The checkpoint {folder}/{step} is damaged: {reason}.')
-  path = os.path.join(folder, str(step), _STATE)
+    raise CheckpointError(f'The checkpoint {folder} is damaged: {reason}.')
+  path = os.path.join(folder, _STATE)
   try:
     with _orbax() as reader:
-      _check_same_architecture(folder, step, reader.metadata(path).item_metadata.tree, wanted)
+      _check_same_architecture(folder, reader.metadata(path).item_metadata.tree, wanted)
       return reader.restore(path, args=ocp.args.StandardRestore(wanted))
   except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
     raise
   except Exception as e:  # Of files that are as they were written; orbax raises nearly anything.
     reason = ' '.join(str(e).split())[:300] or type(e).__name__
     raise CheckpointError(
-      f'The checkpoint {folder}/{step} cannot be read ({reason}). Remove it to go on from the one '
-      'before, or use the version of the program that wrote it.'
+      f'The checkpoint {folder} cannot be read ({reason}). Remove it to go on from the one before, '
+      'or use the version of the program that wrote it.'
     ) from e
 
 

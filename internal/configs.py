@@ -108,6 +108,7 @@ class Config(_Checked):
   seed: int = 20220618
   batching: str = 'all_images'
   batch_size: int = 16384  # Rays a step over all devices of all hosts.
+  max_skipped_updates: int = 100  # Of a part in a row, as loss or gradient are not finite (0: any).
   micro_batches: int = 0  # Parts in which a device takes its rays (0: as few as its memory needs).
   max_steps: int = 250000
   early_exit_steps: int | None = None  # Stop here; the schedules still run over max_steps.
@@ -175,7 +176,7 @@ class Config(_Checked):
         raise ConfigError(f'Config.{name} must be at least 1, got {getattr(self, name)}.')
     if any(r <= 0 for r in self.interlevel_blur):
       raise ConfigError(f'Config.interlevel_blur must be positive, got {self.interlevel_blur}.')
-    for name in ('micro_batches', 'checkpoint_keep'):
+    for name in ('micro_batches', 'checkpoint_keep', 'max_skipped_updates'):
       if getattr(self, name) < 0:
         raise ConfigError(f'Config.{name} must not be negative, got {getattr(self, name)}.')
     if self.factor < 0:

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 
-import jax
 import numpy as np
 
 from internal import files
@@ -37,6 +36,12 @@ def read_metrics(path: str) -> list[dict]:
   return rows
 
 
+def _mean(values: Sequence[float]) -> float:
+  """The mean of those that are finite; NaN where none is."""
+  finite = [v for v in map(float, values) if math.isfinite(v)]
+  return float(np.mean(finite)) if finite else math.nan
+
+
 class _Board:
   """TensorBoard's file, written at once.
 
@@ -61,7 +66,8 @@ class _Board:
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     for name, value in values.items():
-      self._add(step, summary=self._summary.scalar(name, value))
+      if math.isfinite(value):
+        self._add(step, summary=self._summary.scalar(name, value))
     self._writer.flush()
 
   def picture(self, step: int, name: str, image: np.ndarray) -> None:
@@ -114,11 +120,13 @@ class RunLog:
   def steps(
     self, step: int, rows: Sequence[Mapping], timed: int, elapsed: float, batch_size: int
   ) -> None:
-    """Records the steps since the last call: the means of their stats, and rays/s.
+    """Records the steps since the last call: the means of their finite stats, and rays/s.
+
+    Of updates that a part was not given ('skipped_nerf_mlp', ...) it is their number.
 
     Args:
       step: the last of them.
-      rows: stats of each, on the device or not.
+      rows: stats of each, as numpy scalars.
       timed: how many of them `elapsed` is of: not those that compiled, or ran before a restart.
       elapsed: seconds that those took.
       batch_size: rays a step.
@@ -126,8 +134,10 @@ class RunLog:
     self.train_seconds += elapsed
     if not self.enabled:
       return
-    rows = jax.device_get(list(rows))
-    values = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    values = {name: _mean([row[name] for row in rows]) for name in rows[0]}
+    for name in values:
+      if name.startswith('skipped_'):
+        values[name] = sum(row[name] > 0 for row in rows)
     width = len(f'{self.last_step:,}')
     text = (
       f'step {step:>{width},}/{self.last_step:,}  loss {values["loss"]:.5f}  '
