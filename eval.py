@@ -35,13 +35,15 @@ class EvalError(ValueError):
 
 
 def steps_to_evaluate(run: str, config: configs.Config) -> Iterator[int]:
-  """The newest checkpoint's step; in the waiting mode each newer one's too, until the last."""
-  done = None
+  """The newest whole checkpoint's step; in the waiting mode later ones' too, until the last."""
+  seen = step = done = None
   while True:
     # Every process must take the same one, however late it looks.
-    step = sharding.from_main(checkpoints.latest_step(run) or 0)
+    latest = sharding.from_main(checkpoints.latest_step(run) or 0)
+    if latest != seen:
+      seen, step = latest, checkpoints.newest(run) or 0
     if config.eval_only_once and not step:
-      raise EvalError(f'No checkpoint in {run}/checkpoints yet: train first.')
+      raise EvalError(f'No whole checkpoint in {run}/checkpoints yet: train first.')
     if step and step != done:
       yield step
       done = step

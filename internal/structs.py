@@ -97,4 +97,5 @@ class TrainState:
 
   step: Array  # [] int32, updates done so far.
   params: Any  # {'prop_mlp': ..., 'nerf_mlp': ..., ...}
-  opt_state: Any
+  opt_state: Any  # Of each part by itself, by the same names.
+  skipped: Any  # {'prop_mlp': [] int32, ...}, updates in a row that the part was not given.

@@ -54,7 +54,9 @@ class TestStepsToEvaluate:
   def steps(self, monkeypatch, seen, **config):
     """What is evaluated when checkpoints appear as in `seen`, one entry a look."""
     looks, naps = iter(seen), []
-    monkeypatch.setattr(checkpoints, 'latest_step', lambda run: next(looks))
+    at = []
+    monkeypatch.setattr(checkpoints, 'latest_step', lambda run: at.append(next(looks)) or at[-1])
+    monkeypatch.setattr(checkpoints, 'newest', lambda run: at[-1])
     fake_time = SimpleNamespace(sleep=naps.append, time=lambda: 0.0)
     monkeypatch.setattr(eval_program, 'time', fake_time)
     return list(eval_program.steps_to_evaluate('runs/a', configs.Config(**config))), len(naps)
@@ -63,7 +65,7 @@ class TestStepsToEvaluate:
     assert self.steps(monkeypatch, [400]) == ([400], 0)
 
   def test_no_checkpoint_is_an_error(self, monkeypatch):
-    with pytest.raises(eval_program.EvalError, match=r'No checkpoint in runs/a'):
+    with pytest.raises(eval_program.EvalError, match=r'No whole checkpoint in runs/a'):
       self.steps(monkeypatch, [None])
 
   def test_waiting_takes_each_new_one_until_the_last(self, monkeypatch):
