@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -18,8 +18,10 @@ from internal import (
   cli,
   configs,
   evaluation,
+  lpips,
   models,
   report,
+  runlog,
   sharding,
   train_step,
   vis,
@@ -81,8 +83,33 @@ def save_pictures(stem: str, rendering: dict, truth, note: str) -> None:
   vis.write_png(f'{stem}_sheet.png', vis.comparison_sheet(rendering, truth, note))
 
 
-def evaluate(config, scene, rows: Sequence[int], render_image, params, step: int, folder: str):
+def load_lpips() -> tuple[Callable | None, str | None]:
+  """The function that measures LPIPS, or why there is none."""
+  try:
+    return lpips.load(), None
+  except lpips.LpipsUnavailableError as reason:
+    return None, str(reason)
+
+
+def train_seconds(run: str, step: int) -> float | None:
+  """How long training took up to the step, by the run's own record."""
+  rows = runlog.read_metrics(os.path.join(run, 'metrics.jsonl'))
+  told = [row['train_seconds'] for row in rows if row.get('step', step + 1) <= step]
+  return told[-1] if told else None
+
+
+def evaluate(
+  settings: configs.Settings,
+  scene: scene_lib.Scene,
+  rows: Sequence[int],
+  render_image: Callable,
+  params: dict,
+  step: int,
+  run: str,
+) -> None:
   """Renders the rows' images with one checkpoint and writes all that is said of them."""
+  config, folder = settings.config, os.path.join(run, 'eval')
+  measure_lpips, lpips_absent = load_lpips() if sharding.is_main() else (None, None)
   per_image, pairs = [], []
   fraction = float(train_step.train_fraction(step, config.max_steps))
   for k, row in enumerate(rows):
@@ -92,9 +119,10 @@ def evaluate(config, scene, rows: Sequence[int], render_image, params, step: int
     if not sharding.is_main():
       continue
     truth = scene_lib.read_image(config.data_dir, scene, row)
-    metrics = report.image_metrics(rendering['rgb'], truth, config)
-    name = scene.names[row]
-    per_image.append({'name': name, **metrics, 'seconds': seconds})
+    metrics = report.image_metrics(rendering['rgb'], truth, config, measure_lpips)
+    name, (height, width) = scene.names[row], truth.shape[:2]
+    size = {'width': width, 'height': height}
+    per_image.append({'name': name, **size, **metrics, 'seconds': seconds})
     print(
       f'{k + 1}/{len(rows)} {name}  {report.format_metrics(metrics)}  {seconds:.1f}s', flush=True
     )
@@ -106,7 +134,14 @@ def evaluate(config, scene, rows: Sequence[int], render_image, params, step: int
       pairs.append(vis.shrink(pair, _PAIR_WIDTH))
   if not sharding.is_main():
     return
-  results = report.make_results(config, per_image, step, models.num_params(params))
+  results = report.make_results(
+    settings,
+    per_image,
+    step,
+    models.num_params(params),
+    lpips_absent,
+    train_seconds(run, step),
+  )
   report.write_json(os.path.join(folder, 'results.json'), results)
   if not config.eval_only_once:
     report.write_json(os.path.join(folder, f'results_{step:06d}.json'), results)
@@ -115,6 +150,8 @@ def evaluate(config, scene, rows: Sequence[int], render_image, params, step: int
     sheet = vis.contact_sheet(pairs, captions, _PAIR_WIDTH)
     vis.write_png(os.path.join(folder, 'contact_sheet.png'), sheet)
   print(f'mean of {len(rows)} images at step {step:,}: {report.format_metrics(results["mean"])}')
+  if lpips_absent:
+    print(f'LPIPS is null: {lpips_absent}')
   print(f'-> {os.path.join(folder, "results.json")}', flush=True)
 
 
@@ -128,8 +165,7 @@ def main(argv: list[str] | None = None) -> None:
   render_image = evaluation.make_image_renderer(settings, mesh)
   for step in steps_to_evaluate(run, settings.config):
     params, _ = checkpoints.restore_params(run, settings, step, mesh)
-    folder = os.path.join(run, 'eval')
-    evaluate(settings.config, scene, rows, render_image, params, step, folder)
+    evaluate(settings, scene, rows, render_image, params, step, run)
 
 
 if __name__ == '__main__':

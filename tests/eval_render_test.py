@@ -1,5 +1,6 @@
 """The decisions that eval.py and render.py take, with a stand-in for the model."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -7,11 +8,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 import eval as eval_program
 import render as render_program
-from internal import cameras, checkpoints, configs, evaluation, video
+from internal import cameras, checkpoints, configs, evaluation, lpips, video
 from internal.datasets import scene as scene_lib
 
 
@@ -34,7 +36,7 @@ def scene(tmp_path):
   (tmp_path / 'data' / 'sub').mkdir(parents=True)
   rng = np.random.default_rng(0)
   for name in names:
-    picture = Image.fromarray(rng.integers(0, 256, (14, 20, 3), np.uint8))
+    picture = Image.fromarray(rng.integers(0, 256, (16, 20, 3), np.uint8))
     picture.save(tmp_path / 'data' / name)
   angle = 2 * np.pi * np.arange(5) / 5
   poses = np.zeros((5, 3, 4))
@@ -42,7 +44,7 @@ def scene(tmp_path):
   up = np.tile([0.0, 0, 1], (5, 1))
   poses[...] = np.stack([np.cross(up, back), up, back, back], -1)
   cams = cameras.make_cameras(
-    cameras.pixtocam_from_intrinsics(20.0, 20.0, 10.0, 7.0), poses, size=[20, 14]
+    cameras.pixtocam_from_intrinsics(20.0, 20.0, 10.0, 8.0), poses, size=[20, 16]
   )
   return scene_lib.Scene(
     loader='llff', files=names, names=names, cameras=cams, train=(1, 2, 3), test=(0, 4),
@@ -101,9 +103,10 @@ class TestSelectImages:
 class TestEvaluate:
   def evaluate(self, scene, tmp_path, **config):
     config = configs.Config(**{'data_dir': str(tmp_path / 'data'), **config})
+    settings = dataclasses.replace(tiny.settings(), config=config)
     params = {'w': np.ones(5, np.float32)}
+    eval_program.evaluate(settings, scene, [0, 4], fake_render, params, 70, str(tmp_path))
     folder = tmp_path / 'eval'
-    eval_program.evaluate(config, scene, [0, 4], fake_render, params, 70, str(folder))
     return folder, json.loads((folder / 'results.json').read_text())
 
   def test_writes_metrics_and_pictures(self, scene, tmp_path, capsys):
@@ -123,6 +126,29 @@ class TestEvaluate:
     out = capsys.readouterr().out
     assert '2/2 sub/e.png  psnr' in out
     assert f'psnr {results["mean"]["psnr"]:.2f}' in out
+
+  def test_lpips_is_measured_or_its_absence_explained(self, scene, tmp_path, monkeypatch, capsys):
+    def absent():
+      raise lpips.LpipsUnavailableError('not here: install it')
+
+    monkeypatch.setattr(lpips, 'load', absent)
+    _, results = self.evaluate(scene, tmp_path, eval_save_output=False)
+    assert results['lpips']['absent'] == 'not here: install it'
+    assert results['mean']['lpips_vgg'] is results['per_image'][1]['lpips_paper'] is None
+    assert 'LPIPS is null: not here: install it' in capsys.readouterr().out
+    numbers = {'lpips_paper': 0.125, 'lpips_vgg': 0.25}
+    monkeypatch.setattr(lpips, 'load', lambda: lambda a, b: numbers)
+    _, results = self.evaluate(scene, tmp_path, eval_save_output=False)
+    assert results['lpips']['absent'] is None
+    assert {k: results['mean'][k] for k in numbers} == numbers
+
+  def test_tells_how_long_training_took_to_the_step(self, scene, tmp_path):
+    _, results = self.evaluate(scene, tmp_path, eval_save_output=False)
+    assert results['train_seconds'] is None
+    rows = ({'step': s, 'train_seconds': 2.0 * s} for s in (50, 70, 90))
+    (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    _, results = self.evaluate(scene, tmp_path, eval_save_output=False)
+    assert results['train_seconds'] == 140
 
   def test_pictures_can_be_left_out(self, scene, tmp_path):
     folder, _ = self.evaluate(scene, tmp_path, eval_save_output=False)
@@ -201,7 +227,7 @@ class TestRender:
       ({'step': 8}, r'step 7 \(now 8\)'),
       ({'weights': 3.0}, 'weights'),
       ({'render_path_frames': 5}, r'frames 6 \(now 5\)'),
-      ({'render_resolution': (40, 28)}, 'size'),
+      ({'render_resolution': (40, 32)}, 'size'),
       ({'z_variation': 1.0, 'z_phase': 0.3}, 'path'),
       ({'render_camtype': 'fisheye'}, 'lens'),
     ],
