@@ -73,7 +73,9 @@ def _is_for_the_user(error: Exception) -> bool:
     return True
   raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
   folder = os.path.dirname(os.path.abspath(raised_in))
-  ours = folder == os.path.dirname(_ROOMS) or (folder + os.sep).startswith(_ROOMS + os.sep)
+  top = os.path.dirname(_ROOMS)
+  programs = (top, os.path.join(top, 'scripts'))
+  ours = folder in programs or (folder + os.sep).startswith(_ROOMS + os.sep)
   return ours and isinstance(error, (ValueError, OSError))
 
 
