@@ -27,7 +27,10 @@ METRICS = ('psnr', 'ssim', 'cc_psnr', 'cc_ssim')
 
 # Fields of Config by which two runs of one method may differ: where things are, how the run tells
 # of itself, and what is rendered of it later. (What evaluation does is told under 'protocol'.)
-_NOT_THE_METHOD = ('data_dir', 'checkpoint_dir', 'factor', 'pixels_on', 'micro_batches')
+# And early_exit_steps, since results tell their step.
+_NOT_THE_METHOD = (
+  'data_dir', 'checkpoint_dir', 'factor', 'pixels_on', 'micro_batches', 'early_exit_steps'
+)  # fmt: skip
 _NEITHER = ('eval_', 'render_', 'train_render_', 'z_', 'vis_', 'print_', 'checkpoint_', 'gc_')
 
 _DESCRIPTION = (

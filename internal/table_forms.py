@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Callable
 
-from internal import tables
+from internal import files, tables
 
 _NAMES = {
   'psnr': 'PSNR',
@@ -151,3 +152,9 @@ def as_csv(table: tables.Table) -> str:
 
 
 FORMS: dict[str, Callable[[tables.Table], str]] = {'.md': markdown, '.tex': latex, '.csv': as_csv}
+
+
+def write(path: str, table: tables.Table) -> None:
+  """Writes a table in the form that the path's ending says, which is a key of FORMS."""
+  with files.whole(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
+    f.write(FORMS[os.path.splitext(path)[1]](table))

@@ -16,7 +16,7 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from internal import benchmarks, cli, files, table_forms, tables
+from internal import benchmarks, cli, table_forms, tables
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,9 +45,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
   args = parse(argv)
-  endings = {path: os.path.splitext(path)[1] for path in args.out}
-  for path, ending in endings.items():
-    if ending not in table_forms.FORMS:
+  for path in args.out:
+    if os.path.splitext(path)[1] not in table_forms.FORMS:
       raise tables.TablesError(f'--out {path}: must end in {", ".join(table_forms.FORMS)}.')
   methods = tables.group(tables.read(args.results))
   for name, *paths in args.method:
@@ -62,9 +61,8 @@ def main(argv: list[str] | None = None) -> None:
   table = tables.make(methods, benchmark, published, args.metrics)
   if not args.out:
     print(table_forms.markdown(table), end='')
-  for path, ending in endings.items():
-    with files.whole(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
-      f.write(table_forms.FORMS[ending](table))
+  for path in args.out:
+    table_forms.write(path, table)
     print(f'-> {path}')
 
 

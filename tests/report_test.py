@@ -126,6 +126,7 @@ class TestConfigHash:
       hashed("Config.data_dir = 'a'", 'Config.factor = 2', 'Config.eval_crop_borders = 2') == here
     )
     assert hashed('Config.print_every = 7', 'Config.render_chunk_size = 64') == here
+    assert hashed('Config.early_exit_steps = 1000') == here
     assert hashed('Config.far = 1000000', 'Config.adam_beta1 = 0.9') == here
     assert hashed('Model.bg_intensity_range = [1, 1]') == here
     others = [
