@@ -37,7 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   )  # fmt: skip
   parser.add_argument(
     '--slurm', nargs='?', const='', metavar='OPTIONS',
-    help='write a SLURM job array, with options of sbatch such as "--partition=gpu --time=8:00:00"',
+    help='write a SLURM job array, with these: --slurm="--partition=gpu --time=8:00:00"',
   )  # fmt: skip
   parser.add_argument('--submit', action='store_true', help='submit it too')
   cli.add_arguments(parser)

@@ -1,6 +1,7 @@
 """results.json files as evaluation writes them, with numbers made up."""
 
 import json
+from pathlib import Path
 
 import tiny
 
@@ -31,7 +32,8 @@ def published_scene(scene, dataset='360', **change):
 
 
 def write(path, content):
-  """Writes it to a file, whose folder is made."""
+  """Writes it to a file, whose folder is made; returns the file's name."""
+  path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(content))
   return str(path)
