@@ -92,7 +92,8 @@ def evaluate(config, scene, rows: Sequence[int], render_image, params, step: int
     if not sharding.is_main():
       continue
     truth = scene_lib.read_image(config.data_dir, scene, row)
-    metrics = report.image_metrics(rendering['rgb'], truth, config)
+    mask = scene_lib.read_mask(config.data_dir, scene, row)
+    metrics = report.image_metrics(rendering['rgb'], truth, config, mask)
     name = scene.names[row]
     per_image.append({'name': name, **metrics, 'seconds': seconds})
     print(

@@ -100,6 +100,7 @@ class Config(_Checked):
   llffhold: int = 8  # Every llffhold-th image by name is a test image.
   forward_facing: bool = False  # LLFF: NDC rays and a spiral path.
   load_alphabetical: bool = True  # Sort images by name, not by COLMAP's ids.
+  dtu_light_cond: int = 3  # DTU: which of the lights 0 to 6; 7: all of them.
   near: float = 2.0
   far: float = 6.0
   pixels_on: str = 'auto'  # Where training pixels live: 'device', 'host', or what fits.
@@ -179,6 +180,8 @@ class Config(_Checked):
     for name in ('micro_batches', 'checkpoint_keep', 'max_skipped_updates'):
       if getattr(self, name) < 0:
         raise ConfigError(f'Config.{name} must not be negative, got {getattr(self, name)}.')
+    if not 0 <= self.dtu_light_cond <= 7:
+      raise ConfigError(f'Config.dtu_light_cond must be 0 to 7, got {self.dtu_light_cond}.')
     if self.factor < 0:
       raise ConfigError(f'Config.factor must be 0 or a downsampling factor, got {self.factor}.')
 

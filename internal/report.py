@@ -30,11 +30,14 @@ _DESCRIPTION = (
 )
 
 
-def image_metrics(img: np.ndarray, truth: np.ndarray, config: configs.Config) -> dict[str, float]:
+def image_metrics(
+  img: np.ndarray, truth: np.ndarray, config: configs.Config, mask: np.ndarray | None = None
+) -> dict[str, float]:
   """The four METRICS of one rendering [h, w, 3] against its photograph [h, w, 3].
 
   Config.eval_quantize_metrics and Config.eval_crop_borders are heeded; colours are corrected
-  before quantisation and over the whole image.
+  before quantisation and over the whole image. With a mask [h, w] bool only its pixels count: in
+  PSNR and in the colour fit each by itself, in SSIM those whose whole window does.
 
   Raises:
     ValueError: the sizes differ, or too little is left of the image for SSIM.
@@ -42,15 +45,18 @@ def image_metrics(img: np.ndarray, truth: np.ndarray, config: configs.Config) ->
   img, truth = _as_float(img), _as_float(truth)
   if img.shape != truth.shape:
     raise ValueError(f'A rendering of {img.shape} cannot be compared with {truth.shape}.')
+  if mask is not None:
+    cropped = np.asarray(image.crop(jnp.asarray(mask)[..., None], config.eval_crop_borders))[..., 0]
   result = {}
-  for prefix, shown in (('', img), ('cc_', image.color_correct(img, truth))):
+  for prefix, shown in (('', img), ('cc_', image.color_correct(img, truth, mask))):
     if config.eval_quantize_metrics:
       shown = image.quantize(shown)
     shown, wanted = (image.crop(x, config.eval_crop_borders) for x in (shown, truth))
     # Summed in double precision: a million small numbers.
-    mse = np.mean(np.square(np.asarray(shown) - np.asarray(wanted)), dtype=np.float64)
+    square = np.square(np.asarray(shown) - np.asarray(wanted))
+    mse = np.mean(square if mask is None else square[cropped], dtype=np.float64)
     result[f'{prefix}psnr'] = float(image.mse_to_psnr(jnp.float32(mse)))
-    result[f'{prefix}ssim'] = float(image.ssim(shown, wanted))
+    result[f'{prefix}ssim'] = float(image.ssim(shown, wanted, None if mask is None else cropped))
   return {name: result[name] for name in METRICS}
 
 
