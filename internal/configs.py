@@ -31,7 +31,7 @@ _CHOICES = {
   'pixels_on': ('auto', 'device', 'host'),
   'ray_shape': ('cone', 'cylinder'),
   'raydist_fn': (None, 'reciprocal', 'log', 'identity', 'piecewise', 'power'),
-  'warp_fn': (None, 'contract'),
+  'warp_fn': (None, 'contract', 'donerf', 'inverted_sphere'),
   'encoding': ('ipe', 'grid'),
   'basis_shape': ('icosahedron', 'octahedron', 'tetrahedron'),
   'interlevel_loss_type': ('bound', 'blur'),
@@ -225,6 +225,11 @@ class MLP(_Checked):
 
   def __post_init__(self):
     super().__post_init__()
+    if self.encoding == 'grid' and self.warp_fn == 'inverted_sphere':
+      raise ConfigError(
+        f"{type(self).__name__}.warp_fn = 'inverted_sphere' has four axes, which grids have not; "
+        "use 'contract'."
+      )
     for name in _GRID:
       values = getattr(self, name)
       values = values if isinstance(values, Sequence) else (values,)
@@ -290,14 +295,16 @@ class Model(_Checked):
   stop_level_grad: bool = True
   single_mlp: bool = False
   separate_prop_mlps: bool = False  # A PropMLP for each proposal level: grids need it.
-  disable_integration: bool = False
+  outside_mlps: bool = False  # NeRF++: for what is outside the unit sphere MLPs of its own.
+  disable_integration: bool = False  # Covariances are zero: points, not Gaussians.
   use_viewdirs: bool = True
   bg_intensity_range: Sequence[float] = (1.0, 1.0)
   num_glo_features: int = 0
   num_glo_embeddings: int = 1000
   near_anneal_rate: float | None = None
   near_anneal_init: float = 0.95
-  resample_padding: float = 0.0
+  resample_padding: float = 0.0  # Added to weights before sampling from them.
+  resample_blur: bool = False  # Widens them by a bin first, as mip-NeRF does.
   use_gpu_resampling: bool = False  # Accepted: the choice is made by platform.
   use_gpu_kernels: bool = True  # On GPUs, what is written for them; False: plain XLA.
   mlp_dtype: str = 'auto'  # Of hidden layers; 'auto': bfloat16, but float32 on CPUs.
@@ -307,6 +314,10 @@ class Model(_Checked):
     super().__post_init__()
     if self.single_mlp and self.separate_prop_mlps:
       raise ConfigError('Model.single_mlp and Model.separate_prop_mlps exclude each other.')
+    if self.outside_mlps and (self.separate_prop_mlps or self.num_multisamples):
+      raise ConfigError(
+        'Model.outside_mlps needs Model.separate_prop_mlps = False and num_multisamples = 0.'
+      )
     if self.single_mlp and not self.multisample_proposals:
       raise ConfigError('Model.multisample_proposals = False needs Model.single_mlp = False.')
 
@@ -344,7 +355,8 @@ def _refuse_import(_, statement) -> None:
 gin.config.ParseContext.process_import = _refuse_import
 for _name in ('reciprocal', 'log'):
   _register('jnp', _name)
-_register('coord', 'contract')
+for _name in ('contract', 'donerf', 'inverted_sphere'):
+  _register('coord', _name)
 
 
 def _advice(message: str) -> str:
