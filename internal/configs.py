@@ -148,6 +148,8 @@ class Config(_Checked):
   eval_quantize_metrics: bool = True
   eval_crop_borders: int = 0
 
+  vis_normals: bool = False  # eval.py and render.py picture the normals of the density, too.
+
   # Rendering.
   render_chunk_size: int = 16384  # Rays at once over all devices; halved until they fit in memory.
   render_dir: str | None = None  # None: <checkpoint_dir>/render.

@@ -265,6 +265,15 @@ class Model(nn.Module):
       )  # fmt: skip
     return renderings, history
 
+  def last_density(self, rays: structs.Rays, tdist: Array, shift: Array) -> Array:
+    """Density [..., n] of the last level's intervals tdist [..., n + 1], moved by [..., n, 3]."""
+    level = self.config.num_levels - 1
+    gaussians = self._cast(None, level, rays, tdist)
+    several = gaussians.mean.ndim - shift.ndim  # Of Gaussians for an interval: an axis more.
+    shift = shift.reshape(*shift.shape[:-1], *(1,) * several, 3)
+    gaussians = gaussians.replace(mean=gaussians.mean + shift)
+    return self._query(None, level, rays, gaussians, self._appearance(rays, False))[0]
+
   def _num_samples(self, level: int) -> int:
     last = level == self.config.num_levels - 1
     return self.config.num_nerf_samples if last else self.config.num_prop_samples

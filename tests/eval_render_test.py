@@ -24,6 +24,7 @@ def fake_render(params, cams, i, step_fraction=1.0, progress=None):
     'rgb': np.stack([shade, 1 - shade, shade], -1),
     'acc': np.ones((height, width), np.float32),
     'distance_median': distance.astype(np.float32),
+    'normals': np.tile(np.float32([0, 0.6, -0.8]), (height, width, 1)),
   }
 
 
@@ -112,7 +113,7 @@ class TestEvaluate:
     assert results['step'] == 70
     assert results['num_params'] == 5
     names = {p.name for p in folder.iterdir()}
-    for kind in ('prediction', 'truth', 'error', 'depth', 'sheet'):
+    for kind in ('prediction', 'truth', 'error', 'depth', 'normals', 'sheet'):
       assert {f'000_a_{kind}.png', f'001_sub_e_{kind}.png'} <= names
     assert 'contact_sheet.png' in names
     truth = np.asarray(Image.open(folder / '001_sub_e_truth.png'))
@@ -153,12 +154,15 @@ def render(scene, tmp_path, monkeypatch):
     settings = SimpleNamespace(config=config)
     monkeypatch.setattr(checkpoints, 'open_run', lambda folder, bindings: (settings, scene))
     monkeypatch.setattr(checkpoints, 'restore_params', lambda *_, **__: (params, step))
-    monkeypatch.setattr(evaluation, 'make_image_renderer', lambda *_: render_image)
+    monkeypatch.setattr(
+      evaluation, 'make_image_renderer', lambda *_, **told: asked.append(told) or render_image
+    )
     monkeypatch.setattr(render_program, '_SURVEY_SIDE', 10)
     render_program.main(['--checkpoint_dir', str(run)])
+    assert asked[-1] == {'with_normals': config.vis_normals}
     return rendered
 
-  main.folder = run / 'render'
+  asked, main.folder = [], run / 'render'
   return main
 
 
@@ -174,6 +178,14 @@ class TestRender:
       assert (render.folder / f'{kind}.mp4').stat().st_size > 300
     color = frames(render.folder, 'color')['00003.png']
     np.testing.assert_array_equal(color[0, 0], [64, 191, 64])
+
+  def test_normals_where_asked_for(self, render):
+    render()
+    assert not (render.folder / 'normals').exists()
+    render(vis_normals=True)
+    for picture in frames(render.folder, 'normals').values():
+      assert (picture == [128, 204, 26]).all()
+    assert (render.folder / 'normals.mp4').exists()
 
   def test_goes_on_after_an_interruption_on_the_same_depth_scale(self, render, tmp_path):
     with pytest.raises(KeyboardInterrupt):
