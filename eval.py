@@ -74,12 +74,15 @@ def select_images(config: configs.Config, scene: scene_lib.Scene) -> list[int]:
 
 
 def save_pictures(stem: str, rendering: dict, truth, note: str) -> None:
-  """Writes prediction, truth, error and depth, each alone and all on one sheet."""
+  """Writes prediction, truth, error and depth, each alone, all on a sheet; normals if there."""
   vis.write_png(f'{stem}_prediction.png', rendering['rgb'])
   vis.write_png(f'{stem}_truth.png', truth)
   vis.write_png(f'{stem}_error.png', vis.error_picture(rendering['rgb'], truth))
   depth = vis.depth_picture(rendering['distance_median'], rendering['acc'])
   vis.write_png(f'{stem}_depth.png', depth)
+  if 'normals' in rendering:
+    picture = vis.normal_picture(rendering['normals'], rendering['acc'])
+    vis.write_png(f'{stem}_normals.png', picture)
   vis.write_png(f'{stem}_sheet.png', vis.comparison_sheet(rendering, truth, note))
 
 
@@ -119,10 +122,11 @@ def evaluate(
     if not sharding.is_main():
       continue
     truth = scene_lib.read_image(config.data_dir, scene, row)
-    metrics = report.image_metrics(rendering['rgb'], truth, config, measure_lpips)
+    mask = scene_lib.read_mask(config.data_dir, scene, row)
+    metrics = report.image_metrics(rendering['rgb'], truth, config, mask, measure_lpips)
     name, (height, width) = scene.names[row], truth.shape[:2]
-    size = {'width': width, 'height': height}
-    per_image.append({'name': name, **size, **metrics, 'seconds': seconds})
+    about = {'width': width, 'height': height, 'masked': mask is not None}
+    per_image.append({'name': name, **about, **metrics, 'seconds': seconds})
     print(
       f'{k + 1}/{len(rows)} {name}  {report.format_metrics(metrics)}  {seconds:.1f}s', flush=True
     )
@@ -162,7 +166,8 @@ def main(argv: list[str] | None = None) -> None:
   sharding.initialize()
   mesh = sharding.make_mesh()
   rows = select_images(settings.config, scene)
-  render_image = evaluation.make_image_renderer(settings, mesh)
+  normals = settings.config.vis_normals
+  render_image = evaluation.make_image_renderer(settings, mesh, with_normals=normals)
   for step in steps_to_evaluate(run, settings.config):
     params, _ = checkpoints.restore_params(run, settings, step, mesh)
     evaluate(settings, scene, rows, render_image, params, step, run)

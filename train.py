@@ -30,6 +30,7 @@ from internal import (
   runlog,
   sharding,
   signals,
+  structs,
   train_step,
   vis,
 )
@@ -82,7 +83,9 @@ class TestRenders:
       if not sharding.is_main():
         continue
       truth = scene_lib.read_image(self.config.data_dir, self.scene, row)
-      scores.append({**report.image_metrics(out['rgb'], truth, self.config), 'seconds': seconds})
+      mask = scene_lib.read_mask(self.config.data_dir, self.scene, row)
+      metrics = report.image_metrics(out['rgb'], truth, self.config, mask)
+      scores.append({**metrics, 'seconds': seconds})
       sheet = vis.comparison_sheet(out, truth)
       name = self.scene.stem(row)
       vis.write_png(os.path.join(self.folder, f'{name}_step{step:07d}.png'), sheet)
@@ -115,6 +118,14 @@ def load_pixels(settings, scene, mesh):
   store = read_pixels(config, scene)
   on_device = keep_on_device(config, store)
   return (sharding.replicate(store, mesh) if on_device else store), on_device
+
+
+def training_cameras(config: configs.Config, scene: scene_lib.Scene) -> structs.Cameras:
+  """The cameras of the training images, with what masks and weights say of their pixels."""
+  cams = scene.cameras.take(np.array(scene.train))
+  masks = scene_lib.read_masks(config.data_dir, scene, scene.train, sharding.is_main())
+  weights = [scene.weights[row] for row in scene.train] if scene.weights else None
+  return cams.replace(supervision=batches.make_supervision(cams.size, masks, weights))
 
 
 def start_run(settings, mesh, step: int):
@@ -156,10 +167,10 @@ def replay(settings: configs.Settings, scene: scene_lib.Scene, mesh, step: int) 
   say(f'step {step:,}, from {f"the checkpoint of step {start:,}" if start else "the beginning"}:')
   state, _, micro_batches = start_run(settings, mesh, start)
   step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches)
-  draw = train_step.make_draw(config, mesh)
   store = read_pixels(config, scene)
-  cams = scene.cameras.take(np.array(scene.train))
+  cams = training_cameras(config, scene)
   cams_on_device = sharding.replicate(cams, mesh)
+  draw = train_step.make_draw(config, mesh, cams_on_device.supervision)
   for done in range(start, step - 1):
     rgb = train_step.host_pixels(draw, done, store, cams.size, mesh)
     state, _ = step_fn(state, cams_on_device, rgb)
@@ -195,15 +206,15 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
     return
   state, recent, micro_batches = start_run(settings, mesh, start)
   step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches)
-  draw = train_step.make_draw(config, mesh)
   test_renders = TestRenders(settings, scene, mesh)
   if sharding.is_main():
     checkpoints.tidy(config.checkpoint_dir, start)
     checkpoints.write_run(config.checkpoint_dir, settings, scene)
   log = runlog.RunLog(config.checkpoint_dir, start, last, sharding.is_main())
   pixels, on_device = load_pixels(settings, scene, mesh)
-  cams = scene.cameras.take(np.array(scene.train))
+  cams = training_cameras(config, scene)
   cams_on_device = sharding.replicate(cams, mesh)
+  draw = train_step.make_draw(config, mesh, cams_on_device.supervision)
   log.say(
     f'{models.num_params(state.params):,} parameters, {len(scene.train)} training images, '
     f'pixels on the {"device" if on_device else "host"}, {mesh.size} x '

@@ -81,7 +81,9 @@ def _make_probe(settings: configs.Settings, mesh: Mesh) -> Callable:
 
   def probe(params, step, cams, rgb, rows):
     batch_key, ray_keys = train_step.step_keys(config, step)
-    ids = batches.draw_pixels(batch_key, cams.size, config.batch_size, config.batching)
+    ids = batches.draw_pixels(
+      batch_key, cams.size, config.batch_size, config.batching, cams.supervision
+    )
     frac = train_step.train_fraction(step, config.max_steps)
 
     def of_group(row):

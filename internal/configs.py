@@ -31,7 +31,7 @@ _CHOICES = {
   'pixels_on': ('auto', 'device', 'host'),
   'ray_shape': ('cone', 'cylinder'),
   'raydist_fn': (None, 'reciprocal', 'log', 'identity', 'piecewise', 'power'),
-  'warp_fn': (None, 'contract'),
+  'warp_fn': (None, 'contract', 'donerf', 'inverted_sphere'),
   'encoding': ('ipe', 'grid'),
   'basis_shape': ('icosahedron', 'octahedron', 'tetrahedron'),
   'interlevel_loss_type': ('bound', 'blur'),
@@ -100,6 +100,7 @@ class Config(_Checked):
   llffhold: int = 8  # Every llffhold-th image by name is a test image.
   forward_facing: bool = False  # LLFF: NDC rays and a spiral path.
   load_alphabetical: bool = True  # Sort images by name, not by COLMAP's ids.
+  dtu_light_cond: int = 3  # DTU: which of the lights 0 to 6; 7: all of them.
   near: float = 2.0
   far: float = 6.0
   pixels_on: str = 'auto'  # Where training pixels live: 'device', 'host', or what fits.
@@ -147,6 +148,8 @@ class Config(_Checked):
   eval_quantize_metrics: bool = True
   eval_crop_borders: int = 0
 
+  vis_normals: bool = False  # eval.py and render.py picture the normals of the density, too.
+
   # Rendering.
   render_chunk_size: int = 16384  # Rays at once over all devices; halved until they fit in memory.
   render_dir: str | None = None  # None: <checkpoint_dir>/render.
@@ -179,6 +182,8 @@ class Config(_Checked):
     for name in ('micro_batches', 'checkpoint_keep', 'max_skipped_updates'):
       if getattr(self, name) < 0:
         raise ConfigError(f'Config.{name} must not be negative, got {getattr(self, name)}.')
+    if not 0 <= self.dtu_light_cond <= 7:
+      raise ConfigError(f'Config.dtu_light_cond must be 0 to 7, got {self.dtu_light_cond}.')
     if self.factor < 0:
       raise ConfigError(f'Config.factor must be 0 or a downsampling factor, got {self.factor}.')
 
@@ -222,6 +227,11 @@ class MLP(_Checked):
 
   def __post_init__(self):
     super().__post_init__()
+    if self.encoding == 'grid' and self.warp_fn == 'inverted_sphere':
+      raise ConfigError(
+        f"{type(self).__name__}.warp_fn = 'inverted_sphere' has four axes, which grids have not; "
+        "use 'contract'."
+      )
     for name in _GRID:
       values = getattr(self, name)
       values = values if isinstance(values, Sequence) else (values,)
@@ -287,14 +297,16 @@ class Model(_Checked):
   stop_level_grad: bool = True
   single_mlp: bool = False
   separate_prop_mlps: bool = False  # A PropMLP for each proposal level: grids need it.
-  disable_integration: bool = False
+  outside_mlps: bool = False  # NeRF++: for what is outside the unit sphere MLPs of its own.
+  disable_integration: bool = False  # Covariances are zero: points, not Gaussians.
   use_viewdirs: bool = True
   bg_intensity_range: Sequence[float] = (1.0, 1.0)
   num_glo_features: int = 0
   num_glo_embeddings: int = 1000
   near_anneal_rate: float | None = None
   near_anneal_init: float = 0.95
-  resample_padding: float = 0.0
+  resample_padding: float = 0.0  # Added to weights before sampling from them.
+  resample_blur: bool = False  # Widens them by a bin first, as mip-NeRF does.
   use_gpu_resampling: bool = False  # Accepted: the choice is made by platform.
   use_gpu_kernels: bool = True  # On GPUs, what is written for them; False: plain XLA.
   mlp_dtype: str = 'auto'  # Of hidden layers; 'auto': bfloat16, but float32 on CPUs.
@@ -304,6 +316,10 @@ class Model(_Checked):
     super().__post_init__()
     if self.single_mlp and self.separate_prop_mlps:
       raise ConfigError('Model.single_mlp and Model.separate_prop_mlps exclude each other.')
+    if self.outside_mlps and (self.separate_prop_mlps or self.num_multisamples):
+      raise ConfigError(
+        'Model.outside_mlps needs Model.separate_prop_mlps = False and num_multisamples = 0.'
+      )
     if self.single_mlp and not self.multisample_proposals:
       raise ConfigError('Model.multisample_proposals = False needs Model.single_mlp = False.')
 
@@ -341,7 +357,8 @@ def _refuse_import(_, statement) -> None:
 gin.config.ParseContext.process_import = _refuse_import
 for _name in ('reciprocal', 'log'):
   _register('jnp', _name)
-_register('coord', 'contract')
+for _name in ('contract', 'donerf', 'inverted_sphere'):
+  _register('coord', _name)
 
 
 def _advice(message: str) -> str:

@@ -114,38 +114,52 @@ def _halve(x: Array) -> Array:
   return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, 'VALID')
 
 
+def _average(x: Array) -> Array:
+  """Means of 2x2 pixels, [h, w] -> [h / 2, w / 2]; an odd last row or column is dropped."""
+  return jax.lax.reduce_window(x, 0.0, jax.lax.add, (2, 2), (2, 2), 'VALID') / 4
+
+
 @jax.jit
-def distance(weights: dict[str, list], pair: Array) -> Array:
+def distance(weights: dict[str, list], pair: Array, counts: Array) -> Array:
   """LPIPS of two images as the network is to see them (Eq. 1 of the paper), [2, h, w, 3] -> [].
 
   After each block the features of a pixel are scaled to unit length; the squared differences are
-  weighed by the block's head, averaged over pixels, and summed over blocks.
+  weighed by the block's head, averaged over pixels, and summed over blocks. In the averages a pixel
+  has the weight that `counts` [h, w] has there, on average over what the pixel covers.
   """
   x, layers, total = (pair - _SHIFT) / _SCALE, iter(weights['trunk']), 0.0
-  for block, (count, head) in enumerate(zip(_CONVOLUTIONS, weights['heads'])):
-    x = _halve(x) if block else x
-    for _ in range(count):
+  for block, (depth, head) in enumerate(zip(_CONVOLUTIONS, weights['heads'])):
+    x, counts = (_halve(x), _average(counts)) if block else (x, counts)
+    for _ in range(depth):
       x = _convolve(x, *next(layers))
     unit = x / (jnp.sqrt((x * x).sum(-1, keepdims=True)) + 1e-10)
-    total += (jnp.square(unit[0] - unit[1]) * head).sum(-1).mean()
+    differences = (jnp.square(unit[0] - unit[1]) * head).sum(-1)
+    total += (differences * counts).mean() / counts.mean()
   return total
 
 
-def _measure(weights: dict[str, list], a: Array, b: Array) -> dict[str, float]:
+def _measure(
+  weights: dict[str, list], a: Array, b: Array, mask: Array | None = None
+) -> dict[str, float]:
   if a.shape != b.shape:
     raise ValueError(f'LPIPS compares images of one shape, got {a.shape} and {b.shape}.')
   if min(a.shape[:2]) < _MIN_SIDE:
     height, width = a.shape[:2]
     raise ValueError(f'LPIPS needs {_MIN_SIDE} pixels each way, got an image of {width}x{height}.')
-  pair = jnp.stack([jnp.asarray(x, jnp.float32) for x in (a, b)])
+  a, b = (jnp.asarray(x, jnp.float32) for x in (a, b))
+  mask = jnp.ones(a.shape[:2], bool) if mask is None else jnp.asarray(mask)
+  pair = jnp.stack([jnp.where(mask[..., None], a, b), b])
   seen = {'lpips_paper': pair, 'lpips_vgg': 2 * pair - 1}
-  return {name: float(distance(weights, seen[name])) for name in METRICS}
+  counts = mask.astype(jnp.float32)
+  return {name: float(distance(weights, seen[name], counts)) for name in METRICS}
 
 
-def load() -> Callable[[Array, Array], dict[str, float]]:
-  """A function `(a, b) -> METRICS` of two images [h, w, 3] in [0, 1].
+def load() -> Callable[..., dict[str, float]]:
+  """A function `(a, b, mask=None) -> METRICS` of two images [h, w, 3] in [0, 1].
 
-  That raises ValueError for images of different or too small sizes.
+  With a mask [h, w] bool its pixels count: the others are b's in both images, and have no weight in
+  the averages. Where none counts, the result is NaN. The function raises ValueError for images of
+  different or too small sizes.
 
   Raises:
     LpipsUnavailableError: no weights, or others; the message says what to do.

@@ -45,13 +45,15 @@ def image_metrics(
   img: np.ndarray,
   truth: np.ndarray,
   config: configs.Config,
-  measure_lpips: Callable[[jax.Array, jax.Array], dict[str, float]] | None = None,
+  mask: np.ndarray | None = None,
+  measure_lpips: Callable[..., dict[str, float]] | None = None,
 ) -> dict[str, float]:
   """The four METRICS of one rendering [h, w, 3] against its photograph [h, w, 3].
 
   With `measure_lpips` (of `lpips.load`) also those of LPIPS. Config.eval_quantize_metrics and
   Config.eval_crop_borders are heeded by all; colours are corrected before quantisation and over
-  the whole image.
+  the whole image. With a mask [h, w] bool only its pixels count: in PSNR and in the colour fit each
+  by itself, in SSIM those whose whole window does, in LPIPS as `lpips.load` says.
 
   Raises:
     ValueError: the sizes differ, or too little is left of the image for SSIM or LPIPS.
@@ -59,17 +61,20 @@ def image_metrics(
   img, truth = _as_float(img), _as_float(truth)
   if img.shape != truth.shape:
     raise ValueError(f'A rendering of {img.shape} cannot be compared with {truth.shape}.')
-  result = {}
-  for prefix, shown in (('', img), ('cc_', image.color_correct(img, truth))):
+  result, counted = {}, None
+  if mask is not None:
+    counted = np.asarray(image.crop(jnp.asarray(mask)[..., None], config.eval_crop_borders))[..., 0]
+  for prefix, shown in (('', img), ('cc_', image.color_correct(img, truth, mask))):
     if config.eval_quantize_metrics:
       shown = image.quantize(shown)
     shown, wanted = (image.crop(x, config.eval_crop_borders) for x in (shown, truth))
     # Summed in double precision: a million small numbers.
-    mse = np.mean(np.square(np.asarray(shown) - np.asarray(wanted)), dtype=np.float64)
+    square = np.square(np.asarray(shown) - np.asarray(wanted))
+    mse = np.mean(square if counted is None else square[counted], dtype=np.float64)
     result[f'{prefix}psnr'] = float(image.mse_to_psnr(jnp.float32(mse)))
-    result[f'{prefix}ssim'] = float(image.ssim(shown, wanted))
+    result[f'{prefix}ssim'] = float(image.ssim(shown, wanted, counted))
     if not prefix and measure_lpips is not None:
-      result |= measure_lpips(shown, wanted)
+      result |= measure_lpips(shown, wanted, counted)
   order = (*METRICS, *lpips.METRICS)
   return {name: result[name] for name in order if name in result}
 
@@ -149,8 +154,8 @@ def make_results(
 
   Args:
     settings: of the evaluation.
-    per_image: name, width, height, the METRICS, those of LPIPS where measured, and seconds of each
-      image.
+    per_image: name, width, height, masked, the METRICS, those of LPIPS where measured, and seconds
+      of each image.
     step: the checkpoint's.
     num_params: of the model.
     lpips_absent: why LPIPS was not measured, if it was not.
@@ -170,6 +175,7 @@ def make_results(
     'step': step,
     'num_images': len(rows),
     'image_sizes': dict(sorted(sizes.items())),
+    'masked_images': sum(row['masked'] for row in rows),
     'mean': {name: _mean([row[name] for row in rows]) for name in (*METRICS, *lpips.METRICS)},
     'lpips': {'weights': lpips.WEIGHTS, 'absent': lpips_absent},
     # The median: the first image's time has the compilation in it.

@@ -20,7 +20,7 @@ _SHOWN = ('psnr', 'ssim', *lpips.METRICS)  # Unless others are asked for.
 # What must agree: everywhere in a table; between methods on a scene; between scenes of a method.
 _PROTOCOL = ('quantized', 'crop_borders', 'test_split', 'render_interval', 'lpips')
 _EVERYWHERE = ('dataset_loader', *(f'protocol.{name}' for name in _PROTOCOL), 'lpips.weights')
-_ON_A_SCENE = ('factor', 'num_images', 'image_sizes', 'per_image.name')
+_ON_A_SCENE = ('factor', 'num_images', 'image_sizes', 'masked_images', 'per_image.name')
 _OF_A_METHOD = ('config_hash', 'step', 'num_params', 'mlp_dtype')
 
 
@@ -146,6 +146,7 @@ def check_published(runs: Iterable[Run], benchmark: benchmarks.Benchmark) -> Non
       'protocol.render_interval': 1,
       'factor': facts.factor,
       'num_images': facts.test,
+      'masked_images': 0,
     }
     for name, value in wanted.items():
       if run.field(name) != value:

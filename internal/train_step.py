@@ -106,14 +106,20 @@ def step_keys(config: configs.Config, step: Array) -> tuple[Array, Array]:
   return batch_key, jax.random.split(model_key, config.batch_size)
 
 
-def make_draw(config: configs.Config, mesh: Mesh) -> Callable:
-  """The jit-compiled `draw(step, size) -> (cam_idx, x, y)` of the step's pixels, replicated."""
+def make_draw(
+  config: configs.Config, mesh: Mesh, supervision: structs.Supervision | None = None
+) -> Callable:
+  """The `draw(step, size) -> (cam_idx, x, y)` of the step's pixels, replicated.
 
-  def draw(step, size):
+  `supervision` is that of the training cameras.
+  """
+
+  def draw(step, size, supervision):
     batch_key, _ = step_keys(config, step)
-    return batches.draw_pixels(batch_key, size, config.batch_size, config.batching)
+    return batches.draw_pixels(batch_key, size, config.batch_size, config.batching, supervision)
 
-  return jax.jit(draw, out_shardings=sharding.replicated(mesh))
+  draw = jax.jit(draw, out_shardings=sharding.replicated(mesh))
+  return lambda step, size: draw(step, size, supervision)
 
 
 def _micro_batch_choices(config: configs.Config, mesh: Mesh, fewest: int) -> list[int]:
@@ -220,7 +226,9 @@ def make_train_step(
 
     def train_step(state, cams, pixels):
       batch_key, ray_keys = step_keys(config, state.step)
-      ids = batches.draw_pixels(batch_key, cams.size, config.batch_size, config.batching)
+      ids = batches.draw_pixels(
+        batch_key, cams.size, config.batch_size, config.batching, cams.supervision
+      )
       ids = sharding.shard_rays(ids, mesh)
       stored = isinstance(pixels, batches.PixelStore)
       rgb = batches.lookup(pixels, cams.size, *ids) if stored else pixels

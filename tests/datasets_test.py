@@ -243,7 +243,7 @@ def test_the_right_loader_is_named(tmp_path, file, loader):
 
 
 def test_loaders_by_name(tmp_path):
-  for name, what in (('tat_fvs', 'no reader'), ('dtu', 'no reader'), ('nothing', 'unknown')):
+  for name, what in (('nothing', 'unknown'),):
     message = refused(tmp_path, dataset_loader=name)
     assert what in message
     for known in datasets.LOADERS:

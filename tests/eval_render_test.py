@@ -14,6 +14,7 @@ from PIL import Image
 import eval as eval_program
 import render as render_program
 from internal import cameras, checkpoints, configs, evaluation, lpips, video
+from internal import results as results_lib
 from internal.datasets import scene as scene_lib
 
 
@@ -26,6 +27,7 @@ def fake_render(params, cams, i, step_fraction=1.0, progress=None):
     'rgb': np.stack([shade, 1 - shade, shade], -1),
     'acc': np.ones((height, width), np.float32),
     'distance_median': distance.astype(np.float32),
+    'normals': np.tile(np.float32([0, 0.6, -0.8]), (height, width, 1)),
   }
 
 
@@ -115,7 +117,7 @@ class TestEvaluate:
     assert results['step'] == 70
     assert results['num_params'] == 5
     names = {p.name for p in folder.iterdir()}
-    for kind in ('prediction', 'truth', 'error', 'depth', 'sheet'):
+    for kind in ('prediction', 'truth', 'error', 'depth', 'normals', 'sheet'):
       assert {f'000_a_{kind}.png', f'001_sub_e_{kind}.png'} <= names
     assert 'contact_sheet.png' in names
     truth = np.asarray(Image.open(folder / '001_sub_e_truth.png'))
@@ -126,6 +128,7 @@ class TestEvaluate:
     out = capsys.readouterr().out
     assert '2/2 sub/e.png  psnr' in out
     assert f'psnr {results["mean"]["psnr"]:.2f}' in out
+    assert results_lib.read(str(folder / 'results.json')) == results  # It fits the schema.
 
   def test_lpips_is_measured_or_its_absence_explained(self, scene, tmp_path, monkeypatch, capsys):
     def absent():
@@ -137,7 +140,7 @@ class TestEvaluate:
     assert results['mean']['lpips_vgg'] is results['per_image'][1]['lpips_paper'] is None
     assert 'LPIPS is null: not here: install it' in capsys.readouterr().out
     numbers = {'lpips_paper': 0.125, 'lpips_vgg': 0.25}
-    monkeypatch.setattr(lpips, 'load', lambda: lambda a, b: numbers)
+    monkeypatch.setattr(lpips, 'load', lambda: lambda a, b, mask: numbers)
     _, results = self.evaluate(scene, tmp_path, eval_save_output=False)
     assert results['lpips']['absent'] is None
     assert {k: results['mean'][k] for k in numbers} == numbers
@@ -179,12 +182,15 @@ def render(scene, tmp_path, monkeypatch):
     settings = SimpleNamespace(config=config)
     monkeypatch.setattr(checkpoints, 'open_run', lambda folder, bindings: (settings, scene))
     monkeypatch.setattr(checkpoints, 'restore_params', lambda *_, **__: (params, step))
-    monkeypatch.setattr(evaluation, 'make_image_renderer', lambda *_: render_image)
+    monkeypatch.setattr(
+      evaluation, 'make_image_renderer', lambda *_, **told: asked.append(told) or render_image
+    )
     monkeypatch.setattr(render_program, '_SURVEY_SIDE', 10)
     render_program.main(['--checkpoint_dir', str(run)])
+    assert asked[-1] == {'with_normals': config.vis_normals}
     return rendered
 
-  main.folder = run / 'render'
+  asked, main.folder = [], run / 'render'
   return main
 
 
@@ -200,6 +206,14 @@ class TestRender:
       assert (render.folder / f'{kind}.mp4').stat().st_size > 300
     color = frames(render.folder, 'color')['00003.png']
     np.testing.assert_array_equal(color[0, 0], [64, 191, 64])
+
+  def test_normals_where_asked_for(self, render):
+    render()
+    assert not (render.folder / 'normals').exists()
+    render(vis_normals=True)
+    for picture in frames(render.folder, 'normals').values():
+      assert (picture == [128, 204, 26]).all()
+    assert (render.folder / 'normals.mp4').exists()
 
   def test_goes_on_after_an_interruption_on_the_same_depth_scale(self, render, tmp_path):
     with pytest.raises(KeyboardInterrupt):

@@ -14,12 +14,14 @@ import pathlib
 import pickle
 import re
 import resource
+import shutil
 import signal
 import tracemalloc
 
 import captures
 import corruption
 import datasets_test
+import formats_test
 import hypothesis
 import numpy as np
 import pytest
@@ -137,8 +139,17 @@ def _transforms(root):
   table, _ = datasets_test.write_ngp(root, n=4, camera_angle_x=0.7, k1=0.01, camera_model='OPENCV')
   names = [frame['file_path'] for frame in table['frames']]
   table['frames'][0] |= {'fl_x': 22.0, 'w': 16, 'h': 12}
+  table['frames'][1]['mask_path'] = 'masks/a.png'
+  captures.save_image(os.path.join(root, 'masks', 'a.png'), captures.pixels(0))
   lists = {'train_filenames': names[1:], 'test_filenames': names[:1]}
   datasets_test.write_transforms(root, {**table, **lists})
+
+
+def _dtu(root):
+  scan, _ = formats_test.write_dtu(os.path.join(root, 'made'), n=4)
+  shutil.copytree(scan, root, dirs_exist_ok=True)
+  shutil.move(os.path.join(root, 'made', 'Calibration', 'cal18'), root)
+  shutil.rmtree(os.path.join(root, 'made'))
 
 
 # By name: what writes it, the settings that read it, and the files that are damaged.
@@ -167,6 +178,18 @@ FORMATS = {
     {'dataset_loader': 'tat_nerfpp'},
     ['train/pose/00001.txt', 'train/intrinsics/00000.txt', 'test/pose/00003.txt'],
   ),
+  'fvs': (
+    lambda root: formats_test.write_fvs(root, n=3),
+    {'dataset_loader': 'tat_fvs'},
+    [f'dense/ibr3d_pw_0.50/{name}s.npy' for name in 'KRt'],
+  ),
+  'dtu': (_dtu, {'dataset_loader': 'dtu'}, ['cal18/pos_002.txt']),
+  'multicam': (
+    lambda root: formats_test.write_multicam(root, scales=1),
+    {'dataset_loader': 'multicam'},
+    ['metadata.json'],
+  ),
+  'llff': (formats_test.write_llff, {'forward_facing': True}, ['poses_bounds.npy']),
 }
 
 

@@ -4,7 +4,6 @@ import hashlib
 import pickle
 import sys
 
-import jax
 import numpy as np
 import pytest
 from scipy import signal
@@ -50,7 +49,7 @@ def images(height=37, width=50):
   return tuple(np.round(255 * np.clip(v, 0, 1)) / 255 for v in (a, b))
 
 
-def by_hand(tree, a, b):
+def by_hand(tree, a, b, shares=(None,) * 5):
   """The definition, an image and a channel at a time, in double precision."""
   features = []
   for x in (a, b):
@@ -71,7 +70,8 @@ def by_hand(tree, a, b):
         x = x[:h, :w].reshape(h // 2, 2, w // 2, 2, -1).max((1, 3))
     features.append(found)
   heads = [tree[f'NetLinLayer_{k}']['Conv_0']['kernel'][0, 0, :, 0] for k in range(5)]
-  return sum(((f - g) ** 2 @ h).mean() for f, g, h in zip(*features, heads))
+  maps = [(f - g) ** 2 @ h for f, g, h in zip(*features, heads)]
+  return sum(np.average(m, weights=share) for m, share in zip(maps, shares))
 
 
 @pytest.fixture
@@ -127,6 +127,27 @@ class TestDistance:
     assert measure(a, b) == pytest.approx(measure(b, a))
     assert set(measure(a, a).values()) == {0.0}
 
+  def test_only_pixels_of_the_mask_count(self, installed):
+    measure, (a, b) = lpips.load(), images()
+    mask = np.zeros(a.shape[:2], bool)
+    mask[:20, :30] = True
+    got = measure(a, b, mask)
+    spoiled = np.where(mask[..., None], a, 0.3)
+    assert measure(spoiled, b, mask) == got
+    assert measure(a, b, ~mask) != pytest.approx(got, rel=0.01)
+    assert measure(a, b, np.ones_like(mask)) == measure(a, b)
+    # By hand: features of the filled image, averaged with the mask's share in each pixel.
+    tree, shares = made_up(), [mask.astype(float)]
+    for _ in range(4):
+      h, w = (n // 2 * 2 for n in shares[-1].shape)
+      shares.append(shares[-1][:h, :w].reshape(h // 2, 2, w // 2, 2).mean((1, 3)))
+    filled = np.where(mask[..., None], a, b)
+    assert got['lpips_paper'] == pytest.approx(by_hand(tree, filled, b, shares), rel=1e-4)
+
+  def test_no_pixel_at_all_is_no_number(self, installed):
+    a, b = images()
+    assert all(np.isnan(v) for v in lpips.load()(a, b, np.zeros(a.shape[:2], bool)).values())
+
   def test_black_images_are_no_division_by_zero(self, installed):
     black = np.zeros((16, 16, 3))
     assert set(lpips.load()(black, black).values()) == {0.0}
@@ -146,6 +167,5 @@ def test_agrees_with_the_lpips_package():
     measure = lpips.load()
   except lpips.LpipsUnavailableError as reason:
     pytest.skip(f'the optional extra is absent: {reason}')
-  with jax.default_matmul_precision('highest'):
-    got = measure(*images(50, 67))
+  got = measure(*images(50, 67))
   assert got == pytest.approx({'lpips_paper': 0.22471759, 'lpips_vgg': 0.23314874}, abs=2e-6)

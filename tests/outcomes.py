@@ -14,9 +14,8 @@ def outcome(scene, psnr=25.0, ssim=0.75, lpips=None, factor=4, n=3, size=(40, 30
   if lpips is not None:
     row |= {'lpips_paper': lpips, 'lpips_vgg': lpips + 0.05}
   width, height = size
-  rows = [
-    {'name': f'{k}.png', 'width': width, 'height': height, **row, 'seconds': 1.0} for k in range(n)
-  ]
+  row |= {'width': width, 'height': height, 'masked': False, 'seconds': 1.0}
+  rows = [{'name': f'{k}.png', **row} for k in range(n)]
   here = (f"Config.data_dir = 'captures/{scene}'", f'Config.factor = {factor}')
   settings = tiny.settings(*here, *bindings)
   absent = 'not installed' if lpips is None else None

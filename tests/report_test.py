@@ -67,16 +67,21 @@ class TestImageMetrics:
     img, truth = pair
     seen = []
 
-    def measure(a, b):
-      seen.append((np.asarray(a), np.asarray(b)))
+    def measure(a, b, mask):
+      seen.append((np.asarray(a), np.asarray(b), mask))
       return dict.fromkeys(lpips.METRICS, 0.25)
 
-    got = report.image_metrics(img, truth, configs.Config(eval_crop_borders=2), measure)
+    config = configs.Config(eval_crop_borders=2)
+    got = report.image_metrics(img, truth, config, measure_lpips=measure)
     assert tuple(got) == (*report.METRICS, *lpips.METRICS)
     assert got['lpips_vgg'] == 0.25
-    ((shown, wanted),) = seen  # Once: not of the corrected colours.
+    ((shown, wanted, mask),) = seen  # Once: not of the corrected colours.
+    assert mask is None
     np.testing.assert_allclose(shown, np.round(np.clip(img, 0, 1) * 255)[2:-2, 2:-2] / 255)
     np.testing.assert_allclose(wanted, truth[2:-2, 2:-2] / 255, rtol=1e-6)
+    mask = np.arange(truth[..., 0].size).reshape(truth.shape[:2]) % 40 < 30
+    report.image_metrics(img, truth, config, mask, measure)
+    np.testing.assert_array_equal(seen[-1][2], mask[2:-2, 2:-2])
 
   def test_sizes_must_agree(self, pair):
     with pytest.raises(ValueError, match='compared'):
@@ -145,11 +150,12 @@ class TestConfigHash:
 
 class TestResults:
   def rows(self, **change):
-    row = {'psnr': 20.0, 'ssim': 0.5, 'cc_psnr': 21.0, 'cc_ssim': 0.6, 'width': 20, 'height': 16}
+    row = {'psnr': 20.0, 'ssim': 0.5, 'cc_psnr': 21.0, 'cc_ssim': 0.6}
+    row |= {'width': 20, 'height': 16, 'masked': False}
     return [
       {'name': 'a.png', **row, 'seconds': 60.0},
       {'name': 'b.png', **row, 'psnr': 30.0, 'seconds': 1.0, **change},
-      {'name': 'c.png', **row, 'psnr': 25.0, 'seconds': 2.0, 'width': 16},
+      {'name': 'c.png', **row, 'psnr': 25.0, 'seconds': 2.0, 'width': 16, 'masked': True},
     ]
 
   def test_says_all_that_is_asked_of_it(self):
@@ -164,6 +170,7 @@ class TestResults:
     assert got['num_params'] == 9_007_493
     assert got['num_images'] == len(got['per_image']) == 3
     assert got['image_sizes'] == {'16x16': 1, '20x16': 2}
+    assert got['masked_images'] == 1
     assert got['seconds_per_image'] == 2  # Not drawn off by the minute of compiling.
     assert got['schema_version'] == report.SCHEMA_VERSION
     assert got['mlp_dtype'] == 'float32'  # Which 'auto' means on a CPU.

@@ -176,7 +176,7 @@ class TestMixing:
 
   @pytest.mark.parametrize(
     ('field', 'value'),
-    [('factor', 8), ('num_images', 23), ('image_sizes', {'648x420': 24})],
+    [('factor', 8), ('num_images', 23), ('image_sizes', {'648x420': 24}), ('masked_images', 2)],
   )
   def test_of_images_is_refused_on_one_scene_only(self, field, value):
     methods = {'a': [run('garden', 'a.json')], 'b': [spoil(run('garden'), field, value)]}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from internal import cameras, colmap, paths, structs
-from internal.datasets import images, pyramid, scene
+from internal.datasets import images, masks, pyramid, scene
 
 # No capture has larger numbers, in pixels or in its own units; products of them fit in a float32.
 LARGEST = 1e12
@@ -36,6 +36,8 @@ class Frame:
   size: tuple[int, int]  # Width and height of the full size.
   pose: np.ndarray  # [3, 4] float64
   model: str  # The camera model's name, for the report.
+  mask: str | None = None  # Relative to data_dir; None: `masks.find` looks for one.
+  weight: float = 1.0  # Of its pixels in the data loss.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +187,10 @@ def assemble(
     ]
   )  # [n, 2]
   table = _camera_table(frames, world, sizes, max(1, factor))
+  found_masks = tuple(_find_mask(data_dir, *each) for each in zip(frames, sizes))
   report = _report(loader, frames, gone_names, unregistered, located, sizes, split, world)
+  if any(found_masks):
+    report['masks'] = sum(mask is not None for mask in found_masks)
   return scene.Scene(
     loader=loader,
     files=located.files,
@@ -197,6 +202,8 @@ def assemble(
     background=background,
     bounds=world.bounds,
     report=report,
+    masks=found_masks if any(found_masks) else (),
+    weights=tuple(f.weight for f in frames) if any(f.weight != 1 for f in frames) else (),
   )
 
 
@@ -270,6 +277,15 @@ def _locate(data_dir, frames, factor, background, read_only) -> pyramid.Pictures
     tuple(headers[i] for i in order),
     ', '.join(to_be_made) or None,
   )
+
+
+def _find_mask(data_dir: str, frame: Frame, used: np.ndarray) -> str | None:
+  """The picture's mask, checked against its size; None if it has none."""
+  picture = f'{frame.folder}/{frame.file}' if frame.folder else frame.file
+  mask = frame.mask or masks.find(data_dir, picture)
+  if mask is not None:
+    masks.check(data_dir, mask, frame.size, tuple(used.tolist()))
+  return mask
 
 
 def _used_size(path: str, header: images.Header, frame: Frame, factor: int) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Any COLMAP-posed folder: images/, images_<factor>/ and sparse/0/, as the 360 dataset ships it.
 
 With Config.forward_facing also a capture in LLFF's way: normalised device coordinates, with near
-and far from poses_bounds.npy or else from the sparse points.
+and far from poses_bounds.npy or else from the sparse points. Where there is no sparse model, the
+poses are those of poses_bounds.npy too.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from internal import colmap, configs, files, paths
+from internal import colmap, configs, paths
 from internal.datasets import frames as frames_lib
-from internal.datasets import images, scene
+from internal.datasets import images, poses_bounds, scene
 
 MODEL_FOLDERS = ('sparse/0', 'sparse', 'colmap/sparse/0')
 
@@ -33,10 +34,7 @@ def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
     DataError, colmap.ModelError: something there cannot be used.
   """
   data_dir = frames_lib.capture_dir(config.data_dir)
-  folder = find_model(data_dir)
-  model = colmap.read_model(folder)
-  with frames_lib.named(folder):
-    frames = read_frames(model, config.load_alphabetical)
+  frames, model = _read_capture(data_dir, config.load_alphabetical)
   if not frames:
     raise images.DataError(
       f'{data_dir}: the sparse model has no registered images. Run COLMAP again, with more overlap '
@@ -56,6 +54,21 @@ def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
     unregistered=frames_lib.unposed(data_dir, frames),
     read_only=read_only,
   )
+
+
+def _read_capture(
+  data_dir: str, by_name: bool
+) -> tuple[list[frames_lib.Frame], colmap.Model | None]:
+  """The posed pictures, and the sparse model; without one, those of poses_bounds.npy."""
+  try:
+    folder = find_model(data_dir)
+  except colmap.ModelNotFoundError:
+    if os.path.isfile(os.path.join(data_dir, poses_bounds.FILE)):
+      return poses_bounds.read_frames(data_dir), None
+    raise
+  model = colmap.read_model(folder)
+  with frames_lib.named(folder):
+    return read_frames(model, by_name), model
 
 
 def find_model(data_dir: str) -> str:
@@ -123,24 +136,11 @@ def read_bounds(data_dir: str, model: colmap.Model) -> tuple[float, float]:
   Raises:
     DataError: poses_bounds.npy is damaged, or there is neither it nor a point to see.
   """
-  path = os.path.join(data_dir, 'poses_bounds.npy')
-  if not os.path.isfile(path):
-    with frames_lib.named(data_dir):
-      return bounds_from_points(model)
-  try:
-    table = files.read_array(path)
-    near, far = table[:, 15].min(), table[:, 16].max()
-  except (ValueError, IndexError) as e:
-    raise images.DataError(
-      f'{path}: must be numbers [n, 17] ({" ".join(str(e).split())}). Remove it to have the bounds '
-      'taken from the sparse points.'
-    ) from None
-  if not 1 / frames_lib.LARGEST < near <= far < frames_lib.LARGEST:
-    raise images.DataError(
-      f'{path}: has the bounds {near} and {far}, which are not 0 < near <= far. Remove it to have '
-      'them taken from the sparse points.'
-    )
-  return float(near), float(far)
+  path = os.path.join(data_dir, poses_bounds.FILE)
+  if os.path.isfile(path):
+    return poses_bounds.read_bounds(path)
+  with frames_lib.named(data_dir):
+    return bounds_from_points(model)
 
 
 def bounds_from_points(model: colmap.Model) -> tuple[float, float]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from internal import cameras as cameras_lib
 from internal import files, structs
-from internal.datasets import images
+from internal.datasets import images, masks
 
 _VERSION = 1  # Of scene.json.
 _MAX_SIDE = 1_000_000  # Pixels.
@@ -44,6 +44,10 @@ class Scene:
   background: str  # 'white': alpha is composited on white; 'none': pictures have no alpha.
   bounds: tuple[float, float] | None  # Near and far of a forward-facing capture, normalised.
   report: dict[str, Any]  # What a preflight prints.
+  masks: tuple[
+    str | None, ...
+  ] = ()  # [n] of each picture or None, relative to data_dir; () if none.
+  weights: tuple[float, ...] = ()  # [n] of its pixels in the data loss; () if all are 1.
 
   def stem(self, i: int) -> str:
     """Image i's name as a piece of a file's: no ending, no folders."""
@@ -95,8 +99,8 @@ def load_scene(path: str) -> Scene:
 
 def _checked_scene(fields: dict[str, Any]) -> Scene:
   """A scene from what JSON made of it; anything may be raised if it is none."""
-  for name in ('files', 'names', 'train', 'test'):
-    fields[name] = tuple(fields[name])
+  for name in ('files', 'names', 'train', 'test', 'masks', 'weights'):
+    fields[name] = tuple(fields.get(name, ()))  # Scenes once had neither masks nor weights.
   fields['bounds'] = fields['bounds'] and tuple(map(float, fields['bounds']))
   fields['world_transform'] = _numbers(fields['world_transform'], (4, 4), np.float64)
   scene = Scene(cameras=_checked_cameras(fields.pop('cameras'), len(fields['names'])), **fields)
@@ -107,6 +111,12 @@ def _checked_scene(fields: dict[str, Any]) -> Scene:
     raise ValueError('train, files or names are too short')
   if not all(map(images.is_relative, scene.files)):
     raise ValueError('files must be names inside the capture')
+  if not all(mask is None or images.is_relative(mask) for mask in scene.masks):
+    raise ValueError('masks must be names inside the capture')
+  if not all(isinstance(weight, float) and 0 < weight < np.inf for weight in scene.weights):
+    raise ValueError('weights must be positive')
+  if not {len(scene.masks), len(scene.weights)} <= {0, len(scene.names)}:
+    raise ValueError('masks or weights are too short')
   if not all(isinstance(name, str) and '\0' not in name for name in scene.names):
     raise ValueError('names must be strings')
   if scene.bounds is not None and not 0 < scene.bounds[0] <= scene.bounds[1] < np.inf:
@@ -159,3 +169,22 @@ def read_images(
   """The pixels of several images, read by threads: a list of uint8 [h, w, 3]."""
   label = 'reading images' if progress else None
   return images.in_threads(lambda i: read_image(data_dir, scene, i), list(indices), label)
+
+
+def read_mask(data_dir: str, scene: Scene, i: int) -> np.ndarray | None:
+  """Which pixels of image i count, bool [h, w]; None: all.
+
+  Raises:
+    DataError, DataNotFoundError: the mask is missing, damaged or black all over.
+  """
+  if not scene.masks or scene.masks[i] is None:
+    return None
+  return masks.read(images.inside(data_dir, scene.masks[i]), tuple(scene.cameras.size[i].tolist()))
+
+
+def read_masks(
+  data_dir: str, scene: Scene, indices: Sequence[int], progress: bool = True
+) -> list[np.ndarray | None]:
+  """The masks of several images, read by threads."""
+  label = 'reading masks' if progress and any(scene.masks) else None
+  return images.in_threads(lambda i: read_mask(data_dir, scene, i), list(indices), label)

@@ -116,9 +116,22 @@ def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_
       size=size,
       pose=_read_pose(where, own),
       model=model,
+      mask=_read_mask(where, own, data_dir),
     )
     result.append(frame)
   return result
+
+
+def _read_mask(where: str, own: dict[str, Any], data_dir: str) -> str | None:
+  """The frame's mask_path, relative to data_dir."""
+  if own.get('mask_path') is None:
+    return None
+  if not isinstance(own['mask_path'], str):
+    raise images.DataError(f'{where}: mask_path must be a name. Export it again.')
+  name = normal_name(own['mask_path'])
+  with frames_lib.named(where):
+    images.inside(data_dir, name)
+  return name
 
 
 def normal_name(file_path: str) -> str:
