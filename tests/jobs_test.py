@@ -13,6 +13,10 @@ from internal import jobs, signals
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# Until a file is there, but not for ever.
+WAIT = 'for i in $(seq 2000); do [ -e {} ] && break; sleep 0.01; done; [ $i -lt 2000 ]'
+
+
 def sh(script):
   return ('/bin/sh', '-c', script)
 
@@ -44,7 +48,7 @@ class TestRun:
 
   def test_each_slot_has_one_job_at_a_time_and_its_own_variables(self, tmp_path):
     # Two of them can only end together.
-    meet = 'echo $GPU; touch ../{0}.here; until [ -e ../{1}.here ]; do sleep 0.01; done'
+    meet = 'echo $GPU; touch ../{0}.here; ' + WAIT.format('../{1}.here')
     todo = [
       job(tmp_path, 'a', f'cd {tmp_path}/a; {meet.format("a", "b")}'),
       job(tmp_path, 'b', f'cd {tmp_path}/b; {meet.format("b", "a")}'),
@@ -65,7 +69,7 @@ class TestRun:
 
   def test_a_signal_ends_what_is_at_work_and_starts_no_more(self, tmp_path):
     ready = tmp_path / 'a' / 'ready'
-    trapped = f"trap 'echo saved; exit 143' TERM; touch {ready}; while :; do sleep 0.01; done"
+    trapped = f"trap 'echo saved; exit 143' TERM; touch {ready}; {WAIT.format('never')}"
     todo = [job(tmp_path, 'a', trapped, 'echo never'), job(tmp_path, 'b', 'echo never')]
 
     def stop():
@@ -85,11 +89,11 @@ class TestRun:
   def test_a_folder_at_work_is_left_alone_even_if_its_starter_was_killed(self, tmp_path):
     program = (
       'import sys; sys.path.insert(0, sys.argv[1]); from internal import jobs\n'
-      'work = ("/bin/sh", "-c", "touch %s/on; until [ -e %s/off ]; do sleep 0.01; done")\n'
-      'work = tuple(w.replace("%s", sys.argv[2]) for w in work)\n'
+      'work = ("/bin/sh", "-c", sys.argv[3])\n'
       'jobs.run([jobs.Job("a", (work,), sys.argv[2] + "/a")], [{}])\n'
     )
-    starter = subprocess.Popen([sys.executable, '-c', program, str(ROOT), str(tmp_path)])
+    work = f'touch {tmp_path}/on; {WAIT.format(f"{tmp_path}/off")}'
+    starter = subprocess.Popen([sys.executable, '-c', program, str(ROOT), str(tmp_path), work])
     while not (tmp_path / 'on').exists():
       assert starter.poll() is None
       time.sleep(0.01)

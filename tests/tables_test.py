@@ -1,5 +1,6 @@
 import csv
 import io
+import json
 import re
 from pathlib import Path
 
@@ -33,6 +34,17 @@ class TestPublished:
     assert (paper.method, paper.mean['psnr'], paper.mean['lpips_paper']) == (PAPER, 27.69, 0.237)
     assert paper.values['psnr']['bonsai'] == 33.46
     assert all(row.source for b in benchmarks.load_all().values() for row in b.published)
+
+  def test_ablations_say_the_same_of_the_baselines(self):
+    with open(ROOT / 'configs' / 'ablations' / 'published.json') as f:
+      table_1 = {row['label']: row['psnr'] for row in json.load(f)['rows'] if row['table'] == 1}
+    means = {p.method: p.mean['psnr'] for p in benchmarks.load('360').published}
+    assert table_1 == {
+      'NeRF': means['NeRF'],
+      'mip-NeRF': means['mip-NeRF'],
+      'NeRF++ (style of)': means['NeRF++'],
+      'mip-NeRF, bigger MLP': means['mip-NeRF, bigger MLP'],
+    }
 
   def test_test_images_are_what_the_split_leaves(self):
     for benchmark in benchmarks.load_all().values():
