@@ -8,6 +8,7 @@ import http.client
 import os
 import re
 import shutil
+import socket
 import stat
 import sys
 import time
@@ -159,6 +160,13 @@ def _check_space(folder: str, needed: int, label: str) -> None:
     )
 
 
+def _is_final(error: Exception) -> bool:
+  """Whether asking again is no use: the file is not for us, or there is no network at all."""
+  if isinstance(error, urllib.error.HTTPError):
+    return error.code in (401, 403, 404, 410)
+  return isinstance(getattr(error, 'reason', None), socket.gaierror)
+
+
 def fetch(archive: Archive, folder: str, mirror: str | None = None) -> str:
   """The path of an archive in the folder, fetched if it is not there.
 
@@ -189,8 +197,7 @@ def fetch(archive: Archive, folder: str, mirror: str | None = None) -> str:
     except _NotAnArchiveError:
       raise DownloadError(f'{url} sent a web page instead of {archive.file}. {by_hand}') from None
     except _NETWORK as e:
-      final = isinstance(e, urllib.error.HTTPError) and e.code in (401, 403, 404, 410)
-      if final or attempt == _ATTEMPTS:
+      if _is_final(e) or attempt == _ATTEMPTS:
         raise DownloadError(
           f'{url}: {e}. What came is kept. Without a network: {by_hand}'
         ) from None

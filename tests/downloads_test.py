@@ -4,8 +4,10 @@ import http.server
 import io
 import random
 import re
+import socket
 import stat
 import threading
+import urllib.error
 import zipfile
 from types import SimpleNamespace
 
@@ -191,6 +193,15 @@ class TestDownload:
     with pytest.raises(downloads.DownloadError, match=f'https://page.*put it there as {path}'):
       downloads.download('small', str(tmp_path / 'new'))
     assert capsys.readouterr().err.count('attempt') == downloads._ATTEMPTS - 1
+
+  def test_without_names_of_hosts_there_is_one_attempt(self, small, tmp_path, monkeypatch, capsys):
+    def no_names(*args, **kwargs):
+      raise urllib.error.URLError(socket.gaierror(-2, 'Name or service not known'))
+
+    monkeypatch.setattr(downloads.urllib.request, 'urlopen', no_names)
+    with pytest.raises(downloads.DownloadError, match=r'not known.*Without a network: Fetch it'):
+      downloads.download('small', str(tmp_path))
+    assert capsys.readouterr().err == ''
 
   def test_a_missing_file_is_not_asked_for_again(self, served, tmp_path):
     served.files.clear()
