@@ -104,7 +104,7 @@ def check_scene(benchmark: Benchmark, scene: str, config: configs.Config) -> Non
   """Holds a scene's folder to what is known of it, by the loader that training uses.
 
   Raises:
-    BenchmarkError: another number or size of images; the message says which.
+    BenchmarkError: another number or size of images, or pictures that are still to be made.
     DataError and its like: the folder cannot be loaded at all.
   """
   facts = benchmark.scenes[scene]
@@ -119,6 +119,11 @@ def check_scene(benchmark: Benchmark, scene: str, config: configs.Config) -> Non
       raise BenchmarkError(
         f'{config.data_dir}: {found} {what}, the published {scene} has {wanted}.'
       )
+  if report['folder_to_be_made']:
+    raise BenchmarkError(
+      f'{config.data_dir}: {report["folder_to_be_made"]}/ is missing; pictures made from images/ are '
+      'not those that the published numbers are of.'
+    )
   for size in report['image_sizes']:
     sides = [int(side) for side in size.split('x')]
     if any(abs(side - wanted) > 1 for side, wanted in zip(sides, facts.used_size)):

@@ -163,7 +163,7 @@ def slurm_script(plans: Sequence[Plan], options: str, command: Sequence[str]) ->
     f'--array=0-{len(plans) - 1}',
     '--ntasks=1',
     '--gpus=1',
-    f'--output={out}/slurm_%A_%a.txt',
+    f'--output={shlex.quote(out)}/slurm_%A_%a.txt',
     '--open-mode=append',
     '--signal=B:TERM@300',  # What is trained is saved before the time is up.
     *shlex.split(options),
