@@ -121,8 +121,8 @@ def check_scene(benchmark: Benchmark, scene: str, config: configs.Config) -> Non
       )
   if report['folder_to_be_made']:
     raise BenchmarkError(
-      f'{config.data_dir}: {report["folder_to_be_made"]}/ is missing; pictures made from images/ are '
-      'not those that the published numbers are of.'
+      f'{config.data_dir}: {report["folder_to_be_made"]}/ is missing; pictures made here from the '
+      'full ones are not those that the published numbers are of.'
     )
   for size in report['image_sizes']:
     sides = [int(side) for side in size.split('x')]
