@@ -25,7 +25,7 @@ Array = jax.Array
 
 # What the network is given for a colour x in [0, 1].
 METRICS = {
-  'lpips_paper': 'VGG16, colours as they are in [0, 1]; the published 0.237 is taken to be of this kind',
+  'lpips_paper': 'VGG16, colours as they are in [0, 1]; the paper is taken to have it so (0.237)',
   'lpips_vgg': "VGG16, colours scaled to [-1, 1] as the `lpips` package has it with net='vgg'",
 }
 _MIN_SIDE = 16  # Four halvings must leave a pixel.
