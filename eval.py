@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -18,8 +18,10 @@ from internal import (
   cli,
   configs,
   evaluation,
+  lpips,
   models,
   report,
+  runlog,
   sharding,
   train_step,
   vis,
@@ -35,13 +37,15 @@ class EvalError(ValueError):
 
 
 def steps_to_evaluate(run: str, config: configs.Config) -> Iterator[int]:
-  """The newest checkpoint's step; in the waiting mode each newer one's too, until the last."""
-  done = None
+  """The newest whole checkpoint's step; in the waiting mode later ones' too, until the last."""
+  seen = step = done = None
   while True:
     # Every process must take the same one, however late it looks.
-    step = sharding.from_main(checkpoints.latest_step(run) or 0)
+    latest = sharding.from_main(checkpoints.latest_step(run) or 0)
+    if latest != seen:
+      seen, step = latest, checkpoints.newest(run) or 0
     if config.eval_only_once and not step:
-      raise EvalError(f'No checkpoint in {run}/checkpoints yet: train first.')
+      raise EvalError(f'No whole checkpoint in {run}/checkpoints yet: train first.')
     if step and step != done:
       yield step
       done = step
@@ -70,17 +74,45 @@ def select_images(config: configs.Config, scene: scene_lib.Scene) -> list[int]:
 
 
 def save_pictures(stem: str, rendering: dict, truth, note: str) -> None:
-  """Writes prediction, truth, error and depth, each alone and all on one sheet."""
+  """Writes prediction, truth, error and depth, each alone, all on a sheet; normals if there."""
   vis.write_png(f'{stem}_prediction.png', rendering['rgb'])
   vis.write_png(f'{stem}_truth.png', truth)
   vis.write_png(f'{stem}_error.png', vis.error_picture(rendering['rgb'], truth))
   depth = vis.depth_picture(rendering['distance_median'], rendering['acc'])
   vis.write_png(f'{stem}_depth.png', depth)
+  if 'normals' in rendering:
+    picture = vis.normal_picture(rendering['normals'], rendering['acc'])
+    vis.write_png(f'{stem}_normals.png', picture)
   vis.write_png(f'{stem}_sheet.png', vis.comparison_sheet(rendering, truth, note))
 
 
-def evaluate(config, scene, rows: Sequence[int], render_image, params, step: int, folder: str):
+def load_lpips() -> tuple[Callable | None, str | None]:
+  """The function that measures LPIPS, or why there is none."""
+  try:
+    return lpips.load(), None
+  except lpips.LpipsUnavailableError as reason:
+    return None, str(reason)
+
+
+def train_seconds(run: str, step: int) -> float | None:
+  """How long training took up to the step, by the run's own record."""
+  rows = runlog.read_metrics(os.path.join(run, 'metrics.jsonl'))
+  told = [row['train_seconds'] for row in rows if row.get('step', step + 1) <= step]
+  return told[-1] if told else None
+
+
+def evaluate(
+  settings: configs.Settings,
+  scene: scene_lib.Scene,
+  rows: Sequence[int],
+  render_image: Callable,
+  params: dict,
+  step: int,
+  run: str,
+) -> None:
   """Renders the rows' images with one checkpoint and writes all that is said of them."""
+  config, folder = settings.config, os.path.join(run, 'eval')
+  measure_lpips, lpips_absent = load_lpips() if sharding.is_main() else (None, None)
   per_image, pairs = [], []
   fraction = float(train_step.train_fraction(step, config.max_steps))
   for k, row in enumerate(rows):
@@ -90,9 +122,11 @@ def evaluate(config, scene, rows: Sequence[int], render_image, params, step: int
     if not sharding.is_main():
       continue
     truth = scene_lib.read_image(config.data_dir, scene, row)
-    metrics = report.image_metrics(rendering['rgb'], truth, config)
-    name = scene.names[row]
-    per_image.append({'name': name, **metrics, 'seconds': seconds})
+    mask = scene_lib.read_mask(config.data_dir, scene, row)
+    metrics = report.image_metrics(rendering['rgb'], truth, config, mask, measure_lpips)
+    name, (height, width) = scene.names[row], truth.shape[:2]
+    about = {'width': width, 'height': height, 'masked': mask is not None}
+    per_image.append({'name': name, **about, **metrics, 'seconds': seconds})
     print(
       f'{k + 1}/{len(rows)} {name}  {report.format_metrics(metrics)}  {seconds:.1f}s', flush=True
     )
@@ -104,7 +138,14 @@ def evaluate(config, scene, rows: Sequence[int], render_image, params, step: int
       pairs.append(vis.shrink(pair, _PAIR_WIDTH))
   if not sharding.is_main():
     return
-  results = report.make_results(config, per_image, step, models.num_params(params))
+  results = report.make_results(
+    settings,
+    per_image,
+    step,
+    models.num_params(params),
+    lpips_absent,
+    train_seconds(run, step),
+  )
   report.write_json(os.path.join(folder, 'results.json'), results)
   if not config.eval_only_once:
     report.write_json(os.path.join(folder, f'results_{step:06d}.json'), results)
@@ -113,6 +154,8 @@ def evaluate(config, scene, rows: Sequence[int], render_image, params, step: int
     sheet = vis.contact_sheet(pairs, captions, _PAIR_WIDTH)
     vis.write_png(os.path.join(folder, 'contact_sheet.png'), sheet)
   print(f'mean of {len(rows)} images at step {step:,}: {report.format_metrics(results["mean"])}')
+  if lpips_absent:
+    print(f'LPIPS is null: {lpips_absent}')
   print(f'-> {os.path.join(folder, "results.json")}', flush=True)
 
 
@@ -123,11 +166,11 @@ def main(argv: list[str] | None = None) -> None:
   sharding.initialize()
   mesh = sharding.make_mesh()
   rows = select_images(settings.config, scene)
-  render_image = evaluation.make_image_renderer(settings, mesh)
+  normals = settings.config.vis_normals
+  render_image = evaluation.make_image_renderer(settings, mesh, with_normals=normals)
   for step in steps_to_evaluate(run, settings.config):
     params, _ = checkpoints.restore_params(run, settings, step, mesh)
-    folder = os.path.join(run, 'eval')
-    evaluate(settings.config, scene, rows, render_image, params, step, folder)
+    evaluate(settings, scene, rows, render_image, params, step, run)
 
 
 if __name__ == '__main__':

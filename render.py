@@ -1,8 +1,9 @@
 """Renders a camera path through a trained scene: python render.py --checkpoint_dir=runs/bonsai
 
-Writes <checkpoint_dir>/render/color/*.png and depth/*.png, then color.mp4 and depth.mp4. Frames
-that exist are skipped, so an interrupted rendering goes on where it stopped. Config.render_* in
---gin_bindings chooses path, size and lens, e.g. "Config.render_resolution=(1280, 720)".
+Writes <checkpoint_dir>/render/color/*.png and depth/*.png, then color.mp4 and depth.mp4 (with
+Config.vis_normals also normals). Frames that exist are skipped, so an interrupted rendering goes on
+where it stopped. Config.render_* in --gin_bindings chooses path, size and lens, e.g.
+"Config.render_resolution=(1280, 720)".
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from internal import (
   vis,
 )
 
-_KINDS = ('color', 'depth')
+_KINDS = ('color', 'depth', 'normals')
 _SURVEY_FRAMES, _SURVEY_SIDE = 8, 96  # Frames and pixels that the depth's scale is taken from.
 
 
@@ -96,6 +97,15 @@ def survey_depth(
   return vis.depth_range(distance, acc)
 
 
+def picture(kind: str, frame: dict, depth_range: tuple[float, float]) -> np.ndarray:
+  """A rendered frame as one of _KINDS."""
+  if kind == 'depth':
+    return vis.depth_picture(frame['distance_median'], frame['acc'], depth_range)
+  if kind == 'normals':
+    return vis.normal_picture(frame['normals'], frame['acc'])
+  return frame['rgb']
+
+
 def frame_path(folder: str, kind: str, k: int) -> str:
   return os.path.join(folder, kind, f'{k:05d}.png')
 
@@ -109,14 +119,15 @@ def main(argv: list[str] | None = None) -> None:
   sharding.initialize()
   mesh = sharding.make_mesh()
   params, step = checkpoints.restore_params(run, settings, mesh=mesh)
-  render_image = evaluation.make_image_renderer(settings, mesh)
+  kinds = _KINDS if config.vis_normals else _KINDS[:2]
+  render_image = evaluation.make_image_renderer(settings, mesh, with_normals=config.vis_normals)
   fraction = float(train_step.train_fraction(step, config.max_steps))
 
   folder, count = config.render_dir or os.path.join(run, 'render'), len(cams.size)
   wanted = describe(cams, params, step)
   description = read_description(folder, wanted)
   present = [
-    all(os.path.exists(frame_path(folder, kind, k)) for kind in _KINDS) for k in range(count)
+    all(os.path.exists(frame_path(folder, kind, k)) for kind in kinds) for k in range(count)
   ]
   missing = [k for k in range(count) if not present[k]]
   say = print if sharding.is_main() else lambda *_: None
@@ -129,14 +140,12 @@ def main(argv: list[str] | None = None) -> None:
   for k in progress.track(missing, 'frames', sharding.is_main()):
     frame = render_image(params, cams, k, fraction)
     if sharding.is_main():
-      depth = vis.depth_picture(
-        frame['distance_median'], frame['acc'], tuple(description['depth_range'])
-      )
-      vis.write_png(frame_path(folder, 'color', k), frame['rgb'])
-      vis.write_png(frame_path(folder, 'depth', k), depth)
+      for kind in kinds:
+        shown = picture(kind, frame, tuple(description['depth_range']))
+        vis.write_png(frame_path(folder, kind, k), shown)
 
   if sharding.is_main():
-    for kind in _KINDS:
+    for kind in kinds:
       frames = [frame_path(folder, kind, k) for k in range(count)]
       path = os.path.join(folder, f'{kind}.mp4')
       video.write_video(frames, path, config.render_video_fps, config.render_video_crf)

@@ -1,13 +1,15 @@
 """Trains a scene: python train.py --gin_configs=configs/360.gin --gin_bindings="..."
 
 Everything lands in Config.checkpoint_dir, and a second start of the same command goes on from the
-newest checkpoint there. `--dry_run` prints a preflight report as JSON and stops.
+newest checkpoint there. `--dry_run` prints a preflight report as JSON and stops; `--replay_step N`
+shows step N of a run again, term by term, and the rays whose loss or gradient is not finite.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import time
@@ -16,6 +18,7 @@ import jax
 import numpy as np
 
 from internal import (
+  bad_numbers,
   batches,
   checkpoints,
   cli,
@@ -26,10 +29,14 @@ from internal import (
   report,
   runlog,
   sharding,
+  signals,
+  structs,
   train_step,
   vis,
 )
 from internal.datasets import scene as scene_lib
+
+REPLAYED_RAYS = 20  # At most so many are shown.
 
 
 def preflight(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> dict:
@@ -76,7 +83,9 @@ class TestRenders:
       if not sharding.is_main():
         continue
       truth = scene_lib.read_image(self.config.data_dir, self.scene, row)
-      scores.append({**report.image_metrics(out['rgb'], truth, self.config), 'seconds': seconds})
+      mask = scene_lib.read_mask(self.config.data_dir, self.scene, row)
+      metrics = report.image_metrics(out['rgb'], truth, self.config, mask)
+      scores.append({**metrics, 'seconds': seconds})
       sheet = vis.comparison_sheet(out, truth)
       name = self.scene.stem(row)
       vis.write_png(os.path.join(self.folder, f'{name}_step{step:07d}.png'), sheet)
@@ -96,48 +105,122 @@ class TestRenders:
       )
 
 
+def read_pixels(config: configs.Config, scene: scene_lib.Scene) -> batches.PixelStore:
+  """The training images' pixels, on the host."""
+  return batches.make_store(
+    scene_lib.read_images(config.data_dir, scene, scene.train, progress=sharding.is_main())
+  )
+
+
 def load_pixels(settings, scene, mesh):
   """The training images' pixels, on the device where they fit."""
   config = settings.config
-  store = batches.make_store(
-    scene_lib.read_images(config.data_dir, scene, scene.train, progress=sharding.is_main())
-  )
+  store = read_pixels(config, scene)
   on_device = keep_on_device(config, store)
   return (sharding.replicate(store, mesh) if on_device else store), on_device
 
 
+def training_cameras(config: configs.Config, scene: scene_lib.Scene) -> structs.Cameras:
+  """The cameras of the training images, with what masks and weights say of their pixels."""
+  cams = scene.cameras.take(np.array(scene.train))
+  masks = scene_lib.read_masks(config.data_dir, scene, scene.train, sharding.is_main())
+  weights = [scene.weights[row] for row in scene.train] if scene.weights else None
+  return cams.replace(supervision=batches.make_supervision(cams.size, masks, weights))
+
+
 def start_run(settings, mesh, step: int):
-  """The checkpoint manager; the state of the checkpoint at `step`, or a fresh one at 0."""
-  config = settings.config
-  manager = checkpoints.make_manager(config.checkpoint_dir, config.checkpoint_keep)
+  """The state of the checkpoint at `step`, or a fresh one at 0; and what `save_run` noted with it.
+
+  Returns:
+    (state, the stats of the print window's steps so far, the number of micro-batches).
+  """
+  folder = settings.config.checkpoint_dir
   if step == 0:
-    return manager, sharding.replicate(train_step.create_state(settings), mesh)
-  return manager, checkpoints.restore(manager, settings, mesh, step)
+    return sharding.replicate(train_step.create_state(settings), mesh), [], 1
+  state = checkpoints.restore(folder, settings, mesh, step)
+  notes = checkpoints.notes(folder, step)
+  window = [{name: np.float32(value) for name, value in row.items()} for row in notes['window']]
+  return state, window, notes['micro_batches'] if notes['devices'] == mesh.size else 1
+
+
+def save_run(config: configs.Config, state, window: list, step_fn, mesh) -> None:
+  """A checkpoint, and with it what must not depend on interruptions.
+
+  That is: the stats of a print window whose mean is not logged yet, and in how many micro-batches
+  these devices take their rays.
+  """
+  rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(window)]
+  notes = {'window': rows, 'micro_batches': step_fn.micro_batches, 'devices': mesh.size}
+  checkpoints.save(config.checkpoint_dir, state, config.checkpoint_keep, notes)
+
+
+def replay(settings: configs.Settings, scene: scene_lib.Scene, mesh, step: int) -> None:
+  """Does a step of a run again, from the newest checkpoint before it, and prints what it sees.
+
+  Nothing is written.
+  """
+  config = settings.config
+  if not 1 <= step <= config.last_step:
+    raise configs.ConfigError(f'--replay_step must be in [1, {config.last_step}], got {step}.')
+  say = print if sharding.is_main() else lambda *_: None
+  start = checkpoints.start_step(config.checkpoint_dir, at_most=step - 1)
+  say(f'step {step:,}, from {f"the checkpoint of step {start:,}" if start else "the beginning"}:')
+  state, _, micro_batches = start_run(settings, mesh, start)
+  step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches)
+  store = read_pixels(config, scene)
+  cams = training_cameras(config, scene)
+  cams_on_device = sharding.replicate(cams, mesh)
+  draw = train_step.make_draw(config, mesh, cams_on_device.supervision)
+  for done in range(start, step - 1):
+    rgb = train_step.host_pixels(draw, done, store, cams.size, mesh)
+    state, _ = step_fn(state, cams_on_device, rgb)
+  ids = [sharding.to_host(a) for a in draw(step - 1, cams.size)]
+  seen = batches.lookup(store, cams.size, *ids)
+  found = bad_numbers.find_rays(settings, mesh, state, cams_on_device, seen)
+  found = list(itertools.islice(found, REPLAYED_RAYS + 1))  # Before the step takes the state.
+  rgb = train_step.host_pixels(draw, step - 1, store, cams.size, mesh)
+  for name, value in jax.device_get(step_fn(state, cams_on_device, rgb)[1]).items():
+    say(f'  {name} {value:.9g}')
+  for ray, values in found[:REPLAYED_RAYS]:
+    cam, x, y = (int(a[ray]) for a in ids)
+    row = scene.train[cam]
+    terms = ', '.join(f'{name} {value:.6g}' for name, value in values.items())
+    say(f'ray {ray}: camera {row} ({scene.names[row]}), pixel x {x}, y {y}: {terms}')
+  if len(found) > REPLAYED_RAYS:
+    say('and others')
+  if not found:
+    say(f'Loss and gradient of each of the {config.batch_size:,} rays are finite by themselves.')
 
 
 def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
-  """Runs the steps that are left."""
+  """Runs the steps that are left.
+
+  Raises:
+    signals.Stopped: SIGTERM or SIGINT came; the step that it came in is done and saved.
+    BadNumbersError: a part has not been updated for too long.
+  """
   config, last = settings.config, settings.config.last_step
-  start = checkpoints.latest_step(config.checkpoint_dir) or 0
+  start = checkpoints.start_step(config.checkpoint_dir)
   if start >= last:
     print(f'Nothing to do: {config.checkpoint_dir} has step {start:,} of {last:,}.')
     return
-  step_fn = train_step.make_train_step(settings, mesh)
-  draw = train_step.make_draw(config, mesh)
+  state, recent, micro_batches = start_run(settings, mesh, start)
+  step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches)
   test_renders = TestRenders(settings, scene, mesh)
-  manager, state = start_run(settings, mesh, start)
   if sharding.is_main():
+    checkpoints.tidy(config.checkpoint_dir, start)
     checkpoints.write_run(config.checkpoint_dir, settings, scene)
   log = runlog.RunLog(config.checkpoint_dir, start, last, sharding.is_main())
   pixels, on_device = load_pixels(settings, scene, mesh)
-  cams = scene.cameras.take(np.array(scene.train))
+  cams = training_cameras(config, scene)
   cams_on_device = sharding.replicate(cams, mesh)
+  draw = train_step.make_draw(config, mesh, cams_on_device.supervision)
   log.say(
     f'{models.num_params(state.params):,} parameters, {len(scene.train)} training images, '
     f'pixels on the {"device" if on_device else "host"}, {mesh.size} x '
     f'{mesh.devices.flat[0].device_kind}; steps {start:,} to {last:,} -> {config.checkpoint_dir}'
   )
-  recent, clock = [], time.time()
+  timed, clock = 0, time.time()
 
   def pause_clock():
     """Waits for the device; returns the seconds since the last call."""
@@ -146,33 +229,47 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
     elapsed, clock = time.time() - clock, time.time()
     return elapsed
 
-  for step in range(start + 1, last + 1):
-    source = pixels
-    if not on_device:
-      source = train_step.host_pixels(draw, step - 1, pixels, cams.size, mesh)
-    state, stats = step_fn(state, cams_on_device, source)
-    if step == start + 1:
-      parts = f'in {step_fn.micro_batches} micro-batches, ' if step_fn.micro_batches > 1 else ''
-      log.say(
-        f'first step after {runlog.duration(pause_clock())} (compiling); {parts}{step_fn.account()}'
-      )
-    else:
+  with signals.postponed() as request:
+    for step in range(start + 1, last + 1):
+      source = pixels
+      if not on_device:
+        source = train_step.host_pixels(draw, step - 1, pixels, cams.size, mesh)
+      state, stats = step_fn(state, cams_on_device, source)
       recent.append(stats)
-    render_now = config.train_render_every > 0 and step % config.train_render_every == 0
-    save_now = step % config.checkpoint_every == 0 or step == last
-    if recent and (step % config.print_every == 0 or render_now or save_now):
-      log.steps(step, recent, pause_clock(), config.batch_size)
-      recent = []
-    if render_now:
-      test_renders(state.params, step, log)
-    if save_now:
-      checkpoints.save(manager, state)
-    if step % config.gc_every == 0:
-      gc.collect()
-    if render_now or save_now:
-      pause_clock()
-  manager.wait_until_finished()
-  manager.close()
+      timed += 1
+      if step == start + 1:
+        parts = f'in {step_fn.micro_batches} micro-batches, ' if step_fn.micro_batches > 1 else ''
+        log.say(
+          f'first step after {runlog.duration(pause_clock())} (compiling); '
+          f'{parts}{step_fn.account()}'
+        )
+        timed = 0
+      render_now = config.train_render_every > 0 and step % config.train_render_every == 0
+      save_now = step % config.checkpoint_every == 0 or step == last
+      if step % config.print_every == 0 or render_now or save_now:
+        elapsed, rows = pause_clock() if timed else 0.0, jax.device_get(recent)
+        log.steps(step, rows, timed, elapsed, config.batch_size)
+        for line in bad_numbers.lines(step, rows):
+          log.say(line)
+        bad_numbers.check(config.checkpoint_dir, config.max_skipped_updates, step, rows)
+        recent, timed = [], 0
+      if render_now:
+        test_renders(state.params, step, log)
+      # Processes agree where they wait for the device anyway, so that asking costs nothing.
+      ask_now = jax.process_count() == 1 or step % config.print_every == 0
+      signum = sharding.largest(request.signum) if ask_now and step < last else 0
+      if save_now or signum:
+        save_run(config, state, recent, step_fn, mesh)
+      if signum:
+        log.say(
+          f'step {step:,} is saved in {config.checkpoint_dir}; the same command goes on from there'
+        )
+        log.close()
+        raise signals.Stopped(signum)
+      if step % config.gc_every == 0:
+        gc.collect()
+      if render_now or save_now:
+        pause_clock()
   log.say(f'done: step {last:,}, {runlog.duration(log.train_seconds)} of training')
   log.close()
 
@@ -193,7 +290,10 @@ def main(args: argparse.Namespace) -> None:
       f'Model.num_glo_embeddings is {settings.model.num_glo_embeddings}, fewer than the '
       f'{len(scene.train)} training images; raise it.'
     )
-  train(settings, scene, mesh)
+  if args.replay_step is not None:
+    replay(settings, scene, mesh, args.replay_step)
+  else:
+    train(settings, scene, mesh)
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -203,6 +303,9 @@ def parse(argv=None) -> argparse.Namespace:
   cli.add_arguments(parser)
   parser.add_argument(
     '--dry_run', action='store_true', help='print a preflight report as JSON and stop'
+  )
+  parser.add_argument(
+    '--replay_step', type=int, metavar='N', help='show what was in step N of the run and stop'
   )
   return parser.parse_args(argv)
 

@@ -120,7 +120,8 @@ def pixels_to_rays(
   # Axis 0: the pixel, its right and its lower neighbour.
   x = jnp.stack([pix_x, pix_x + 1, pix_x]) + 0.5  # [3, ...]
   y = jnp.stack([pix_y, pix_y, pix_y + 1]) + 0.5
-  row = jax.tree.map(lambda leaf: jnp.asarray(leaf)[cam_idx][None], cams.replace(pixtocam_ndc=None))
+  rows = cams.replace(pixtocam_ndc=None, supervision=None)
+  row = jax.tree.map(lambda leaf: jnp.asarray(leaf)[cam_idx][None], rows)
 
   x, y, _ = _transform(row.pixtocam, (x, y, jnp.ones_like(x)))
   directions = _transform(row.camtoworld[..., :3], _camera_directions(row, x, y))

@@ -2,12 +2,22 @@
 
 A run's folder holds config.gin (all that the run was told), scene.json (cameras and world
 transform) and checkpoints/<step>/; eval and render need nothing else but the photographs.
+
+A checkpoint is made under another name and gets its own in one go, with manifest.json inside: the
+SHA-256 of each of its files. Reading checks them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import logging
 import os
-from collections.abc import Sequence
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -17,6 +27,11 @@ from internal.datasets import scene as scene_lib
 
 _CONFIG = 'config.gin'
 _SCENE = 'scene.json'
+_STATE = 'default'  # In a checkpoint: orbax's files, under the name that its manager gives them.
+_NOTES = 'notes.json'
+_MANIFEST = 'manifest.json'
+_PARTIAL = '.partial'  # Not finished, or half deleted.
+_DAMAGED = '.damaged'
 
 
 def _folder(checkpoint_dir: str) -> str:
@@ -56,11 +71,11 @@ def open_run(
 
 
 def all_steps(checkpoint_dir: str) -> list[int]:
-  """Steps that have a finished checkpoint, ascending."""
+  """Steps that have a finished checkpoint, ascending; whether each is whole is not looked at."""
   folder = _folder(checkpoint_dir)
   if not os.path.isdir(folder):
     return []
-  return sorted(ocp.utils.checkpoint_steps(folder))
+  return sorted(int(name) for name in os.listdir(folder) if name.isdecimal())
 
 
 def latest_step(checkpoint_dir: str) -> int | None:
@@ -68,19 +83,170 @@ def latest_step(checkpoint_dir: str) -> int | None:
   return max(all_steps(checkpoint_dir), default=None)
 
 
-def make_manager(checkpoint_dir: str, keep: int = 2) -> ocp.CheckpointManager:
-  """Saves in the background, keeps the newest `keep`, never shows a half-written one."""
-  options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-  return ocp.CheckpointManager(
-    _folder(checkpoint_dir), item_handlers=ocp.StandardCheckpointHandler(), options=options
-  )
+def _files_in(folder: str) -> list[str]:
+  found = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
+  return sorted(os.path.relpath(path, folder) for path in found)
 
 
-def save(manager: ocp.CheckpointManager, state: structs.TrainState) -> None:
-  """Starts saving the state under its step; `manager.wait_until_finished()` waits for it."""
+def _sha256(path: str) -> str:
+  with open(path, 'rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def _seal(folder: str, notes: Mapping[str, Any]) -> None:
+  """Adds the notes, and the manifest of all that is there; a loss of power takes nothing of it."""
+  with open(os.path.join(folder, _NOTES), 'w') as f:
+    json.dump(notes, f)
+  sums = {name: _sha256(os.path.join(folder, name)) for name in _files_in(folder)}
+  with open(os.path.join(folder, _MANIFEST), 'w') as f:
+    json.dump({'sha256': sums}, f, indent=1)
+  for root, _, names in os.walk(folder):
+    for name in ['', *names]:
+      opened = os.open(os.path.join(root, name), os.O_RDONLY)
+      try:
+        os.fsync(opened)
+      finally:
+        os.close(opened)
+
+
+def damage(checkpoint_dir: str, step: int) -> str | None:
+  """What is wrong with the files of a checkpoint, None if they are as they were written."""
+  folder = folder_of(checkpoint_dir, step)
+  try:
+    with open(os.path.join(folder, _MANIFEST), 'rb') as f:
+      sums = dict(json.load(f)['sha256'])
+    there = _files_in(folder)  # Nothing else is opened, whatever names the manifest has.
+    for name, wanted in sums.items():
+      if name not in there:
+        return f'{name} is missing'
+      if _sha256(os.path.join(folder, name)) != wanted:
+        return f'{name} is not as it was written'
+  except FileNotFoundError as error:
+    return f'{os.path.relpath(error.filename, folder)} is missing'
+  except OSError as error:
+    return f'{os.path.relpath(error.filename or folder, folder)}: {error.strerror}'
+  except (ValueError, TypeError, LookupError, RecursionError):
+    return f'{_MANIFEST} is not as it was written'
+  return None
+
+
+def folder_of(checkpoint_dir: str, step: int) -> str:
+  """Where the checkpoint of a step is, or would be."""
+  return os.path.join(_folder(checkpoint_dir), str(step))
+
+
+def newest(checkpoint_dir: str, at_most: int | None = None) -> int | None:
+  """The step of the newest checkpoint that is whole, or None; tells of newer, damaged ones.
+
+  Of those up to the step `at_most`, where it is given. All processes are told the same.
+  """
+  found = None
+  if sharding.is_main():
+    steps = [step for step in all_steps(checkpoint_dir) if at_most is None or step <= at_most]
+    while steps and found is None:
+      step = steps.pop()
+      reason = damage(checkpoint_dir, step)
+      if reason is None:
+        found = step
+      else:
+        then = f'trying that of step {steps[-1]}' if steps else 'and there is no other'
+        path = folder_of(checkpoint_dir, step)
+        print(f'The checkpoint {path} is damaged: {reason}; {then}.', file=sys.stderr)
+  found = sharding.from_main(-1 if found is None else found)
+  return None if found < 0 else found
+
+
+def start_step(checkpoint_dir: str, at_most: int | None = None) -> int:
+  """The step that training goes on from: `newest`, or 0 where nothing has been saved.
+
+  Raises:
+    CheckpointError: there are checkpoints, but none is whole.
+  """
+  step = newest(checkpoint_dir, at_most)
+  if step is None and at_most is None and sharding.from_main(latest_step(checkpoint_dir) or 0):
+    raise CheckpointError(
+      f'No checkpoint in {_folder(checkpoint_dir)} is whole. Copy one there from elsewhere, or '
+      'move that folder away to train from the beginning.'
+    )
+  return step or 0
+
+
+def tidy(checkpoint_dir: str, start: int) -> None:
+  """Before training goes on from `start`: moves later checkpoints, which are damaged, out of the
+  way and removes what was never finished (main process only)."""
+  folder = _folder(checkpoint_dir)
+  for name in os.listdir(folder) if os.path.isdir(folder) else []:
+    path = os.path.join(folder, name)
+    if name.endswith(_PARTIAL):
+      shutil.rmtree(path, ignore_errors=True)
+    elif name.isdecimal() and int(name) > start:
+      shutil.rmtree(path + _DAMAGED, ignore_errors=True)
+      os.rename(path, path + _DAMAGED)
+
+
+def _remove_all_but(checkpoint_dir: str, keep: int) -> None:
+  for step in all_steps(checkpoint_dir)[:-keep] if keep else ():
+    path = folder_of(checkpoint_dir, step)
+    os.rename(path, path + _PARTIAL)
+    shutil.rmtree(path + _PARTIAL)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps orbax from logging the traceback of an error that it raises as well."""
+  before = logging.root.manager.disable
+  logging.disable(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.disable(before)
+
+
+def _orbax() -> ocp.Checkpointer:
+  return ocp.Checkpointer(ocp.StandardCheckpointHandler())
+
+
+def save(
+  checkpoint_dir: str,
+  state: structs.TrainState,
+  keep: int = 2,
+  notes: Mapping[str, Any] | None = None,
+) -> None:
+  """Saves the state under its step, with notes (what JSON can hold), and removes old ones.
+
+  The newest `keep` stay, with 0 all of them.
+
+  Raises:
+    CheckpointError: it could not be written, on any process; those before it stay as they are.
+  """
   step = int(sharding.to_host(state.step))
-  if step not in manager.all_steps():
-    manager.save(step, args=ocp.args.StandardSave(state))
+  folder, final = _folder(checkpoint_dir), folder_of(checkpoint_dir, step)
+  failure = None
+  try:
+    with _quiet(), _orbax() as writer:
+      writer.save(os.path.join(final + _PARTIAL, _STATE), args=ocp.args.StandardSave(state))
+    if sharding.is_main():
+      _seal(final + _PARTIAL, notes or {})
+      os.rename(final + _PARTIAL, final)
+      _remove_all_but(checkpoint_dir, keep)
+  except Exception as error:  # TensorStore has exceptions of many kinds for a full disk.
+    failure = error
+  if not sharding.on_all(failure is None):
+    if sharding.is_main():
+      shutil.rmtree(final + _PARTIAL, ignore_errors=True)
+    reason = 'another process failed' if failure is None else ' '.join(str(failure).split())
+    last = latest_step(checkpoint_dir)
+    raise CheckpointError(
+      f'Step {step:,} could not be saved in {folder}: {reason[:1000]}. '
+      + (f'The checkpoint of step {last:,} is kept' if last else 'There is no checkpoint before it')
+      + '; with room on the disk, the same command goes on.'
+    ) from failure
+
+
+def notes(checkpoint_dir: str, step: int) -> dict[str, Any]:
+  """What was noted beside a checkpoint that has been restored."""
+  with open(os.path.join(folder_of(checkpoint_dir, step), _NOTES)) as f:
+    return json.load(f)
 
 
 def _abstract_state(settings: configs.Settings, mesh) -> structs.TrainState:
@@ -96,49 +262,58 @@ def _named_shapes(tree) -> dict[str, tuple[int, ...]]:
   return {'/'.join(map(name, path)): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def _check_same_architecture(manager, step: int, wanted: structs.TrainState) -> None:
+def _check_same_architecture(folder: str, saved, wanted: structs.TrainState) -> None:
   """Names the first parameter in which a checkpoint and the model differ."""
-  metadata = manager.item_metadata(step)
-  saved = metadata['params'] if isinstance(metadata, dict) else metadata.tree['params']
-  saved, wanted = _named_shapes(saved), _named_shapes(wanted.params)
+  saved, wanted = _named_shapes(saved['params']), _named_shapes(wanted.params)
   for name in [*wanted, *saved]:
     if saved.get(name) != wanted.get(name):
       raise CheckpointError(
-        f'The checkpoint {manager.directory}/{step} is of another architecture: {name} is '
+        f'The checkpoint {folder} is of another architecture: {name} is '
         f'{saved.get(name, "absent")} there and {wanted.get(name, "absent")} in this config. '
         "Use the run's own config.gin, or another Config.checkpoint_dir."
       )
 
 
-def restore(
-  manager: ocp.CheckpointManager, settings: configs.Settings, mesh, step: int
-) -> structs.TrainState:
+def restore(checkpoint_dir: str, settings: configs.Settings, mesh, step: int) -> structs.TrainState:
   """Reads a checkpoint onto the mesh's devices, whatever devices it was saved from.
 
   Raises:
-    CheckpointError: another architecture; the first parameter that differs is named.
+    CheckpointError: damaged, or of another architecture; the first parameter that differs is named.
   """
-  wanted = _abstract_state(settings, mesh)
-  _check_same_architecture(manager, step, wanted)
-  return manager.restore(step, args=ocp.args.StandardRestore(wanted))
+  folder, wanted = folder_of(checkpoint_dir, step), _abstract_state(settings, mesh)
+  reason = damage(checkpoint_dir, step)
+  if not sharding.on_all(reason is None):
+    reason = reason or 'another process cannot read it'
+    raise CheckpointError(f'The checkpoint {folder} is damaged: {reason}.')
+  path = os.path.join(folder, _STATE)
+  try:
+    with _orbax() as reader:
+      _check_same_architecture(folder, reader.metadata(path).item_metadata.tree, wanted)
+      return reader.restore(path, args=ocp.args.StandardRestore(wanted))
+  except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
+    raise
+  except Exception as e:  # Of files that are as they were written; orbax raises nearly anything.
+    reason = ' '.join(str(e).split())[:300] or type(e).__name__
+    raise CheckpointError(
+      f'The checkpoint {folder} cannot be read ({reason}). Remove it to go on from the one before, '
+      'or use the version of the program that wrote it.'
+    ) from e
 
 
 def restore_params(
   checkpoint_dir: str, settings: configs.Settings, step: int | None = None, mesh=None
 ) -> tuple[dict, int]:
-  """The parameters of a run's newest checkpoint (or of `step`), and their step.
+  """The parameters of a run's newest whole checkpoint (or of `step`), and their step.
 
   Raises:
-    CheckpointError: no checkpoint yet, no such step, or another architecture.
+    CheckpointError: no checkpoint yet, no such step, damaged, or another architecture.
   """
   steps = all_steps(checkpoint_dir)
-  step = max(steps, default=None) if step is None else step
+  step = newest(checkpoint_dir) if step is None else step
   if step is None or step not in steps:
     raise CheckpointError(
-      f'No checkpoint{"" if step is None else f" of step {step}"} in '
+      f'No {"whole checkpoint" if step is None else f"checkpoint of step {step}"} in '
       f'{_folder(checkpoint_dir)} (there: {steps or "none"}). Train first, or wait for '
       'Config.checkpoint_every steps.'
     )
-  with make_manager(checkpoint_dir) as manager:
-    state = restore(manager, settings, mesh or sharding.make_mesh(), step)
-  return state.params, step
+  return restore(checkpoint_dir, settings, mesh or sharding.make_mesh(), step).params, step

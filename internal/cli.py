@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 
-from internal import configs
+from internal import configs, signals
 
 _ROOMS = os.path.dirname(os.path.abspath(__file__))
 _CACHE = 'mipnerf360-jax'
@@ -73,7 +73,9 @@ def _is_for_the_user(error: Exception) -> bool:
     return True
   raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
   folder = os.path.dirname(os.path.abspath(raised_in))
-  ours = folder == os.path.dirname(_ROOMS) or (folder + os.sep).startswith(_ROOMS + os.sep)
+  top = os.path.dirname(_ROOMS)
+  programs = (top, os.path.join(top, 'scripts'))
+  ours = folder in programs or (folder + os.sep).startswith(_ROOMS + os.sep)
   return ours and isinstance(error, (ValueError, OSError))
 
 
@@ -123,15 +125,16 @@ def enable_compilation_cache() -> None:
 def run(main: Callable[[], None]) -> None:
   """Calls main; a user's error becomes one line on stderr and exit code 1.
 
-  Any other error keeps its traceback; an interruption exits with 130, as shells do. Programs that
-  main compiles are kept for the next start.
+  Any other error keeps its traceback. SIGTERM exits with 143 and SIGINT with 130, as shells do.
+  Programs that main compiles are kept for the next start.
   """
   try:
-    enable_compilation_cache()
-    main()
-  except KeyboardInterrupt:
-    print('Interrupted.', file=sys.stderr)
-    sys.exit(130)
+    with signals.listening():
+      enable_compilation_cache()
+      main()
+  except signals.Stopped as stop:
+    print(f'Stopped by {stop.name}.', file=sys.stderr)
+    sys.exit(stop.exit_code)
   except Exception as error:
     if not _is_for_the_user(error):
       raise

@@ -6,14 +6,16 @@ Functions are given by name ('reciprocal') or in gin's way (`@jnp.reciprocal`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util  # noqa: F401  gin's search for included files uses it unimported.
+import math
 import os
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gin
@@ -29,7 +31,7 @@ _CHOICES = {
   'pixels_on': ('auto', 'device', 'host'),
   'ray_shape': ('cone', 'cylinder'),
   'raydist_fn': (None, 'reciprocal', 'log', 'identity', 'piecewise', 'power'),
-  'warp_fn': (None, 'contract'),
+  'warp_fn': (None, 'contract', 'donerf', 'inverted_sphere'),
   'encoding': ('ipe', 'grid'),
   'basis_shape': ('icosahedron', 'octahedron', 'tetrahedron'),
   'interlevel_loss_type': ('bound', 'blur'),
@@ -55,6 +57,15 @@ def _fits(value: Any, hint: Any) -> bool:
   return hint is Any or isinstance(value, hint)
 
 
+def _finite(value: Any) -> bool:
+  """Whether there is no infinity and no NaN in a value: gin could not write it to config.gin."""
+  if isinstance(value, dict):
+    return all(map(_finite, value.values()))
+  if isinstance(value, (tuple, list)):
+    return all(map(_finite, value))
+  return not isinstance(value, float) or math.isfinite(value)
+
+
 class _Checked:
   """Checks each field's type and choices, and turns functions into their names."""
 
@@ -72,6 +83,8 @@ class _Checked:
           raise ConfigError(f'{where} must be one of {known}, got {value!r}.')
       elif not _fits(value, hints[field.name]):
         raise ConfigError(f'{where} must be {field.type}, got {value!r}.')
+      if not _finite(value):
+        raise ConfigError(f'{where} must be finite, got {value!r}.')
 
 
 @gin.configurable
@@ -87,6 +100,7 @@ class Config(_Checked):
   llffhold: int = 8  # Every llffhold-th image by name is a test image.
   forward_facing: bool = False  # LLFF: NDC rays and a spiral path.
   load_alphabetical: bool = True  # Sort images by name, not by COLMAP's ids.
+  dtu_light_cond: int = 3  # DTU: which of the lights 0 to 6; 7: all of them.
   near: float = 2.0
   far: float = 6.0
   pixels_on: str = 'auto'  # Where training pixels live: 'device', 'host', or what fits.
@@ -95,11 +109,12 @@ class Config(_Checked):
   seed: int = 20220618
   batching: str = 'all_images'
   batch_size: int = 16384  # Rays a step over all devices of all hosts.
+  max_skipped_updates: int = 100  # Of a part in a row, as loss or gradient are not finite (0: any).
   micro_batches: int = 0  # Parts in which a device takes its rays (0: as few as its memory needs).
   max_steps: int = 250000
   early_exit_steps: int | None = None  # Stop here; the schedules still run over max_steps.
   checkpoint_every: int = 25000
-  checkpoint_keep: int = 2
+  checkpoint_keep: int = 2  # The newest so many stay (0: all).
   print_every: int = 100
   train_render_every: int = 5000  # Render test images while training (0: never).
   train_render_images: int = 1  # How many, spread over the test set.
@@ -133,6 +148,8 @@ class Config(_Checked):
   eval_quantize_metrics: bool = True
   eval_crop_borders: int = 0
 
+  vis_normals: bool = False  # eval.py and render.py picture the normals of the density, too.
+
   # Rendering.
   render_chunk_size: int = 16384  # Rays at once over all devices; halved until they fit in memory.
   render_dir: str | None = None  # None: <checkpoint_dir>/render.
@@ -162,8 +179,11 @@ class Config(_Checked):
         raise ConfigError(f'Config.{name} must be at least 1, got {getattr(self, name)}.')
     if any(r <= 0 for r in self.interlevel_blur):
       raise ConfigError(f'Config.interlevel_blur must be positive, got {self.interlevel_blur}.')
-    if self.micro_batches < 0:
-      raise ConfigError(f'Config.micro_batches must not be negative, got {self.micro_batches}.')
+    for name in ('micro_batches', 'checkpoint_keep', 'max_skipped_updates'):
+      if getattr(self, name) < 0:
+        raise ConfigError(f'Config.{name} must not be negative, got {getattr(self, name)}.')
+    if not 0 <= self.dtu_light_cond <= 7:
+      raise ConfigError(f'Config.dtu_light_cond must be 0 to 7, got {self.dtu_light_cond}.')
     if self.factor < 0:
       raise ConfigError(f'Config.factor must be 0 or a downsampling factor, got {self.factor}.')
 
@@ -207,6 +227,11 @@ class MLP(_Checked):
 
   def __post_init__(self):
     super().__post_init__()
+    if self.encoding == 'grid' and self.warp_fn == 'inverted_sphere':
+      raise ConfigError(
+        f"{type(self).__name__}.warp_fn = 'inverted_sphere' has four axes, which grids have not; "
+        "use 'contract'."
+      )
     for name in _GRID:
       values = getattr(self, name)
       values = values if isinstance(values, Sequence) else (values,)
@@ -272,14 +297,16 @@ class Model(_Checked):
   stop_level_grad: bool = True
   single_mlp: bool = False
   separate_prop_mlps: bool = False  # A PropMLP for each proposal level: grids need it.
-  disable_integration: bool = False
+  outside_mlps: bool = False  # NeRF++: for what is outside the unit sphere MLPs of its own.
+  disable_integration: bool = False  # Covariances are zero: points, not Gaussians.
   use_viewdirs: bool = True
   bg_intensity_range: Sequence[float] = (1.0, 1.0)
   num_glo_features: int = 0
   num_glo_embeddings: int = 1000
   near_anneal_rate: float | None = None
   near_anneal_init: float = 0.95
-  resample_padding: float = 0.0
+  resample_padding: float = 0.0  # Added to weights before sampling from them.
+  resample_blur: bool = False  # Widens them by a bin first, as mip-NeRF does.
   use_gpu_resampling: bool = False  # Accepted: the choice is made by platform.
   use_gpu_kernels: bool = True  # On GPUs, what is written for them; False: plain XLA.
   mlp_dtype: str = 'auto'  # Of hidden layers; 'auto': bfloat16, but float32 on CPUs.
@@ -289,6 +316,10 @@ class Model(_Checked):
     super().__post_init__()
     if self.single_mlp and self.separate_prop_mlps:
       raise ConfigError('Model.single_mlp and Model.separate_prop_mlps exclude each other.')
+    if self.outside_mlps and (self.separate_prop_mlps or self.num_multisamples):
+      raise ConfigError(
+        'Model.outside_mlps needs Model.separate_prop_mlps = False and num_multisamples = 0.'
+      )
     if self.single_mlp and not self.multisample_proposals:
       raise ConfigError('Model.multisample_proposals = False needs Model.single_mlp = False.')
 
@@ -312,15 +343,22 @@ def _register(module: str, name: str) -> None:
   """Lets gin text say `@module.name`; the dataclasses keep the bare name."""
 
   def stand_in(*args):
-    raise ConfigError(f'@{module}.{name} is a name to be looked up, not a function to call.')
+    raise ValueError(f'@{module}.{name} is a name to be looked up, not a function to call.')
 
   stand_in.__name__ = stand_in.__qualname__ = name
   gin.external_configurable(stand_in, name=name, module=module)
 
 
+def _refuse_import(_, statement) -> None:
+  """gin would run any module and call any function, for a file that says what to train."""
+  raise ValueError(f'It imports {statement.module}, but settings run no code: remove that line.')
+
+
+gin.config.ParseContext.process_import = _refuse_import
 for _name in ('reciprocal', 'log'):
   _register('jnp', _name)
-_register('coord', 'contract')
+for _name in ('contract', 'donerf', 'inverted_sphere'):
+  _register('coord', _name)
 
 
 def _advice(message: str) -> str:
@@ -346,20 +384,31 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
     ConfigError: no such file, an unknown name (the nearest known ones are listed), a bad value.
   """
   gin.clear_config()
-  for path in gin_configs:
-    if not os.path.isfile(path):
-      raise ConfigError(f'No such gin file: {path!r}. --gin_configs takes paths to .gin files.')
   try:
-    gin.parse_config_files_and_bindings(
-      list(gin_configs), list(gin_bindings), skip_unknown=False, print_includes_and_imports=False
-    )
-    settings = Config(), Model(), PropMLP(), NerfMLP()
-    text = gin.operative_config_str()
-  except ConfigError as e:
-    raise ConfigError(str(e).split('\n')[0]) from None
-  except (ValueError, SyntaxError, TypeError, OSError, KeyError, RuntimeError, ImportError) as e:
-    message = ' '.join(str(e).split())
-    raise ConfigError(f'Bad gin config: {message}{_advice(message)}') from None
+    for path in gin_configs:
+      if not os.path.isfile(path):
+        raise ConfigError(f'No such gin file: {path!r}. --gin_configs takes paths to .gin files.')
+      with _gin_errors(f'{path}: bad gin config'):
+        gin.parse_config_file(path)
+    with _gin_errors('Bad gin config'):
+      gin.parse_config(list(gin_bindings))
+    with _gin_errors(f'Bad gin config ({", ".join(gin_configs) or "no file"})'):
+      gin.finalize()
+      settings = Config(), Model(), PropMLP(), NerfMLP()
+      return Settings(*settings, text=gin.operative_config_str())
   finally:
     gin.clear_config()  # Else a `NerfMLP()` made by hand would have this file's values.
-  return Settings(*settings, text=text)
+
+
+@contextlib.contextmanager
+def _gin_errors(where: str) -> Iterator[None]:
+  """Whatever gin raises on text that it cannot use, as one line that opens with `where`."""
+  try:
+    yield
+  except ConfigError as e:
+    raise ConfigError(str(e).split('\n')[0]) from None
+  except Exception as e:  # Its parser and Python's tokenizer raise nearly anything.
+    message = ' '.join(str(e).split()) or type(e).__name__
+    if len(message) > 600:  # A file that includes itself is named a thousand times.
+      message = f'{message[:600]}...'
+    raise ConfigError(f'{where}: {message}{_advice(message)}') from None

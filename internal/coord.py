@@ -37,6 +37,40 @@ def inv_contract(z: Array) -> Array:
   return z / (2 * jnp.sqrt(r_sq) - r_sq)
 
 
+_SMALLEST_RADIUS = (
+  1e-3  # Of `donerf`: within it, about the middle of the scene, the warp is linear.
+)
+
+
+def donerf(x: Array) -> Array:
+  """Shortens points to the square root of their length (DONeRF, arXiv:2103.03231).
+
+  Lengths are in units of the scene, in which the cameras are within [-1, 1]^3: those of length 1
+  stay. At 0, where the root's gradient is infinite, the warp is linear.
+
+  Args:
+    x: [..., 3] points.
+
+  Returns:
+    [..., 3] points.
+  """
+  r_sq = jnp.maximum(_SMALLEST_RADIUS**2, jnp.sum(x**2, -1, keepdims=True))
+  return x * r_sq**-0.25
+
+
+def inverted_sphere(x: Array) -> Array:
+  """The direction and the inverse distance of points (NeRF++, arXiv:2010.07492, section 4).
+
+  Args:
+    x: [..., 3] points.
+
+  Returns:
+    [..., 4]: x / r and 1 / r with r = max(1, |x|), so that points within the sphere are x and 1.
+  """
+  inverse = jax.lax.rsqrt(jnp.maximum(1, jnp.sum(x**2, -1, keepdims=True)))
+  return jnp.concatenate([x * inverse, inverse], -1)
+
+
 def linearize(fn: Callable[[Array], Array], mean: Array, cov: Array) -> tuple[Array, Array]:
   """Pushes Gaussians through a warp by linearising it at their means (Eq. 9).
 
@@ -44,12 +78,12 @@ def linearize(fn: Callable[[Array], Array], mean: Array, cov: Array) -> tuple[Ar
   built. `fn` must act on each point by itself.
 
   Args:
-    fn: [..., 3] -> [..., 3].
+    fn: [..., 3] -> [..., c].
     mean: [..., 3].
     cov: [..., 3, 3].
 
   Returns:
-    (fn(mean), J cov J^T), of the same shapes.
+    (fn(mean) [..., c], J cov J^T [..., c, c]).
   """
   warped, jvp = jax.linearize(fn, mean)
   columns = jax.vmap(jvp, -1, -1)
@@ -115,21 +149,22 @@ def lift_and_diagonalize(mean: Array, cov: Array, basis: Array) -> tuple[Array, 
   """Projects Gaussians onto the columns of a basis, keeping the variances along them.
 
   Args:
-    mean: [..., 3].
-    cov: [..., 3, 3].
-    basis: [3, b].
+    mean: [..., c].
+    cov: [..., c, c].
+    basis: [c, b].
 
   Returns:
     P^T mean [..., b] and diag(P^T cov P) [..., b].
   """
   basis = jnp.asarray(basis, mean.dtype)
-  directions = basis.reshape((3,) + (1,) * (mean.ndim - 1) + (-1,))
+  axes = len(basis)
+  directions = basis.reshape((axes,) + (1,) * (mean.ndim - 1) + (-1,))
   # Written out, the sums join the work around them; as products on a GPU they would be calls.
-  lifted = sum(mean[..., i, None] * directions[i] for i in range(3))
+  lifted = sum(mean[..., i, None] * directions[i] for i in range(axes))
   var = sum(
     cov[..., i, j, None] * (directions[i] * directions[j] * (1 if i == j else 2))
-    for i in range(3)
-    for j in range(i, 3)
+    for i in range(axes)
+    for j in range(i, axes)
   )
   return lifted, jnp.maximum(var, 0)
 

@@ -11,6 +11,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from internal import coord, geopoly, grid, structs
 
@@ -25,6 +26,7 @@ class IntegratedPositionalEncoding(nn.Module):
   No parameters; f = 2 * (max_deg - min_deg) * b with b the number of basis directions.
 
   Attributes:
+    axes: of the coordinates; other than 3 have no basis but themselves.
     packed: features in bfloat16, in the order and with the padding of `coord.packed_pos_enc`.
   """
 
@@ -32,6 +34,7 @@ class IntegratedPositionalEncoding(nn.Module):
   max_deg: int
   basis_shape: str
   basis_subdivisions: int
+  axes: int = 3
   packed: bool = False
   multisampled: bool = False
 
@@ -51,6 +54,8 @@ class IntegratedPositionalEncoding(nn.Module):
     return coord.packed_order(rows, self.max_deg - self.min_deg, self._width())
 
   def _basis(self) -> Array:
+    if self.axes != 3:
+      return np.eye(self.axes)
     return geopoly.generate_basis(self.basis_shape, self.basis_subdivisions)
 
   def _width(self) -> int:

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from internal import cameras, configs, models, sharding, structs
+from internal import cameras, configs, models, normals, sharding, structs
 
 
 def make_chunk_renderer(
-  settings: configs.Settings, mesh: Mesh, free_memory: Callable = sharding.free_memory
+  settings: configs.Settings,
+  mesh: Mesh,
+  free_memory: Callable = sharding.free_memory,
+  with_normals: bool = False,
 ) -> sharding.FirstFit:
   """`render_chunk(params, cams, i, start, train_frac) -> dict of [chunk, ...]`.
 
@@ -28,15 +31,17 @@ def make_chunk_renderer(
   largest = settings.config.render_chunk_size
   sharding.check_divisible('Config.render_chunk_size', largest, mesh)
   model = models.build(settings)
+  more = {'normals': normals.make_normals(settings)} if with_normals else {}
 
   def render_rays(params, rays, train_frac):
-    renderings, _ = model.apply({'params': params}, None, rays, train_frac, False)
+    renderings, history = model.apply({'params': params}, None, rays, train_frac, False)
     final = renderings[-1]
     return {
       'rgb': final.rgb,
       'acc': final.acc,
       'distance_mean': final.distance_mean,
       'distance_percentiles': final.distance_percentiles,
+      **{name: function(params, rays, history[-1]) for name, function in more.items()},
     }
 
   def variant(chunk):
@@ -59,17 +64,20 @@ def make_chunk_renderer(
 
 
 def make_image_renderer(
-  settings: configs.Settings, mesh: Mesh, free_memory: Callable = sharding.free_memory
+  settings: configs.Settings,
+  mesh: Mesh,
+  free_memory: Callable = sharding.free_memory,
+  with_normals: bool = False,
 ) -> Callable:
   """A function that renders whole images.
 
   Returns:
     `render_image(params, cams, i, step_fraction=1.0, progress=None)` -> dict of numpy arrays:
     rgb [h, w, 3] in [0, 1]; acc, distance_mean and distance_median [h, w];
-    distance_percentiles [h, w, 3] at 5, 50 and 95 percent. `progress(done, total)` is called
-    with numbers of rays.
+    distance_percentiles [h, w, 3] at 5, 50 and 95 percent; if asked for, normals [h, w, 3]
+    (`normals.make_normals`). `progress(done, total)` is called with numbers of rays.
   """
-  render_chunk = make_chunk_renderer(settings, mesh, free_memory)
+  render_chunk = make_chunk_renderer(settings, mesh, free_memory, with_normals)
 
   def render_image(
     params,

@@ -71,11 +71,13 @@ def _blur(img: Array) -> Array:
 
 
 @jax.jit
-def ssim(a: Array, b: Array) -> Array:
+def ssim(a: Array, b: Array, mask: Array | None = None) -> Array:
   """Structural similarity of two images of peak 1, [..., h, w, c] -> [...].
 
   Wang et al. 2004, with its window (Gaussian, 11 pixels, sigma 1.5) and constants (0.01, 0.03),
-  on each channel; the mean over channels and the pixels whose whole window lies in the image.
+  on each channel; the mean over channels and the pixels whose whole window lies in the image. With
+  a mask [h, w] bool (of images without leading axes) all of the window must count; where no window
+  does, the result is NaN.
 
   Raises:
     ValueError: the shapes differ, or the image is smaller than the window.
@@ -97,7 +99,12 @@ def ssim(a: Array, b: Array) -> Array:
   c1, c2 = _SSIM_K1**2, _SSIM_K2**2
   numerator = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
   denominator = (mean_a * mean_a + mean_b * mean_b + c1) * (var_a + var_b + c2)
-  return (numerator / denominator).mean((-3, -2, -1))
+  similarity = numerator / denominator
+  if mask is None:
+    return similarity.mean((-3, -2, -1))
+  window = (_SSIM_WINDOW, _SSIM_WINDOW)
+  whole = jax.lax.reduce_window(mask, True, jax.lax.bitwise_and, window, (1, 1), 'VALID')
+  return jnp.where(whole, similarity.mean(-1), 0).sum() / whole.sum()
 
 
 def _quadratic_features(pixels: Array) -> Array:
@@ -124,12 +131,13 @@ def _fit_residual(features: Array, residual: Array, valid: Array) -> Array:
 
 
 @jax.jit
-def color_correct(img: Array, ref: Array) -> Array:
+def color_correct(img: Array, ref: Array, mask: Array | None = None) -> Array:
   """Gives img [h, w, 3] the colours of ref [h, w, 3], as far as one colour curve can.
 
   Five rounds; in each, every channel of ref is fitted as a quadratic polynomial of the three
   channels of img, over the pixels where that channel is unclipped in ref, in img, and in img as
-  it came. A channel without such pixels stays as it is.
+  it came. A channel without such pixels stays as it is. Only pixels of the mask [h, w] bool, where
+  there is one, are fitted.
   """
 
   def unclipped(x):
@@ -137,6 +145,8 @@ def color_correct(img: Array, ref: Array) -> Array:
 
   start, target = img.reshape(-1, 3), ref.reshape(-1, 3)
   usable = unclipped(start) & unclipped(target)
+  if mask is not None:
+    usable &= mask.reshape(-1, 1)
 
   def correct(_, pixels):
     features = _quadratic_features(pixels)

@@ -13,14 +13,18 @@ from internal import configs, stepfun, structs
 Array = jax.Array
 
 
-def squared_error(rgb: Array, target: Array) -> Array:
-  """Mean of squared differences, over rays and channels."""
-  return jnp.mean((rgb - target) ** 2)
+def squared_error(rgb: Array, target: Array, weight: Array | None = None) -> Array:
+  """Mean of squared differences, over rays and channels, each ray's times its weight [...]."""
+  return _weighted_mean((rgb - target) ** 2, weight)
 
 
-def charbonnier(rgb: Array, target: Array, padding: float) -> Array:
+def charbonnier(rgb: Array, target: Array, padding: float, weight: Array | None = None) -> Array:
   """Mean of sqrt(r^2 + padding^2): robust to outliers, smooth at zero (section 4)."""
-  return jnp.mean(jnp.sqrt((rgb - target) ** 2 + padding**2))
+  return _weighted_mean(jnp.sqrt((rgb - target) ** 2 + padding**2), weight)
+
+
+def _weighted_mean(terms: Array, weight: Array | None) -> Array:
+  return jnp.mean(terms if weight is None else weight[..., None] * terms)
 
 
 def interlevel(history: Sequence[structs.RayHistory]) -> Array:
@@ -105,15 +109,17 @@ def total(
   Raises:
     ValueError: a coarse data loss is asked for where proposals have no colour.
   """
-  if config.data_loss_type == 'mse':
-    data_loss = squared_error
-  else:
-    data_loss = lambda rgb, target: charbonnier(rgb, target, config.charb_padding)  # noqa: E731
-  terms = {'data': config.data_loss_mult * data_loss(renderings[-1].rgb, batch.rgb)}
+
+  def data_loss(r: structs.Rendering) -> Array:
+    if config.data_loss_type == 'mse':
+      return squared_error(r.rgb, batch.rgb, batch.weight)
+    return charbonnier(r.rgb, batch.rgb, config.charb_padding, batch.weight)
+
+  terms = {'data': config.data_loss_mult * data_loss(renderings[-1])}
   if config.data_coarse_loss_mult > 0:
     if any(r is None for r in renderings):
       raise ValueError('Config.data_coarse_loss_mult needs PropMLP.disable_rgb = False.')
-    coarse = sum(data_loss(r.rgb, batch.rgb) for r in renderings[:-1])
+    coarse = sum(map(data_loss, renderings[:-1]))
     terms['data_coarse'] = config.data_coarse_loss_mult * coarse
   if config.interlevel_loss_mult > 0:
     if config.interlevel_loss_type == 'blur':

@@ -3,6 +3,8 @@
 `n` is the number of intervals along a ray at the level in hand; leading axes are of rays.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,12 @@ from internal import configs, coord, dense, encodings, hopper, math, render, ste
 
 Array = jax.Array
 
-_WARPS = {None: None, 'contract': coord.contract}
+_WARPS = {
+  None: None,
+  'contract': coord.contract,
+  'donerf': coord.donerf,
+  'inverted_sphere': coord.inverted_sphere,
+}
 
 
 class _Linear(nn.Module):
@@ -110,6 +117,7 @@ class MLP(nn.Module):
       cfg.max_deg_point,
       cfg.basis_shape,
       cfg.basis_subdivisions,
+      axes=4 if cfg.warp_fn == 'inverted_sphere' else 3,
       packed=on_gpu and self.dtype == jnp.bfloat16,
       multisampled=self.multisampled,
     )
@@ -212,6 +220,11 @@ class Model(nn.Module):
       self.prop_mlp = [field(self.prop_config, i) for i in range(cfg.num_levels - 1)]
     elif not cfg.single_mlp:
       self.prop_mlp = field(self.prop_config)
+    if cfg.outside_mlps:
+      outside = {'warp_fn': 'inverted_sphere'}
+      self.nerf_mlp_outside = field(dataclasses.replace(self.nerf_config, **outside), last=True)
+      if not cfg.single_mlp:
+        self.prop_mlp_outside = field(dataclasses.replace(self.prop_config, **outside))
     if cfg.num_glo_features > 0:
       self.glo = nn.Embed(cfg.num_glo_embeddings, cfg.num_glo_features)
 
@@ -252,6 +265,15 @@ class Model(nn.Module):
       )  # fmt: skip
     return renderings, history
 
+  def last_density(self, rays: structs.Rays, tdist: Array, shift: Array) -> Array:
+    """Density [..., n] of the last level's intervals tdist [..., n + 1], moved by [..., n, 3]."""
+    level = self.config.num_levels - 1
+    gaussians = self._cast(None, level, rays, tdist)
+    several = gaussians.mean.ndim - shift.ndim  # Of Gaussians for an interval: an axis more.
+    shift = shift.reshape(*shift.shape[:-1], *(1,) * several, 3)
+    gaussians = gaussians.replace(mean=gaussians.mean + shift)
+    return self._query(None, level, rays, gaussians, self._appearance(rays, False))[0]
+
   def _num_samples(self, level: int) -> int:
     last = level == self.config.num_levels - 1
     return self.config.num_nerf_samples if last else self.config.num_prop_samples
@@ -274,6 +296,8 @@ class Model(nn.Module):
       dilation = cfg.dilation_bias + cfg.dilation_multiplier / drawn
       sdist, weights = stepfun.max_dilate_weights(sdist, weights, dilation, domain, True)
       sdist, weights = sdist[..., 1:-1], weights[..., 1:-1]
+    if level > 0 and cfg.resample_blur:
+      weights = stepfun.blur_weights(weights)
     slope = cfg.anneal_slope
     anneal = slope * train_frac / ((slope - 1) * train_frac + 1) if slope > 0 else 1.0
     logits = stepfun.anneal_logits(sdist, weights, anneal, cfg.resample_padding)
@@ -301,11 +325,17 @@ class Model(nn.Module):
   def _query(self, key, level: int, rays: structs.Rays, gaussians: structs.Gaussians, glo):
     """Density and colour of each interval at this level's MLP."""
     cfg = self.config
-    if level == cfg.num_levels - 1 or cfg.single_mlp:
-      mlp = self.nerf_mlp
-    else:
-      mlp = self.prop_mlp[level] if cfg.separate_prop_mlps else self.prop_mlp
-    return mlp(key, gaussians, rays.viewdirs if cfg.use_viewdirs else None, glo)
+    args = key, gaussians, rays.viewdirs if cfg.use_viewdirs else None, glo
+    nerf = level == cfg.num_levels - 1 or cfg.single_mlp
+    if cfg.separate_prop_mlps and not nerf:
+      return self.prop_mlp[level](*args)
+    density, rgb = (self.nerf_mlp if nerf else self.prop_mlp)(*args)
+    if cfg.outside_mlps:
+      other = (self.nerf_mlp_outside if nerf else self.prop_mlp_outside)(*args)
+      outside = jnp.sum(gaussians.mean**2, -1) > 1
+      density = jnp.where(outside, other[0], density)
+      rgb = None if rgb is None else jnp.where(outside[..., None], other[1], rgb)
+    return density, rgb
 
   def _appearance(self, rays: structs.Rays, use_glo: bool) -> Array | None:
     features = self.config.num_glo_features

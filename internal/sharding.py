@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from internal import signals
+
 AXIS = 'rays'
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec(AXIS)  # What each device has of an array.
 
@@ -55,6 +57,9 @@ def initialize() -> None:
     raise ValueError(f'{_COORDINATOR} is set, so {_COUNT} and {_INDEX} must be set too.')
   elif _on_tpu_vm() or _under_launcher():
     jax.distributed.initialize()
+  else:
+    return
+  signals.listen_again()  # JAX has taken SIGTERM for a preemption notice that it keeps to itself.
 
 
 def is_main() -> bool:
@@ -130,11 +135,16 @@ def from_main(value: int) -> int:
   return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def _on_all(fact: bool) -> bool:
-  """Whether a fact holds on every process."""
+def largest(value: int) -> int:
+  """The largest of the processes' values, on every process."""
   if jax.process_count() == 1:
-    return fact
-  return bool(np.all(multihost_utils.process_allgather(np.bool_(fact))))
+    return value
+  return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def on_all(fact: bool) -> bool:
+  """Whether a fact holds on every process."""
+  return not largest(not fact)
 
 
 def free_memory(mesh: Mesh) -> int | None:
@@ -232,7 +242,7 @@ class FirstFit:
       self.needed = None if error else _needed_memory(program)
       known = self.needed is not None and self.free is not None
       fits = not error and not (known and self.needed > _SHARE * self.free)
-      if _on_all(fits):
+      if on_all(fits):
         break
     else:
       if error:

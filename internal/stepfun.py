@@ -82,6 +82,16 @@ def _highest_by_search(value: Array, start: Array, stop: Array, x: Array) -> Arr
   return jnp.where(held > 0, jnp.maximum(one, other), 0)
 
 
+def blur_weights(w: Array) -> Array:
+  """Widens weights [..., n] by a bin (arXiv:2103.13415, its filter before resampling).
+
+  Each is the mean of the greater of it and its left neighbour and of it and its right one.
+  """
+  padded = jnp.concatenate([w[..., :1], w, w[..., -1:]], -1)
+  greater = jnp.maximum(padded[..., :-1], padded[..., 1:])
+  return (greater[..., :-1] + greater[..., 1:]) / 2
+
+
 def integrate_weights(w: Array) -> Array:
   """The CDF [..., n + 1] at the endpoints of weights that sum to one: from 0 to exactly 1."""
   cdf = jnp.minimum(1, jnp.cumsum(w[..., :-1], -1))

@@ -18,6 +18,19 @@ LENS_NAMES = ('perspective', 'fisheye', 'panorama')
 
 
 @flax.struct.dataclass
+class Supervision:
+  """Which pixels of n images are trained on, and how much they count.
+
+  Pixels that may be drawn are listed as r runs of neighbours, row by row, image after image.
+  """
+
+  weight: Array | None = None  # [n] of an image's pixels in the data loss; None: all alike.
+  run_start: Array | None = None  # [r] int32, a run's first pixel, counted in its image; None: all.
+  pixels_before: Array | None = None  # [r + 1] int32, pixels in the runs before.
+  runs_before: Array | None = None  # [n + 1] int32, runs of the images before.
+
+
+@flax.struct.dataclass
 class Cameras:
   """A table of n posed cameras: all that is needed to turn pixels into rays.
 
@@ -31,13 +44,15 @@ class Cameras:
   lens: Array  # [n] int32, PERSPECTIVE, FISHEYE or PANORAMA.
   size: Array  # [n, 2] int32, width and height in pixels.
   pixtocam_ndc: Array | None = None  # [3, 3] if rays are to be in NDC (LLFF), else None.
+  supervision: Supervision | None = None  # Of training cameras; None: all pixels, all alike.
   lenses: tuple[int, ...] = flax.struct.field(pytree_node=False, default=(PERSPECTIVE,))
   distorted: bool = flax.struct.field(pytree_node=False, default=False)  # any distortion != 0.
 
   def take(self, rows) -> Cameras:
-    """The table of some of the cameras."""
+    """The table of some of the cameras, without supervision."""
     names = ('pixtocam', 'camtoworld', 'distortion', 'lens', 'size')
-    return self.replace(**{name: getattr(self, name)[rows] for name in names})
+    rows_of = {name: getattr(self, name)[rows] for name in names}
+    return self.replace(**rows_of, supervision=None)
 
 
 @flax.struct.dataclass
@@ -57,6 +72,7 @@ class Batch:
 
   rays: Rays
   rgb: Array  # [..., 3] in [0, 1].
+  weight: Array | None = None  # [...] in the data loss, 1 in the mean; None: 1 each.
 
 
 @flax.struct.dataclass
@@ -97,4 +113,5 @@ class TrainState:
 
   step: Array  # [] int32, updates done so far.
   params: Any  # {'prop_mlp': ..., 'nerf_mlp': ..., ...}
-  opt_state: Any
+  opt_state: Any  # Of each part by itself, by the same names.
+  skipped: Any  # {'prop_mlp': [] int32, ...}, updates in a row that the part was not given.

@@ -28,36 +28,68 @@ def learning_rate(config: configs.Config) -> Callable[[Array], Array]:
   return schedule
 
 
-def clip_by_part_norm(max_norm: float) -> optax.GradientTransformation:
-  """Scales each part's gradient ('prop_mlp', 'nerf_mlp', ...) down to `max_norm`, by itself."""
+def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
+  """Scales a gradient down to the norm `max_norm`."""
 
-  def clip(part):
-    norm = optax.tree.norm(part)
+  def clip(grads, _):
+    norm = optax.tree.norm(grads)
     scale = jnp.minimum(1, max_norm / jnp.maximum(norm, math.TINY))
-    return jax.tree.map(lambda g: g * scale, part)
+    return jax.tree.map(lambda g: g * scale, grads)
 
-  return optax.stateless(lambda grads, _: {name: clip(part) for name, part in grads.items()})
+  return optax.stateless(clip)
 
 
 def make_optimizer(config: configs.Config) -> optax.GradientTransformation:
-  """Clipping (entries, then each MLP's norm), then Adam on the schedule."""
-  parts = []
+  """Clipping (entries, then the norm), then Adam, of one part ('prop_mlp', 'nerf_mlp', ...).
+
+  What it gives is to be multiplied by the learning rate and subtracted from the parameters.
+  """
+  steps = []
   if config.grad_max_val > 0:
-    parts.append(optax.clip(config.grad_max_val))
+    steps.append(optax.clip(config.grad_max_val))
   if config.grad_max_norm > 0:
-    parts.append(clip_by_part_norm(config.grad_max_norm))
-  parts.append(
-    optax.adam(learning_rate(config), config.adam_beta1, config.adam_beta2, config.adam_eps)
-  )
-  return optax.chain(*parts)
+    steps.append(clip_by_norm(config.grad_max_norm))
+  steps.append(optax.scale_by_adam(config.adam_beta1, config.adam_beta2, config.adam_eps))
+  return optax.chain(*steps)
+
+
+def update_finite(
+  optimizer: optax.GradientTransformation, rate: Array, state: structs.TrainState, grads, loss
+) -> structs.TrainState:
+  """The state after a step; a part whose gradient is not finite stays as it was, to the bit.
+
+  That is its parameters and its optimizer's state. Where the loss alone is not finite, nobody can
+  tell which parts it concerns: all stay.
+
+  Args:
+    optimizer: that of `make_optimizer`.
+    rate: the learning rate.
+    state: before the step.
+    grads: of each part, by its name.
+    loss: scalar.
+  """
+  finite = {name: jnp.isfinite(optax.tree.norm(part)) for name, part in grads.items()}
+  one_is_not = ~jnp.all(jnp.array([*finite.values()]))
+  params, opt_state, skipped = {}, {}, {}
+  for name, part in grads.items():
+    given = finite[name] & (jnp.isfinite(loss) | one_is_not)
+    old = state.params[name], state.opt_state[name]
+    steps, opt_after = optimizer.update(part, old[1], old[0])
+    new = jax.tree.map(lambda p, s: p - rate * s, old[0], steps), opt_after
+    keep = lambda new, old, given=given: jnp.where(given, new, old)  # noqa: E731
+    params[name], opt_state[name] = jax.tree.map(keep, new, old)
+    skipped[name] = jnp.where(given, 0, state.skipped[name] + 1)
+  return structs.TrainState(state.step + 1, params, opt_state, skipped)
 
 
 def create_state(settings: configs.Settings) -> structs.TrainState:
   """The state before the first step: a pure function of the config's seed."""
   key = jax.random.key(settings.config.seed)
   params = models.init_params(models.build(settings), key)
-  opt_state = make_optimizer(settings.config).init(params)
-  return structs.TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+  optimizer = make_optimizer(settings.config)
+  opt_state = {name: optimizer.init(part) for name, part in params.items()}
+  skipped = {name: jnp.zeros((), jnp.int32) for name in params}
+  return structs.TrainState(jnp.zeros((), jnp.int32), params, opt_state, skipped)
 
 
 def train_fraction(step: Array, max_steps: int) -> Array:
@@ -74,17 +106,23 @@ def step_keys(config: configs.Config, step: Array) -> tuple[Array, Array]:
   return batch_key, jax.random.split(model_key, config.batch_size)
 
 
-def make_draw(config: configs.Config, mesh: Mesh) -> Callable:
-  """The jit-compiled `draw(step, size) -> (cam_idx, x, y)` of the step's pixels, replicated."""
+def make_draw(
+  config: configs.Config, mesh: Mesh, supervision: structs.Supervision | None = None
+) -> Callable:
+  """The `draw(step, size) -> (cam_idx, x, y)` of the step's pixels, replicated.
 
-  def draw(step, size):
+  `supervision` is that of the training cameras.
+  """
+
+  def draw(step, size, supervision):
     batch_key, _ = step_keys(config, step)
-    return batches.draw_pixels(batch_key, size, config.batch_size, config.batching)
+    return batches.draw_pixels(batch_key, size, config.batch_size, config.batching, supervision)
 
-  return jax.jit(draw, out_shardings=sharding.replicated(mesh))
+  draw = jax.jit(draw, out_shardings=sharding.replicated(mesh))
+  return lambda step, size: draw(step, size, supervision)
 
 
-def _micro_batch_choices(config: configs.Config, mesh: Mesh) -> list[int]:
+def _micro_batch_choices(config: configs.Config, mesh: Mesh, fewest: int) -> list[int]:
   """How many micro-batches a device may take its rays in: as told, or powers of two.
 
   Raises:
@@ -92,7 +130,8 @@ def _micro_batch_choices(config: configs.Config, mesh: Mesh) -> list[int]:
   """
   rays = config.batch_size // mesh.size
   if config.micro_batches == 0:
-    return [2**k for k in range(rays.bit_length()) if rays % 2**k == 0]
+    powers = [2**k for k in range(rays.bit_length()) if rays % 2**k == 0]
+    return [n for n in powers if n >= fewest] or powers[-1:]
   if rays % config.micro_batches:
     raise configs.ConfigError(
       f'Config.micro_batches must divide the rays of a device, got {config.micro_batches} for '
@@ -113,11 +152,11 @@ def _mean_of_parts(fn: Callable, parts: int, tree):
   return jax.tree.map(lambda x: x / parts, total)
 
 
-def _make_gradient(settings: configs.Settings, mesh: Mesh, micro_batches: int) -> Callable:
-  """`gradient(params, keys, batch, frac) -> (grads, seen)` of the mean loss over all rays.
+def make_loss_gradient(settings: configs.Settings) -> Callable:
+  """`(params, keys, batch, frac) -> (grads, seen)` of the mean loss over a batch of rays.
 
-  Each device takes the gradient on its own rays, in as many parts one after the other; `seen` are
-  the loss, its terms and the squared error.
+  `keys` are those of the rays, None for no randomness; `seen` are the loss, its terms and the
+  squared error.
   """
   config, model = settings.config, models.build(settings)
 
@@ -127,8 +166,18 @@ def _make_gradient(settings: configs.Settings, mesh: Mesh, micro_batches: int) -
     mse = losses.squared_error(renderings[-1].rgb, batch.rgb)
     return loss, {'loss': loss, 'mse': mse, 'terms': terms}
 
+  return jax.grad(loss_fn, has_aux=True)
+
+
+def _make_gradient(settings: configs.Settings, mesh: Mesh, micro_batches: int) -> Callable:
+  """`make_loss_gradient` of the rays of all devices.
+
+  Each device takes the gradient on its own rays, in as many parts one after the other.
+  """
+  loss_gradient = make_loss_gradient(settings)
+
   def gradient(params, keys, batch, frac):
-    of_part = lambda part: jax.grad(loss_fn, has_aux=True)(params, *part, frac)  # noqa: E731
+    of_part = lambda part: loss_gradient(params, *part, frac)  # noqa: E731
     own = _mean_of_parts(of_part, micro_batches, (keys, batch))
     return sharding.mean_over_devices(own)
 
@@ -146,17 +195,22 @@ class TrainStep(sharding.FirstFit):
 
 
 def make_train_step(
-  settings: configs.Settings, mesh: Mesh, free_memory: Callable = sharding.free_memory
+  settings: configs.Settings,
+  mesh: Mesh,
+  free_memory: Callable = sharding.free_memory,
+  fewest: int = 1,
 ) -> TrainStep:
   """The training step `train_step(state, cams, pixels) -> (state, stats)`, compiled when called.
 
   `cams` is the table of training cameras; `pixels` a PixelStore of their images on the device,
   or the [batch_size, 3] uint8 colours that `make_draw`'s pixels have, looked up by the host. The
   state's buffers are donated. `stats` are replicated scalars: loss, psnr, each loss term, the
-  gradient norm of each part, learning rate.
+  gradient norm of each part, learning rate, and how many updates in a row each part was not given
+  (`update_finite`).
 
   Each device takes its rays in Config.micro_batches parts, or in the fewest that fit in the
-  memory which `free_memory(mesh)` says is free.
+  memory which `free_memory(mesh)` says is free, from `fewest` on: sums in other parts differ in
+  their last bits, so a run that goes on takes no fewer than it took.
 
   Raises:
     ValueError: a batch that the devices do not divide, or a device's rays that
@@ -172,7 +226,9 @@ def make_train_step(
 
     def train_step(state, cams, pixels):
       batch_key, ray_keys = step_keys(config, state.step)
-      ids = batches.draw_pixels(batch_key, cams.size, config.batch_size, config.batching)
+      ids = batches.draw_pixels(
+        batch_key, cams.size, config.batch_size, config.batching, cams.supervision
+      )
       ids = sharding.shard_rays(ids, mesh)
       stored = isinstance(pixels, batches.PixelStore)
       rgb = batches.lookup(pixels, cams.size, *ids) if stored else pixels
@@ -180,21 +236,22 @@ def make_train_step(
       keys = ray_keys if config.randomized else None
       frac = train_fraction(state.step, config.max_steps)
       grads, seen = gradient(state.params, keys, batch, frac)
-      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-      params = optax.apply_updates(state.params, updates)
+      rate = schedule(state.step)
+      after = update_finite(optimizer, rate, state, grads, seen['loss'])
       stats = {
         'loss': seen['loss'],
         'psnr': image.mse_to_psnr(seen['mse']),
-        'learning_rate': schedule(state.step),
+        'learning_rate': rate,
         **{f'loss_{name}': term for name, term in seen['terms'].items()},
         **{f'grad_norm_{name}': optax.tree.norm(part) for name, part in grads.items()},
+        **{f'skipped_{name}': count for name, count in after.skipped.items()},
       }
-      return structs.TrainState(state.step + 1, params, opt_state), stats
+      return after, stats
 
     whole = sharding.replicated(mesh)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))
 
-  return TrainStep(variant, _micro_batch_choices(config, mesh), lambda: free_memory(mesh))
+  return TrainStep(variant, _micro_batch_choices(config, mesh, fewest), lambda: free_memory(mesh))
 
 
 def host_pixels(

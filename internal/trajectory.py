@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from internal import cameras, configs, paths, structs
+from internal import cameras, configs, files, paths, structs
 from internal.datasets import scene as scene_lib
 
 
@@ -117,22 +117,22 @@ def _read_poses(path: str) -> np.ndarray:
   if not os.path.isfile(path):
     raise TrajectoryError(f'Config.render_path_file: no such file: {path!r}.')
   try:
-    poses = np.load(path, allow_pickle=False)
+    poses = files.read_array(path)
     usable = poses.ndim == 3 and poses.shape[1:] in ((3, 4), (4, 4)) and len(poses) > 0
     usable = usable and bool(np.isfinite(poses).all())
-  except (ValueError, EOFError, OSError, TypeError, AttributeError):
+  except ValueError:
     usable = False
   if not usable:
     raise TrajectoryError(
       f'{path}: must be a .npy file of finite camera-to-world matrices [n, 3, 4] or [n, 4, 4].'
     )
-  return poses[:, :3].astype(np.float64)
+  return poses[:, :3]
 
 
 def _keyframes(listed: str, names: tuple[str, ...]) -> list[int]:
   """Rows of the images that `listed` names: separated by commas, or in a text file, one a line."""
   if os.path.isfile(listed):
-    with open(listed) as f:
+    with open(listed, encoding='utf-8', errors='surrogateescape') as f:
       listed = f.read()
   wanted = [name.strip() for name in listed.replace('\n', ',').split(',') if name.strip()]
   row_of = {os.path.splitext(name)[0]: i for i, name in enumerate(names)}

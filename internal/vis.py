@@ -115,6 +115,15 @@ def depth_picture(
   return to_uint8(opacity * (apply_colormap(x) / 255) + 1 - opacity)
 
 
+def normal_picture(normals: np.ndarray, acc: np.ndarray) -> np.ndarray:
+  """Normals [h, w, 3] as colours: -1 to 1 along x, y, z as 0 to 1 of red, green, blue.
+
+  `normals` are means by weight, of which acc [h, w] is the sum; what is empty is white.
+  """
+  opacity = np.clip(np.nan_to_num(acc), 0, 1)[..., None]
+  return to_uint8((np.nan_to_num(normals) + opacity) / 2 + 1 - opacity)
+
+
 def error_picture(img: np.ndarray, truth: np.ndarray) -> np.ndarray:
   """Mean absolute difference over channels (its square root), brightest from ERROR_MAX up."""
   difference = to_uint8(img).astype(np.float32) - to_uint8(truth)

@@ -1,6 +1,7 @@
 import argparse
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -108,13 +109,13 @@ class TestRun:
     with pytest.raises((IndexError, KeyError, ValueError)):
       cli.run(main)
 
-  def test_interruption(self, capsys):
-    def main():
-      raise KeyboardInterrupt
-
-    code, err = self.told(main, capsys)
-    assert code == 130
-    assert err == 'Interrupted.\n'
+  @pytest.mark.parametrize(
+    ('signum', 'code', 'name'), [(signal.SIGINT, 130, 'SIGINT'), (signal.SIGTERM, 143, 'SIGTERM')]
+  )
+  def test_signals(self, capsys, signum, code, name):
+    before = signal.getsignal(signum)
+    assert self.told(lambda: signal.raise_signal(signum), capsys) == (code, f'Stopped by {name}.\n')
+    assert signal.getsignal(signum) == before
 
 
 class TestCompilationCache:

@@ -1,5 +1,6 @@
 """COLMAP models: what is written comes back, and what is broken is named."""
 
+import dataclasses
 import os
 import struct
 
@@ -181,6 +182,9 @@ def test_unknown_camera_models(tmp_path):
     ('points3D.txt', '1 2 3 4'),
     ('points3D.txt', '1 2 3 4 300 0 0 1'),
     ('points3D.txt', 'one 2 3 4 0 0 0 1'),
+    ('points3D.txt', '-1 2 3 4 0 0 0 1'),
+    ('points3D.txt', f'{2**64} 2 3 4 0 0 0 1'),
+    ('points3D.txt', '1 2 3 4 0 nan 0 1'),
   ],
 )
 def test_bad_text_lines_are_numbered(tmp_path, file, line):
@@ -198,6 +202,28 @@ def test_a_lost_line_of_2d_points_is_noticed(tmp_path):
   (tmp_path / 'cameras.txt').write_text('1 PINHOLE 16 12 20 21 8 6\n')
   (tmp_path / 'images.txt').write_text('1 1 0 0 0 0 0 0 1 a.png\n2 1 0 0 0 0 0 0 1 b.png\n')
   assert 'images.txt:2' in error_of(tmp_path)
+
+
+@pytest.mark.parametrize('ext', ['.bin', '.txt'])
+def test_doubles_are_noticed(tmp_path, ext):
+  model = captures.make_model(['a.png', 'b.png', 'a.png'], captures.circle_poses(3))
+  colmap.write_model(str(tmp_path), model, ext)
+  assert "images 1 and 3 have one name, 'a.png'" in error_of(tmp_path)
+  images = {key: dataclasses.replace(model.images[1], name=key) for key in 'ab'}
+  colmap.write_model(str(tmp_path), dataclasses.replace(model, images=images), ext)
+  assert 'there is an image 1 already' in error_of(tmp_path)
+  cameras = {1: model.cameras[1], 2: model.cameras[1]}
+  colmap.write_model(str(tmp_path), dataclasses.replace(model, cameras=cameras), ext)
+  assert f'cameras{ext}' in error_of(tmp_path)
+  assert 'there is a camera 1 already' in error_of(tmp_path)
+
+
+def test_quaternions_of_any_length():
+  for scale in (1e-320, 1e-200, 1e200):
+    image = colmap.Image(1, (0.0, scale, 0.0, 0.0), (0.0, 0.0, 0.0), 1, 'a')
+    np.testing.assert_array_equal(
+      colmap.camera_to_world(image)[:, :3], np.diag([1, -1, -1]) @ np.diag([1, -1, -1])
+    )
 
 
 def test_an_image_of_no_camera(tmp_path):

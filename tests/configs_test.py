@@ -266,3 +266,40 @@ def test_one_field_for_all_or_one_for_each():
     configs.Model(single_mlp=True, separate_prop_mlps=True)
   with pytest.raises(configs.ConfigError, match='multisample_proposals'):
     configs.Model(single_mlp=True, num_multisamples=6, multisample_proposals=False)
+
+
+@pytest.mark.parametrize('value', ['far = 1e999', "weight_decay_mults = {'nerf_mlp': -1e999}"])
+def test_what_config_gin_could_not_say_is_refused(value):
+  with pytest.raises(configs.ConfigError, match=r'Config\.\w+ must be finite, got .*inf'):
+    configs.load_config([], [f'Config.{value}'])
+
+
+@pytest.mark.parametrize(
+  'line', ['import os', 'from os import path', 'from __gin__ import dynamic_registration']
+)
+def test_settings_run_no_code(tmp_path, line):
+  """A run's folder that somebody else made has a config.gin of theirs."""
+  trap = tmp_path / 'sprung'
+  call = "configs.Config.data_dir = @os.mkdir()\nos.mkdir.path = '{trap}'\n"
+  imports = 'import os\nfrom internal import configs\n'
+  inner, outer = tmp_path / 'inner.gin', tmp_path / 'outer.gin'
+  inner.write_text(f'{line}\n{imports}{call.format(trap=trap)}')
+  outer.write_text(f"include '{inner}'\n")
+  for path in (inner, outer):
+    with pytest.raises(configs.ConfigError, match=rf'{path.name}: .*settings run no code'):
+      configs.load_config([str(path)])
+  with pytest.raises(configs.ConfigError, match='settings run no code'):
+    configs.load_config([], [line])
+  assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+  'content', [b'\xff', b"include 'a.gin'", b'Config.factor = [', b'Config.factor = 9' + b'9' * 5000]
+)
+def test_damaged_files_are_named(tmp_path, monkeypatch, content):
+  monkeypatch.chdir(tmp_path)  # Where the file that includes itself is looked for.
+  path = tmp_path / 'a.gin'
+  path.write_bytes(content)
+  with pytest.raises(configs.ConfigError) as caught:
+    configs.load_config([str(path)])
+  assert str(path) in str(caught.value)

@@ -243,7 +243,7 @@ def test_the_right_loader_is_named(tmp_path, file, loader):
 
 
 def test_loaders_by_name(tmp_path):
-  for name, what in (('tat_fvs', 'no reader'), ('dtu', 'no reader'), ('nothing', 'unknown')):
+  for name, what in (('nothing', 'unknown'),):
     message = refused(tmp_path, dataset_loader=name)
     assert what in message
     for known in datasets.LOADERS:
@@ -298,7 +298,20 @@ def test_sizes_that_are_not_the_cameras(tmp_path):
 
 def test_unusable_cameras(tmp_path):
   captures.write_colmap(tmp_path, camera=('FOV', (20.0, 20, 8, 6, 0.1)))
-  assert 'FOV' in refused(tmp_path)
+  message = refused(tmp_path)
+  assert 'FOV' in message
+  assert str(tmp_path / 'sparse') in message
+
+
+def test_unusable_places(tmp_path):
+  names, poses = captures.write_colmap(tmp_path)
+  poses[:, :, 3] = [1, 2, 3]
+  colmap.write_model(str(tmp_path / 'sparse/0'), captures.make_model(names, poses), '.bin')
+  message = refused(tmp_path)
+  assert f'{tmp_path}: All 9 cameras stand at' in message
+  poses[4, :, 3] = 1e200
+  colmap.write_model(str(tmp_path / 'sparse/0'), captures.make_model(names, poses), '.bin')
+  assert "'004.png' was taken at" in refused(tmp_path)
 
 
 def test_paths_stay_inside(tmp_path):
@@ -308,6 +321,32 @@ def test_paths_stay_inside(tmp_path):
     colmap.write_model(str(tmp_path / 'sparse/0'), model, '.bin')
     captures.save_image(str(tmp_path / 'images' / 'a.png'), captures.pixels(0))
     assert 'not a path inside' in refused(tmp_path)
+
+
+def test_folders_may_be_links(tmp_path):
+  disk, capture = tmp_path / 'disk', tmp_path / 'capture'
+  captures.write_colmap(disk)
+  capture.mkdir()
+  (capture / 'sparse').symlink_to(disk / 'sparse')
+  (capture / 'images').symlink_to(disk / 'images')
+  (tmp_path / 'link').symlink_to(capture)
+  for factor in (0, 2):
+    found = load(tmp_path / 'link', factor=factor)
+    pixels = scene.read_image(tmp_path / 'link', found, 3)
+    assert pixels.shape[1::-1] == tuple(found.cameras.size[3])
+
+
+@pytest.mark.parametrize('name', ['004.png', 'unposed.png'])
+def test_pictures_that_lie_elsewhere_are_not_read(tmp_path, name):
+  captures.write_colmap(tmp_path / 'capture')
+  path = tmp_path / 'capture' / 'images' / name
+  path.unlink(missing_ok=True)
+  captures.save_image(str(tmp_path / 'secret.png'), captures.pixels(4))
+  path.symlink_to(tmp_path / 'secret.png')
+  assert f'{name}: is a link that leads out' in refused(tmp_path / 'capture', factor=2)
+  assert sorted(os.listdir(tmp_path / 'capture')) == ['images', 'sparse']
+  if name == '004.png':
+    assert f'{name}: is a link that leads out' in refused(tmp_path / 'capture')
 
 
 def test_nothing_to_train_on(tmp_path):
@@ -410,6 +449,8 @@ def test_transforms_split(tmp_path):
   del lists['test_filenames']
   write_transforms(tmp_path, {**table, **lists})
   assert load(tmp_path, dataset_loader='transforms').test == (8,)
+  write_transforms(tmp_path, {**table, 'test_filenames': 7})
+  assert 'test_filenames must be a list' in refused(tmp_path, dataset_loader='transforms')
   write_transforms(tmp_path, {**table, 'test_filenames': ['images/nobody.png']})
   assert 'nobody.png' in refused(tmp_path, dataset_loader='transforms')
 
@@ -437,6 +478,10 @@ def test_transforms_alpha_is_on_white(tmp_path):
     ({'file_path': '../secret.png'}, 'not a path inside'),
     ({'file_path': '/secret.png'}, 'not a path inside'),
     ({'file_path': 3}, 'file_path'),
+    ({'fl_x': 10**400}, 'fl_x must be a number'),
+    ({'fl_x': 1e-300}, 'impossible intrinsics'),
+    ({'cx': [0] * 1000}, 'cx must be a number, got [0, 0, 0, 0, 0, 0, ...]'),
+    ({'w': 1e9}, 'pixels'),
     ({'file_path': 'images/gone.png'}, 'gone.png: no such image'),
   ],
 )
@@ -444,11 +489,16 @@ def test_bad_frames_are_named(tmp_path, change, message):
   table, _ = write_ngp(tmp_path)
   table['frames'][4].update(change)
   write_transforms(tmp_path, table)
-  assert message in refused(tmp_path, dataset_loader='transforms')
+  answer = refused(tmp_path, dataset_loader='transforms')
+  assert message in answer
+  if 'file_path' in change and message == 'not a path inside':
+    assert 'transforms.json: frame 5' in answer
 
 
 @pytest.mark.parametrize(
-  'content', ['{', '[]', '{"frames": 3}', '{"frames": []}', '{"frames": [1]}']
+  'content',
+  ['{', '[]', '{"frames": 3}', '{"frames": []}', '{"frames": [1]}', '[' * 100_000, '9' * 5000],
+  ids=lambda content: content[:20],
 )
 def test_bad_transforms_files(tmp_path, content):
   assert 'No such file' in refused(tmp_path, dataset_loader='transforms')

@@ -1,5 +1,6 @@
 """The decisions that eval.py and render.py take, with a stand-in for the model."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -7,11 +8,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 import eval as eval_program
 import render as render_program
-from internal import cameras, checkpoints, configs, evaluation, video
+from internal import cameras, checkpoints, configs, evaluation, lpips, video
+from internal import results as results_lib
 from internal.datasets import scene as scene_lib
 
 
@@ -24,6 +27,7 @@ def fake_render(params, cams, i, step_fraction=1.0, progress=None):
     'rgb': np.stack([shade, 1 - shade, shade], -1),
     'acc': np.ones((height, width), np.float32),
     'distance_median': distance.astype(np.float32),
+    'normals': np.tile(np.float32([0, 0.6, -0.8]), (height, width, 1)),
   }
 
 
@@ -34,7 +38,7 @@ def scene(tmp_path):
   (tmp_path / 'data' / 'sub').mkdir(parents=True)
   rng = np.random.default_rng(0)
   for name in names:
-    picture = Image.fromarray(rng.integers(0, 256, (14, 20, 3), np.uint8))
+    picture = Image.fromarray(rng.integers(0, 256, (16, 20, 3), np.uint8))
     picture.save(tmp_path / 'data' / name)
   angle = 2 * np.pi * np.arange(5) / 5
   poses = np.zeros((5, 3, 4))
@@ -42,7 +46,7 @@ def scene(tmp_path):
   up = np.tile([0.0, 0, 1], (5, 1))
   poses[...] = np.stack([np.cross(up, back), up, back, back], -1)
   cams = cameras.make_cameras(
-    cameras.pixtocam_from_intrinsics(20.0, 20.0, 10.0, 7.0), poses, size=[20, 14]
+    cameras.pixtocam_from_intrinsics(20.0, 20.0, 10.0, 8.0), poses, size=[20, 16]
   )
   return scene_lib.Scene(
     loader='llff', files=names, names=names, cameras=cams, train=(1, 2, 3), test=(0, 4),
@@ -54,7 +58,9 @@ class TestStepsToEvaluate:
   def steps(self, monkeypatch, seen, **config):
     """What is evaluated when checkpoints appear as in `seen`, one entry a look."""
     looks, naps = iter(seen), []
-    monkeypatch.setattr(checkpoints, 'latest_step', lambda run: next(looks))
+    at = []
+    monkeypatch.setattr(checkpoints, 'latest_step', lambda run: at.append(next(looks)) or at[-1])
+    monkeypatch.setattr(checkpoints, 'newest', lambda run: at[-1])
     fake_time = SimpleNamespace(sleep=naps.append, time=lambda: 0.0)
     monkeypatch.setattr(eval_program, 'time', fake_time)
     return list(eval_program.steps_to_evaluate('runs/a', configs.Config(**config))), len(naps)
@@ -63,7 +69,7 @@ class TestStepsToEvaluate:
     assert self.steps(monkeypatch, [400]) == ([400], 0)
 
   def test_no_checkpoint_is_an_error(self, monkeypatch):
-    with pytest.raises(eval_program.EvalError, match=r'No checkpoint in runs/a'):
+    with pytest.raises(eval_program.EvalError, match=r'No whole checkpoint in runs/a'):
       self.steps(monkeypatch, [None])
 
   def test_waiting_takes_each_new_one_until_the_last(self, monkeypatch):
@@ -99,9 +105,10 @@ class TestSelectImages:
 class TestEvaluate:
   def evaluate(self, scene, tmp_path, **config):
     config = configs.Config(**{'data_dir': str(tmp_path / 'data'), **config})
+    settings = dataclasses.replace(tiny.settings(), config=config)
     params = {'w': np.ones(5, np.float32)}
+    eval_program.evaluate(settings, scene, [0, 4], fake_render, params, 70, str(tmp_path))
     folder = tmp_path / 'eval'
-    eval_program.evaluate(config, scene, [0, 4], fake_render, params, 70, str(folder))
     return folder, json.loads((folder / 'results.json').read_text())
 
   def test_writes_metrics_and_pictures(self, scene, tmp_path, capsys):
@@ -110,7 +117,7 @@ class TestEvaluate:
     assert results['step'] == 70
     assert results['num_params'] == 5
     names = {p.name for p in folder.iterdir()}
-    for kind in ('prediction', 'truth', 'error', 'depth', 'sheet'):
+    for kind in ('prediction', 'truth', 'error', 'depth', 'normals', 'sheet'):
       assert {f'000_a_{kind}.png', f'001_sub_e_{kind}.png'} <= names
     assert 'contact_sheet.png' in names
     truth = np.asarray(Image.open(folder / '001_sub_e_truth.png'))
@@ -121,6 +128,30 @@ class TestEvaluate:
     out = capsys.readouterr().out
     assert '2/2 sub/e.png  psnr' in out
     assert f'psnr {results["mean"]["psnr"]:.2f}' in out
+    assert results_lib.read(str(folder / 'results.json')) == results  # It fits the schema.
+
+  def test_lpips_is_measured_or_its_absence_explained(self, scene, tmp_path, monkeypatch, capsys):
+    def absent():
+      raise lpips.LpipsUnavailableError('not here: install it')
+
+    monkeypatch.setattr(lpips, 'load', absent)
+    _, results = self.evaluate(scene, tmp_path, eval_save_output=False)
+    assert results['lpips']['absent'] == 'not here: install it'
+    assert results['mean']['lpips_vgg'] is results['per_image'][1]['lpips_paper'] is None
+    assert 'LPIPS is null: not here: install it' in capsys.readouterr().out
+    numbers = {'lpips_paper': 0.125, 'lpips_vgg': 0.25}
+    monkeypatch.setattr(lpips, 'load', lambda: lambda a, b, mask: numbers)
+    _, results = self.evaluate(scene, tmp_path, eval_save_output=False)
+    assert results['lpips']['absent'] is None
+    assert {k: results['mean'][k] for k in numbers} == numbers
+
+  def test_tells_how_long_training_took_to_the_step(self, scene, tmp_path):
+    _, results = self.evaluate(scene, tmp_path, eval_save_output=False)
+    assert results['train_seconds'] is None
+    rows = ({'step': s, 'train_seconds': 2.0 * s} for s in (50, 70, 90))
+    (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    _, results = self.evaluate(scene, tmp_path, eval_save_output=False)
+    assert results['train_seconds'] == 140
 
   def test_pictures_can_be_left_out(self, scene, tmp_path):
     folder, _ = self.evaluate(scene, tmp_path, eval_save_output=False)
@@ -151,12 +182,15 @@ def render(scene, tmp_path, monkeypatch):
     settings = SimpleNamespace(config=config)
     monkeypatch.setattr(checkpoints, 'open_run', lambda folder, bindings: (settings, scene))
     monkeypatch.setattr(checkpoints, 'restore_params', lambda *_, **__: (params, step))
-    monkeypatch.setattr(evaluation, 'make_image_renderer', lambda *_: render_image)
+    monkeypatch.setattr(
+      evaluation, 'make_image_renderer', lambda *_, **told: asked.append(told) or render_image
+    )
     monkeypatch.setattr(render_program, '_SURVEY_SIDE', 10)
     render_program.main(['--checkpoint_dir', str(run)])
+    assert asked[-1] == {'with_normals': config.vis_normals}
     return rendered
 
-  main.folder = run / 'render'
+  asked, main.folder = [], run / 'render'
   return main
 
 
@@ -172,6 +206,14 @@ class TestRender:
       assert (render.folder / f'{kind}.mp4').stat().st_size > 300
     color = frames(render.folder, 'color')['00003.png']
     np.testing.assert_array_equal(color[0, 0], [64, 191, 64])
+
+  def test_normals_where_asked_for(self, render):
+    render()
+    assert not (render.folder / 'normals').exists()
+    render(vis_normals=True)
+    for picture in frames(render.folder, 'normals').values():
+      assert (picture == [128, 204, 26]).all()
+    assert (render.folder / 'normals.mp4').exists()
 
   def test_goes_on_after_an_interruption_on_the_same_depth_scale(self, render, tmp_path):
     with pytest.raises(KeyboardInterrupt):
@@ -199,7 +241,7 @@ class TestRender:
       ({'step': 8}, r'step 7 \(now 8\)'),
       ({'weights': 3.0}, 'weights'),
       ({'render_path_frames': 5}, r'frames 6 \(now 5\)'),
-      ({'render_resolution': (40, 28)}, 'size'),
+      ({'render_resolution': (40, 32)}, 'size'),
       ({'z_variation': 1.0, 'z_phase': 0.3}, 'path'),
       ({'render_camtype': 'fisheye'}, 'lens'),
     ],

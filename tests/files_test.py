@@ -1,5 +1,6 @@
 """A file is there whole or not at all."""
 
+import numpy as np
 import pytest
 
 from internal import files
@@ -30,3 +31,37 @@ def test_a_failure_keeps_what_was_there(tmp_path):
     _fail_half_way(str(path))
   assert path.read_text() == 'old'
   assert [p.name for p in tmp_path.iterdir()] == ['a.json']
+
+
+def test_arrays(tmp_path):
+  path = str(tmp_path / 'a.npy')
+  for dtype in ('<f8', '>f4', '<i2', 'u1'):
+    np.save(path, np.arange(6, dtype=dtype).reshape(2, 3))
+    array = files.read_array(path)
+    assert array.dtype == np.float64
+    np.testing.assert_array_equal(array, [[0, 1, 2], [3, 4, 5]])
+    array[0] = 7  # Not the file's own bytes.
+  np.testing.assert_array_equal(files.read_array(path)[0], [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+  'shape', ['(1152921504606846976,)', '(1000000000, 17)', '(7,)', '(-1,)', '((']
+)
+def test_arrays_that_are_not_there(tmp_path, shape):
+  path = tmp_path / 'a.npy'
+  np.save(path, np.arange(6.0))
+  path.write_bytes(path.read_bytes().replace(b'(6,)', shape.encode()))
+  with pytest.raises(ValueError, match=r'no whole \.npy file'):
+    files.read_array(str(path))
+
+
+def test_neither_pickles_nor_archives_nor_words(tmp_path):
+  path = str(tmp_path / 'a.npy')
+  np.save(path, np.array([{}], object), allow_pickle=True)
+  with pytest.raises(ValueError, match=r'no whole \.npy file'):
+    files.read_array(path)
+  for write in (lambda f: np.savez(f, np.zeros(3)), lambda f: np.save(f, np.array(['a']))):
+    with open(path, 'wb') as f:
+      write(f)
+    with pytest.raises(ValueError, match=r'no \.npy file of numbers'):
+      files.read_array(path)

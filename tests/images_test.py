@@ -2,7 +2,10 @@
 
 import os
 import pathlib
+import struct
 import time
+import tracemalloc
+import zlib
 
 import captures
 import numpy as np
@@ -158,7 +161,48 @@ def test_damaged_files_are_named(tmp_path, name):
     images.decode(str(tmp_path / 'nothing.png'))
 
 
-@pytest.mark.parametrize('name', ['../a.png', '/a.png', 'b/../../a.png', '..\\a.png', '', 'a\0b'])
+def test_what_is_no_file_is_not_opened(tmp_path):
+  (tmp_path / 'folder.png').mkdir()
+  os.mkfifo(tmp_path / 'pipe.png')  # To open it would wait for ever.
+  for name in ('folder.png', 'pipe.png'):
+    for read in (images.read_header, images.decode):
+      with pytest.raises(images.DataNotFoundError, match=f'{name}: no such image'):
+        read(str(tmp_path / name))
+
+
+def test_bombs_and_empty_pictures_are_named(tmp_path):
+  """The header of a PNG promises 6 GB or nothing at all."""
+  good = pathlib.Path(saved(tmp_path, Image.fromarray(RGB), 'good.png')).read_bytes()
+  for side, reason in ((60_000, 'bomb'), (0, 'cannot be read as an image')):
+    body = b'IHDR' + struct.pack('>II', side, side) + good[24:29]
+    path = tmp_path / f'{side}.png'
+    path.write_bytes(good[:12] + body + struct.pack('>I', zlib.crc32(body)) + good[33:])
+    tracemalloc.start()
+    assert reason in refused(path)
+    with pytest.raises(images.DataError, match=f'{side}.png: cannot be read as an image'):
+      images.read_header(str(path))
+    assert tracemalloc.get_traced_memory()[1] < 1e7
+    tracemalloc.stop()
+
+
+def test_documents_and_films_are_no_pictures(tmp_path):
+  for kind in ('GIF', 'EPS'):  # For EPS Pillow would start another program.
+    path = tmp_path / f'{kind}.png'
+    Image.fromarray(RGB).save(path, kind)
+    assert 'cannot be read as an image' in refused(path)
+
+
+def test_pictures_of_two_lenses_are_read(tmp_path):
+  image = Image.fromarray(RGB)
+  path = saved(tmp_path, image, 'a.mpo', save_all=True, append_images=[image])
+  os.rename(path, tmp_path / 'a.jpg')
+  assert images.decode(str(tmp_path / 'a.jpg')).shape == RGB.shape
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['../a.png', '/a.png', 'b/../../a.png', '..\\a.png', '', 'a\0b', 'b//a.png', 'b/', '\ud800'],
+)
 def test_names_stay_inside(tmp_path, name):
   with pytest.raises(images.DataError, match='not a path inside'):
     images.inside(str(tmp_path), name)
@@ -167,6 +211,31 @@ def test_names_stay_inside(tmp_path, name):
 def test_names_inside_are_paths(tmp_path):
   for name in ('a.png', 'b/c.png', 'b..c/d.png'):
     assert images.inside(str(tmp_path), name) == os.path.join(str(tmp_path), name)
+
+
+def test_links_stay_inside(tmp_path):
+  """A capture and its folders may be links, as those on several disks are; what is in them not."""
+  disk, capture = tmp_path / 'disk', tmp_path / 'capture'
+  (disk / 'images').mkdir(parents=True)
+  (disk / 'a.png').touch()
+  (capture / 'train').mkdir(parents=True)
+  (capture / 'images').symlink_to(disk / 'images')
+  (tmp_path / 'link').symlink_to(capture)
+  (disk / 'images' / 'b.png').touch()
+  (disk / 'images' / 'again.png').symlink_to('b.png')
+  (capture / 'train' / 'across.png').symlink_to('../images/b.png')
+  for root in (capture, tmp_path / 'link'):
+    for name in ('images/b.png', 'images/again.png', 'images/gone.png'):
+      assert images.inside(str(root), name) == os.path.join(root, name)
+  (capture / 'train' / 'to_train').symlink_to('.')
+  assert images.inside(str(capture), 'train/to_train/c.png')
+  (capture / 'a.png').symlink_to(disk / 'a.png')
+  (capture / 'train' / 'a.png').symlink_to(disk / 'a.png')
+  (capture / 'train' / 'up').symlink_to(disk)
+  (disk / 'images' / 'a.png').symlink_to('../a.png')
+  for name in ('a.png', 'train/a.png', 'train/up/a.png', 'images/a.png', 'train/across.png'):
+    with pytest.raises(images.DataError, match=rf'{name}: is a link .* to .*Copy the picture'):
+      images.inside(str(capture), name)
 
 
 def test_list_images(tmp_path):

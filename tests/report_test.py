@@ -2,9 +2,10 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 from scipy import ndimage
 
-from internal import configs, image, report
+from internal import configs, image, lpips, report
 
 
 @pytest.fixture
@@ -62,6 +63,26 @@ class TestImageMetrics:
     assert np.isposinf(got['psnr'])
     assert got['ssim'] == pytest.approx(1, abs=1e-6)
 
+  def test_lpips_is_of_what_the_others_are_of(self, pair):
+    img, truth = pair
+    seen = []
+
+    def measure(a, b, mask):
+      seen.append((np.asarray(a), np.asarray(b), mask))
+      return dict.fromkeys(lpips.METRICS, 0.25)
+
+    config = configs.Config(eval_crop_borders=2)
+    got = report.image_metrics(img, truth, config, measure_lpips=measure)
+    assert tuple(got) == (*report.METRICS, *lpips.METRICS)
+    assert got['lpips_vgg'] == 0.25
+    ((shown, wanted, mask),) = seen  # Once: not of the corrected colours.
+    assert mask is None
+    np.testing.assert_allclose(shown, np.round(np.clip(img, 0, 1) * 255)[2:-2, 2:-2] / 255)
+    np.testing.assert_allclose(wanted, truth[2:-2, 2:-2] / 255, rtol=1e-6)
+    mask = np.arange(truth[..., 0].size).reshape(truth.shape[:2]) % 40 < 30
+    report.image_metrics(img, truth, config, mask, measure)
+    np.testing.assert_array_equal(seen[-1][2], mask[2:-2, 2:-2])
+
   def test_sizes_must_agree(self, pair):
     with pytest.raises(ValueError, match='compared'):
       report.image_metrics(pair[0], pair[1][:, :-1], configs.Config())
@@ -89,32 +110,86 @@ class TestProtocol:
     assert len(got['departures']) == 1
     assert word in got['departures'][0]
 
+  def test_what_tables_compare(self):
+    got = report.protocol(configs.Config(llffhold=10, eval_crop_borders=3))
+    assert (got['quantized'], got['crop_borders'], got['render_interval']) == (True, 3, 1)
+    assert got['test_split'] == 'every 10th image by name'
+    assert report.protocol(configs.Config(dataset_loader='blender'))['test_split'] == (
+      "the capture's own"
+    )
+    assert set(got['lpips']) == {'lpips_paper', 'lpips_vgg'}
+
+
+class TestConfigHash:
+  def test_scenes_share_it_and_methods_do_not(self):
+    def hashed(*bindings):
+      return report.config_hash(configs.load_config(['configs/360.gin'], bindings))
+
+    here = hashed()
+    assert len(here) == 16
+    assert (
+      hashed("Config.data_dir = 'a'", 'Config.factor = 2', 'Config.eval_crop_borders = 2') == here
+    )
+    assert hashed('Config.print_every = 7', 'Config.render_chunk_size = 64') == here
+    assert hashed('Config.early_exit_steps = 1000') == here
+    assert hashed('Config.far = 1000000', 'Config.adam_beta1 = 0.9') == here
+    assert hashed('Model.bg_intensity_range = [1, 1]') == here
+    others = [
+      hashed(binding)
+      for binding in (
+        'Config.seed = 1',
+        'Config.max_steps = 9',
+        'Config.charb_padding = 0.0',
+        'Model.num_prop_samples = 8',
+        'NerfMLP.net_width = 8',
+        'PropMLP.net_width = 8',
+      )
+    ]
+    assert len({here, *others}) == 7
+
 
 class TestResults:
   def rows(self, **change):
     row = {'psnr': 20.0, 'ssim': 0.5, 'cc_psnr': 21.0, 'cc_ssim': 0.6}
+    row |= {'width': 20, 'height': 16, 'masked': False}
     return [
       {'name': 'a.png', **row, 'seconds': 60.0},
       {'name': 'b.png', **row, 'psnr': 30.0, 'seconds': 1.0, **change},
-      {'name': 'c.png', **row, 'psnr': 25.0, 'seconds': 2.0},
+      {'name': 'c.png', **row, 'psnr': 25.0, 'seconds': 2.0, 'width': 16, 'masked': True},
     ]
 
   def test_says_all_that_is_asked_of_it(self):
-    config = configs.Config(data_dir='/captures/bonsai/', factor=2)
-    got = report.make_results(config, self.rows(), 5000, 9_007_493)
-    assert got['mean'] == pytest.approx({'psnr': 25, 'ssim': 0.5, 'cc_psnr': 21, 'cc_ssim': 0.6})
+    settings = tiny.settings("Config.data_dir = '/captures/bonsai/'", 'Config.factor = 2')
+    got = report.make_results(settings, self.rows(), 5000, 9_007_493, 'no weights', 77.5)
+    mean = {'psnr': 25, 'ssim': 0.5, 'cc_psnr': 21, 'cc_ssim': 0.6}
+    assert got['mean'] == pytest.approx({**mean, 'lpips_paper': None, 'lpips_vgg': None})
+    assert got['lpips']['absent'] == 'no weights'
     assert got['scene'] == 'bonsai'
     assert got['step'] == 5000
+    assert got['train_seconds'] == 77.5
     assert got['num_params'] == 9_007_493
     assert got['num_images'] == len(got['per_image']) == 3
+    assert got['image_sizes'] == {'16x16': 1, '20x16': 2}
+    assert got['masked_images'] == 1
     assert got['seconds_per_image'] == 2  # Not drawn off by the minute of compiling.
     assert got['schema_version'] == report.SCHEMA_VERSION
+    assert got['mlp_dtype'] == 'float32'  # Which 'auto' means on a CPU.
+    assert got['config_hash'] == report.config_hash(settings)
     assert got['device']['count'] == 8
-    assert set(got['software']) >= {'jax', 'numpy', 'python'}
+    assert set(got['software']) >= {'jax', 'flax', 'numpy', 'python'}
+
+  def test_lpips_is_averaged_where_it_was_measured(self):
+    rows = self.rows()
+    for k, row in enumerate(rows):
+      row |= {'lpips_paper': 0.1 * k, 'lpips_vgg': 0.2 * k}
+    got = report.make_results(tiny.settings(), rows, 1, 2)
+    assert got['mean']['lpips_paper'] == pytest.approx(0.1)
+    assert got['mean']['lpips_vgg'] == pytest.approx(0.2)
+    assert got['lpips']['absent'] is None
 
   @pytest.mark.parametrize('value', [np.inf, -np.inf, np.nan, np.float32(np.nan)])
   def test_json_stays_valid_whatever_the_numbers(self, tmp_path, value):
-    got = report.make_results(configs.Config(), self.rows(psnr=value), 1, 2)
+    got = report.make_results(tiny.settings(), self.rows(psnr=value), 1, 2)
     path = tmp_path / 'new' / 'results.json'
     report.write_json(str(path), got)
 
@@ -135,3 +210,5 @@ class TestResults:
   def test_a_line_has_all_metrics(self):
     line = report.format_metrics(self.rows()[0])
     assert line == 'psnr 20.00  ssim 0.5000  cc_psnr 21.00  cc_ssim 0.6000'
+    more = {**self.rows()[0], 'lpips_paper': 0.25, 'lpips_vgg': None}
+    assert report.format_metrics(more) == line + '  lpips_paper 0.2500'

@@ -27,7 +27,7 @@ def _stats(loss):
 
 def test_steps_are_averaged_timed_and_told(tmp_path, capsys):
   log = runlog.RunLog(str(tmp_path), 0, 1000)
-  log.steps(100, [_stats(1.0), _stats(3.0)], 4.0, 512)
+  log.steps(100, [_stats(1.0), _stats(3.0)], 2, 4.0, 512)
   log.close()
   (row,) = _rows(tmp_path)
   assert (row['step'], row['loss'], row['rays_per_sec'], row['train_seconds']) == (100, 2.0, 256, 4)
@@ -37,17 +37,28 @@ def test_steps_are_averaged_timed_and_told(tmp_path, capsys):
   assert list((tmp_path / 'tensorboard').glob('events*'))
 
 
+def test_steps_that_nobody_timed_are_averaged_all_the_same(tmp_path):
+  log = runlog.RunLog(str(tmp_path), 0, 1000)
+  log.steps(2, [_stats(1.0), _stats(3.0)], 1, 4.0, 512)
+  log.steps(3, [_stats(5.0)], 0, 0.0, 512)
+  log.close()
+  first, second = _rows(tmp_path)
+  assert (first['loss'], first['rays_per_sec']) == (2.0, 128)
+  assert second['loss'] == 5
+  assert 'rays_per_sec' not in second
+
+
 def test_a_resume_drops_what_is_done_again_and_keeps_the_clock(tmp_path):
   log = runlog.RunLog(str(tmp_path), 0, 1000)
   for step in (100, 200, 300):
-    log.steps(step, [_stats(step)], 10.0, 1)
+    log.steps(step, [_stats(step)], 1, 10.0, 1)
   log.close()
   with open(tmp_path / 'metrics.jsonl', 'a') as f:
     f.write('{"step": 400, "lo')  # Killed in the middle of a line.
   log = runlog.RunLog(str(tmp_path), 200, 1000)
   assert [r['step'] for r in _rows(tmp_path)] == [100, 200]
   assert log.train_seconds == 20
-  log.steps(300, [_stats(3)], 10.0, 1)
+  log.steps(300, [_stats(3)], 1, 10.0, 1)
   log.close()
   assert [r['step'] for r in _rows(tmp_path)] == [100, 200, 300]
   assert _rows(tmp_path)[-1]['train_seconds'] == 30
@@ -63,7 +74,7 @@ def test_numbers_that_json_has_not_become_null(tmp_path):
 
 def test_other_processes_write_and_say_nothing(tmp_path, capsys):
   log = runlog.RunLog(str(tmp_path), 0, 10, enabled=False)
-  log.steps(1, [_stats(1)], 2.0, 1)
+  log.steps(1, [_stats(1)], 1, 2.0, 1)
   log.say('hello')
   log.picture(1, 'x', np.zeros((2, 2, 3), np.uint8))
   log.close()

@@ -16,7 +16,7 @@ from internal.datasets import images, scene
 def sample(ndc=True) -> scene.Scene:
   rng = np.random.default_rng(0)
   table = cameras.make_cameras(
-    rng.normal(size=(3, 3, 3)),
+    rng.random((3, 3, 3)),  # Focal lengths are positive.
     rng.normal(size=(3, 3, 4)),
     [[16, 12]] * 3,
     distortion=rng.normal(size=(3, 6)),
@@ -78,6 +78,40 @@ def test_bad_files_are_named(tmp_path):
     json.dump({**fields, 'version': 99}, f)
   with pytest.raises(images.DataError, match=r'version 99'):
     scene.load_scene(path)
+
+
+@pytest.mark.parametrize(
+  ('place', 'value'),
+  [
+    (('train',), [0, 3]),
+    (('train',), []),
+    (('test',), [-1]),
+    (('files',), ['images/0.png'] * 2),
+    (('files',), ['/images/0.png'] * 3),
+    (('names',), 3),
+    (('background',), 'black'),
+    (('bounds',), [2, 1]),
+    (('bounds',), [1]),
+    (('world_transform',), [[1, 2], [3, 4]]),
+    (('cameras', 'pixtocam'), float('nan')),
+    (('cameras', 'size'), [[16, 0]] * 3),
+    (('cameras', 'size'), [[16, 2**40]] * 3),
+    (('cameras', 'lens'), [9, 0, 0]),
+    (('cameras', 'lenses'), [0]),
+    (('cameras', 'distortion'), [[0] * 6] * 2),
+    (('cameras', 'camtoworld'), 10**400),
+  ],
+)
+def test_impossible_values_are_refused(tmp_path, place, value):
+  path = tmp_path / 'scene.json'
+  scene.save_scene(str(path), sample())
+  fields = json.loads(path.read_text())
+  holder = fields['cameras'] if len(place) > 1 else fields
+  assert place[-1] in holder
+  holder[place[-1]] = value
+  path.write_text(json.dumps(fields))
+  with pytest.raises(images.DataError, match=r'scene\.json: is no scene .*Train anew'):
+    scene.load_scene(str(path))
 
 
 def test_pixels(tmp_path):

@@ -6,18 +6,18 @@ A new format is a module with `load(config, read_only) -> Scene` and a row here.
 from __future__ import annotations
 
 from internal import configs
-from internal.datasets import blender, images, llff, tat, transforms
+from internal.datasets import blender, dtu, images, llff, multicam, tat, tat_fvs, transforms
 from internal.datasets.scene import Scene
 
 LOADERS = {
   'llff': llff.load,
   'blender': blender.load,
+  'multicam': multicam.load,
   'transforms': transforms.load,
   'tat_nerfpp': tat.load,
+  'tat_fvs': tat_fvs.load,
+  'dtu': dtu.load,
 }
-
-# Formats that configs of the field name and that have no reader here.
-_ABSENT = ('tat_fvs', 'dtu')
 
 
 def load_dataset(config: configs.Config, read_only: bool = False) -> Scene:
@@ -31,8 +31,7 @@ def load_dataset(config: configs.Config, read_only: bool = False) -> Scene:
   """
   name = config.dataset_loader
   if name not in LOADERS:
-    what = 'has no reader in this version' if name in _ABSENT else 'is unknown'
     raise images.DataError(
-      f'Config.dataset_loader = {name!r} {what}: there are {", ".join(map(repr, LOADERS))}.'
+      f'Config.dataset_loader = {name!r} is unknown: there are {", ".join(map(repr, LOADERS))}.'
     )
   return LOADERS[name](config, read_only)

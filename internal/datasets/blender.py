@@ -30,7 +30,7 @@ def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
     'blender',
     data_dir,
     frames,
-    frames_lib.world_as_is(frames),
+    frames_lib.world_as_is(data_dir, frames),
     split,
     factor=config.factor,
     background='white',

@@ -8,16 +8,19 @@ chooses the world and the split, and has `assemble` find the pictures and check 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from internal import cameras, colmap, paths, structs
-from internal.datasets import images, pyramid, scene
+from internal.datasets import images, masks, pyramid, scene
 
+# No capture has larger numbers, in pixels or in its own units; products of them fit in a float32.
+LARGEST = 1e12
 # A downsampled side may be rounded either way from a side that was rounded itself.
 _SIZE_TOLERANCE = 1.5
 
@@ -33,6 +36,8 @@ class Frame:
   size: tuple[int, int]  # Width and height of the full size.
   pose: np.ndarray  # [3, 4] float64
   model: str  # The camera model's name, for the report.
+  mask: str | None = None  # Relative to data_dir; None: `masks.find` looks for one.
+  weight: float = 1.0  # Of its pixels in the data loss.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +65,48 @@ def capture_dir(data_dir: str | None) -> str:
   return data_dir
 
 
-def world_as_is(frames: Sequence[Frame]) -> World:
+@contextlib.contextmanager
+def named(path: str) -> Iterator[None]:
+  """Says of which file or folder a ValueError of a function that knows of none is."""
+  try:
+    yield
+  except ValueError as e:
+    raise images.DataError(f'{path}: {e}') from None
+
+
+def checked_poses(data_dir: str, frames: Sequence[Frame]) -> np.ndarray:
+  """The poses [n, 3, 4] of frames. Poses turn and shift; others would bend the rays.
+
+  Raises:
+    DataError: a pose scales or mirrors, or is impossibly far away.
+  """
+  for frame in frames:
+    rotation = frame.pose[:, :3]
+    with np.errstate(all='ignore'):
+      skew = np.abs(rotation.T @ rotation - np.eye(3)).max()
+    if not (skew < 0.01 and np.linalg.det(rotation) > 0):
+      raise images.DataError(
+        f'{data_dir}: the pose of {frame.name!r} is no rotation (it scales, shears or mirrors). '
+        'Export the poses again, with all scales applied.'
+      )
+    if not (np.abs(frame.pose[:, 3]) < LARGEST).all():
+      raise images.DataError(
+        f'{data_dir}: {frame.name!r} was taken at {frame.pose[:, 3].tolist()}, which cannot be. '
+        'Export the poses again.'
+      )
+  return np.stack([frame.pose for frame in frames])
+
+
+def world_as_is(data_dir: str, frames: Sequence[Frame]) -> World:
   """The capture's own world."""
-  return World(np.stack([frame.pose for frame in frames]), np.eye(4))
+  return World(checked_poses(data_dir, frames), np.eye(4))
 
 
-def world_pca(frames: Sequence[Frame]) -> World:
+def world_pca(data_dir: str, frames: Sequence[Frame]) -> World:
   """Centred and turned by PCA of the cameras' positions, which fill [-1, 1]^3."""
-  return World(*paths.transform_poses_pca(np.stack([frame.pose for frame in frames])))
+  poses = checked_poses(data_dir, frames)
+  with named(data_dir):
+    return World(*paths.transform_poses_pca(poses))
 
 
 def split_every(n: int, hold: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -128,6 +167,9 @@ def assemble(
     DataNotFoundError: a picture is missing.
     DataError: a picture cannot be read or has another size than its camera; no training image.
   """
+  for frame in frames:
+    images.inside(data_dir, f'{frame.folder}/{frame.file}' if frame.folder else frame.file)
+  _check_lenses(data_dir, frames)
   gone = _missing_rows(data_dir, frames, factor) if read_only else []
   gone_names = [frames[i].name for i in gone]
   if gone:
@@ -137,7 +179,6 @@ def assemble(
       f'{data_dir}: no training images: of {len(frames)} images {len(split[1])} are for testing. '
       'More images, or a larger Config.llffhold, leave some for training.'
     )
-  _check_poses(data_dir, frames)
   located = _locate(data_dir, frames, factor, background, read_only)
   sizes = np.array(
     [
@@ -146,7 +187,10 @@ def assemble(
     ]
   )  # [n, 2]
   table = _camera_table(frames, world, sizes, max(1, factor))
+  found_masks = tuple(_find_mask(data_dir, *each) for each in zip(frames, sizes))
   report = _report(loader, frames, gone_names, unregistered, located, sizes, split, world)
+  if any(found_masks):
+    report['masks'] = sum(mask is not None for mask in found_masks)
   return scene.Scene(
     loader=loader,
     files=located.files,
@@ -158,6 +202,8 @@ def assemble(
     background=background,
     bounds=world.bounds,
     report=report,
+    masks=found_masks if any(found_masks) else (),
+    weights=tuple(f.weight for f in frames) if any(f.weight != 1 for f in frames) else (),
   )
 
 
@@ -202,15 +248,16 @@ def _drop(gone: Sequence[int], frames: Sequence[Frame], world: World, split):
   return [frames[i] for i in kept], world, split
 
 
-def _check_poses(data_dir: str, frames: Sequence[Frame]) -> None:
-  """Poses turn and shift; one that scales or mirrors would bend the rays."""
+def _check_lenses(data_dir: str, frames: Sequence[Frame]) -> None:
+  """Focal lengths are positive, and no number is beyond what a lens can have."""
   for frame in frames:
-    rotation = frame.pose[:, :3]
-    skew = np.abs(rotation.T @ rotation - np.eye(3)).max()
-    if not (skew < 0.01 and np.linalg.det(rotation) > 0):
+    k = frame.intrinsics
+    values = (k.fx, k.fy, k.cx, k.cy, *k.distortion)
+    if not (max(map(abs, values)) < LARGEST and min(k.fx, k.fy) > 1 / LARGEST):
       raise images.DataError(
-        f'{data_dir}: the pose of {frame.name!r} is no rotation (it scales, shears or mirrors). '
-        'Export the poses again, with all scales applied.'
+        f'{data_dir}: the camera of {frame.name!r} has impossible intrinsics (fx {k.fx:g}, '
+        f'fy {k.fy:g}, cx {k.cx:g}, cy {k.cy:g}, distortion {k.distortion}). Pose the pictures '
+        'again.'
       )
 
 
@@ -230,6 +277,15 @@ def _locate(data_dir, frames, factor, background, read_only) -> pyramid.Pictures
     tuple(headers[i] for i in order),
     ', '.join(to_be_made) or None,
   )
+
+
+def _find_mask(data_dir: str, frame: Frame, used: np.ndarray) -> str | None:
+  """The picture's mask, checked against its size; None if it has none."""
+  picture = f'{frame.folder}/{frame.file}' if frame.folder else frame.file
+  mask = frame.mask or masks.find(data_dir, picture)
+  if mask is not None:
+    masks.check(data_dir, mask, frame.size, tuple(used.tolist()))
+  return mask
 
 
 def _used_size(path: str, header: images.Header, frame: Frame, factor: int) -> tuple[int, int]:

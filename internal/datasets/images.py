@@ -27,6 +27,8 @@ EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.ppm',
 
 _ORIENTATION = 0x0112  # The EXIF tag.
 _GREY_16 = ('I;16', 'I;16B', 'I;16L', 'I;16N')
+# By content, whatever the ending; Pillow's readers of documents and films are left out.
+_FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'PPM')
 _PLAIN = ('1', 'L', 'P', 'RGB', 'RGBX', 'CMYK', 'YCbCr', 'HSV')
 
 
@@ -57,18 +59,50 @@ class Header:
     return None
 
 
+def is_relative(name: str) -> bool:
+  """Whether a name leads down from the folder that it is taken in, links aside."""
+  try:
+    os.fsencode(name)
+  except UnicodeEncodeError:  # JSON can say what no file can be called.
+    return False
+  parts = re.split(r'[\\/]', name)
+  return all(parts) and '..' not in parts and '\0' not in name and not os.path.isabs(name)
+
+
 def inside(data_dir: str, name: str) -> str:
-  """The path of `name` in `data_dir`.
+  """The path of a picture that a capture's file calls `name`, which must stay in `data_dir`.
+
+  A name is relative, without '..'. Links are followed: `data_dir` and its own folders (images/,
+  images_4/, train/) may be links to anywhere, as whoever keeps captures on several disks makes
+  them; whatever lies in them may not lead out of the capture.
 
   Raises:
-    DataError: the name is absolute or climbs out of the folder.
+    DataError: the name is absolute or climbs out of the folder, or a link leads out of it.
   """
-  parts = re.split(r'[\\/]', name)
-  if not name or '\0' in name or '..' in parts or not parts[0] or os.path.isabs(name):
+  if not is_relative(name):
     raise DataError(
-      f'{name!r} is not a path inside {data_dir!r}: names must be relative to it, without "..".'
+      f'{_short(name)} is not a path inside {data_dir!r}: names must be relative to it, without '
+      '"..".'
     )
-  return os.path.join(data_dir, name)
+  path = os.path.join(data_dir, name)
+  top, *deeper = re.split(r'[\\/]', name)
+  target = os.path.realpath(path)
+  roots = [data_dir, os.path.join(data_dir, top)] if deeper else [data_dir]
+  if not any(_is_below(os.path.realpath(root), target) for root in roots):
+    raise DataError(
+      f'{path}: is a link that leads out of the capture, to {target}. Copy the picture there, or '
+      f'make all of {top}/ the link.'
+    )
+  return path
+
+
+def _is_below(root: str, path: str) -> bool:
+  return os.path.commonpath([root, path]) == root
+
+
+def _short(name: str) -> str:
+  """Quoted, and cut where no file's name could be so long."""
+  return repr(name if len(name) <= 300 else f'{name[:300]}...')
 
 
 def list_images(folder: str) -> list[str]:
@@ -104,12 +138,12 @@ def _readable(function: Callable) -> Callable:
 
   @functools.wraps(function)
   def wrapped(path: str, *args, **kwargs):
+    if not os.path.isfile(path):  # To open a pipe would wait for ever.
+      raise DataNotFoundError(f'{path}: no such image.')
     try:
       return function(path, *args, **kwargs)
     except DataError:
       raise
-    except FileNotFoundError:
-      raise DataNotFoundError(f'{path}: no such image.') from None
     except Exception as e:  # Pillow's plugins raise nearly anything.
       reason = ' '.join(str(e).split()) or type(e).__name__
       raise DataError(
@@ -126,11 +160,13 @@ def read_header(path: str) -> Header:
   Raises:
     DataError, DataNotFoundError: the file cannot be read as an image, or is not there.
   """
-  with Image.open(path) as image:
+  with Image.open(path, formats=_FORMATS) as image:
     return _header(image)
 
 
 def _header(image: Image.Image) -> Header:
+  if min(image.size) < 1:
+    raise ValueError(f'{image.width}x{image.height} pixels')
   orientation = 1
   # Pillow would decode a whole PNG to look for EXIF data that did not come before its pixels.
   if image.format != 'PNG' or 'exif' in image.info:
@@ -155,7 +191,7 @@ def decode(path: str, background: str = 'none', size: tuple[int, int] | None = N
     DataError, DataNotFoundError: the file is missing, damaged, of another size or of a kind that
       would be misread.
   """
-  with Image.open(path) as image:
+  with Image.open(path, formats=_FORMATS) as image:
     header = _header(image)
     pixels = _composite(path, _decode_channels(path, image), background)
   if size is None or (header.width, header.height) == tuple(size):
@@ -195,7 +231,7 @@ def _decode_16_bits(path: str, image: Image.Image, raw_mode: str) -> np.ndarray:
       'Convert it to 8 bits, or to an RGB PNG.'
     )
   high = np.asarray(image).astype(np.uint16)
-  with Image.open(path) as again:
+  with Image.open(path, formats=_FORMATS) as again:
     # Told that the bytes are the other way round, the decoder gives the low one.
     again.tile = [tile._replace(args=raw_mode.replace('16B', '16L')) for tile in again.tile]
     low = np.asarray(again)

@@ -1,7 +1,8 @@
 """Any COLMAP-posed folder: images/, images_<factor>/ and sparse/0/, as the 360 dataset ships it.
 
 With Config.forward_facing also a capture in LLFF's way: normalised device coordinates, with near
-and far from poses_bounds.npy or else from the sparse points.
+and far from poses_bounds.npy or else from the sparse points. Where there is no sparse model, the
+poses are those of poses_bounds.npy too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from internal import colmap, configs, paths
 from internal.datasets import frames as frames_lib
-from internal.datasets import images, scene
+from internal.datasets import images, poses_bounds, scene
 
 MODEL_FOLDERS = ('sparse/0', 'sparse', 'colmap/sparse/0')
 
@@ -33,17 +34,16 @@ def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
     DataError, colmap.ModelError: something there cannot be used.
   """
   data_dir = frames_lib.capture_dir(config.data_dir)
-  model = colmap.read_model(find_model(data_dir))
-  frames = read_frames(model, config.load_alphabetical)
+  frames, model = _read_capture(data_dir, config.load_alphabetical)
   if not frames:
     raise images.DataError(
       f'{data_dir}: the sparse model has no registered images. Run COLMAP again, with more overlap '
       'between the pictures.'
     )
   if config.forward_facing:
-    world = forward_facing_world(frames, read_bounds(data_dir, model))
+    world = forward_facing_world(data_dir, frames, read_bounds(data_dir, model))
   else:
-    world = frames_lib.world_pca(frames)
+    world = frames_lib.world_pca(data_dir, frames)
   return frames_lib.assemble(
     'llff',
     data_dir,
@@ -54,6 +54,21 @@ def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
     unregistered=frames_lib.unposed(data_dir, frames),
     read_only=read_only,
   )
+
+
+def _read_capture(
+  data_dir: str, by_name: bool
+) -> tuple[list[frames_lib.Frame], colmap.Model | None]:
+  """The posed pictures, and the sparse model; without one, those of poses_bounds.npy."""
+  try:
+    folder = find_model(data_dir)
+  except colmap.ModelNotFoundError:
+    if os.path.isfile(os.path.join(data_dir, poses_bounds.FILE)):
+      return poses_bounds.read_frames(data_dir), None
+    raise
+  model = colmap.read_model(folder)
+  with frames_lib.named(folder):
+    return read_frames(model, by_name), model
 
 
 def find_model(data_dir: str) -> str:
@@ -103,11 +118,13 @@ def _used_cameras(model: colmap.Model) -> dict[int, colmap.Camera]:
 
 
 def forward_facing_world(
-  frames: Sequence[frames_lib.Frame], bounds: tuple[float, float]
+  data_dir: str, frames: Sequence[frames_lib.Frame], bounds: tuple[float, float]
 ) -> frames_lib.World:
   """The average pose becomes the world's axes; scaled so that all lies beyond NDC's near plane."""
   scale = 1 / (_NEAR_MARGIN * bounds[0])
-  poses, transform = paths.recenter_poses(np.stack([frame.pose for frame in frames]))
+  poses = frames_lib.checked_poses(data_dir, frames)
+  with frames_lib.named(data_dir):
+    poses, transform = paths.recenter_poses(poses)
   poses[:, :, 3] *= scale
   transform = np.diag([scale, scale, scale, 1]) @ transform
   return frames_lib.World(poses, transform, (bounds[0] * scale, bounds[1] * scale), ndc=True)
@@ -119,23 +136,11 @@ def read_bounds(data_dir: str, model: colmap.Model) -> tuple[float, float]:
   Raises:
     DataError: poses_bounds.npy is damaged, or there is neither it nor a point to see.
   """
-  path = os.path.join(data_dir, 'poses_bounds.npy')
-  if not os.path.isfile(path):
+  path = os.path.join(data_dir, poses_bounds.FILE)
+  if os.path.isfile(path):
+    return poses_bounds.read_bounds(path)
+  with frames_lib.named(data_dir):
     return bounds_from_points(model)
-  try:
-    table = np.asarray(np.load(path, allow_pickle=False), np.float64)
-    near, far = table[:, 15].min(), table[:, 16].max()
-  except (ValueError, IndexError, OSError, EOFError) as e:
-    raise images.DataError(
-      f'{path}: must be numbers [n, 17] ({" ".join(str(e).split())}). Remove it to have the bounds '
-      'taken from the sparse points.'
-    ) from None
-  if not 0 < near <= far < np.inf:
-    raise images.DataError(
-      f'{path}: has the bounds {near} and {far}, which are not 0 < near <= far. Remove it to have '
-      'them taken from the sparse points.'
-    )
-  return float(near), float(far)
 
 
 def bounds_from_points(model: colmap.Model) -> tuple[float, float]:
@@ -145,13 +150,15 @@ def bounds_from_points(model: colmap.Model) -> tuple[float, float]:
     DataError: no camera has a point before it.
   """
   near, far = [], []
+  points = model.points.xyz[(np.abs(model.points.xyz) < frames_lib.LARGEST).all(-1)]
   for image in model.images.values():
     camera = model.cameras[image.camera_id]
     k = colmap.intrinsics(camera)
     pose = colmap.camera_to_world(image)
-    x, y, z = ((model.points.xyz - pose[:, 3]) @ pose[:, :3] * [1, -1, -1]).T  # OpenCV axes
-    depth = z[z > 0]
-    u, v = k.fx * x[z > 0] / depth + k.cx, k.fy * y[z > 0] / depth + k.cy
+    x, y, z = ((points - pose[:, 3]) @ pose[:, :3] * [1, -1, -1]).T  # OpenCV axes
+    ahead = z > 1 / frames_lib.LARGEST
+    depth = z[ahead]
+    u, v = k.fx * x[ahead] / depth + k.cx, k.fy * y[ahead] / depth + k.cy
     seen = depth[(u >= 0) & (u < camera.width) & (v >= 0) & (v < camera.height)]
     if seen.size:
       low, high = np.percentile(seen, [0.1, 99.9])

@@ -61,7 +61,6 @@ def locate(
     DataError: a picture cannot be read; the two folders don't match.
   """
   for name in names:
-    images.inside(data_dir, name)
     images.inside(data_dir, _join(folder, name))
   _check_present(data_dir, folder, names, factor)
   if factor <= 1:
@@ -133,7 +132,7 @@ def make(data_dir: str, folder: str, factor: int, background: str = 'none') -> N
   def shrink(names: tuple[str, str]) -> None:
     path = os.path.join(temporary, names[1])
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    _shrink(os.path.join(source, names[0]), path, factor, background)
+    _shrink(images.inside(data_dir, _join(folder, names[0])), path, factor, background)
 
   try:
     os.mkdir(temporary)
@@ -192,7 +191,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _read_headers(data_dir: str, files: Sequence[str]) -> tuple[images.Header, ...]:
-  paths = [os.path.join(data_dir, file) for file in files]
+  paths = [images.inside(data_dir, file) for file in files]
   return tuple(images.in_threads(images.read_header, paths))
 
 

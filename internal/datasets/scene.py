@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from internal import cameras as cameras_lib
 from internal import files, structs
-from internal.datasets import images
+from internal.datasets import images, masks
 
 _VERSION = 1  # Of scene.json.
+_MAX_SIDE = 1_000_000  # Pixels.
 _ARRAYS = {
   'pixtocam': np.float32,
   'camtoworld': np.float32,
@@ -40,6 +44,10 @@ class Scene:
   background: str  # 'white': alpha is composited on white; 'none': pictures have no alpha.
   bounds: tuple[float, float] | None  # Near and far of a forward-facing capture, normalised.
   report: dict[str, Any]  # What a preflight prints.
+  masks: tuple[
+    str | None, ...
+  ] = ()  # [n] of each picture or None, relative to data_dir; () if none.
+  weights: tuple[float, ...] = ()  # [n] of its pixels in the data loss; () if all are 1.
 
   def stem(self, i: int) -> str:
     """Image i's name as a piece of a file's: no ending, no folders."""
@@ -64,38 +72,84 @@ def save_scene(path: str, scene: Scene) -> None:
 
 
 def load_scene(path: str) -> Scene:
-  """Reads what `save_scene` wrote.
+  """Reads what `save_scene` wrote, and checks that it may be used.
 
   Raises:
     DataNotFoundError: no such file.
     DataError: not a scene, or one of another version of this program.
   """
+  if not os.path.isfile(path):
+    raise images.DataNotFoundError(f'No such file: {path!r}. Training writes it.')
   try:
-    with open(path) as f:
+    with open(path, encoding='utf-8') as f:
       fields = json.load(f)
     version = fields.pop('version')
-    if version != _VERSION:
-      raise images.DataError(
-        f'{path}: is of version {version}, this program reads {_VERSION}. Train anew, or use the '
-        'version of the program that wrote it.'
-      )
-    table = fields.pop('cameras')
-    for name, dtype in _ARRAYS.items():
-      table[name] = np.asarray(table[name], dtype)
-    if table['pixtocam_ndc'] is not None:
-      table['pixtocam_ndc'] = np.asarray(table['pixtocam_ndc'], np.float32)
-    table['lenses'] = tuple(table['lenses'])
-    for name in ('files', 'names', 'train', 'test'):
-      fields[name] = tuple(fields[name])
-    fields['bounds'] = fields['bounds'] and tuple(fields['bounds'])
-    fields['world_transform'] = np.asarray(fields['world_transform'], np.float64)
-    return Scene(cameras=structs.Cameras(**table), **fields)
-  except FileNotFoundError:
-    raise images.DataNotFoundError(f'No such file: {path!r}. Training writes it.') from None
-  except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+    if version == _VERSION:
+      return _checked_scene(fields)
+  except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as e:
+    reason = f'{type(e).__name__}: {" ".join(str(e).split())}'[:300]
     raise images.DataError(
-      f'{path}: is no scene ({type(e).__name__}: {e}). Train anew to have it written.'
+      f'{path}: is no scene ({reason}). Train anew to have it written.'
     ) from None
+  raise images.DataError(
+    f'{path}: is of version {reprlib.repr(version)}, this program reads {_VERSION}. Train anew, or '
+    'use the version of the program that wrote it.'
+  )
+
+
+def _checked_scene(fields: dict[str, Any]) -> Scene:
+  """A scene from what JSON made of it; anything may be raised if it is none."""
+  for name in ('files', 'names', 'train', 'test', 'masks', 'weights'):
+    fields[name] = tuple(fields.get(name, ()))  # Scenes once had neither masks nor weights.
+  fields['bounds'] = fields['bounds'] and tuple(map(float, fields['bounds']))
+  fields['world_transform'] = _numbers(fields['world_transform'], (4, 4), np.float64)
+  scene = Scene(cameras=_checked_cameras(fields.pop('cameras'), len(fields['names'])), **fields)
+  rows = {*scene.train, *scene.test}
+  if not all(isinstance(row, int) and 0 <= row < len(scene.names) for row in rows):
+    raise ValueError('train and test must be rows of images')
+  if not scene.train or len(scene.files) != len(scene.names):
+    raise ValueError('train, files or names are too short')
+  if not all(map(images.is_relative, scene.files)):
+    raise ValueError('files must be names inside the capture')
+  if not all(mask is None or images.is_relative(mask) for mask in scene.masks):
+    raise ValueError('masks must be names inside the capture')
+  if not all(isinstance(weight, float) and 0 < weight < np.inf for weight in scene.weights):
+    raise ValueError('weights must be positive')
+  if not {len(scene.masks), len(scene.weights)} <= {0, len(scene.names)}:
+    raise ValueError('masks or weights are too short')
+  if not all(isinstance(name, str) and '\0' not in name for name in scene.names):
+    raise ValueError('names must be strings')
+  if scene.bounds is not None and not 0 < scene.bounds[0] <= scene.bounds[1] < np.inf:
+    raise ValueError(f'bounds are {scene.bounds}')
+  if scene.background not in ('white', 'none') or not isinstance(scene.report, dict):
+    raise ValueError('background or report')
+  return scene
+
+
+def _checked_cameras(table: dict[str, Any], n: int) -> structs.Cameras:
+  """The table as it was written: its derived fields too, or it is damaged."""
+  shapes = (n, 3, 3), (n, 3, 4), (n, 6), (n,), (n, 2)
+  for (name, dtype), shape in zip(_ARRAYS.items(), shapes):
+    table[name] = _numbers(table[name], shape, dtype)
+  if table['pixtocam_ndc'] is not None:
+    table['pixtocam_ndc'] = _numbers(table['pixtocam_ndc'], (3, 3), np.float32)
+  lenses, distorted = tuple(table.pop('lenses')), table.pop('distorted')
+  cameras = cameras_lib.make_cameras(**table)
+  if (lenses, distorted) != (cameras.lenses, cameras.distorted):
+    raise ValueError('lenses or distorted do not fit the cameras')
+  focal = cameras.pixtocam[:, [0, 1], [0, 1]]
+  if not ((cameras.size > 0).all() and (cameras.size <= _MAX_SIDE).all() and (focal > 0).all()):
+    raise ValueError('a camera has an impossible size or focal length')
+  return cameras
+
+
+def _numbers(values: Any, shape: tuple[int, ...], dtype) -> np.ndarray:
+  """Lists of finite numbers as an array."""
+  exact = np.array(values, np.float64)
+  most = (np.iinfo if np.issubdtype(dtype, np.integer) else np.finfo)(dtype).max
+  if exact.shape != shape or not (np.abs(exact) <= most).all():
+    raise ValueError(f'{list(exact.shape)} numbers, must be {list(shape)} finite ones')
+  return exact.astype(dtype)
 
 
 def read_image(data_dir: str, scene: Scene, i: int) -> np.ndarray:
@@ -115,3 +169,22 @@ def read_images(
   """The pixels of several images, read by threads: a list of uint8 [h, w, 3]."""
   label = 'reading images' if progress else None
   return images.in_threads(lambda i: read_image(data_dir, scene, i), list(indices), label)
+
+
+def read_mask(data_dir: str, scene: Scene, i: int) -> np.ndarray | None:
+  """Which pixels of image i count, bool [h, w]; None: all.
+
+  Raises:
+    DataError, DataNotFoundError: the mask is missing, damaged or black all over.
+  """
+  if not scene.masks or scene.masks[i] is None:
+    return None
+  return masks.read(images.inside(data_dir, scene.masks[i]), tuple(scene.cameras.size[i].tolist()))
+
+
+def read_masks(
+  data_dir: str, scene: Scene, indices: Sequence[int], progress: bool = True
+) -> list[np.ndarray | None]:
+  """The masks of several images, read by threads."""
+  label = 'reading masks' if progress and any(scene.masks) else None
+  return images.in_threads(lambda i: read_mask(data_dir, scene, i), list(indices), label)

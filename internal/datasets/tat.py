@@ -28,7 +28,7 @@ def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
     'tat_nerfpp',
     data_dir,
     frames,
-    frames_lib.world_pca(frames),
+    frames_lib.world_pca(data_dir, frames),
     split,
     factor=config.factor,
     read_only=read_only,
@@ -49,7 +49,7 @@ def _read_part(data_dir: str, part: str) -> list[frames_lib.Frame]:
     text = images.stem(name) + '.txt'
     pose = _read_matrix(os.path.join(data_dir, part, 'pose', text))
     k = _read_matrix(os.path.join(data_dir, part, 'intrinsics', text))
-    header = images.read_header(os.path.join(data_dir, folder, name))
+    header = images.read_header(images.inside(data_dir, f'{folder}/{name}'))
     frame = frames_lib.Frame(
       name=f'{part}/{images.stem(name)}',
       folder=folder,
@@ -67,13 +67,13 @@ def _read_part(data_dir: str, part: str) -> list[frames_lib.Frame]:
 
 def _read_matrix(path: str) -> np.ndarray:
   """[4, 4] from 16 numbers, over one line or four."""
+  if not os.path.isfile(path):
+    raise images.DataNotFoundError(
+      f'No such file: {path!r}. Each picture needs its pose and its intrinsics.'
+    )
   try:
     with open(path, encoding='utf-8') as f:
       matrix = np.array(f.read().split(), np.float64).reshape(4, 4)
-  except FileNotFoundError:
-    raise images.DataNotFoundError(
-      f'No such file: {path!r}. Each picture needs its pose and its intrinsics.'
-    ) from None
   except ValueError:
     matrix = np.full((4, 4), np.nan)
   if not np.isfinite(matrix).all():

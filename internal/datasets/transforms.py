@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +56,7 @@ def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
     'transforms',
     data_dir,
     frames,
-    frames_lib.world_pca(frames),
+    frames_lib.world_pca(data_dir, frames),
     split,
     factor=config.factor,
     background='white',
@@ -69,15 +71,15 @@ def read_table(path: str) -> dict[str, Any]:
   Raises:
     DataNotFoundError, DataError: there is no such file, or it holds no frames.
   """
-  try:
-    with open(path, encoding='utf-8') as f:
-      table = json.load(f)
-  except FileNotFoundError:
+  if not os.path.isfile(path):
     raise images.DataNotFoundError(
       f'No such file: {path!r}. For a folder with a COLMAP model in sparse/0 use '
       "Config.dataset_loader = 'llff'."
-    ) from None
-  except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
+    )
+  try:
+    with open(path, encoding='utf-8') as f:
+      table = json.load(f)
+  except (ValueError, RecursionError) as e:
     raise images.DataError(f'{path}: is not valid JSON ({e}). Export it again.') from None
   frames = table.get('frames') if isinstance(table, dict) else None
   if not isinstance(frames, list) or not all(isinstance(frame, dict) for frame in frames):
@@ -99,9 +101,10 @@ def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_
     if not isinstance(own.get('file_path'), str):
       raise images.DataError(f"{where} has no 'file_path'. Export it again.")
     name = normal_name(own['file_path'])
+    with frames_lib.named(where):
+      file = find_file(data_dir, name)
     where = f'{where} ({name})'
     values = {**table, **own}
-    file = find_file(data_dir, name)
     size = _read_size(where, values, data_dir, file)
     model = _camera_model(where, values)
     folder, _, rest = file.partition('/')
@@ -113,14 +116,27 @@ def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_
       size=size,
       pose=_read_pose(where, own),
       model=model,
+      mask=_read_mask(where, own, data_dir),
     )
     result.append(frame)
   return result
 
 
+def _read_mask(where: str, own: dict[str, Any], data_dir: str) -> str | None:
+  """The frame's mask_path, relative to data_dir."""
+  if own.get('mask_path') is None:
+    return None
+  if not isinstance(own['mask_path'], str):
+    raise images.DataError(f'{where}: mask_path must be a name. Export it again.')
+  name = normal_name(own['mask_path'])
+  with frames_lib.named(where):
+    images.inside(data_dir, name)
+  return name
+
+
 def normal_name(file_path: str) -> str:
   """'./images\\a.png', as some tools write it, is images/a.png."""
-  name = file_path.replace('\\', '/')
+  name = re.sub('/+', '/', file_path.replace('\\', '/'))
   while name.startswith('./'):
     name = name[2:].lstrip('/')
   return name
@@ -133,21 +149,23 @@ def find_file(data_dir: str, name: str) -> str:
     DataError: the name leads out of data_dir.
   """
   path = images.inside(data_dir, name)
-  if name.lower().endswith(images.EXTENSIONS) or os.path.isfile(path):
-    return name
-  for ext in images.EXTENSIONS:
-    for ending in (ext, ext.upper()):
-      if os.path.isfile(path + ending):
-        return name + ending
-  return name + '.png'
+  found = name
+  if not (name.lower().endswith(images.EXTENSIONS) or os.path.isfile(path)):
+    endings = [ending for ext in images.EXTENSIONS for ending in (ext, ext.upper())]
+    found += next((ending for ending in endings if os.path.isfile(path + ending)), '.png')
+  images.inside(data_dir, found)
+  return found
 
 
 def _number(where: str, values: dict[str, Any], key: str) -> float | None:
   value = values.get(key)
   if value is None:
     return None
-  if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-    raise images.DataError(f'{where}: {key} must be a number, got {value!r}. Export it again.')
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not (number and abs(value) < frames_lib.LARGEST):
+    raise images.DataError(
+      f'{where}: {key} must be a number, got {reprlib.repr(value)}. Export it again.'
+    )
   return float(value)
 
 
@@ -157,7 +175,8 @@ def _read_size(where: str, values: dict[str, Any], data_dir: str, file: str) -> 
   if width is None or height is None:
     header = images.read_header(os.path.join(data_dir, file))
     return header.width, header.height
-  if not (width >= 1 and height >= 1 and width % 1 == height % 1 == 0):
+  fits = all(1 <= side <= colmap.MAX_SIDE and side % 1 == 0 for side in (width, height))
+  if not fits:
     raise images.DataError(f'{where}: w, h must be pixels, got {width:g}, {height:g}.')
   return int(width), int(height)
 
@@ -166,7 +185,7 @@ def _camera_model(where: str, values: dict[str, Any]) -> str:
   model = values.get('camera_model') or ('OPENCV_FISHEYE' if values.get('is_fisheye') else 'OPENCV')
   if not isinstance(model, str) or model not in _LENSES:
     raise images.DataError(
-      f'{where}: unknown camera model {model!r}. Undistort the pictures, or use one of '
+      f'{where}: unknown camera model {reprlib.repr(model)}. Undistort the pictures, or use one of '
       f'{", ".join(_LENSES)}.'
     )
   return model
@@ -179,7 +198,7 @@ def _intrinsics(
 
   def focal(key: str, angle_key: str, side: int) -> float | None:
     pixels, angle = _number(where, values, key), _number(where, values, angle_key)
-    if pixels is None and angle is not None and 0 < angle < math.pi:
+    if pixels is None and angle is not None and 1e-6 < angle < math.pi:
       return 0.5 * side / math.tan(0.5 * angle)
     return pixels
 
@@ -206,7 +225,7 @@ def _read_pose(where: str, own: dict[str, Any]) -> np.ndarray:
   """[3, 4]"""
   try:
     matrix = np.array(own['transform_matrix'], np.float64)
-  except (KeyError, ValueError, TypeError):
+  except (KeyError, ValueError, TypeError, OverflowError):
     matrix = np.empty(0)
   if matrix.shape not in ((4, 4), (3, 4)) or not np.isfinite(matrix).all():
     raise images.DataError(
@@ -222,14 +241,17 @@ def _listed_split(
   row = {frame.name: i for i, frame in enumerate(frames)}
   rows = {}
   for key in _SPLITS:
-    names = [normal_name(str(name)) for name in table.get(key) or ()]
+    names = table.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+      raise images.DataError(f'{path}: {key} must be a list of names. Export it again.')
+    names = [normal_name(name) for name in names]
     unknown = [name for name in names if name not in row]
     if unknown:
       raise images.DataError(
-        f'{path}: {key} has {unknown[0]!r}, which no frame is of. Remove it, or the three lists '
-        f'{", ".join(_SPLITS)}.'
+        f'{path}: {key} has {reprlib.repr(unknown[0])}, which no frame is of. Remove it, or the '
+        f'three lists {", ".join(_SPLITS)}.'
       )
-    rows[key] = sorted(row[name] for name in names)
+    rows[key] = sorted({row[name] for name in names})
   test = rows['test_filenames'] or rows['val_filenames']
   train = rows['train_filenames'] or [i for i in range(len(frames)) if i not in set(test)]
   return tuple(train), tuple(test)

@@ -1,0 +1,111 @@
+"""Reads and writes COLMAP sparse models: cameras, images and points3D, as .bin or as .txt.
+
+Only what a radiance field needs is kept: intrinsics, poses, names, and the points without their
+tracks. Poses are COLMAP's: world to camera, OpenCV axes (x right, y down, z forward), a
+quaternion (w, x, y, z) and a translation. `n` is the number of 3D points.
+The layout is that of https://colmap.github.io/format.html.
+"""
+
+from __future__ import annotations
+
+import os
+
+from internal.colmap import binary, text
+from internal.colmap.model import (
+  CAMERA_MODELS,
+  MAX_SIDE,
+  REDO,
+  Camera,
+  Image,
+  Intrinsics,
+  Model,
+  ModelError,
+  ModelNotFoundError,
+  Points,
+  camera_to_world,
+  intrinsics,
+  make_points,
+)
+
+__all__ = [
+  'CAMERA_MODELS',
+  'MAX_SIDE',
+  'Camera',
+  'Image',
+  'Intrinsics',
+  'Model',
+  'ModelError',
+  'ModelNotFoundError',
+  'Points',
+  'camera_to_world',
+  'encode',
+  'find_extension',
+  'intrinsics',
+  'make_points',
+  'read_model',
+  'write_model',
+]
+
+_FORMATS = {'.bin': binary, '.txt': text}
+_KINDS = ('cameras', 'images', 'points3D')
+
+
+def find_extension(folder: str) -> str | None:
+  """'.bin' or '.txt', whichever a whole sparse model in `folder` has ('.bin' first), or None."""
+  for ext in _FORMATS:
+    if all(os.path.isfile(os.path.join(folder, kind + ext)) for kind in _KINDS[:2]):
+      return ext
+  return None
+
+
+def read_model(folder: str) -> Model:
+  """Reads cameras, images and points3D (.bin, else .txt) from a folder.
+
+  A missing points3D file is taken as an empty point cloud. Whatever the files say, no more memory
+  is taken than a small multiple of their size.
+
+  Raises:
+    ModelNotFoundError: there is no such folder, or no sparse model in it.
+    ModelError: a file is truncated, damaged or contradicts another; names the file and the place.
+  """
+  if not os.path.isdir(folder):
+    raise ModelNotFoundError(f'No such folder: {folder!r}.')
+  ext = find_extension(folder)
+  if ext is None:
+    raise ModelNotFoundError(
+      f'No sparse model in {folder!r}: it takes cameras and images, both as .bin or as .txt.'
+    )
+  cameras_file, images_file, points_file = (os.path.join(folder, kind + ext) for kind in _KINDS)
+  reader = _FORMATS[ext]
+  cameras = reader.read_cameras(cameras_file)
+  images = reader.read_images(images_file)
+  id_of = {}
+  for image in images.values():
+    if image.camera_id not in cameras:
+      raise ModelError(
+        f'{images_file}: image {image.name!r} is of camera {image.camera_id}, which '
+        f'{cameras_file} does not have: {REDO}.'
+      )
+    if id_of.setdefault(image.name, image.id) != image.id:
+      raise ModelError(
+        f'{images_file}: images {id_of[image.name]} and {image.id} have one name, '
+        f'{image.name!r}: {REDO}.'
+      )
+  points = reader.read_points(points_file) if os.path.isfile(points_file) else make_points()
+  return Model(cameras, images, points)
+
+
+def encode(model: Model, ext: str) -> dict[str, bytes]:
+  """The contents of cameras, images and points3D, without 2D points and tracks."""
+  return dict(zip(_KINDS, _FORMATS[ext].encode(model)))
+
+
+def write_model(folder: str, model: Model, ext: str = '.txt') -> None:
+  """Writes cameras, images and points3D, without 2D points and tracks, into `folder`.
+
+  `ext` is '.txt' or '.bin'. Numbers come back from `read_model` exactly.
+  """
+  os.makedirs(folder, exist_ok=True)
+  for kind, content in encode(model, ext).items():
+    with open(os.path.join(folder, kind + ext), 'wb') as f:
+      f.write(content)

@@ -1,0 +1,110 @@
+"""The .txt files of a sparse model: a record a line (images: two lines), '#' opens a comment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+
+from internal.colmap import model as model_lib
+from internal.colmap.model import CAMERA_MODELS, LAYOUTS, REDO, Camera, Image, ModelError, Points
+
+
+def _bad_line(path: str, number: int, wanted: str, line: str) -> ModelError:
+  return ModelError(f'{path}:{number}: expected {wanted}, got {line.strip()[:60]!r}; {REDO}.')
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+  """All lines with their numbers from 1, without their ends."""
+  with open(path, encoding='utf-8', errors='surrogateescape') as f:
+    for number, line in enumerate(f, 1):
+      yield number, line.strip()
+
+
+def _records(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+  return ((number, line) for number, line in lines if line and not line.startswith('#'))
+
+
+def read_cameras(path: str) -> dict[int, Camera]:
+  cameras = {}
+  for number, line in _records(_lines(path)):
+    words = line.split()
+    name = words[1] if len(words) > 1 else ''
+    if len(words) > 4 and words[0].isdigit() and name not in CAMERA_MODELS:
+      raise ModelError(
+        f'{path}:{number}: unknown camera model {name!r}. Use one of {", ".join(LAYOUTS)}.'
+      )
+    wanted = f'CAMERA_ID MODEL WIDTH HEIGHT and {CAMERA_MODELS.get(name, "the")} parameters'
+    try:
+      camera_id, width, height = int(words[0]), int(words[2]), int(words[3])
+      params = tuple(map(float, words[4:]))
+    except (ValueError, IndexError):
+      raise _bad_line(path, number, wanted, line) from None
+    if len(params) != CAMERA_MODELS.get(name):
+      raise _bad_line(path, number, wanted, line)
+    camera = Camera(camera_id, name, width, height, params)
+    model_lib.add_camera(cameras, f'{path}:{number}', camera)
+  return cameras
+
+
+def read_images(path: str) -> dict[int, Image]:
+  images = {}
+  lines = _lines(path)
+  for number, line in _records(lines):
+    try:
+      image_id, *pose, camera_id, name = line.split(maxsplit=9)
+      image_id, camera_id, pose = int(image_id), int(camera_id), tuple(map(float, pose))
+    except ValueError:
+      wanted = 'IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME'
+      raise _bad_line(path, number, wanted, line) from None
+    if len(pose) != 7:
+      raise _bad_line(path, number, 'IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME', line)
+    image = Image(image_id, pose[:4], pose[4:], camera_id, name)
+    model_lib.add_image(images, f'{path}:{number}', image)
+    # The next line holds 2D points, or nothing. Not needed, but its shape tells a lost line.
+    number, line = next(lines, (number, ''))
+    if len(line.split()) % 3:
+      raise _bad_line(path, number, f'triples X Y POINT3D_ID of {name!r} or an empty line', line)
+  return images
+
+
+def read_points(path: str) -> Points:
+  ids, values = [], []
+  for number, line in _records(_lines(path)):
+    words = line.split(maxsplit=8)
+    try:
+      ids.append(int(words[0]))
+      values.append([float(word) for word in words[1:8]])
+    except (ValueError, IndexError):
+      raise _bad_line(path, number, 'POINT3D_ID X Y Z R G B ERROR', line) from None
+    colors = values[-1][3:6]
+    if len(values[-1]) != 7 or not all(0 <= c <= 255 for c in colors) or not 0 <= ids[-1] < 2**64:
+      raise _bad_line(path, number, 'POINT3D_ID X Y Z R G B ERROR', line)
+  table = np.array(values, np.float64).reshape(-1, 7)
+  return model_lib.make_points(table[:, :3], table[:, 3:6].astype(np.uint8), table[:, 6], ids)
+
+
+def encode(model: model_lib.Model) -> tuple[bytes, bytes, bytes]:
+  cameras = [
+    f'{c.id} {c.model} {c.width} {c.height} {_numbers(c.params)}' for c in model.cameras.values()
+  ]
+  images = [
+    f'{i.id} {_numbers(i.qvec + i.tvec)} {i.camera_id} {i.name}\n' for i in model.images.values()
+  ]
+  p = model.points
+  points = [
+    f'{i} {_numbers(xyz)} {r} {g} {b} {_numbers([error])}'
+    for i, xyz, (r, g, b), error in zip(p.ids, p.xyz, p.rgb, p.error)
+  ]
+  tables = (
+    ('# CAMERA_ID MODEL WIDTH HEIGHT PARAMS[]', cameras),
+    ('# IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME, then a line of 2D points', images),
+    ('# POINT3D_ID X Y Z R G B ERROR TRACK[]', points),
+  )
+  return tuple(os.fsencode('\n'.join([header, *lines, ''])) for header, lines in tables)
+
+
+def _numbers(values) -> str:
+  """Floats in as many digits as bring them back exactly."""
+  return ' '.join(repr(float(value)) for value in values)

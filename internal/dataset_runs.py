@@ -1,0 +1,179 @@
+"""All scenes of a published dataset: what is to be run, what is finished, how far the rest is."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from internal import benchmarks, configs, jobs, lpips, report, results, runlog
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_TELL_SECONDS = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """One scene's run."""
+
+  scene: str
+  folder: str
+  told: tuple[str, ...]  # Flags for train.py.
+  settings: configs.Settings
+
+  @property
+  def results(self) -> str:
+    return os.path.join(self.folder, 'eval', 'results.json')
+
+
+def make_plans(
+  benchmark: benchmarks.Benchmark,
+  root: str,
+  out: str,
+  scenes: Sequence[str] | None = None,
+  gin_configs: Sequence[str] = (),
+  gin_bindings: Sequence[str] = (),
+) -> list[Plan]:
+  """The runs of a dataset's scenes.
+
+  Args:
+    benchmark: the dataset.
+    root: has a folder for each scene.
+    out: gets a folder for each scene.
+    scenes: only these.
+    gin_configs: instead of the dataset's own.
+    gin_bindings: on top.
+
+  Raises:
+    BenchmarkError: a scene that the dataset does not have.
+    ConfigError: settings that cannot be used.
+  """
+  root, out = os.path.abspath(root), os.path.abspath(out)
+  gin = [os.path.abspath(path) for path in gin_configs] or [os.path.join(ROOT, benchmark.config)]
+  plans = []
+  for scene in scenes or benchmark.scenes:
+    if scene not in benchmark.scenes:
+      raise benchmarks.BenchmarkError(
+        f'{benchmark.name} has no scene {scene!r}: there are {", ".join(benchmark.scenes)}.'
+      )
+    folder = os.path.join(out, scene)
+    here = benchmarks.scene_bindings(benchmark, root, scene)
+    bindings = [*here, f'Config.checkpoint_dir = {folder!r}', *gin_bindings]
+    told = ('--gin_configs', *gin, '--gin_bindings', *bindings)
+    plans.append(Plan(scene, folder, told, configs.load_config(gin, bindings)))
+  return plans
+
+
+def check_folder(benchmark: benchmarks.Benchmark, plans: Sequence[Plan]) -> None:
+  """Holds all scenes to what is published of them.
+
+  Raises:
+    BenchmarkError: some are not so, which all are told.
+  """
+  wrong = 0
+  for plan in plans:
+    try:
+      benchmarks.check_scene(benchmark, plan.scene, plan.settings.config)
+      print(f'{plan.scene}: as published, at Config.factor = {plan.settings.config.factor}')
+    except (ValueError, OSError) as e:
+      wrong += 1
+      print(f'{plan.scene}: {e}')
+  if wrong:
+    raise benchmarks.BenchmarkError(
+      f'{wrong} of {len(plans)} scenes are not as published (see above). scripts/download.py '
+      f'{benchmark.name} DIR fetches them; --unchecked takes them as they are.'
+    )
+
+
+def is_finished(plan: Plan) -> bool:
+  """Whether the run's results are of its last step, its settings, and all that can be measured.
+
+  Raises:
+    BenchmarkError: the folder is of a run with other settings.
+  """
+  wanted = report.config_hash(plan.settings)
+  config = os.path.join(plan.folder, 'config.gin')
+  if os.path.exists(config) and report.config_hash(configs.load_config([config])) != wanted:
+    raise benchmarks.BenchmarkError(
+      f'{plan.folder} is of a run with other settings ({config}): choose another --out.'
+    )
+  try:
+    found = results.read(plan.results)
+  except results.ResultsError:
+    return False
+  try:
+    lpips.weights_path()
+    more = found['lpips']['absent'] is not None
+  except lpips.LpipsUnavailableError:
+    more = False
+  same = found['config_hash'] == wanted and found['step'] == plan.settings.config.last_step
+  return same and found['protocol'] == report.protocol(plan.settings.config) and not more
+
+
+def make_job(plan: Plan) -> jobs.Job:
+  """Training, which goes on by itself, and evaluation, with the same settings on top."""
+  programs = [(sys.executable, os.path.join(ROOT, name)) for name in ('train.py', 'eval.py')]
+  bindings = plan.told[plan.told.index('--gin_bindings') :]
+  train = (*programs[0], *plan.told)
+  evaluate = (*programs[1], '--checkpoint_dir', plan.folder, *bindings)
+  return jobs.Job(plan.scene, (train, evaluate), plan.folder)
+
+
+def make_watch(plans: Sequence[Plan], done: int, total: int) -> Callable:
+  """A function that prints how far each running scene is, when one changes and every minute."""
+  last_steps = {plan.scene: plan.settings.config.last_step for plan in plans}
+  seen, told, ended = {}, 0.0, set()
+
+  def watch(running: Sequence[jobs.Running]) -> None:
+    nonlocal seen, told
+    now = {r.job.name: r.stage for r in running}
+    ended.update(set(seen) - set(now))
+    if now == seen and time.monotonic() - told < _TELL_SECONDS:
+      return
+    seen, told = now, time.monotonic()
+    parts = [_progress(r, last_steps[r.job.name]) for r in running]
+    print(f'[{done + len(ended)}/{total}] {" | ".join(parts) or "all ended"}', flush=True)
+
+  return watch
+
+
+def _progress(running: jobs.Running, last_step: int) -> str:
+  name, folder = running.job.name, running.job.folder
+  if running.stage > 0:
+    return f'{name}: evaluating'
+  rows = runlog.read_metrics(os.path.join(folder, 'metrics.jsonl'))
+  step = rows[-1]['step'] if rows else 0
+  return f'{name}: step {step:,} of {last_step:,} ({step / last_step:.0%})'
+
+
+def slurm_script(plans: Sequence[Plan], options: str, command: Sequence[str]) -> str:
+  """A job array's script, of one task a scene.
+
+  Args:
+    plans: the scenes' runs, in one folder.
+    options: for sbatch, beside its own.
+    command: what a task runs, before `--scenes SCENE`.
+  """
+  out = os.path.dirname(plans[0].folder)
+  all_options = [
+    '--job-name=mipnerf360',
+    f'--array=0-{len(plans) - 1}',
+    '--ntasks=1',
+    '--gpus=1',
+    f'--output={shlex.quote(out)}/slurm_%A_%a.txt',
+    '--open-mode=append',
+    '--signal=B:TERM@300',  # What is trained is saved before the time is up.
+    *shlex.split(options),
+  ]
+  lines = [
+    '#!/bin/bash',
+    *(f'#SBATCH {option}' for option in all_options),
+    f'scenes=({" ".join(plan.scene for plan in plans)})',
+    f'cd {shlex.quote(os.getcwd())} || exit 1',
+    '# exec: so that the signal gets through.',
+    f'exec {shlex.join(command)} --scenes "${{scenes[$SLURM_ARRAY_TASK_ID]}}"',
+  ]
+  return '\n'.join(lines) + '\n'

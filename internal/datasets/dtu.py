@@ -1,0 +1,119 @@
+"""DTU's multi-view stereo scans: Rectified/scan<n>/rect_001_3_r5000.png, Calibration/cal18/.
+
+Each of 49 or 64 places was photographed in seven lights (0 to 6) and in all of them ('max');
+Config.dtu_light_cond chooses one, 7 standing for 'max'. `pos_001.txt` is the 3x4 projection matrix
+of a place, K [R | t] with OpenCV axes, the same for all scans. Pictures may lie in the scan's
+folder or in images/ within, where Config.factor can make smaller ones.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import numpy as np
+
+from internal import colmap, configs, structs
+from internal.datasets import frames as frames_lib
+from internal.datasets import images, scene
+
+_PICTURE = r'rect_(\d{3})_%s\.\w+'
+_CALIBRATIONS = ('cal18', '../cal18', '../../cal18', '../../Calibration/cal18')
+_MAX_SKEW = 1e-3  # Of the focal length: what is dropped moves a pixel by less than one.
+
+
+def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
+  """Reads one scan; `Config.data_dir` is its folder. Every llffhold-th place is a test image.
+
+  Raises:
+    DataNotFoundError: the folder, the calibration or a picture is missing.
+    DataError: something there cannot be used.
+  """
+  data_dir = frames_lib.capture_dir(config.data_dir)
+  frames = _read_frames(data_dir, config.dtu_light_cond)
+  return frames_lib.assemble(
+    'dtu',
+    data_dir,
+    frames,
+    frames_lib.world_pca(data_dir, frames),
+    frames_lib.split_every(len(frames), config.llffhold),
+    factor=config.factor,
+    read_only=read_only,
+  )
+
+
+def _read_frames(data_dir: str, light: int) -> list[frames_lib.Frame]:
+  folder = 'images' if os.path.isdir(os.path.join(data_dir, 'images')) else ''
+  pattern = re.compile(_PICTURE % ('max' if light == 7 else f'{light}_r[57]000'))
+  found = {n: m for n in images.list_images(os.path.join(data_dir, folder))
+           if (m := pattern.fullmatch(n))}  # fmt: skip
+  if not found:
+    raise images.DataNotFoundError(
+      f'No pictures rect_001_{light}_r5000.png in {data_dir!r}: Config.data_dir must be the folder '
+      'of one scan of DTU, and Config.dtu_light_cond one of its lights, 0 to 6 or 7 for all.'
+    )
+  calibration = _find_calibration(data_dir)
+  frames = []
+  for name, match in found.items():
+    path = os.path.join(calibration, f'pos_{match[1]}.txt')
+    intrinsics, pose = _read_projection(path)
+    picture = f'{folder}/{name}' if folder else name
+    header = images.read_header(images.inside(data_dir, picture))
+    size = header.width, header.height
+    frames.append(frames_lib.Frame(name, folder, name, intrinsics, size, pose, 'PINHOLE'))
+  return frames
+
+
+def _find_calibration(data_dir: str) -> str:
+  for place in _CALIBRATIONS:
+    folder = os.path.join(data_dir, place)
+    if os.path.isdir(folder):
+      return folder
+  raise images.DataNotFoundError(
+    f'No calibration for {data_dir!r}: looked for {", ".join(_CALIBRATIONS)} there. It is in '
+    "DTU's SampleSet, under Calibration/cal18."
+  )
+
+
+def _read_projection(path: str) -> tuple[colmap.Intrinsics, np.ndarray]:
+  """Intrinsics, and the pose [3, 4] camera to world, OpenGL axes."""
+  if not os.path.isfile(path):
+    raise images.DataNotFoundError(f'No such file: {path!r}. Each picture needs its calibration.')
+  try:
+    with open(path, encoding='utf-8') as f:
+      projection = np.array(f.read().split(), np.float64).reshape(3, 4)
+    k, rotation, centre = decompose(projection)
+  except (ValueError, np.linalg.LinAlgError):
+    raise images.DataError(
+      f'{path}: must be a 3x4 matrix that projects the world onto a picture. Download it again.'
+    ) from None
+  if abs(k[0, 1]) > _MAX_SKEW * k[0, 0]:
+    raise images.DataError(f'{path}: has skewed pixels ({k[0, 1]:g}), as no camera here can have.')
+  pose = np.concatenate([rotation.T * [1, -1, -1], centre[:, None]], -1)
+  lens = (k[0, 0], k[1, 1], k[0, 2], k[1, 2])
+  return colmap.Intrinsics(*lens, (0.0,) * 6, structs.PERSPECTIVE), pose
+
+
+def decompose(projection: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """The parts of P = scale K [R | -R c] (Hartley and Zisserman, section 6.2.4).
+
+  Args:
+    projection: [3, 4].
+
+  Returns:
+    K [3, 3] upper triangular with a positive diagonal and K[2, 2] = 1, the rotation R [3, 3] and
+    the centre c [3].
+
+  Raises:
+    ValueError, LinAlgError: no camera has such a matrix.
+  """
+  matrix = projection[:, :3]
+  if not (np.abs(projection) < frames_lib.LARGEST).all() or np.linalg.cond(matrix) > 1e12:
+    raise ValueError('no projection')
+  centre = -np.linalg.solve(matrix, projection[:, 3])
+  # A QR decomposition of the matrix turned about its antidiagonal is an RQ one of the matrix.
+  q, r = np.linalg.qr(matrix[::-1].T)
+  k, rotation = r.T[::-1, ::-1], q.T[::-1]
+  signs = np.sign(np.diag(k))
+  k, rotation = k * signs, signs[:, None] * rotation
+  return k / k[2, 2], rotation * np.linalg.det(rotation), centre

@@ -1,0 +1,92 @@
+"""Multi-scale Blender scenes as mip-NeRF makes them: one metadata.json for pictures of many sizes.
+
+Its parts 'train', 'val' and 'test' are tables of columns, a row a picture: `file_path`, `cam2world`
+(OpenGL axes), `width`, `height`, `focal` in pixels of that size, and `lossmult`, by which the data
+loss of its pixels is weighted (mip-NeRF: by the area that a pixel covers). Objects on white; the
+world is the capture's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+from internal import configs
+from internal.datasets import frames as frames_lib
+from internal.datasets import images, scene, transforms
+
+_COLUMNS = ('file_path', 'cam2world', 'width', 'height', 'focal', 'lossmult')
+
+
+def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
+  """Reads a multi-scale Blender scene.
+
+  Raises:
+    DataNotFoundError: the folder, metadata.json or a picture is missing.
+    DataError: something there cannot be used.
+  """
+  data_dir = frames_lib.capture_dir(config.data_dir)
+  path = os.path.join(data_dir, 'metadata.json')
+  tables = _read_tables(path)
+
+  def read(part: str) -> list[frames_lib.Frame]:
+    rows = _rows(f'{path}: {part}', tables.get(part))
+    frames = transforms.read_frames(data_dir, f'{path}: {part}', {'frames': rows})
+    return [dataclasses.replace(f, weight=row['lossmult']) for f, row in zip(frames, rows)]
+
+  frames, split = frames_lib.train_then_test(read)
+  return frames_lib.assemble(
+    'multicam',
+    data_dir,
+    frames,
+    frames_lib.world_as_is(data_dir, frames),
+    split,
+    factor=config.factor,
+    background='white',
+    read_only=read_only,
+  )
+
+
+def _read_tables(path: str) -> dict[str, Any]:
+  if not os.path.isfile(path):
+    raise images.DataNotFoundError(
+      f'No such file: {path!r}. For a Blender scene of one scale use Config.dataset_loader = '
+      "'blender'."
+    )
+  try:
+    with open(path, encoding='utf-8') as f:
+      tables = json.load(f)
+  except (ValueError, RecursionError) as e:
+    raise images.DataError(f'{path}: is not valid JSON ({e}). Make it again.') from None
+  if not isinstance(tables, dict):
+    raise images.DataError(f"{path}: must have the parts 'train' and 'test'. Make it again.")
+  return tables
+
+
+def _rows(where: str, table: Any) -> list[dict[str, Any]]:
+  """A part's columns as the frames of a transforms.json, with the weight of each."""
+  if not isinstance(table, dict):
+    raise images.DataError(f'{where}: is missing or no table. Make it again.')
+  columns = [table.get(name) for name in _COLUMNS]
+  if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+    raise images.DataError(
+      f'{where}: must have the columns {", ".join(_COLUMNS)}, all of one length. Make it again.'
+    )
+  rows = []
+  for path, pose, width, height, focal, weight in zip(*columns):
+    if not (isinstance(weight, int | float) and 0 < weight < frames_lib.LARGEST):
+      raise images.DataError(f'{where}: lossmult must be positive numbers. Make it again.')
+    rows.append(
+      {
+        'file_path': path,
+        'transform_matrix': pose,
+        'w': width,
+        'h': height,
+        'fl_x': focal,
+        'camera_model': 'PINHOLE',
+        'lossmult': float(weight),
+      }
+    )
+  return rows

@@ -1,0 +1,85 @@
+"""Cameras from LLFF's poses_bounds.npy, for captures that come without a COLMAP model.
+
+Each row, in the order of the sorted pictures, is a 3x5 matrix row by row and two bounds: the first
+three columns are the camera's axes in the world (down, right, back), the fourth its position, the
+fifth height, width and focal length of the full-size picture in pixels.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from internal import colmap, files, structs
+from internal.datasets import frames as frames_lib
+from internal.datasets import images
+
+FILE = 'poses_bounds.npy'
+
+
+def read_table(path: str) -> np.ndarray:
+  """[n, 17] finite numbers.
+
+  Raises:
+    DataError: the file holds something else.
+  """
+  with frames_lib.named(path):
+    table = files.read_array(path)
+  if table.ndim != 2 or table.shape[1] != 17 or not np.isfinite(table).all():
+    raise images.DataError(
+      f'{path}: must be finite numbers [n, 17], has {list(table.shape)}. Make it again, or pose '
+      'the pictures with COLMAP.'
+    )
+  return table
+
+
+def read_bounds(path: str) -> tuple[float, float]:
+  """The least and the greatest distance seen, in the capture's units.
+
+  Raises:
+    DataError: the file is damaged, or its bounds are none.
+  """
+  table = read_table(path)
+  near, far = float(table[:, 15].min()), float(table[:, 16].max())
+  if not 1 / frames_lib.LARGEST < near <= far < frames_lib.LARGEST:
+    raise images.DataError(
+      f'{path}: has the bounds {near} and {far}, which are not 0 < near <= far. Remove it to have '
+      'them taken from the sparse points.'
+    )
+  return near, far
+
+
+def read_frames(data_dir: str) -> list[frames_lib.Frame]:
+  """The pictures of images/ with their poses.
+
+  Raises:
+    DataError: the file is damaged, or is of another number of pictures.
+  """
+  path = os.path.join(data_dir, FILE)
+  table = read_table(path)
+  names = images.list_images(os.path.join(data_dir, 'images'))
+  if len(names) != len(table):
+    raise images.DataError(
+      f'{path}: has {len(table)} poses for {len(names)} pictures in images/. Put back what is '
+      'missing, or pose the pictures with COLMAP.'
+    )
+  frames = []
+  for name, row in zip(names, table):
+    matrix = row[:15].reshape(3, 5)
+    down, right, back, position = matrix[:, :4].T
+    height, width, focal = matrix[:, 4]
+    if not all(1 <= side <= colmap.MAX_SIDE and side % 1 == 0 for side in (width, height)):
+      raise images.DataError(f'{path}: {name!r} cannot be {width:g}x{height:g} pixels.')
+    lens = focal, focal, width / 2, height / 2
+    frame = frames_lib.Frame(
+      name=name,
+      folder='images',
+      file=name,
+      intrinsics=colmap.Intrinsics(*lens, (0.0,) * 6, structs.PERSPECTIVE),
+      size=(int(width), int(height)),
+      pose=np.stack([right, -down, back, position], -1),
+      model='SIMPLE_PINHOLE',
+    )
+    frames.append(frame)
+  return frames

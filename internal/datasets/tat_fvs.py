@@ -1,0 +1,99 @@
+"""Tanks and Temples as Free View Synthesis ships it: dense/ibr3d_pw_<scale>/.
+
+Such a folder has pictures `im_00000000.png` (or .jpg) and, for all of them, `Ks.npy` [n, 3, 3]
+(pinhole intrinsics of these very pictures), `Rs.npy` [n, 3, 3] and `ts.npy` [n, 3] (world to
+camera, OpenCV axes). Of several the one with the largest scale is taken.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import numpy as np
+
+from internal import colmap, configs, files, structs
+from internal.datasets import frames as frames_lib
+from internal.datasets import images, scene
+
+_FOLDER = re.compile(r'ibr3d_pw_(\d+(?:\.\d+)?)')
+
+
+def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
+  """Reads a scene in the layout of Free View Synthesis.
+
+  Every llffhold-th picture by name is a test image; `Config.factor` is of the pictures found.
+
+  Raises:
+    DataNotFoundError: a folder or a file is missing.
+    DataError: something there cannot be used.
+  """
+  data_dir = frames_lib.capture_dir(config.data_dir)
+  frames = _read_frames(data_dir, find_folder(data_dir))
+  return frames_lib.assemble(
+    'tat_fvs',
+    data_dir,
+    frames,
+    frames_lib.world_pca(data_dir, frames),
+    frames_lib.split_every(len(frames), config.llffhold),
+    factor=config.factor,
+    read_only=read_only,
+  )
+
+
+def find_folder(data_dir: str) -> str:
+  """The folder of the largest pictures, relative to data_dir.
+
+  Raises:
+    DataNotFoundError: there is none.
+  """
+  dense = os.path.join(data_dir, 'dense')
+  names = os.listdir(dense) if os.path.isdir(dense) else []
+  scales = {float(found[1]): name for name in names if (found := _FOLDER.fullmatch(name))}
+  if not scales:
+    raise images.DataNotFoundError(
+      f'No folder dense/ibr3d_pw_<scale> in {data_dir!r}, in which Free View Synthesis keeps '
+      "Tanks and Temples. For the layout of NeRF++ use Config.dataset_loader = 'tat_nerfpp'."
+    )
+  return f'dense/{scales[max(scales)]}'
+
+
+def _read_frames(data_dir: str, folder: str) -> list[frames_lib.Frame]:
+  root = os.path.join(data_dir, folder)
+  names = [n for n in images.list_images(root) if n.startswith('im_')]
+  if not names:
+    raise images.DataNotFoundError(f'No pictures im_*.png in {root!r}. Download it again.')
+  n = len(names)
+  k, r, t = (_read(root, *which) for which in (('Ks', n, 3, 3), ('Rs', n, 3, 3), ('ts', n, 3)))
+  rotations = np.swapaxes(r, 1, 2)  # Camera to world.
+  poses = np.concatenate([rotations, -rotations @ t[..., None]], -1) * [1, -1, -1, 1]
+  frames = []
+  for i, name in enumerate(names):
+    header = images.read_header(images.inside(data_dir, f'{folder}/{name}'))
+    intrinsics = k[i, 0, 0], k[i, 1, 1], k[i, 0, 2], k[i, 1, 2]
+    frame = frames_lib.Frame(
+      name=name,
+      folder=folder,
+      file=name,
+      intrinsics=colmap.Intrinsics(*intrinsics, (0.0,) * 6, structs.PERSPECTIVE),
+      size=(header.width, header.height),
+      pose=poses[i],
+      model='PINHOLE',
+    )
+    frames.append(frame)
+  return frames
+
+
+def _read(root: str, name: str, *shape: int) -> np.ndarray:
+  """Finite numbers of one shape from NAME.npy."""
+  path = os.path.join(root, f'{name}.npy')
+  if not os.path.isfile(path):
+    raise images.DataNotFoundError(f'No such file: {path!r}. The pictures need it; download again.')
+  with frames_lib.named(path):
+    numbers = files.read_array(path)
+  if numbers.shape != shape or not (np.abs(numbers) < frames_lib.LARGEST).all():
+    raise images.DataError(
+      f'{path}: must be finite numbers {list(shape)} for {shape[0]} pictures, has '
+      f'{list(numbers.shape)}. Download it again.'
+    )
+  return numbers

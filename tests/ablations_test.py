@@ -1,0 +1,297 @@
+"""Ablations: each config differs from 360.gin in its row's point alone; the switches; the table."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from internal import configs, coord, encodings, losses, models, stepfun, structs, train_step
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / 'scripts'))
+import ablate  # noqa: E402
+
+UNTRAINED_PROPOSALS = {'config.interlevel_loss_mult': 0}
+AXES = {'basis_shape': 'octahedron', 'basis_subdivisions': 1}
+BASELINE = {
+  **UNTRAINED_PROPOSALS,
+  'config.distortion_loss_mult': 0,
+  'config.data_loss_type': 'mse',
+  'model.num_levels': 2,
+  'model.single_jitter': False,
+  'model.anneal_slope': 0,
+  'model.dilation_bias': 0,
+  'model.dilation_multiplier': 0,
+}
+
+
+def mlps(which=('prop_mlp', 'nerf_mlp'), **changes):
+  return {f'{mlp}.{name}': value for mlp in which for name, value in changes.items()}
+
+
+MIPNERF = {
+  **BASELINE,
+  **mlps(['nerf_mlp'], net_width=256, warp_fn=None, min_deg_point=-20, max_deg_point=16, **AXES),
+  'config.data_coarse_loss_mult': 0.1,
+  'model.single_mlp': True,
+  'model.num_prop_samples': 128,
+  'model.num_nerf_samples': 128,
+  'model.resample_blur': True,
+  'model.resample_padding': 0.01,
+}
+NERF = {
+  **BASELINE,
+  **mlps(warp_fn=None, min_deg_point=-20, max_deg_point=10, **AXES),
+  'nerf_mlp.net_width': 256,
+  'prop_mlp.net_depth': 8,
+  'prop_mlp.disable_rgb': False,
+  'config.data_coarse_loss_mult': 1,
+  'model.num_nerf_samples': 192,
+  'model.disable_integration': True,
+  'model.resample_padding': 1e-5,
+}
+BIG = {key: value for key, value in MIPNERF.items() if key != 'nerf_mlp.net_width'}
+NERFPP = {key: value for key, value in NERF.items() if not key.endswith('min_deg_point')}
+# What a row changes in 360.gin, and its parameters.
+ROWS = {
+  'full': ({}, 9_007_493),
+  'a_no_interlevel': (UNTRAINED_PROPOSALS, 9_007_493),
+  'b_no_distortion': ({'config.distortion_loss_mult': 0}, 9_007_493),
+  'c_density_noise': (
+    {'config.distortion_loss_mult': 0, 'nerf_mlp.density_noise': 1}, 9_007_493,
+  ),
+  'd_single_mlp': ({'model.single_mlp': True}, 8_680_580),
+  'e_mipnerf_training': (
+    {**UNTRAINED_PROPOSALS, 'model.single_mlp': True, 'config.data_coarse_loss_mult': 0.1},
+    8_680_580,
+  ),
+  'f_small_mlp': ({'nerf_mlp.net_width': 256}, 1_148_549),
+  'g_no_ipe': ({'model.disable_integration': True}, 9_007_493),
+  'h_no_contraction': (mlps(warp_fn=None, min_deg_point=-20), 10_942_853),
+  'i_donerf': ({**mlps(warp_fn='donerf'), 'model.raydist_fn': 'log'}, 9_007_493),
+  'nerf': (NERF, 1_311_496),
+  'mipnerf': (MIPNERF, 674_180),
+  'mipnerf_big': (BIG, 8_090_756),
+  'nerfpp': ({**NERFPP, 'model.outside_mlps': True}, 2_397_712),
+}  # fmt: skip
+
+
+def of_row(name):
+  return configs.load_config([str(ROOT / ablate.published()[0][name].config)])
+
+
+def test_all_rows_ship():
+  known, _ = ablate.published()
+  assert set(known) == set(ROWS)
+  names = {path.stem for path in (ROOT / 'configs' / 'ablations').glob('*.gin')}
+  assert names == set(ROWS) - {'full'}
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_a_row_differs_from_360_in_what_it_says_alone(name):
+  ours, full = of_row(name), of_row('full')
+  changes = {
+    f'{part}.{field.name}': getattr(getattr(ours, part), field.name)
+    for part in ('config', 'model', 'prop_mlp', 'nerf_mlp')
+    for field in dataclasses.fields(getattr(ours, part))
+    if getattr(getattr(ours, part), field.name) != getattr(getattr(full, part), field.name)
+  }
+  wanted, num_params = ROWS[name]
+  unused = {k for k in changes if k.startswith('prop_mlp.')} if ours.model.single_mlp else set()
+  assert {k: v for k, v in changes.items() if k not in unused} == wanted
+  shapes = jax.eval_shape(lambda: train_step.create_state(ours).params)
+  assert models.num_params(shapes) == num_params
+  row = ablate.published()[0][name]
+  if row.million_params is not None:
+    assert round(num_params / 1e6, 1) == row.million_params
+  if name != 'full':
+    comment = (ROOT / row.config).read_text().split('\n\n')[0].replace('\n# ', ' ')
+    assert f'{num_params:,} parameters' in comment
+    assert f'{row.psnr:.2f} dB' in comment
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_a_row_trains(name):
+  """Its loss can be traced, and has the terms that its settings ask for."""
+  settings = of_row(name)
+  model = models.build(settings)
+  vec = jax.ShapeDtypeStruct((4, 3), jnp.float32)
+  rays = structs.Rays(
+    vec, vec, vec, jax.ShapeDtypeStruct((4, 1), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.int32)
+  )
+
+  def loss(rays, rgb):
+    params = models.init_params(model, jax.random.key(0))
+    key = jax.random.key(1)
+    renderings, history = model.apply({'params': params}, key, rays, 0.5)
+    return losses.total(
+      settings.config, params, renderings, history, structs.Batch(rays, rgb)
+    )[1]  # fmt: skip
+
+  terms = jax.eval_shape(loss, rays, vec)
+  config = settings.config
+  assert ('interlevel' in terms) == (config.interlevel_loss_mult > 0)
+  assert ('distortion' in terms) == (config.distortion_loss_mult > 0)
+  assert ('data_coarse' in terms) == (config.data_coarse_loss_mult > 0)
+
+
+class TestWarps:
+  def test_donerf_takes_the_root_of_lengths(self):
+    direction = np.array([2.0, -1, 2]) / 3
+    for length in (1e-2, 0.25, 1, 100, 1e6):
+      got = coord.donerf(jnp.float32(direction * length))
+      np.testing.assert_allclose(got, direction * length**0.5, rtol=1e-5)
+
+  def test_inverted_sphere(self):
+    x = np.random.default_rng(0).normal(size=(50, 3)) * 2
+    r = np.maximum(1, np.linalg.norm(x, axis=-1, keepdims=True))
+    got = coord.inverted_sphere(jnp.float32(x))
+    np.testing.assert_allclose(got, np.concatenate([x / r, 1 / r], -1), rtol=1e-5)
+
+  @pytest.mark.parametrize('warp', [coord.donerf, coord.inverted_sphere])
+  def test_gradients_are_finite(self, warp):
+    x = jnp.array([[0, 0, 0], [1e-20, 0, 0], [1, 0, 0], [1e6, -1e6, 1], [1e-3, 0, 0]], jnp.float32)
+    assert jnp.isfinite(jax.vmap(jax.jacfwd(warp))(x)).all()
+    assert jnp.isfinite(jax.vmap(jax.jacrev(warp))(x)).all()
+
+  def test_four_axes_go_through_the_encoding(self):
+    """J Sigma J^T of a map into four dimensions, along its own axes."""
+    rng = np.random.default_rng(0)
+    mean = jnp.float32(rng.normal(size=(5, 3)) * 2)
+    root = rng.normal(size=(5, 3, 3)) / 10
+    cov = jnp.float32(root @ root.swapaxes(1, 2))
+    warped = structs.Gaussians(*coord.linearize(coord.inverted_sphere, mean, cov))
+    jacobian = np.asarray(jax.vmap(jax.jacfwd(coord.inverted_sphere))(mean))
+    wanted = np.einsum('nij,njk,nik->ni', jacobian, cov, jacobian)
+    features = encodings.IntegratedPositionalEncoding(0, 3, 'octahedron', 1, axes=4)(warped)
+    twin = coord.integrated_pos_enc(warped.mean, jnp.float32(wanted), 0, 3)
+    np.testing.assert_allclose(features, twin, atol=1e-5)
+    with pytest.raises(configs.ConfigError, match='four axes'):
+      configs.NerfMLP(encoding='grid', warp_fn='inverted_sphere')
+
+
+def test_blur_is_mip_nerfs():
+  w = np.random.default_rng(0).random((3, 6)).astype(np.float32)
+  twin = np.empty_like(w)
+  for ray, row in enumerate(w):
+    for k in range(6):
+      left, right = row[max(k - 1, 0)], row[min(k + 1, 5)]
+      twin[ray, k] = (max(left, row[k]) + max(row[k], right)) / 2
+  np.testing.assert_allclose(stepfun.blur_weights(jnp.asarray(w)), twin, rtol=1e-6)
+
+
+def test_what_is_outside_is_of_the_outer_mlps():
+  """A change of their parameters changes samples out there, and nothing within."""
+  settings = tiny.settings('Model.outside_mlps = True', 'Config.near = 0.1', 'Config.far = 4.0')
+  model = models.build(settings)
+  params = models.init_params(model, jax.random.key(0))
+  assert set(params) == {'nerf_mlp', 'nerf_mlp_outside', 'prop_mlp', 'prop_mlp_outside'}
+  mean = jnp.array([[[0.5, 0, 0], [0, 0.9, 0], [0, 0, 1.1], [3, 0, 0]]], jnp.float32)
+  gaussians = structs.Gaussians(mean, jnp.zeros((1, 4, 3, 3)))
+  unit = jnp.array([[0, 0, 1.0]])
+  rays = structs.Rays(unit, unit, unit, jnp.ones((1, 1)), jnp.zeros(1, jnp.int32))
+
+  @jax.jit
+  def query(params):
+    ask = lambda m: m._query(None, 2, rays, gaussians, None)  # noqa: E731
+    return model.apply({'params': params}, method=ask)
+
+  before = query(params)
+  changed = {'nerf_mlp': [True, True, False, False], 'nerf_mlp_outside': [False, False, True, True]}
+  for part, wanted in changed.items():
+    other = {**params, part: jax.tree.map(lambda x: x + 0.1, params[part])}
+    for a, b in zip(before, query(other)):
+      assert np.asarray(a != b).reshape(4, -1).any(-1).tolist() == wanted
+  with pytest.raises(configs.ConfigError, match='outside_mlps'):
+    configs.Model(outside_mlps=True, separate_prop_mlps=True)
+
+
+class TestScript:
+  @pytest.fixture
+  def ladder(self, tmp_path, monkeypatch):
+    """Runs the script with stand-ins for the programs; returns the commands that it started."""
+    started, failing = [], set()
+
+    def program(command, check):
+      name = os.path.basename(command[1])
+      told = next(a for a in reversed(command) if str(tmp_path / 'out') in a)
+      row = told.rstrip("'").rsplit('/', 1)[1]
+      started.append((name, row))
+      if row in failing:
+        return subprocess.CompletedProcess(command, 1)
+      run = tmp_path / 'out' / row
+      if name == 'train.py':
+        at = command.index('--gin_bindings')
+        settings = configs.load_config(command[3:at], command[at + 1 :])
+        run.mkdir(parents=True, exist_ok=True)
+        (run / 'config.gin').write_text(settings.text)
+        (run / 'metrics.jsonl').write_text('{"rays_per_sec": 100.0}\n{"test_psnr": 3}\n')
+      else:
+        psnr = 20 + len(started) / 10 if row != 'full' else 30
+        (run / 'eval').mkdir()
+        results = {'mean': {'psnr': psnr, 'ssim': 0.5}, 'step': 7, 'num_params': 5, 'scene': 's'}
+        (run / 'eval' / 'results.json').write_text(json.dumps(results))
+      return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(ablate.subprocess, 'run', program)
+
+    def main(*rows, bindings=('Config.max_steps = 7',), flags=()):
+      started.clear()
+      told = ['--rows', *rows] if rows else []
+      here = ['--data_dir', str(tmp_path / 'scene'), '--out', str(tmp_path / 'out')]
+      ablate.main([*here, *told, '--gin_bindings', *bindings, *flags])
+      return list(started)
+
+    main.failing, main.out = failing, tmp_path / 'out'
+    return main
+
+  def test_runs_what_is_not_finished(self, ladder):
+    both = [('train.py', 'full'), ('eval.py', 'full')]
+    assert ladder('full') == both
+    assert ladder('full') == []
+    assert ladder('a_no_interlevel', 'full', flags=['--table_only']) == []
+    assert ladder('a_no_interlevel', 'full')[0] == ('train.py', 'a_no_interlevel')
+    os.unlink(ladder.out / 'full' / 'eval' / 'results.json')
+    os.rmdir(ladder.out / 'full' / 'eval')
+    assert ladder('full') == both
+    with pytest.raises(ablate.AblationError, match=r'full holds a run with other settings'):
+      ladder('full', bindings=['Config.max_steps = 8'])
+
+  def test_the_table_sets_both_side_by_side(self, ladder):
+    ladder()
+    table = json.loads((ladder.out / 'ablations.json').read_text())
+    assert [line['name'] for line in table['rows']] == list(ablate.published()[0])
+    a = table['rows'][1]
+    assert a['published']['psnr'] == 20.49
+    assert a['published']['psnr_change'] == pytest.approx(20.49 - 24.37)
+    assert a['psnr_change'] == pytest.approx(a['mean']['psnr'] - 30)
+    assert table['worse_than_full'] == dict.fromkeys(ablate._BIG_EFFECTS, True)
+    nerf = next(line for line in table['rows'] if line['name'] == 'nerf')
+    assert nerf['published']['psnr_change'] == pytest.approx(23.85 - 27.69)
+    text = (ladder.out / 'ablations.md').read_text()
+    assert '| F: small NeRF MLP | 5 (1.1 M) | 22.80 | -1.57 | 0.515 | 21.4' in text
+    assert '| 23.85* | -3.84 | - |' in text
+    assert 'f_small_mlp yes' in text
+
+  def test_a_row_that_fails_stops_no_other(self, ladder):
+    ladder.failing.add('full')
+    with pytest.raises(ablate.AblationError, match='full failed'):
+      ladder('full', 'b_no_distortion')
+    table = json.loads((ladder.out / 'ablations.json').read_text())
+    assert table['rows'][0]['mean'] is None
+    assert table['rows'][1]['mean']['psnr'] > 20
+    assert table['rows'][1]['psnr_change'] is None
+
+  def test_slips_are_told_first(self, ladder):
+    with pytest.raises(ablate.AblationError, match=r"'z'; there are full, a_no_interlevel"):
+      ladder('z')
+    with pytest.raises(configs.ConfigError, match='max_steps'):
+      ladder(bindings=['Config.max_step = 7'])

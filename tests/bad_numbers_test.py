@@ -1,0 +1,195 @@
+"""Loss or gradient that are not finite: what a step leaves as it was, says, and shows again."""
+
+import captures
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import train_step_test
+
+import train
+from internal import bad_numbers, checkpoints, losses, runlog, train_step
+
+RUN = train_step_test._run
+
+
+def poison(monkeypatch, part, hit=lambda batch: batch.rays.cam_idx == 2, value=jnp.inf):
+  """Makes the loss of some rays, and its gradient in a part, not finite; 'loss' for no gradient."""
+  total = losses.total
+
+  def poisoned(config, params, renderings, history, batch):
+    loss, terms = total(config, params, renderings, history, batch)
+    seen = history[0].weights.sum(-1) if part == 'prop_mlp' else renderings[-1].rgb.sum(-1)
+    if part == 'loss':
+      seen = jax.lax.stop_gradient(seen)
+    extra = jnp.mean(jnp.where(hit(batch), value, 0.0) * seen)
+    return loss + extra, {**terms, 'poison': extra}
+
+  monkeypatch.setattr(losses, 'total', poisoned)
+
+
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+class TestUpdates:
+  @pytest.mark.parametrize(
+    ('part', 'value', 'split', 'devices'),
+    [
+      ('nerf_mlp', np.inf, 1, 1),
+      ('nerf_mlp', np.nan, 2, 8),
+      ('prop_mlp', np.nan, 4, 1),
+      ('loss', np.nan, 1, 1),
+    ],
+  )
+  def test_what_is_concerned_stays_as_it_was_and_the_rest_is_updated(
+    self, monkeypatch, part, value, split, devices
+  ):
+    settings = tiny.settings('Model.num_glo_features = 4', f'Config.micro_batches = {split}')
+    before = train_step.create_state(settings)
+    clean, _ = RUN(settings, tiny.mesh(devices), 1)
+    poison(monkeypatch, part, value=value)
+    after, (stats,) = RUN(settings, tiny.mesh(devices), 1)
+    concerned = {
+      'nerf_mlp': {'nerf_mlp', 'glo'},  # The appearance vectors work through the colours.
+      'prop_mlp': {'prop_mlp'},
+      'loss': {'nerf_mlp', 'prop_mlp', 'glo'},
+    }[part]
+    assert set(clean.params) == {'nerf_mlp', 'prop_mlp', 'glo'}
+    assert after.step == 1
+    assert not np.isfinite(stats['loss'])
+    for name in clean.params:
+      same = before if name in concerned else clean
+      assert_equal(after.params[name], same.params[name])
+      assert_equal(after.opt_state[name], same.opt_state[name])
+      assert stats[f'skipped_{name}'] == after.skipped[name] == (name in concerned)
+
+  def test_rows_of_them_are_counted_and_end(self, monkeypatch):
+    settings = tiny.settings('Config.batch_size = 2')
+    draw = train_step.make_draw(settings.config, tiny.mesh(1))
+    cams, _ = tiny.capture()
+    images = [set(np.asarray(draw(k, cams.size)[0])) for k in range(12)]
+    hit = [2 in seen for seen in images]
+    assert True in hit[:-1]
+    assert not all(hit)
+    poison(monkeypatch, 'nerf_mlp')
+    state, stats = RUN(settings, tiny.mesh(1), 12)
+    rows, count = [], 0
+    for bad in hit:
+      count = count + 1 if bad else 0
+      rows.append(count)
+    assert [int(s['skipped_nerf_mlp']) for s in stats] == rows
+    assert [int(s['skipped_prop_mlp']) for s in stats] == [0] * 12
+    # Adam's own count is of the updates that it made.
+    assert train_step_test._adam(state.opt_state['nerf_mlp']).count == 12 - sum(hit)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def rows(*counts, **values):
+  return [
+    {'loss': np.float32(np.nan), 'skipped_a': np.int32(n), 'grad_norm_a': np.float32(np.inf)}
+    for n in counts
+  ]
+
+
+def test_lines_tell_of_the_first_few():
+  assert bad_numbers.lines(7, rows(0, 0)) == []
+  assert bad_numbers.lines(7, rows(0, 1, 0)) == [
+    'step 6: no update of a, not finite: loss nan, gradient of a inf; '
+    '--replay_step 6 shows the rays'
+  ]
+  told = bad_numbers.lines(100, rows(*range(1, 101)))
+  assert len(told) == 6
+  assert told[-1] == 'and 95 more such steps up to step 100'
+
+
+def test_a_run_ends_at_the_limit(tmp_path):
+  bad_numbers.check(str(tmp_path), 5, 9, rows(1, 2, 3, 4, 0, 1))
+  bad_numbers.check(str(tmp_path), 0, 9, rows(8, 9))
+  with pytest.raises(
+    bad_numbers.BadNumbersError, match=r'a in 5 steps, 5 to 9: .*good checkpoint: none.*step 5 '
+  ):
+    bad_numbers.check(str(tmp_path), 5, 10, rows(4, 5, 6))
+
+
+SMALL = (
+  'Config.max_steps = 8',
+  'Config.print_every = 4',
+  'Config.checkpoint_every = 2',
+  'Config.checkpoint_keep = 0',
+  'Config.train_render_every = 0',
+  'Config.batch_size = 40',
+  'Config.factor = 0',
+  'Model.num_prop_samples = 4',
+  'Model.num_nerf_samples = 4',
+  'NerfMLP.net_width = 16',
+  'NerfMLP.net_depth = 2',
+)
+
+
+class TestPrograms:
+  @pytest.fixture
+  def program(self, tmp_path):
+    """train.py, in a folder of its own."""
+    captures.write_colmap(tmp_path / 'capture')
+
+    def run(*bindings, flags=()):
+      here = f"Config.data_dir = '{tmp_path}/capture'", f"Config.checkpoint_dir = '{tmp_path}/run'"
+      told = ('--gin_configs=configs/360.gin', '--gin_bindings', *SMALL, *here, *bindings)
+      train.main(train.parse([*told, *flags]))
+
+    return run
+
+  def test_a_step_is_told_counted_and_shown_again_with_its_ray(
+    self, program, tmp_path, monkeypatch, capsys
+  ):
+    settings = tiny.settings('Config.batch_size = 40')
+    size = np.array([captures.SIZE] * 7)  # Of nine images the first and the last are for testing.
+    draw = train_step.make_draw(settings.config, tiny.mesh(1))
+    pixels = [{tuple(p) for p in np.stack(draw(k, size), -1).tolist()} for k in range(8)]
+    cam, x, y = min(pixels[5] - set.union(*pixels[:5], *pixels[6:]))
+    row = cam + 1
+    color = captures.pixels(row)[y, x] / 255  # Pictures of noise tell each pixel by it.
+
+    def hit(batch):
+      return (batch.rays.cam_idx == cam) & (jnp.abs(batch.rgb - color[None]) < 1e-3).all(-1)
+
+    poison(monkeypatch, 'nerf_mlp', hit)
+    program()
+    said = capsys.readouterr().out
+    assert said.count('no update of') == 1
+    assert 'step 6: no update of nerf_mlp, not finite: loss inf, gradient of nerf_mlp ' in said
+    lines = runlog.read_metrics(str(tmp_path / 'run' / 'metrics.jsonl'))
+    assert [(r['step'], r['skipped_nerf_mlp'], r['skipped_prop_mlp']) for r in lines] == [
+      (2, 0, 0), (4, 0, 0), (6, 1, 0), (8, 0, 0)
+    ]  # fmt: skip
+    assert all(np.isfinite(r['loss']) for r in lines)
+    program(flags=('--replay_step', '6'))
+    said = capsys.readouterr().out
+    assert 'step 6, from the checkpoint of step 4:' in said
+    assert '  loss_poison inf\n' in said
+    assert '  skipped_nerf_mlp 1\n' in said
+    rays = [line for line in said.splitlines() if line.startswith('ray ')]
+    assert len(rays) == 1
+    assert f'camera {row} ({row:03}.png), pixel x {x}, y {y}: loss inf, loss_data 0.' in rays[0]
+    program(flags=('--replay_step', '5'))
+    assert 'each of the 40 rays are finite' in capsys.readouterr().out
+
+  def test_a_run_that_does_not_get_on_ends_and_ends_again(self, program, tmp_path):
+    """Steps so large that the second one leads to no number."""
+    bindings = ('Config.lr_init = 1e30', 'Config.lr_final = 1e30', 'Config.max_skipped_updates = 5')
+    for _ in range(2):
+      with pytest.raises(
+        bad_numbers.BadNumbersError, match=r'in 5 steps, \d to \d: .*checkpoint: .*replay_step \d '
+      ):
+        program(*bindings)
+      assert checkpoints.newest(str(tmp_path / 'run')) == 4
+    state, _ = checkpoints.restore_params(
+      str(tmp_path / 'run'), checkpoints.open_run(str(tmp_path / 'run'))[0]
+    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+  def test_a_step_that_there_is_not(self, program):
+    with pytest.raises(ValueError, match=r'--replay_step must be in \[1, 8\], got 9'):
+      program(flags=('--replay_step', '9'))

@@ -1,0 +1,244 @@
+"""Masks and weights: found by name, never drawn, exact on any number of devices, in metrics."""
+
+import captures
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from datasets_test import load, refused, write_ngp, write_transforms
+from scipy import ndimage
+
+from internal import batches, configs, image, losses, report, sharding, train_step
+from internal.datasets import masks, scene
+
+
+def pattern(seed, size=captures.SIZE):
+  """Blobs and a lone pixel, bool [h, w]."""
+  noise = ndimage.uniform_filter(np.random.default_rng(seed).normal(size=size[::-1]), 3)
+  counts = noise > 0
+  counts[0, -1] = True
+  return counts
+
+
+def save_mask(path, counts):
+  captures.save_image(str(path), (255 * counts).astype(np.uint8))
+
+
+class TestFiles:
+  @pytest.mark.parametrize('name', ['004.png.png', '004.png'])
+  def test_found_beside_a_colmap_capture(self, tmp_path, name):
+    captures.write_colmap(tmp_path)
+    assert load(tmp_path).masks == ()
+    save_mask(tmp_path / 'masks' / name, pattern(0))
+    found = load(tmp_path)
+    assert found.masks == (None,) * 4 + (f'masks/{name}',) + (None,) * 4
+    assert found.report['masks'] == 1
+    np.testing.assert_array_equal(scene.read_mask(tmp_path, found, 4), pattern(0))
+    assert scene.read_mask(tmp_path, found, 3) is None
+    scene.save_scene(str(tmp_path / 'scene.json'), found)
+    assert scene.load_scene(str(tmp_path / 'scene.json')).masks == found.masks
+
+  def test_named_by_a_transforms_file(self, tmp_path):
+    table, _ = write_ngp(tmp_path)
+    table['frames'][0]['mask_path'] = './elsewhere/m.png'
+    write_transforms(tmp_path, table)
+    assert 'm.png: no such image' in refused(tmp_path, dataset_loader='transforms')
+    save_mask(tmp_path / 'elsewhere' / 'm.png', pattern(0))
+    found = load(tmp_path, dataset_loader='transforms')
+    assert found.masks[8] == 'elsewhere/m.png'  # The table is written backwards.
+    for value, message in ((3, 'mask_path must be a name'), ('../m.png', 'not a path inside')):
+      table['frames'][0]['mask_path'] = value
+      write_transforms(tmp_path, table)
+      assert message in refused(tmp_path, dataset_loader='transforms')
+
+  def test_a_small_pixel_counts_if_all_of_it_does(self, tmp_path):
+    captures.write_colmap(tmp_path)
+    save_mask(tmp_path / 'masks' / '004.png', pattern(1))
+    found = load(tmp_path, factor=2)
+    wanted = pattern(1).reshape(6, 2, 8, 2).all((1, 3))
+    np.testing.assert_array_equal(scene.read_mask(tmp_path, found, 4), wanted)
+    save_mask(tmp_path / 'masks' / '004.png', wanted)  # A small one may be given, too.
+    np.testing.assert_array_equal(scene.read_mask(tmp_path, load(tmp_path, factor=2), 4), wanted)
+
+  def test_refusals(self, tmp_path):
+    captures.write_colmap(tmp_path)
+    save_mask(tmp_path / 'masks' / '004.png', pattern(1, (20, 15)))
+    assert '004.png: is 20x15 pixels, but its picture has 16x12' in refused(tmp_path)
+    save_mask(tmp_path / 'masks' / '004.png', np.zeros((12, 16)))
+    with pytest.raises(masks.images.DataError, match=r'004\.png: leaves nothing'):
+      scene.read_mask(tmp_path, load(tmp_path), 4)
+    with pytest.raises(masks.images.DataError, match='smaller than its picture'):
+      masks.read(str(tmp_path / 'masks' / '004.png'), (17, 12))
+
+
+@pytest.fixture(scope='module')
+def masked():
+  """Three images of their own sizes, two of them masked, one nearly all."""
+  cams, images = tiny.capture()
+  allowed = [None, pattern(1, tuple(cams.size[1])), np.zeros(cams.size[2][::-1], bool)]
+  allowed[2][3, 4:6] = True
+  return cams, images, allowed
+
+
+class TestDraws:
+  def counts(self, masked, n, batching='all_images', keys=1):
+    cams, _, allowed = masked
+    supervision = batches.make_supervision(cams.size, allowed)
+    draw = jax.jit(
+      jax.vmap(lambda k: batches.draw_pixels(k, jnp.asarray(cams.size), n, batching, supervision))
+    )
+    drawn = draw(jax.random.split(jax.random.key(0), keys))
+    seen = [np.zeros(size[::-1], int) for size in cams.size]
+    for cam, x, y in zip(*(np.asarray(a).ravel() for a in drawn)):
+      seen[cam][y, x] += 1
+    return seen, drawn
+
+  def test_uniform_over_what_counts_and_nothing_else(self, masked):
+    seen, _ = self.counts(masked, 60_000)
+    total = masked[0].size[0].prod() + masked[2][1].sum() + 2
+    for of_image, allowed in zip(seen, masked[2]):
+      allowed = np.ones(of_image.shape, bool) if allowed is None else allowed
+      assert (of_image[~allowed] == 0).all()
+      np.testing.assert_allclose(of_image[allowed], 60_000 / total, rtol=0.3)
+
+  def test_single_image(self, masked):
+    seen, (cam, _, _) = self.counts(masked, 50, 'single_image', keys=600)
+    assert (np.asarray(cam) == np.asarray(cam)[:, :1]).all()
+    assert (seen[2][~masked[2][2]] == 0).all()
+    shares = np.array([s.sum() for s in seen]) / 30_000
+    allowed = np.array([masked[0].size[0].prod(), masked[2][1].sum(), 2])
+    np.testing.assert_allclose(shares, allowed / allowed.sum(), atol=0.06)
+
+  def test_nothing_to_say_changes_nothing(self, masked):
+    size = masked[0].size
+    assert batches.make_supervision(size) is None
+    assert batches.make_supervision(size, [None] * 3, ()) is None
+    assert batches.make_supervision(size, None, [1.0, 2.0, 3.0]).run_start is None
+
+
+class TestTraining:
+  def batch(self, masked, devices, images=None, host=False):
+    """Two steps' batches, as a training step makes them, and their loss on so many devices."""
+    cams, own_images, allowed = masked
+    config, mesh = tiny.settings().config, tiny.mesh(devices)
+    supervision = batches.make_supervision(cams.size, allowed, [1.0, 4.0, 16.0])
+    cams = cams.replace(supervision=supervision)
+    store = batches.make_store(images or own_images)
+    draw = train_step.make_draw(config, mesh, supervision)
+
+    def mean_error(batch):
+      error = losses.squared_error(jnp.zeros_like(batch.rgb), batch.rgb, batch.weight)
+      return sharding.mean_over_devices(error)
+
+    @jax.jit
+    def step(ids, rgb):
+      batch = batches.make_batch(cams, *sharding.shard_rays(ids, mesh), rgb)
+      each = sharding.per_device(mean_error, mesh, (sharding.SPLIT,), sharding.WHOLE)
+      return batch, each(batch)
+
+    result = []
+    for k in range(2):
+      ids = draw(k, cams.size)
+      rgb = batches.lookup(jax.device_put(store), jnp.asarray(cams.size), *ids)
+      if host:
+        rgb = train_step.host_pixels(draw, k, store, cams.size, mesh)
+      result.append(jax.device_get(step(ids, rgb)))
+    return result
+
+  def test_devices_and_hosts_agree(self, masked):
+    for one, eight, host in zip(*(self.batch(masked, 1), self.batch(masked, 8),
+                                  self.batch(masked, 8, host=True))):  # fmt: skip
+      for other in (eight, host):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, other)
+      batch, loss = one
+      wanted = np.average((batch.rgb**2).mean(-1), weights=batch.weight)
+      np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+      assert set(np.unique(np.round(batch.weight / batch.weight.min(), 3))) >= {1, 4}
+
+  def test_what_is_masked_cannot_matter(self, masked):
+    cams, images, allowed = masked
+    spoiled = [im.copy() for im in images]
+    for im, counts in zip(spoiled, allowed):
+      if counts is not None:
+        im[~counts] = 255 - im[~counts]
+    batch = self.batch(masked, 1)
+    jax.tree.map(np.testing.assert_array_equal, batch, self.batch(masked, 1, spoiled))
+    unmasked = cams, images, [None] * 3
+    a, b = self.batch(unmasked, 1), self.batch(unmasked, 1, spoiled)
+    assert (a[0][0].rgb != b[0][0].rgb).any()
+
+  def test_the_step_itself_heeds_both(self, masked, monkeypatch):
+    """Seen while it is traced: what it draws by, and what its loss is given."""
+    cams, images, allowed = masked
+    settings, seen = tiny.settings(), []
+    supervision = batches.make_supervision(cams.size, allowed, [1.0, 4.0, 16.0])
+    real_draw, real_total = batches.draw_pixels, losses.total
+    monkeypatch.setattr(batches, 'draw_pixels', lambda *a: seen.append(a[4]) or real_draw(*a))
+    monkeypatch.setattr(losses, 'total', lambda *a: seen.append(a[4].weight) or real_total(*a))
+    step = train_step.make_train_step(settings, tiny.mesh(1)).variant(1)
+    state = jax.eval_shape(lambda: train_step.create_state(settings))
+    store = batches.make_store(images)
+    jax.eval_shape(step, state, cams.replace(supervision=supervision), store)
+    assert seen[0].run_start.shape == supervision.run_start.shape
+    assert seen[1].shape == (64,)
+
+  def test_weights_are_of_the_data_loss(self):
+    rgb, target = np.random.default_rng(0).random((2, 6, 3)).astype(np.float32)
+    weight = jnp.array([1.0, 1, 4, 4, 16, 16]) / 7
+    square = ((rgb - target) ** 2).mean(-1)
+    wanted = (square * np.repeat([1, 4, 16], 2)).sum() / 42
+    np.testing.assert_allclose(losses.squared_error(rgb, target, weight), wanted, rtol=1e-6)
+    charb = np.sqrt((rgb - target) ** 2 + 1e-6).mean(-1)
+    wanted = (charb * np.repeat([1, 4, 16], 2)).sum() / 42
+    np.testing.assert_allclose(losses.charbonnier(rgb, target, 1e-3, weight), wanted, rtol=1e-6)
+
+  def test_a_batch_has_relative_weights(self, masked):
+    cams, _, _ = masked
+    cams = cams.replace(supervision=batches.make_supervision(cams.size, None, [1.0, 4.0, 16.0]))
+    ids = (jnp.array([0, 1, 2, 1]), jnp.arange(4), jnp.arange(4))
+    batch = batches.make_batch(cams, *ids, jnp.zeros((4, 3), jnp.uint8))
+    np.testing.assert_allclose(batch.weight, np.array([1, 4, 16, 4]) / 6.25)
+
+
+class TestMetrics:
+  @pytest.fixture
+  def pair(self):
+    rng = np.random.default_rng(3)
+    truth = ndimage.gaussian_filter(rng.normal(size=(32, 40, 3)), (3, 3, 0))
+    truth = (truth - truth.min()) / np.ptp(truth)
+    img = 0.8 * truth + 0.07 + rng.normal(0, 0.01, truth.shape)
+    counts = np.ones((32, 40), bool)
+    counts[20:, 25:] = False
+    return img.astype(np.float32), np.round(255 * truth).astype(np.uint8), counts
+
+  def test_what_is_masked_cannot_matter(self, pair):
+    img, truth, counts = pair
+    spoiled = np.where(counts[..., None], img, 1 - img)
+    config = configs.Config(eval_crop_borders=2)
+    wanted = report.image_metrics(img, truth, config, counts)
+    assert report.image_metrics(spoiled, truth, config, counts) == wanted
+    assert report.image_metrics(spoiled, truth, config)['psnr'] < wanted['psnr'] - 3
+    everything = report.image_metrics(img, truth, config, np.ones_like(counts))
+    assert everything == pytest.approx(report.image_metrics(img, truth, config), rel=1e-5)
+
+  def test_psnr_is_of_the_valid_pixels_and_ssim_of_whole_windows(self, pair):
+    img, truth, counts = pair
+    got = report.image_metrics(img, truth, configs.Config(), counts)
+    error = (np.round(255 * np.clip(img, 0, 1)) / 255 - truth / 255.0)[counts]
+    assert got['psnr'] == pytest.approx(-10 * np.log10(np.mean(error**2)), abs=1e-3)
+    a, b = image.quantize(img), np.float32(truth / 255)
+    windows = [
+      float(image.ssim(a[y : y + 11, x : x + 11], b[y : y + 11, x : x + 11]))
+      for y in range(22)
+      for x in range(30)
+      if counts[y : y + 11, x : x + 11].all()
+    ]
+    assert got['ssim'] == pytest.approx(np.mean(windows), abs=1e-5)
+
+  def test_no_whole_window_is_no_number(self, pair):
+    img, truth, counts = pair
+    scattered = np.random.default_rng(0).random(counts.shape) > 0.5
+    got = report.image_metrics(img, truth, configs.Config(), scattered)
+    assert np.isnan(got['ssim'])
+    assert np.isfinite(got['psnr'])

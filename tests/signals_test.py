@@ -1,0 +1,78 @@
+"""What SIGTERM and SIGINT do: once, twice, and to whom."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from internal import signals
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_first_is_raised_where_nothing_is_to_be_finished():
+  with (
+    signals.listening(),
+    pytest.raises(signals.Stopped) as caught,
+  ):
+    signal.raise_signal(signal.SIGTERM)
+  assert (caught.value.name, caught.value.exit_code) == ('SIGTERM', 143)
+
+
+def test_the_first_is_noted_where_there_is():
+  with signals.listening():
+    with signals.postponed() as request:
+      assert request.signum == 0
+      signal.raise_signal(signal.SIGINT)
+      signal.raise_signal(signal.SIGTERM)
+      assert request.signum == signal.SIGINT
+    with pytest.raises(signals.Stopped):
+      signal.raise_signal(signal.SIGINT)
+
+
+def test_handlers_are_as_before_afterwards():
+  before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+  with signals.listening():
+    signals.listen_again()
+  assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
+  assert signal.set_wakeup_fd(-1) == -1
+
+
+_BUSY = """
+import hashlib
+from internal import signals
+with signals.listening(), signals.postponed() as request:
+  print('busy', flush=True)
+  hashlib.pbkdf2_hmac('sha256', b'', b'', {count})  # Minutes in C code; other threads may run.
+  print('asked by', request.signum)
+"""
+
+
+def _start_busy(count):
+  command = [sys.executable, '-c', _BUSY.format(count=count)]
+  process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+  assert process.stdout.readline() == 'busy\n'
+  return process
+
+
+def test_the_second_ends_the_process_even_inside_a_compiler():
+  process = _start_busy(10**9)
+  process.terminate()
+  time.sleep(signals._ONE_REQUEST + 0.2)
+  assert process.poll() is None
+  process.send_signal(signal.SIGINT)
+  assert process.wait(10) == 130
+  process.stdout.close()
+
+
+def test_one_request_may_come_twice_in_a_row():
+  process = _start_busy(10**6)
+  for _ in range(2):
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.05)
+  assert process.communicate(timeout=60)[0] == f'asked by {signal.SIGTERM.value}\n'
+  assert process.returncode == 0

@@ -1,0 +1,337 @@
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import outcomes
+import pytest
+
+from internal import benchmarks, cli, configs, table_forms, tables
+from scripts import tables as program
+
+ROOT = Path(__file__).resolve().parents[1]
+PAPER = 'mip-NeRF 360, paper'
+
+
+class TestPublished:
+  @pytest.mark.parametrize('name', ['360', 'llff', 'blender'])
+  def test_means_are_those_of_the_scenes(self, name):
+    for row in benchmarks.load(name).published:
+      for metric, values in row.values.items():
+        digits = len(str(row.mean[metric]).split('.')[1])
+        # The mean as printed may be of unrounded numbers.
+        assert np.mean(list(values.values())) == pytest.approx(row.mean[metric], abs=10**-digits)
+
+  def test_what_the_paper_says(self):
+    nine = benchmarks.load('360')
+    assert list(nine.scenes) == [
+      'bicycle', 'flowers', 'garden', 'stump', 'treehill', 'room', 'counter', 'kitchen', 'bonsai'
+    ]  # fmt: skip
+    assert [s.factor for s in nine.scenes.values()] == [4] * 5 + [2] * 4
+    paper = nine.published[0]
+    assert (paper.method, paper.mean['psnr'], paper.mean['lpips_paper']) == (PAPER, 27.69, 0.237)
+    assert paper.values['psnr']['bonsai'] == 33.46
+    assert all(row.source for b in benchmarks.load_all().values() for row in b.published)
+
+  def test_ablations_say_the_same_of_the_baselines(self):
+    with open(ROOT / 'configs' / 'ablations' / 'published.json') as f:
+      table_1 = {row['label']: row['psnr'] for row in json.load(f)['rows'] if row['table'] == 1}
+    means = {p.method: p.mean['psnr'] for p in benchmarks.load('360').published}
+    assert table_1 == {
+      'NeRF': means['NeRF'],
+      'mip-NeRF': means['mip-NeRF'],
+      'NeRF++ (style of)': means['NeRF++'],
+      'mip-NeRF, bigger MLP': means['mip-NeRF, bigger MLP'],
+    }
+
+  def test_test_images_are_what_the_split_leaves(self):
+    for benchmark in benchmarks.load_all().values():
+      for facts in benchmark.scenes.values():
+        if benchmark.hold:
+          assert facts.test == -(-facts.images // benchmark.hold)
+
+  def test_groups_have_each_scene_once(self):
+    for benchmark in benchmarks.load_all().values():
+      grouped = [scene for scenes in benchmark.groups.values() for scene in scenes]
+      assert grouped == (list(benchmark.scenes) if grouped else [])
+
+  def test_configs_are_there(self):
+    for benchmark in benchmarks.load_all().values():
+      settings = configs.load_config([str(ROOT / benchmark.config)])
+      assert settings.config.dataset_loader == benchmark.loader
+
+  def test_an_unknown_dataset_is_answered_with_the_known(self):
+    with pytest.raises(benchmarks.BenchmarkError, match=r"'361': there are 360, llff, blender"):
+      benchmarks.load('361')
+
+
+def run(scene, path=None, **change):
+  return tables.Run(path or f'{scene}.json', outcomes.published_scene(scene, **change))
+
+
+def nine(**change):
+  """All nine scenes, the k-th at 20 + k dB."""
+  scenes = benchmarks.load('360').scenes
+  return [run(scene, psnr=20.0 + k, **change) for k, scene in enumerate(scenes)]
+
+
+def make(runs, published=None, **kwargs):
+  return tables.make({'ours': runs}, benchmarks.load('360'), published, **kwargs)
+
+
+class TestMake:
+  def test_means_are_over_scenes_by_group(self):
+    table = make(nine())
+    ours = table.rows[-1]
+    assert table.columns[-3:] == ('outdoor', 'indoor', 'mean')
+    got = [table.value(ours, 'psnr', column) for column in table.columns]
+    assert got == pytest.approx([*range(20, 29), 22, 26.5, 24])
+
+  def test_differences_are_from_the_first_published_row(self):
+    table = make(nine())
+    ours = table.rows[-1]
+    assert table.against.method == PAPER
+    assert table.difference(ours, 'psnr', 'bicycle') == pytest.approx(20 - 24.37)
+    assert table.difference(ours, 'psnr', 'mean') == pytest.approx(24 - 249.22 / 9)
+    assert table.difference(table.rows[1], 'psnr', 'bicycle') is None
+    table = make(nine(), ['Zip-NeRF, paper', PAPER])
+    assert [row.method for row in table.rows] == ['Zip-NeRF, paper', PAPER, 'ours']
+    assert table.difference(table.rows[-1], 'psnr', 'bicycle') == pytest.approx(20 - 25.8)
+
+  def test_a_missing_scene_leaves_means_open(self):
+    table = make(nine()[:-1])
+    ours = table.rows[-1]
+    assert table.value(ours, 'psnr', 'outdoor') == pytest.approx(22)
+    assert table.value(ours, 'psnr', 'indoor') is None
+    assert table.value(ours, 'psnr', 'mean') is None
+    assert table.value(ours, 'psnr', 'bonsai') is None
+
+  def test_means_in_print_without_scenes_are_shown(self):
+    table = make(nine(), ['NeRF'])
+    assert table.value(table.rows[0], 'psnr', 'mean') == 23.85
+    assert table.value(table.rows[0], 'psnr', 'outdoor') is None
+
+  def test_lpips_is_shown_where_it_was_measured(self):
+    assert make(nine()).metrics == ('psnr', 'ssim')
+    table = make(nine(lpips=0.2))
+    assert table.metrics == ('psnr', 'ssim', 'lpips_paper', 'lpips_vgg')
+    assert table.difference(table.rows[-1], 'lpips_paper', 'bonsai') == pytest.approx(0.024)
+    assert table.difference(table.rows[-1], 'lpips_vgg', 'bonsai') is None  # None in print.
+
+  def test_captures_of_ones_own(self):
+    runs = [tables.Run(f'{s}.json', outcomes.outcome(s, psnr=p)) for s, p in (('x', 20), ('y', 22))]
+    assert tables.find_benchmark(runs) is None
+    table = tables.make({'ours': runs})
+    assert table.columns == ('x', 'y', 'mean')
+    assert [table.value(table.rows[0], 'psnr', c) for c in table.columns] == [20, 22, 21]
+    assert table.against is None
+
+  def test_a_dataset_is_known_by_its_scenes(self):
+    assert tables.find_benchmark([run('garden'), run('room')]).name == '360'
+    assert tables.find_benchmark([run('fern', dataset='llff')]).name == 'llff'
+    with pytest.raises(tables.TablesError, match='360 and llff have such scenes; say --dataset'):
+      tables.find_benchmark([run('room')])
+
+  def test_one_config_is_one_method(self):
+    runs = [run('garden'), run('room'), run('stump', bindings=['Config.seed = 1'])]
+    grouped = tables.group(runs)
+    assert [len(found) for found in grouped.values()] == [2, 1]
+    assert all(re.fullmatch('ours [0-9a-f]{8}', name) for name in grouped)
+    assert list(tables.group(runs[:2])) == ['ours']
+
+  @pytest.mark.parametrize(
+    ('kwargs', 'words'),
+    [
+      ({'metrics': ['psrn']}, "'psrn': there are psnr, ssim"),
+      ({'published': ['NeRF--']}, "'NeRF--' on 360: there are mip-NeRF 360, paper"),
+    ],
+  )
+  def test_unknown_names_are_answered_with_the_known(self, kwargs, words):
+    with pytest.raises(tables.TablesError, match=words):
+      make(nine(), **kwargs)
+
+  def test_a_scene_of_another_dataset(self):
+    with pytest.raises(tables.TablesError, match=r"shed.json: 'shed' is no scene of '360'"):
+      make([tables.Run('shed.json', outcomes.outcome('shed'))])
+
+
+def spoil(run, path, value):
+  """The same run with another value in a field."""
+  *inner, last = path.split('.')
+  at = run.found
+  for name in inner:
+    at = at[name]
+  at[last] = value
+  return tables.Run('b.json', run.found)
+
+
+class TestMixing:
+  @pytest.mark.parametrize(
+    ('field', 'value'),
+    [
+      ('protocol.quantized', False),
+      ('protocol.crop_borders', 2),
+      ('protocol.test_split', 'every 10th image by name'),
+      ('protocol.render_interval', 4),
+      ('protocol.lpips', {'lpips': 'AlexNet'}),
+      ('lpips.weights', 'others'),
+      ('dataset_loader', 'transforms'),
+    ],
+  )
+  @pytest.mark.parametrize('scene', ['garden', 'room'])
+  def test_is_refused_with_files_and_field(self, field, value, scene):
+    other = spoil(run(scene), field, value)
+    with pytest.raises(tables.TablesError, match=rf'a\.json and b\.json differ in {field}'):
+      tables.check({'a': [run('garden', 'a.json')], 'b': [other]})
+
+  @pytest.mark.parametrize(
+    ('field', 'value'),
+    [('factor', 8), ('num_images', 23), ('image_sizes', {'648x420': 24}), ('masked_images', 2)],
+  )
+  def test_of_images_is_refused_on_one_scene_only(self, field, value):
+    methods = {'a': [run('garden', 'a.json')], 'b': [spoil(run('garden'), field, value)]}
+    with pytest.raises(tables.TablesError, match=rf'a\.json and b\.json differ in {field}'):
+      tables.check(methods)
+    tables.check({'a': [run('garden')], 'b': [spoil(run('stump'), field, value)]})
+
+  def test_other_images_of_the_same_number(self):
+    other = run('garden')
+    other.found['per_image'][3]['name'] = 'another.png'
+    with pytest.raises(tables.TablesError, match=r'differ in per_image.name'):
+      tables.check({'a': [run('garden')], 'b': [other]})
+
+  @pytest.mark.parametrize(
+    ('field', 'value'),
+    [('config_hash', 'f' * 16), ('step', 10), ('num_params', 5), ('mlp_dtype', 'bfloat16')],
+  )
+  def test_configs_are_not_mixed_in_a_row(self, field, value):
+    runs = [run('garden', 'a.json'), spoil(run('stump'), field, value)]
+    with pytest.raises(tables.TablesError, match=rf'a\.json and b\.json differ in {field}'):
+      tables.check({'a': runs})
+    tables.check({'a': runs[:1], 'b': runs[1:]})
+
+  def test_a_scene_twice_in_a_row(self):
+    with pytest.raises(tables.TablesError, match=r'a\.json and b\.json are both of .* garden'):
+      tables.check({'a': [run('garden', 'a.json'), run('garden', 'b.json')]})
+
+  @pytest.mark.parametrize(
+    ('change', 'field'),
+    [
+      ({'factor': 8}, 'factor'),
+      ({'n': 23}, 'num_images'),
+      ({'size': (648, 420)}, 'image_sizes'),
+      ({'bindings': ['Config.eval_quantize_metrics = False']}, 'protocol.quantized'),
+      ({'bindings': ['Config.llffhold = 9']}, 'protocol.test_split'),
+    ],
+  )
+  def test_published_numbers_stand_beside_their_own_protocol_alone(self, change, field):
+    runs = [run('garden', **change)]
+    words = rf'garden\.json and the published numbers .* differ in {field}'
+    with pytest.raises(tables.TablesError, match=words):
+      make(runs)
+    assert len(make(runs, []).rows) == 1
+
+  def test_sides_may_be_rounded_either_way(self):
+    for size in ((1297, 840), (1296, 840), (1297, 841)):
+      make([run('garden', size=size)])
+
+
+class TestForms:
+  def table(self):
+    return make(nine(lpips=0.2), [PAPER, 'NeRF'])
+
+  def test_markdown_colours_what_is_better(self):
+    text = table_forms.markdown(self.table())
+    psnr, ssim, paper, _ = re.split('^### ', text, flags=re.M)[1:]
+    row = next(line for line in psnr.splitlines() if '**ours**' in line)
+    cells = [cell.strip() for cell in row.strip('|').split('|')]
+    assert cells[1] == '20.00 🔴 -4.37'
+    assert cells[2] == '21.00 🔴 -0.73'
+    assert len(cells) == 13
+    assert '0.750 🟢 +0.065' in ssim
+    assert '0.200 🟢 -0.101' in paper  # Lower is better.
+    assert '0.200 🔴 +0.030' in paper
+    assert '[0, 1]' in paper
+    assert 'NeRF |' in psnr
+    assert '| NeRF |' not in ssim  # It has no SSIM in print.
+    assert 'arXiv:2111.12077' in text
+
+  def test_no_difference_at_the_digits_shown_is_white(self):
+    text = table_forms.markdown(make([run('garden', psnr=26.9801)]))
+    assert '26.98 ⚪ +0.00' in text
+    assert 'Means need all scenes; not all methods have bicycle, flowers, stump' in text
+
+  def test_latex_is_whole_and_escaped(self):
+    table = tables.make({'50% & a_b': nine()}, benchmarks.load('360'))
+    text = table_forms.latex(table)
+    assert r'50\% \& a\_b' in text
+    assert text.count(r'\begin{tabular}') == text.count(r'\end{tabular}') == 2
+    body = text.split(r'\midrule')[1].split(r'\bottomrule')[0].strip().splitlines()
+    assert all(line.endswith(r'\\') and len(re.findall(r'(?<!\\)&', line)) == 12 for line in body)
+    assert r'\cellcolor{red!50}20.00' in text
+    assert r'\cellcolor{green!50}0.750' in text
+    assert '[table]{xcolor}' in text
+
+  def test_csv_has_every_number_unrounded(self):
+    rows = list(csv.DictReader(io.StringIO(table_forms.as_csv(self.table()))))
+    found = {(r['metric'], r['method'], r['column']): r for r in rows}
+    ours = found['psnr', 'ours', 'mean']
+    assert float(ours['value']) == pytest.approx(24)
+    assert float(ours['difference']) == pytest.approx(24 - 249.22 / 9, abs=1e-9)
+    assert ours['ours'] == '1'
+    assert found['psnr', PAPER, 'bonsai']['difference'] == ''
+    assert ('ssim', 'NeRF', 'mean') not in found
+
+
+class TestProgram:
+  @pytest.fixture
+  def paths(self, tmp_path):
+    return [outcomes.write(tmp_path / r.scene / 'eval' / 'results.json', r.found) for r in nine()]
+
+  def test_prints_markdown(self, paths, capsys):
+    program.main(paths)
+    out = capsys.readouterr().out
+    assert '| **ours** | 20.00' in out
+    assert '| Zip-NeRF, paper |' in out
+
+  def test_writes_each_form(self, paths, tmp_path, capsys):
+    outs = [str(tmp_path / f'new/t{ending}') for ending in ('.md', '.tex', '.csv')]
+    program.main([*paths, '--out', *outs, '--published', PAPER])
+    texts = [Path(out).read_text() for out in outs]
+    assert texts[0].startswith('### ')
+    assert r'\toprule' in texts[1]
+    assert texts[2].startswith('metric,method,')
+    assert 'Zip-NeRF' not in ''.join(texts)
+
+  def test_methods_by_name(self, paths, tmp_path, capsys):
+    other = outcomes.write(
+      tmp_path / 'b.json', outcomes.published_scene('garden', bindings=['Config.seed = 1'])
+    )
+    program.main([*paths, '--method', 'seed 1', other, '--published', 'none'])
+    out = capsys.readouterr().out
+    assert '**seed 1**' in out
+    assert 'paper' not in out
+
+  def test_mixing_is_one_line_for_the_user(self, paths, tmp_path, capsys):
+    other = outcomes.write(
+      tmp_path / 'b.json',
+      outcomes.published_scene('garden', bindings=['Config.eval_crop_borders = 1']),
+    )
+    with pytest.raises(SystemExit):
+      cli.run(lambda: program.main([*paths, '--method', 'b', other]))
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1
+    for word in (paths[0], other, 'protocol.crop_borders'):
+      assert word in err
+
+  def test_errors_of_the_script_itself_are_one_line_too(self, capsys):
+    with pytest.raises(SystemExit):
+      cli.run(lambda: program.main([]))
+    assert capsys.readouterr().err.startswith('Error: Of which results?')
+
+  @pytest.mark.parametrize('ending', ['.pdf', ''])
+  def test_unknown_forms(self, paths, ending):
+    with pytest.raises(tables.TablesError, match=r'must end in \.md, \.tex, \.csv'):
+      program.main([*paths, '--out', f't{ending}'])
