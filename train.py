@@ -254,6 +254,7 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
           f'step {step:,} is saved in {config.checkpoint_dir}; the same command goes on from there'
         )
         log.close()
+        sharding.leave()
         raise signals.Stopped(signum)
       if step % config.gc_every == 0:
         gc.collect()

@@ -217,11 +217,10 @@ def save(
   The newest `keep` stay, with 0 all of them.
 
   Raises:
-    CheckpointError: it could not be written, on any process; those before it stay as they are.
+    CheckpointError: this process could not write it; those before it stay as they are.
   """
   step = int(sharding.to_host(state.step))
   folder, final = _folder(checkpoint_dir), folder_of(checkpoint_dir, step)
-  failure = None
   try:
     with _quiet(), _orbax() as writer:
       writer.save(os.path.join(final + _PARTIAL, _STATE), args=ocp.args.StandardSave(state))
@@ -230,17 +229,16 @@ def save(
       os.rename(final + _PARTIAL, final)
       _remove_all_but(checkpoint_dir, keep)
   except Exception as error:  # TensorStore has exceptions of many kinds for a full disk.
-    failure = error
-  if not sharding.on_all(failure is None):
+    if sharding.is_of_another_process(error):
+      raise
     if sharding.is_main():
       shutil.rmtree(final + _PARTIAL, ignore_errors=True)
-    reason = 'another process failed' if failure is None else ' '.join(str(failure).split())
     last = latest_step(checkpoint_dir)
     raise CheckpointError(
-      f'Step {step:,} could not be saved in {folder}: {reason[:1000]}. '
+      f'Step {step:,} could not be saved in {folder}: {" ".join(str(error).split())[:1000]}. '
       + (f'The checkpoint of step {last:,} is kept' if last else 'There is no checkpoint before it')
       + '; with room on the disk, the same command goes on.'
-    ) from failure
+    ) from error
 
 
 def notes(checkpoint_dir: str, step: int) -> dict[str, Any]:
