@@ -278,6 +278,7 @@ class Model(_Checked):
   raydist_fn: str | typing.Callable | None = None  # g of Eq. 11; None: identity.
   ray_shape: str = 'cone'
   num_multisamples: int = 0  # 0: one Gaussian a frustum; 6: Zip-NeRF's pattern of small ones.
+  multisample_proposals: bool = True  # The proposal levels' frusta too, not the last level's alone.
   opaque_background: bool = False
   anneal_slope: float = 10.0
   dilation_multiplier: float = 0.5
@@ -303,6 +304,12 @@ class Model(_Checked):
     super().__post_init__()
     if self.single_mlp and self.separate_prop_mlps:
       raise ConfigError('Model.single_mlp and Model.separate_prop_mlps exclude each other.')
+    if self.single_mlp and not self.multisample_proposals:
+      raise ConfigError('Model.multisample_proposals = False needs Model.single_mlp = False.')
+
+  def multisampled(self, last: bool) -> bool:
+    """Whether the frusta of the last level, or of a proposal level, are several Gaussians each."""
+    return self.num_multisamples > 0 and (last or self.multisample_proposals)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,7 @@
 XLA calls cuBLAS for products; what cuBLAS does not finish, XLA does in passes over gigabytes of
 activations. `product` also joins two products, adds a bias or an outer product, and applies a
 ReLU or its mask; `weight_gradient` also sums the rows for the bias. They are kernels in Pallas
-for Mosaic GPU: one warpgroup of a block fetches tiles into a ring in shared memory, two multiply:
-each its own tile of a product, one finishing while the other multiplies, or half of a gradient's.
+for Mosaic GPU: one warpgroup of a block fetches tiles into a ring in shared memory, two multiply.
 internal/dense.py has the same in plain XLA.
 """
 
@@ -24,11 +23,9 @@ Array = jax.Array
 _SUB = 64  # Shared memory is laid out, and copied out, in squares of so many.
 _TRANSFORMS = (plgpu.TilingTransform((8, _SUB)), plgpu.SwizzleTransform(128))  # Of bfloat16.
 _DEPTH = 64  # What is multiplied at a time.
-_ROWS, _COLS = 128, 256  # A block's tile of a weight gradient.
-_SIDE = 128  # A warpgroup's tile of a product.
-_PIECES = (_SIDE // _SUB, _SIDE // _SUB)
-_WARPGROUPS = 2  # Those that multiply.
-_PRODUCT_STAGES = 5  # Places in the ring: with the result's tile, all that shared memory holds.
+_ROWS, _COLS = 128, 256  # A block's tile of the result.
+_WARPGROUPS = 2  # Those that multiply: each half of the tile's rows (columns, of a gradient).
+_PRODUCT_STAGES = 3  # Places in the ring: with the result's tile, all that shared memory holds.
 _GRADIENT_STAGES = 4
 _MASK_STEP = 2  # When a tile's mask is fetched: by then the tile before has been stored.
 _FETCH_REGISTERS, _MULTIPLY_REGISTERS = 40, 232
@@ -44,7 +41,7 @@ def available() -> bool:
 def fits(rows: int, depth: int, width: int) -> bool:
   """Whether [rows, depth] times [depth, width], and its gradients, can be done here."""
   whole_tiles = depth > 0 and not (rows % _ROWS or depth % _ROWS or width % _COLS)
-  return bool(whole_tiles) and _parts(rows, depth, 1, 1) > 0
+  return whole_tiles and depth // _DEPTH >= _PRODUCT_STAGES and _parts(rows, depth, 1, 1) > 0
 
 
 def _parts(rows: int, depth: int, tiles: int, blocks: int) -> int:
@@ -70,27 +67,29 @@ def _blocks() -> int:
   return jax.devices()[0].core_count
 
 
-def _ring(stages: int, a: tuple[int, int], b: tuple[int, int], users: int, arrivals: int) -> list:
-  """Shared memory of a ring of pairs of tiles; barriers that say full, and empty, for each user."""
+def _ring(stages: int, a: tuple[int, int], b: tuple[int, int]) -> list:
+  """Shared memory of a ring of pairs of tiles; barriers that say full, and empty."""
   return [
     plgpu.SMEM((stages, *a), jnp.bfloat16, transforms=_TRANSFORMS),
     plgpu.SMEM((stages, *b), jnp.bfloat16, transforms=_TRANSFORMS),
-    plgpu.Barrier(num_arrivals=2, num_barriers=users * stages),
-    plgpu.Barrier(num_arrivals=arrivals, num_barriers=users * stages),
+    plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+    plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
   ]
 
 
-def _fetch_all(total, stages: int, fetch, release) -> None:
-  """Keeps a ring filled: `fetch(step)` for each of `total` steps after `release(step - stages)`."""
+def _fetch_all(total, stages: int, empty, fetch) -> None:
+  """Keeps a ring filled: `fetch(step, slot)` for each of `total` steps, at least `stages`."""
   plgpu.set_max_registers(_FETCH_REGISTERS, action='decrease')
 
   def refill(step, _):
-    release(step - stages)
-    fetch(step)
+    slot = lax.rem(step, stages)
+    plgpu.barrier_wait(empty.at[slot])
+    fetch(step, slot)
 
-  lax.fori_loop(0, lax.min(total, stages), lambda step, _: fetch(step), None)
+  lax.fori_loop(0, stages, lambda step, _: fetch(step, step), None)
   lax.fori_loop(stages, total, refill, None)
-  lax.fori_loop(lax.max(total - stages, 0), total, lambda step, _: release(step), None)
+  drain = lambda step, _: plgpu.barrier_wait(empty.at[lax.rem(step, stages)])  # noqa: E731
+  lax.fori_loop(total, total + stages, drain, None)
 
 
 def _call(body, outs, scratch, blocks: int, interpret):
@@ -133,7 +132,7 @@ def product(
     interpret: Pallas' parameters for running without a GPU.
   """
   (m, _), (_, n) = xs[0].shape, ws[0].shape
-  blocks = min(blocks or _blocks(), (m // _SIDE) * (n // _SIDE))
+  blocks = min(blocks or _blocks(), (m // _ROWS) * (n // _COLS))
   body = functools.partial(
     _product_kernel,
     depths=tuple(x.shape[1] for x in xs),
@@ -142,9 +141,13 @@ def product(
     blocks=blocks,
   )
   scratch = [
-    *_ring(_PRODUCT_STAGES, (_SIDE, _DEPTH), (_DEPTH, _SIDE), _WARPGROUPS, 1),
-    plgpu.SMEM((_WARPGROUPS, *_PIECES, _SUB, _SUB), jnp.bfloat16, transforms=_TRANSFORMS),
-    plgpu.Barrier(num_arrivals=_PIECES[0] * _PIECES[1], num_barriers=_WARPGROUPS),
+    *_ring(_PRODUCT_STAGES, (_ROWS, _DEPTH), (_DEPTH, _COLS)),
+    plgpu.SMEM(
+      (_WARPGROUPS, _COLS // _SUB, _ROWS // _WARPGROUPS, _SUB),
+      jnp.bfloat16,
+      transforms=_TRANSFORMS,
+    ),
+    plgpu.Barrier(num_arrivals=_COLS // _SUB, num_barriers=_WARPGROUPS),
   ]
   extras = [*([] if bias is None else [bias]), *(outer or ()), *([] if mask is None else [mask])]
   out = jax.ShapeDtypeStruct((m, n), jnp.bfloat16)
@@ -159,34 +162,27 @@ def _product_kernel(*refs, depths, extras, relu, blocks):
   bias, by_row, by_col, mask = take(has_bias), take(has_outer), take(has_outer), take(has_mask)
   out, x_ring, w_ring, full, empty, result, mask_came = refs
 
-  across = out.shape[1] // _SIDE
-  tiles = (out.shape[0] // _SIDE) * across
+  across = out.shape[1] // _COLS
+  tiles = (out.shape[0] // _ROWS) * across
   steps = sum(depths) // _DEPTH  # Of each tile.
-  stages = _PRODUCT_STAGES
+  stages, half = _PRODUCT_STAGES, _ROWS // _WARPGROUPS
   warpgroup, block = lax.axis_index('warpgroup'), lax.axis_index('block')
   mine = lax.div(tiles - block + blocks - 1, blocks)
 
   def corner(i):
     """Where this block's i-th tile begins: blocks side by side share rows of x in the cache."""
     tile = block + i * blocks
-    return lax.div(tile, across) * _SIDE, lax.rem(tile, across) * _SIDE
-
-  def place(step):
-    """The slot of a step in the ring, and its barriers': tiles go to the warpgroups in turn."""
-    slot = lax.rem(step, stages)
-    user = lax.rem(lax.div(step, steps), _WARPGROUPS)
-    return slot, user * stages + slot
+    return lax.div(tile, across) * _ROWS, lax.rem(tile, across) * _COLS
 
   @pl.when(warpgroup == _WARPGROUPS)
   def _fetch():
-    def fetch(step):
+    def fetch(step, slot):
       row, col = corner(lax.div(step, steps))
-      slot, barrier = place(step)
 
       def copy(x, w, k):
         depth = pl.ds(k * _DEPTH, _DEPTH)
-        plgpu.copy_gmem_to_smem(x.at[pl.ds(row, _SIDE), depth], x_ring.at[slot], full.at[barrier])
-        plgpu.copy_gmem_to_smem(w.at[depth, pl.ds(col, _SIDE)], w_ring.at[slot], full.at[barrier])
+        plgpu.copy_gmem_to_smem(x.at[pl.ds(row, _ROWS), depth], x_ring.at[slot], full.at[slot])
+        plgpu.copy_gmem_to_smem(w.at[depth, pl.ds(col, _COLS)], w_ring.at[slot], full.at[slot])
 
       k = lax.rem(step, steps)
       if len(xs) == 1:
@@ -196,29 +192,29 @@ def _product_kernel(*refs, depths, extras, relu, blocks):
         pl.when(k < first)(lambda: copy(xs[0], ws[0], k))
         pl.when(k >= first)(lambda: copy(xs[1], ws[1], k - first))
 
-    _fetch_all(
-      mine * steps, stages, fetch, lambda step: plgpu.barrier_wait(empty.at[place(step)[1]])
-    )
+    _fetch_all(mine * steps, stages, empty, fetch)
 
   @pl.when(warpgroup < _WARPGROUPS)
   def _multiply():
     plgpu.set_max_registers(_MULTIPLY_REGISTERS, action='increase')
-    pieces = [(r, c) for r in range(_PIECES[0]) for c in range(_PIECES[1])]
+    my_rows = pl.ds(warpgroup * half, half)
+    pieces = range(_COLS // _SUB)
 
-    def one_tile(turn, _):
-      i = turn * _WARPGROUPS + warpgroup
+    def one_tile(i, _):
       row, col = corner(i)
+      row = row + warpgroup * half
 
-      def piece_of(ref, r, c):
-        return ref.at[pl.ds(row + r * _SUB, _SUB), pl.ds(col + c * _SUB, _SUB)]
+      def piece_of(ref, p):
+        return ref.at[pl.ds(row, half), pl.ds(col + p * _SUB, _SUB)]
 
       def accumulate(acc):
         def step(k, acc):
-          slot, barrier = place(i * steps + k)
-          plgpu.barrier_wait(full.at[barrier])
-          plgpu.wgmma(acc, x_ring.at[slot], w_ring.at[slot])
+          at = i * steps + k
+          slot = lax.rem(at, stages)
+          plgpu.barrier_wait(full.at[slot])
+          plgpu.wgmma(acc, x_ring.at[slot].at[my_rows], w_ring.at[slot])
           plgpu.wgmma_wait(1)  # The step before is done with its place in the ring.
-          pl.when(k > 0)(lambda: plgpu.barrier_arrive(empty.at[place(i * steps + k - 1)[1]]))
+          pl.when(k > 0)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(at - 1, stages)]))
           return acc
 
         lax.fori_loop(0, _MASK_STEP, step, acc)
@@ -226,40 +222,39 @@ def _product_kernel(*refs, depths, extras, relu, blocks):
         if has_mask:
           for p in pieces:
             plgpu.copy_gmem_to_smem(
-              piece_of(mask, *p), result.at[warpgroup, *p], mask_came.at[warpgroup]
+              piece_of(mask, p), result.at[warpgroup, p], mask_came.at[warpgroup]
             )
         lax.fori_loop(_MASK_STEP, steps, step, acc)
         plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(empty.at[place(i * steps + steps - 1)[1]])
+        plgpu.barrier_arrive(empty.at[lax.rem(i * steps + steps - 1, stages)])
         return acc[...]
 
-      acc = pl.run_scoped(accumulate, plgpu.ACC((_SIDE, _SIDE), jnp.float32))
+      acc = pl.run_scoped(accumulate, plgpu.ACC((half, _COLS), jnp.float32))
       if has_mask:
         plgpu.barrier_wait(mask_came.at[warpgroup])
 
-      def vector(ref, start, axis):
+      def vector(ref, start, size, axis):
         """Part of a vector, spread over the axis of a piece that it does not run along."""
         layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-        part = plgpu.load(ref, (pl.ds(start, _SUB),), layout=layout, optimized=False)
-        return lax.broadcast_in_dim(part, (_SUB, _SUB), [axis])
+        part = plgpu.load(ref, (pl.ds(start, size),), layout=layout, optimized=False)
+        return lax.broadcast_in_dim(part, (half, _SUB), [axis])
 
-      for r, c in pieces:
-        rows, cols = (slice(n * _SUB, (n + 1) * _SUB) for n in (r, c))
-        piece = acc[rows, cols]
+      for p in pieces:
+        piece = acc[:, p * _SUB : (p + 1) * _SUB]
         if has_bias:
-          piece += vector(bias, col + c * _SUB, 1)
+          piece += vector(bias, col + p * _SUB, _SUB, 1)
         if has_outer:
-          piece += vector(by_row, row + r * _SUB, 0) * vector(by_col, col + c * _SUB, 1)
+          piece += vector(by_row, row, half, 0) * vector(by_col, col + p * _SUB, _SUB, 1)
         if relu:
           piece = jnp.maximum(piece, 0.0)
         if has_mask:
-          piece = jnp.where(result[warpgroup, r, c] > 0, piece, 0.0)
-        result[warpgroup, r, c] = piece.astype(jnp.bfloat16)
+          piece = jnp.where(result[warpgroup, p] > 0, piece, 0.0)
+        result[warpgroup, p] = piece.astype(jnp.bfloat16)
       plgpu.commit_smem()
       for p in pieces:
-        plgpu.copy_smem_to_gmem(result.at[warpgroup, *p], piece_of(out, *p))
+        plgpu.copy_smem_to_gmem(result.at[warpgroup, p], piece_of(out, p))
 
-    lax.fori_loop(0, lax.div(mine - warpgroup + 1, _WARPGROUPS), one_tile, None)
+    lax.fori_loop(0, mine, one_tile, None)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -284,7 +279,7 @@ def weight_gradient(
     jax.ShapeDtypeStruct((parts, down, _SUB, n), jnp.float32),
   )
   scratch = [
-    *_ring(_GRADIENT_STAGES, (_DEPTH, _ROWS), (_DEPTH, _COLS), 1, _WARPGROUPS),
+    *_ring(_GRADIENT_STAGES, (_DEPTH, _ROWS), (_DEPTH, _COLS)),
     plgpu.SMEM((_WARPGROUPS, _SUB, _DEPTH), jnp.bfloat16, transforms=_TRANSFORMS),
   ]
   dw, rows = _call(body, outs, scratch, parts * down * across, interpret)(x, g)
@@ -301,8 +296,7 @@ def _gradient_kernel(x, g, dw, row_sums, x_ring, g_ring, full, empty, ones, *, d
 
   @pl.when(warpgroup == _WARPGROUPS)
   def _fetch():
-    def fetch(step):
-      slot = lax.rem(step, stages)
+    def fetch(step, slot):
       # Of every `down` steps block i begins with the i-th, whose rows it also sums.
       turn = lax.rem(step, down)
       row = (part * steps + step - turn + lax.rem(turn + i, down)) * _DEPTH
@@ -310,9 +304,7 @@ def _gradient_kernel(x, g, dw, row_sums, x_ring, g_ring, full, empty, ones, *, d
       plgpu.copy_gmem_to_smem(x.at[rows, pl.ds(i * _ROWS, _ROWS)], x_ring.at[slot], full.at[slot])
       plgpu.copy_gmem_to_smem(g.at[rows, pl.ds(j * _COLS, _COLS)], g_ring.at[slot], full.at[slot])
 
-    _fetch_all(
-      steps, stages, fetch, lambda step: plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
-    )
+    _fetch_all(steps, stages, empty, fetch)
 
   @pl.when(warpgroup < _WARPGROUPS)
   def _multiply():

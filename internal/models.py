@@ -202,12 +202,12 @@ class Model(nn.Module):
   def setup(self):
     cfg = self.config
 
-    def field(config: configs.MLP, level: int | None = None) -> MLP:
-      dtype, several = mlp_dtype(cfg.mlp_dtype), cfg.num_multisamples > 0
+    def field(config: configs.MLP, level: int | None = None, last: bool = False) -> MLP:
+      dtype, several = mlp_dtype(cfg.mlp_dtype), cfg.multisampled(last)
       config = config.for_level(level)
       return MLP(config, dtype, cfg.use_gpu_kernels, several, cfg.deterministic_grid)
 
-    self.nerf_mlp = field(self.nerf_config)
+    self.nerf_mlp = field(self.nerf_config, last=True)
     if cfg.separate_prop_mlps:  # Flax names them prop_mlp_0, prop_mlp_1, ...
       self.prop_mlp = [field(self.prop_config, i) for i in range(cfg.num_levels - 1)]
     elif not cfg.single_mlp:
@@ -241,7 +241,7 @@ class Model(nn.Module):
       key, sample_key, mlp_key, bg_key = math.split_keys(key, 4)
       sdist = self._resample(sample_key, level, sdist, weights, train_frac)
       tdist = s_to_t(sdist)
-      gaussians = self._cast(sample_key, rays, tdist)
+      gaussians = self._cast(sample_key, level, rays, tdist)
       density, rgb = self._query(mlp_key, level, rays, gaussians, glo)
       weights = render.compute_alpha_weights(density, tdist, rays.directions, cfg.opaque_background)
       history.append(structs.RayHistory(sdist, tdist, weights, rgb))
@@ -285,11 +285,11 @@ class Model(nn.Module):
     # Without the barrier XLA may fuse sampling into the MLP's inputs, and compile for minutes.
     return jax.lax.optimization_barrier(sdist)
 
-  def _cast(self, key, rays: structs.Rays, tdist: Array) -> structs.Gaussians:
+  def _cast(self, key, level: int, rays: structs.Rays, tdist: Array) -> structs.Gaussians:
     """Each interval's Gaussian, or with multisampling its several."""
     cfg = self.config
     cone = rays.origins, rays.directions, rays.radii, cfg.ray_shape
-    if cfg.num_multisamples > 0:
+    if cfg.multisampled(level == cfg.num_levels - 1):
       key = None if key is None else math.fold_in(key, 1)  # The key itself has drawn the jitter.
       gaussians = render.multisample(key, tdist, *cone)
     else:

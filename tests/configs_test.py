@@ -54,7 +54,7 @@ def test_shipped_config_loads_from_any_folder(path, tmp_path, monkeypatch):
     ('blender_512', 3_065_733),
     ('llff_512', 3_065_733),
     ('360_grid', 77_550_072),  # Of ours, and said in their headers.
-    ('360_fast', 36_720_786),
+    ('360_fast', 66_647_198),
   ],
 )
 def test_shipped_config_has_the_published_size(name, count):
@@ -264,6 +264,8 @@ def test_numbers_of_a_proposal_level():
 def test_one_field_for_all_or_one_for_each():
   with pytest.raises(configs.ConfigError, match='exclude each other'):
     configs.Model(single_mlp=True, separate_prop_mlps=True)
+  with pytest.raises(configs.ConfigError, match='multisample_proposals'):
+    configs.Model(single_mlp=True, num_multisamples=6, multisample_proposals=False)
 
 
 @pytest.mark.parametrize('value', ['far = 1e999', "weight_decay_mults = {'nerf_mlp': -1e999}"])

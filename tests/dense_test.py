@@ -222,7 +222,7 @@ class TestFused:
     ('width', 'features', 'bottleneck', 'rows', 'wanted'),
     [
       (256, 256, 256, 200, {}),
-      (64, 256, 256, 256, {}),
+      (128, 256, 256, 256, {}),
       (256, 200, 256, 256, {'weight_gradient': 2, 'product mask': 1, 'product mask outer': 1}),
       (256, 256, 200, 256, {'weight_gradient': 3, 'product mask': 1, 'product bias relu': 1}),
     ],

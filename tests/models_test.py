@@ -716,6 +716,19 @@ class TestGrid:
     assert [h.weights.shape for h in history] == [(6, 12), (6, 12), (6, 8)]
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((renderings, history)))
 
+  @pytest.mark.parametrize('encoding', [(), GRID], ids=['ipe', 'grid'])
+  def test_proposals_may_do_with_one_point(self, encoding):
+    wide = RAYS.replace(radii=RAYS.radii * 100)
+    points = 'Model.num_multisamples = 6'
+    single, last, every = (
+      _forward(*encoding, *bindings, rays=wide)
+      for bindings in ((), (points, 'Model.multisample_proposals = False'), (points,))
+    )
+    for level in (0, 1):  # Proposals as without, the last level as with several.
+      np.testing.assert_array_equal(last[1][level].weights, single[1][level].weights)
+    assert _differs(last[1][0].weights, every[1][0].weights)
+    assert _differs(last[0][-1].rgb, single[0][-1].rgb)
+
   def test_points_turn_at_random_only_with_a_key(self):
     bindings = (*GRID, 'Model.num_multisamples = 6')
     wide = RAYS.replace(radii=RAYS.radii * 100)
