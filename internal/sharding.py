@@ -29,6 +29,9 @@ _GONE = re.compile(
   re.IGNORECASE,
 )
 
+# Seconds after which a process that says nothing, whose connections stay open, counts as gone.
+HEARTBEAT = 30
+
 _COORDINATOR = 'JAX_COORDINATOR_ADDRESS'
 _COUNT = 'JAX_NUM_PROCESSES'
 _INDEX = 'JAX_PROCESS_ID'
@@ -58,12 +61,15 @@ def initialize() -> None:
   given = [name for name in (_COORDINATOR, _COUNT, _INDEX) if os.environ.get(name)]
   if len(given) == 3:
     jax.distributed.initialize(
-      os.environ[_COORDINATOR], int(os.environ[_COUNT]), int(os.environ[_INDEX])
+      os.environ[_COORDINATOR],
+      int(os.environ[_COUNT]),
+      int(os.environ[_INDEX]),
+      heartbeat_timeout_seconds=HEARTBEAT,
     )
   elif _COORDINATOR in given:
     raise ValueError(f'{_COORDINATOR} is set, so {_COUNT} and {_INDEX} must be set too.')
   elif _on_tpu_vm() or _under_launcher():
-    jax.distributed.initialize()
+    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
   else:
     return
   signals.listen_again()  # JAX has taken SIGTERM for a preemption notice that it keeps to itself.
