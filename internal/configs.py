@@ -28,7 +28,7 @@ class ConfigError(ValueError):
 _CHOICES = {
   'batching': ('all_images', 'single_image'),
   'data_loss_type': ('mse', 'charb'),
-  'pixels_on': ('auto', 'device', 'host'),
+  'pixels_on': ('auto', 'device', 'host', 'disk'),
   'ray_shape': ('cone', 'cylinder'),
   'raydist_fn': (None, 'reciprocal', 'log', 'identity', 'piecewise', 'power'),
   'warp_fn': (None, 'contract'),
@@ -102,7 +102,8 @@ class Config(_Checked):
   load_alphabetical: bool = True  # Sort images by name, not by COLMAP's ids.
   near: float = 2.0
   far: float = 6.0
-  pixels_on: str = 'auto'  # Where training pixels live: 'device', 'host', or what fits.
+  pixels_on: str = 'auto'  # Where training pixels live: 'device', 'host', 'disk', or what fits.
+  pixel_cache_dir: str | None = None  # Of those on disk; .pixels/ in the capture if not set.
 
   # Training.
   seed: int = 20220618

@@ -36,16 +36,21 @@ def metrics(run):
   return [{k: v for k, v in row.items() if k not in _TIMES} for row in rows]
 
 
-def same(a, b):
-  """Whether parameters, optimizer state and metrics of two finished runs are equal."""
+def same_state(a, b, step):
+  """Whether parameters and optimizer state of two runs are equal at a step."""
   states = []
   for run in (a, b):
     settings, _ = checkpoints.open_run(str(run))
-    assert checkpoints.newest(str(run)) == settings.config.last_step
-    state = checkpoints.restore(str(run), settings, tiny.mesh(1), settings.config.last_step)
+    state = checkpoints.restore(str(run), settings, tiny.mesh(1), step)
     states.append(jax.tree.map(np.asarray, state))
   equal = jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), *states)
-  return all(jax.tree.leaves(equal)) and metrics(a) == metrics(b)
+  return all(jax.tree.leaves(equal))
+
+
+def same(a, b):
+  """Whether parameters, optimizer state and metrics of two finished runs are equal."""
+  assert checkpoints.newest(str(a)) == checkpoints.newest(str(b)) == lives.STEPS
+  return same_state(a, b, lives.STEPS) and metrics(a) == metrics(b)
 
 
 def scalars(run):
