@@ -7,6 +7,7 @@ they live on the device or on the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -22,26 +23,21 @@ Array = jax.Array
 class PixelStore:
   """All training pixels, uint8, in one flat table on the device (or host)."""
 
-  rgb: tuple[Array, Array, Array]  # Each [pixels] uint8: planes, so that no axis of 3 is padded.
-  first: Array  # [n] int32, where each image's pixels begin.
+  # Each [pixels] uint8: planes, so that no axis of 3 is padded; or pixels.MappedPixels.
+  rgb: tuple[Array, Array, Array] | Any
+  first: Array  # [n] int32, where each image's pixels begin; int64 on a host with more of them.
+
+
+def first_pixels(size: np.ndarray) -> np.ndarray:
+  """Where the pixels of images of `size` [n, 2] begin: int32, or int64 where that is too small."""
+  ends = np.cumsum(np.asarray(size, np.int64).prod(-1))
+  return np.append(0, ends[:-1]).astype(np.int32 if ends[-1] < 2**31 else np.int64)
 
 
 def make_store(images: Sequence[np.ndarray]) -> PixelStore:
-  """Flattens [h, w, 3] uint8 images into one table.
-
-  Raises:
-    ValueError: more pixels than 32-bit indices reach.
-  """
-  counts = np.array([im.shape[0] * im.shape[1] for im in images], np.int64)
-  if counts.sum() >= 2**31:
-    raise ValueError(
-      f'{counts.sum():,} training pixels are more than 2^31; set Config.factor to downsample.'
-    )
-  rgb = np.empty((3, counts.sum()), np.uint8)
-  first = np.concatenate([[0], np.cumsum(counts)[:-1]])
-  for image, start, count in zip(images, first, counts):
-    rgb[:, start : start + count] = image.reshape(-1, 3).T
-  return PixelStore(tuple(rgb), first.astype(np.int32))
+  """Flattens [h, w, 3] uint8 images into one table."""
+  rgb = np.concatenate([image.reshape(-1, 3).T for image in images], -1)
+  return PixelStore(tuple(rgb), first_pixels(np.array([image.shape[:2] for image in images])))
 
 
 def make_supervision(
@@ -138,6 +134,8 @@ def lookup(store: PixelStore, size: Array, cam_idx, x, y):
   """The pixels' colours, [..., 3] uint8; numpy in, numpy out."""
   xp = np if isinstance(store.first, np.ndarray) else jnp
   index = store.first[cam_idx] + y * size[cam_idx, 0] + x
+  if not isinstance(store.rgb, tuple):
+    return store.rgb[index]
   return xp.stack([plane[index] for plane in store.rgb], -1)
 
 
