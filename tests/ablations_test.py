@@ -270,8 +270,9 @@ class TestScript:
     nerf = next(line for line in table['rows'] if line['name'] == 'nerf')
     assert nerf['published']['psnr_change'] == pytest.approx(23.85 - 27.69)
     text = (ladder.out / 'ablations.md').read_text()
-    assert '| F: small NeRF MLP | 5 (1.1 M) | 22.80 | -1.57 | 0.515 | 20.60 | -9.40 |' in text
-    assert '| 23.85* | -3.84 | - |' in text
+    assert '| 22.80 | -1.57 | 0.515 | 0.480 | 20.60 | -9.40 | 0.500 | - | 100 |' in text
+    assert '| 23.85* | -3.84 | - | - | 21.20 | -8.80 | 0.500 | - | 100 |' in text
+    assert '| F: small NeRF MLP | 5 (1.1 M) |' in text
     assert 'f_small_mlp yes' in text
 
   def test_a_row_that_fails_stops_no_other(self, ladder):
