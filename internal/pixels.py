@@ -14,6 +14,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent import futures
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from internal.datasets import scene as scene_lib
 _FOLDER = '.pixels'  # In the capture, unless Config.pixel_cache_dir says another.
 _SHARE = 0.5  # Of the memory that is free: the rest is for what runs beside the pixels.
 _VERSION = 1  # Of the file.
+_READERS, _PER_READER = 32, 128  # Threads, and pixels that are worth another one.
 
 
 class PixelCacheError(ValueError):
@@ -31,17 +33,20 @@ class PixelCacheError(ValueError):
 
 
 class MappedPixels:
-  """Pixels [n, 3] uint8 in a file; `pixels[index]` reads those of an array of indices."""
+  """Pixels [n, 3] uint8 in a file; `pixels[index]` reads those of indices [m]."""
 
   def __init__(self, path: str):
     with open(path, 'rb') as f:
       self._file = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     self._file.madvise(mmap.MADV_RANDOM)  # Reading ahead would be in vain.
     self._table = np.frombuffer(self._file, np.uint8).reshape(-1, 3)
+    self._readers = futures.ThreadPoolExecutor(_READERS)
     self.nbytes = self._table.nbytes
 
   def __getitem__(self, index: np.ndarray) -> np.ndarray:
-    colors = self._table[index]
+    parts = np.array_split(index, min(_READERS, len(index) // _PER_READER + 1))
+    # A disk answers many questions at a time.
+    colors = np.concatenate(list(self._readers.map(self._table.__getitem__, parts)))
     # What was read stays in the system's cache, but no more counts as memory of this process.
     self._file.madvise(mmap.MADV_DONTNEED)
     return colors
