@@ -164,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
   run = cli.run_folder(args)
   settings, scene = checkpoints.open_run(run, args.gin_bindings)
   sharding.initialize()
+  cli.show_notices(settings)
   mesh = sharding.make_mesh()
   rows = select_images(settings.config, scene)
   normals = settings.config.vis_normals

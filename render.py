@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
   config = settings.config
   cams = trajectory.make_cameras(config, scene)
   sharding.initialize()
+  cli.show_notices(settings)
   mesh = sharding.make_mesh()
   params, step = checkpoints.restore_params(run, settings, mesh=mesh)
   kinds = _KINDS if config.vis_normals else _KINDS[:2]

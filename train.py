@@ -278,6 +278,7 @@ def main(args: argparse.Namespace) -> None:
   settings = configs.load_config(args.gin_configs, args.gin_bindings)
   config = settings.config
   sharding.initialize()
+  cli.show_notices(settings)
   mesh = sharding.make_mesh()
   scene = datasets.load_dataset(config, read_only=args.dry_run)
   if args.dry_run:

@@ -65,10 +65,11 @@ def make_supervision(
     edges = np.flatnonzero(np.diff(allowed.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
     starts.append(edges[:, 0])
     lengths.append(edges[:, 1] - edges[:, 0])
+  pixels_before = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
   return structs.Supervision(
     weight,
     np.concatenate(starts).astype(np.int32),
-    np.cumsum([0, *np.concatenate(lengths)]).astype(np.int32),
+    pixels_before.astype(np.int32),
     np.cumsum([0, *map(len, starts)]).astype(np.int32),
   )
 

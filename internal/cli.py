@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 
-from internal import configs, signals
+from internal import configs, sharding, signals
 
 _ROOMS = os.path.dirname(os.path.abspath(__file__))
 _CACHE = 'mipnerf360-jax'
@@ -47,6 +47,13 @@ def parse_run_arguments(description: str, argv: list[str] | None = None) -> argp
   )
   add_arguments(parser)
   return parser.parse_args(argv)
+
+
+def show_notices(settings: configs.Settings) -> None:
+  """Says on stderr, by the main process, what of the settings has no effect."""
+  if sharding.is_main():
+    for line in configs.notices(settings):
+      print(f'Note: {line}', file=sys.stderr)
 
 
 def run_folder(args: argparse.Namespace) -> str:

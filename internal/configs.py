@@ -153,7 +153,7 @@ class Config(_Checked):
   # Rendering.
   render_chunk_size: int = 16384  # Rays at once over all devices; halved until they fit in memory.
   render_dir: str | None = None  # None: <checkpoint_dir>/render.
-  render_path: bool = False  # Accepted: render.py always renders the path.
+  render_path: bool = False  # Without effect: see ACCEPTED.
   render_path_frames: int = 120
   render_path_file: str | None = None  # .npy of [n, 3, 4] poses in the normalised world.
   render_video_fps: int = 60
@@ -223,7 +223,7 @@ class MLP(_Checked):
   bottleneck_noise: float = 0.0
   weight_init: str = 'he_uniform'
   disable_rgb: bool = False
-  disable_density_normals: bool = False  # Accepted: normals are never part of training.
+  disable_density_normals: bool = False  # Without effect: see ACCEPTED.
 
   def __post_init__(self):
     super().__post_init__()
@@ -307,7 +307,7 @@ class Model(_Checked):
   near_anneal_init: float = 0.95
   resample_padding: float = 0.0  # Added to weights before sampling from them.
   resample_blur: bool = False  # Widens them by a bin first, as mip-NeRF does.
-  use_gpu_resampling: bool = False  # Accepted: the choice is made by platform.
+  use_gpu_resampling: bool = False  # Without effect: see ACCEPTED.
   use_gpu_kernels: bool = True  # On GPUs, what is written for them; False: plain XLA.
   mlp_dtype: str = 'auto'  # Of hidden layers; 'auto': bfloat16, but float32 on CPUs.
   deterministic_grid: bool = False  # Grids' gradients repeat to the bit on GPUs too; slower.
@@ -337,6 +337,27 @@ class Settings:
   prop_mlp: PropMLP
   nerf_mlp: NerfMLP
   text: str  # The whole, as gin text that load_config reads back.
+
+
+# What files and command lines of the field may set although it has nothing to do here, and why.
+ACCEPTED = {
+  'Config.render_path': 'render.py renders the camera path, eval.py the test images',
+  'Model.use_gpu_resampling': 'the way of resampling is chosen by platform',
+  'PropMLP.disable_density_normals': 'normals are computed only where Config.vis_normals says so',
+  'NerfMLP.disable_density_normals': 'normals are computed only where Config.vis_normals says so',
+}
+
+
+def notices(settings: Settings) -> list[str]:
+  """A line for each setting that differs from its default and is without effect (ACCEPTED)."""
+  owners = (settings.config, settings.model, settings.prop_mlp, settings.nerf_mlp)
+  result = []
+  for owner in owners:
+    for field in dataclasses.fields(owner):
+      name, value = f'{type(owner).__name__}.{field.name}', getattr(owner, field.name)
+      if name in ACCEPTED and value != field.default:
+        result.append(f'{name} = {value!r} is accepted without effect: {ACCEPTED[name]}.')
+  return result
 
 
 def _register(module: str, name: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from internal import configs, coord, encodings, losses, models, stepfun, structs, train_step
+from internal import configs, coord, encodings, losses, models, stepfun, structs
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'scripts'))
@@ -107,8 +107,10 @@ def test_a_row_differs_from_360_in_what_it_says_alone(name):
   wanted, num_params = ROWS[name]
   unused = {k for k in changes if k.startswith('prop_mlp.')} if ours.model.single_mlp else set()
   assert {k: v for k, v in changes.items() if k not in unused} == wanted
-  shapes = jax.eval_shape(lambda: train_step.create_state(ours).params)
-  assert models.num_params(shapes) == num_params
+  params, terms = traced(ours)
+  assert models.num_params(params) == num_params
+  for term in ('interlevel', 'distortion', 'data_coarse'):
+    assert (term in terms) == (getattr(ours.config, f'{term}_loss_mult') > 0)
   row = ablate.published()[0][name]
   if row.million_params is not None:
     assert round(num_params / 1e6, 1) == row.million_params
@@ -118,29 +120,19 @@ def test_a_row_differs_from_360_in_what_it_says_alone(name):
     assert f'{row.psnr:.2f} dB' in comment
 
 
-@pytest.mark.parametrize('name', ROWS)
-def test_a_row_trains(name):
-  """Its loss can be traced, and has the terms that its settings ask for."""
-  settings = of_row(name)
+def traced(settings):
+  """The shapes of a row's parameters and of the terms of its loss."""
+  vec, one = jnp.ones((4, 3)), jnp.ones((4, 1))
+  rays = structs.Rays(vec, vec, vec, one, jnp.zeros(4, jnp.int32))
   model = models.build(settings)
-  vec = jax.ShapeDtypeStruct((4, 3), jnp.float32)
-  rays = structs.Rays(
-    vec, vec, vec, jax.ShapeDtypeStruct((4, 1), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.int32)
-  )
 
-  def loss(rays, rgb):
-    params = models.init_params(model, jax.random.key(0))
-    key = jax.random.key(1)
-    renderings, history = model.apply({'params': params}, key, rays, 0.5)
-    return losses.total(
-      settings.config, params, renderings, history, structs.Batch(rays, rgb)
-    )[1]  # fmt: skip
+  def loss(key):
+    (renderings, history), state = model.init_with_output(key, key, rays, 0.5)
+    batch = structs.Batch(rays, vec)
+    terms = losses.total(settings.config, state['params'], renderings, history, batch)[1]
+    return state['params'], terms
 
-  terms = jax.eval_shape(loss, rays, vec)
-  config = settings.config
-  assert ('interlevel' in terms) == (config.interlevel_loss_mult > 0)
-  assert ('distortion' in terms) == (config.distortion_loss_mult > 0)
-  assert ('data_coarse' in terms) == (config.data_coarse_loss_mult > 0)
+  return jax.eval_shape(loss, jax.random.key(0))
 
 
 class TestWarps:

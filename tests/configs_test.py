@@ -106,7 +106,7 @@ def test_360_is_the_published_one():
   got = shipped('360')
   assert got.config == configs.Config(dataset_loader='llff', near=0.2, far=1e6, factor=4)
   assert got.model == configs.Model(raydist_fn='reciprocal', opaque_background=True)
-  contract = {'warp_fn': 'contract', 'disable_density_normals': True}
+  contract = {'warp_fn': 'contract'}
   assert got.nerf_mlp == configs.NerfMLP(net_depth=8, net_width=1024, **contract)
   assert got.prop_mlp == configs.PropMLP(net_depth=4, net_width=256, disable_rgb=True, **contract)
 

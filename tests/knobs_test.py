@@ -1,0 +1,550 @@
+"""No dead knobs: each field of each dataclass in configs.py changes what is computed or written.
+
+A probe makes of settings something that can be compared: the program that they are traced to, what
+a loader reads, what the training loop does. `KNOBS` names for each field a probe, and bindings with
+and without which the probe must give different things.
+"""
+
+import ast
+import dataclasses
+import functools
+import os
+import re
+import tempfile
+import types
+
+import captures
+import formats_test
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import trajectory_test
+
+import eval as eval_program
+import train as train_program
+from internal import (
+  bad_numbers,
+  batches,
+  checkpoints,
+  cli,
+  configs,
+  datasets,
+  encodings,
+  evaluation,
+  losses,
+  models,
+  report,
+  runlog,
+  structs,
+  train_step,
+  trajectory,
+)  # fmt: skip
+
+OWNERS = (configs.Config, configs.Model, configs.PropMLP, configs.NerfMLP)
+COLOURED = 'PropMLP.disable_rgb = False'
+GRID = ("{}.encoding = 'grid'", '{}.grid_levels = 2', '{}.grid_log2_size = 8')
+
+
+def text_of(traced) -> str:
+  """A jaxpr without what differs between two traces of the same function."""
+  return re.sub(r' at 0x[0-9a-f]+', '', str(traced))
+
+
+# Probes. Each takes (settings, folder).
+
+
+def rays():
+  vec = jnp.ones((2, 3))
+  return structs.Rays(vec, vec, vec, vec[:, :1], jnp.zeros(2, jnp.int32))
+
+
+def model(settings, _):
+  """The forward pass in training, with its parameters' initialisation."""
+  init = models.build(settings).init_with_output
+  return text_of(jax.make_jaxpr(lambda key, frac: init(key, key, rays(), frac))(key(), 0.5))
+
+
+def key():
+  return jax.random.key(0)
+
+
+def field(settings, which, **how):
+  """One MLP, with its parameters' initialisation."""
+  gaussians = structs.Gaussians(jnp.ones((1, 2, 3)), jnp.ones((1, 2, 3, 3)))
+  init = models.MLP(getattr(settings, which), **how).init_with_output
+  return text_of(jax.make_jaxpr(lambda key: init(key, key, gaussians, jnp.ones((1, 3))))(key()))
+
+
+def on_a_gpu(settings, _):
+  """What a GPU is given of an MLP in bfloat16, as far as it can be traced without one."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'default_backend', lambda: 'gpu')
+    kernels = settings.model.use_gpu_kernels
+    return field(settings, 'nerf_mlp', dtype=jnp.bfloat16, gpu_kernels=kernels)
+
+
+def gradient(settings, _):
+  """The gradient of a grid's lookups."""
+  cfg = settings.model
+  grid = encodings.HashGrid(2, 4, 8, 6, 2, deterministic=cfg.deterministic_grid)
+  gaussians = structs.Gaussians(jnp.ones((5, 3)), jnp.ones((5, 3, 3)))
+  built = models.build(settings)
+  used = built.apply({}, method=lambda m: m.nerf_mlp.deterministic)
+  params = grid.init(key(), gaussians)
+  loss = lambda p: grid.apply(p, gaussians).sum()  # noqa: E731
+  return used, text_of(jax.make_jaxpr(jax.grad(loss))(params))
+
+
+def loss(settings, _):
+  """The loss of two levels, both with a colour."""
+  config = settings.config
+
+  def total(w, rgb):
+    t = jnp.linspace(0.0, 1, 5)[None]
+    history = [structs.RayHistory(t, t, w, None)] * 2
+    seen = structs.Rendering(rgb, w[:, 0], w[:, 0], w[:, :3])
+    params = {'nerf_mlp': {'grid': {'table_0': w}, 'a': w}}
+    return losses.total(config, params, [seen] * 2, history, structs.Batch(None, rgb / 2))
+
+  return text_of(jax.make_jaxpr(total)(jnp.ones((1, 4)), jnp.ones((1, 3))))
+
+
+def optimizer(settings, _):
+  """Three updates, and learning rates all along."""
+  adam, params = train_step.make_optimizer(settings.config), jnp.array([1.0, 2, 3])
+  state, result = adam.init(params), []
+  for grad in (jnp.array([1e-3, -2e-3, 0]), jnp.array([2.0, 1, -5]), jnp.array([1e-8, 1e-7, 1])):
+    step, state = adam.update(grad, state, params)
+    result.append(step)
+  schedule = train_step.learning_rate(settings.config)
+  return jax.tree.leaves([result, [schedule(k) for k in (0, 5, 20, 60, 100)]])
+
+
+def step(settings, _):
+  """The training step as a whole."""
+  cams, images = tiny.capture()
+  traced = train_step.make_train_step(settings, tiny.mesh(1))
+  state = jax.eval_shape(lambda: train_step.create_state(settings))
+  store = batches.make_store(images)
+  return text_of(traced.variant(traced.choices[0]).trace(state, cams, store).jaxpr)
+
+
+def draw(settings, _):
+  """The step's keys and the pixels drawn by them."""
+  pixels = train_step.make_draw(settings.config, tiny.mesh(1))(3, np.array([[9, 9]] * 9))
+  return [np.asarray(a).tolist() for a in pixels]
+
+
+def choices(settings, _):
+  return train_step._micro_batch_choices(settings.config, tiny.mesh(1), 1)
+
+
+def data(settings, folder):
+  """What is read of a folder that is a capture of several formats; ids are in another order."""
+  if not os.path.isdir(os.path.join(folder, 'a')):
+    for name in ('a', 'b'):
+      names = ['1.png', '3.png', '2.png', *(f'{i}.png' for i in range(4, 10))]
+      captures.write_colmap(os.path.join(folder, name), names=names)
+      np.save(os.path.join(folder, name, 'poses_bounds.npy'), np.ones((9, 17)) * range(1, 18))
+      formats_test.write_fvs(os.path.join(folder, name))
+  name = settings.config.data_dir or 'a'
+  config = dataclasses.replace(settings.config, data_dir=os.path.join(folder, name))
+  scene = datasets.load_dataset(config)
+  return scene.loader, folder + name, scene.files, scene.test, scene.bounds, scene.cameras.size
+
+
+def which_light(settings, folder):
+  scan = os.path.join(folder, 'Rectified', 'scan1')
+  if not os.path.isdir(scan):
+    formats_test.write_dtu(folder)
+  config = dataclasses.replace(settings.config, data_dir=scan)
+  return datasets.load_dataset(config).files
+
+
+def training(settings, folder):
+  """What the loop does, in the order that it does it, with stand-ins for all that takes time."""
+  done, store = [], batches.make_store(tiny.capture()[1])
+  place = os.path.join(folder, settings.config.checkpoint_dir or 'run')
+  config = dataclasses.replace(settings.config, checkpoint_dir=place)
+  settings = dataclasses.replace(settings, config=config)
+  scene = dataclasses.replace(trajectory_test.make_scene(), test=(0, 1, 2))
+  stats = {'loss': np.float32(1), 'psnr': np.float32(1), 'learning_rate': np.float32(1)}
+
+  class Step:
+    micro_batches = 1
+    account = staticmethod(lambda: '')
+    __call__ = staticmethod(lambda state, *_: (state, stats))
+
+  class Log(types.SimpleNamespace):
+    train_seconds = 0.0
+
+    def __getattr__(self, name):
+      if name.startswith('__'):
+        raise AttributeError(name)
+      return lambda *args: done.append((name, args[0])) if name in ('steps', 'picture') else None
+
+  def rendered(params, cams, row, *_):
+    done.append(('render', row))
+    return {'rgb': np.zeros((40, 60, 3)), 'acc': np.ones((40, 60)),
+            'distance_median': np.ones((40, 60))}  # fmt: skip
+
+  def probed(told, _):
+    count = told.config.vis_num_rays
+    return lambda *_: [[np.ones((count, 3))], [np.ones((count, 2))], [None]]
+
+  with pytest.MonkeyPatch.context() as patch:
+    for owner, name, stand_in in (
+      (train_program, 'start_run', lambda *_: (types.SimpleNamespace(params={}), [], 1)),
+      (train_program, 'load_pixels', lambda *_: (store, True)),
+      (train_step, 'make_train_step', lambda *_, **__: Step()),
+      (evaluation, 'make_image_renderer', lambda *_: rendered),
+      (evaluation, 'make_ray_probe', probed),
+      (runlog, 'RunLog', lambda *_: Log()),
+      (checkpoints, 'save', lambda place, state, keep, notes: done.append((place, keep))),
+      (checkpoints, 'write_run', lambda *_: None),
+      (train_program.scene_lib, 'read_image', lambda *_: np.zeros((40, 60, 3), np.uint8)),
+      (train_program.vis, 'write_png', lambda path, picture: done.append((path, picture.shape))),
+      (train_program.gc, 'collect', lambda: done.append('collected')),
+      (report, 'image_metrics', lambda *_: {'psnr': 1.0, 'ssim': 1.0}),
+    ):
+      patch.setattr(owner, name, stand_in)
+    train_program.train(settings, scene, tiny.mesh(1))
+  return done
+
+
+def place_of_pixels(settings, _):
+  store = batches.make_store(tiny.capture()[1])
+  return train_program.keep_on_device(settings.config, store)
+
+
+def patience(settings, folder):
+  rows = [{'loss': np.nan, 'grad_norm_a': np.nan, 'skipped_a': k} for k in range(1, 8)]
+  try:
+    bad_numbers.check(folder, settings.config.max_skipped_updates, 7, rows)
+  except bad_numbers.BadNumbersError as e:
+    return str(e)
+  return 'went on'
+
+
+def metrics(settings, _):
+  img, truth = np.random.default_rng(0).random((2, 24, 24, 3)).astype(np.float32)
+  return report.image_metrics(img, truth, settings.config)
+
+
+def evaluating(settings, folder):
+  """Which checkpoints and images are evaluated, and what is left of it."""
+  config = dataclasses.replace(settings.config, data_dir=folder)
+  scene = dataclasses.replace(trajectory_test.make_scene(), test=(0, 2, 4, 6))
+  for file in scene.files:
+    if not os.path.exists(os.path.join(folder, file)):
+      captures.save_image(os.path.join(folder, file), captures.pixels(0, (60, 40)))
+  rows = eval_program.select_images(config, scene)
+
+  def rendered(params, cams, row, fraction):
+    blank = np.ones((40, 60))
+    return {'rgb': np.zeros((40, 60, 3)), 'acc': blank, 'distance_median': blank}
+
+  out = tempfile.mkdtemp(dir=folder)
+  looks = iter([5, 7, config.max_steps])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(checkpoints, 'latest_step', lambda _: at.append(next(looks)) or at[-1])
+    patch.setattr(checkpoints, 'newest', lambda _: at[-1])
+    patch.setattr(eval_program, '_POLL_SECONDS', 0)
+    at = []
+    steps = list(eval_program.steps_to_evaluate('run', config))
+  eval_program.evaluate(config, scene, rows, rendered, {}, 5, out)
+  return steps, rows, sorted(os.listdir(out))
+
+
+def path(settings, folder):
+  """The cameras of a video."""
+  config = settings.config
+  file = os.path.join(folder, 'poses.npy')
+  np.save(file, trajectory_test.make_scene().cameras.camtoworld[2:])
+  if config.render_path_file:
+    config = dataclasses.replace(config, render_path_file=file)
+  cameras = np.linspace(0, 1, 24).reshape(8, 3)  # Heights for z_variation.
+  scene = trajectory_test.make_scene(bounds=(1.0, 9.0))
+  scene.cameras.camtoworld[:, :, 3] += cameras
+  return trajectory.make_cameras(config, scene)
+
+
+def video(settings, folder):
+  """Where render.py writes, what, and how its encoder is told."""
+  import render as render_program
+
+  done, config = [], settings.config
+  config = dataclasses.replace(config, render_dir=os.path.join(folder, config.render_dir or 'r'))
+  told = dataclasses.replace(settings, config=config)
+  scene = trajectory_test.make_scene()
+
+  def make_renderer(*_, with_normals, **__):
+    def rendered(params, cams, k, fraction):
+      width, height = cams.size[k]
+      maps = ('acc', 'distance_median', *(['normals'] if with_normals else []))
+      return {'rgb': np.zeros((height, width, 3)), **{m: np.ones((height, width)) for m in maps}}
+
+    return rendered
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(checkpoints, 'open_run', lambda *_: (told, scene))
+    patch.setattr(checkpoints, 'restore_params', lambda *_, **__: ({}, 5))
+    patch.setattr(evaluation, 'make_image_renderer', make_renderer)
+    patch.setattr(render_program.vis, 'normal_picture', lambda *_: np.zeros((9, 9, 3)))
+    patch.setattr(render_program.vis, 'write_png', lambda path, _: done.append(path))
+    patch.setattr(render_program.video, 'write_video', lambda _, *how: done.append(how))
+    render_program.main(['--checkpoint_dir', folder])
+  return done
+
+
+def chunk(settings, _):
+  return evaluation.make_chunk_renderer(settings, tiny.mesh(1)).choices
+
+
+# The base of a case: bindings that hold on both sides.
+NAMES = repr(','.join(f'dir/img_{i}' for i in range(8)))
+SPLINE = f'Config.render_spline_keyframes = {NAMES}', 'Config.render_spline_smoothness = 0.5'
+DTU = ("Config.dataset_loader = 'dtu'",)
+
+KNOBS = {
+  'Config': {
+    'dataset_loader': (data, "'tat_fvs'"),
+    'data_dir': (data, "'b'"),
+    'checkpoint_dir': (training, "'elsewhere'"),
+    'factor': (data, '2'),
+    'llffhold': (data, '3'),
+    'forward_facing': (data, 'True'),
+    'load_alphabetical': (data, 'False'),
+    'dtu_light_cond': (which_light, '7', *DTU),
+    'near': (model, '0.5'),
+    'far': (model, '5.0'),
+    'pixels_on': (place_of_pixels, "'host'"),
+    'seed': (draw, '3'),
+    'batching': (draw, "'single_image'"),
+    'batch_size': (draw, '8'),
+    'max_skipped_updates': (patience, '5'),
+    'micro_batches': (choices, '2'),
+    'max_steps': (optimizer, '50'),
+    'early_exit_steps': (training, '6'),
+    'checkpoint_every': (training, '5'),
+    'checkpoint_keep': (training, '1'),
+    'print_every': (training, '3'),
+    'train_render_every': (training, '3'),
+    'train_render_images': (training, '2', 'Config.train_render_every = 6'),
+    'gc_every': (training, '5'),
+    'randomized': (step, 'False'),
+    'data_loss_type': (loss, "'mse'"),
+    'charb_padding': (loss, '0.1'),
+    'data_loss_mult': (loss, '0.5'),
+    'data_coarse_loss_mult': (loss, '0.5'),
+    'interlevel_loss_mult': (loss, '0.0'),
+    'interlevel_loss_type': (loss, "'blur'", 'Config.interlevel_blur = (0.1,)'),
+    'interlevel_blur': (
+      loss,
+      '(0.2,)',
+      'Config.interlevel_blur = (0.1,)',
+      "Config.interlevel_loss_type = 'blur'",
+    ),
+    'distortion_loss_mult': (loss, '0.5'),
+    'weight_decay_mults': (loss, "{'nerf_mlp/a': 0.1}"),
+    'grid_decay_mult': (loss, '0.1'),
+    'lr_init': (optimizer, '0.1'),
+    'lr_final': (optimizer, '0.001'),
+    'lr_delay_steps': (optimizer, '10'),
+    'lr_delay_mult': (optimizer, '0.5'),
+    'adam_beta1': (optimizer, '0.5'),
+    'adam_beta2': (optimizer, '0.5'),
+    'adam_eps': (optimizer, '0.1'),
+    'grad_max_norm': (optimizer, '0.0'),
+    'grad_max_val': (optimizer, '0.1', 'Config.grad_max_norm = 0.0'),
+    'eval_only_once': (evaluating, 'False'),
+    'eval_save_output': (evaluating, 'False'),
+    'eval_render_interval': (evaluating, '2'),
+    'eval_dataset_limit': (evaluating, '1'),
+    'eval_quantize_metrics': (metrics, 'False'),
+    'eval_crop_borders': (metrics, '3'),
+    'vis_normals': (video, 'True'),
+    'render_chunk_size': (chunk, '16'),
+    'render_dir': (video, "'there'"),
+    'render_path_frames': (path, '7'),
+    'render_path_file': (path, "'poses.npy'"),
+    'render_video_fps': (video, '5'),
+    'render_video_crf': (video, '30'),
+    'render_resolution': (path, '(30, 20)'),
+    'render_focal': (path, '10.0'),
+    'render_camtype': (path, "'panorama'"),
+    'render_spline_keyframes': (path, NAMES),
+    'render_spline_n_interp': (path, '5', *SPLINE),
+    'render_spline_degree': (path, '2', *SPLINE),
+    'render_spline_smoothness': (path, '0.0', *SPLINE),
+    'z_variation': (path, '0.5'),
+    'z_phase': (path, '0.25', 'Config.z_variation = 0.5'),
+    'vis_num_rays': (training, '5', 'Config.train_render_every = 6'),
+  },
+  'Model': {
+    'num_prop_samples': (model, '9'),
+    'num_nerf_samples': (model, '9'),
+    'num_levels': (model, '3'),
+    'raydist_fn': (model, "'log'"),
+    'ray_shape': (model, "'cylinder'"),
+    'num_multisamples': (model, '6'),
+    'multisample_proposals': (model, 'False', 'Model.num_multisamples = 6'),
+    'opaque_background': (model, 'False'),
+    'anneal_slope': (model, '5.0'),
+    'dilation_multiplier': (model, '0.2'),
+    'dilation_bias': (model, '0.1'),
+    'single_jitter': (model, 'False'),
+    'stop_level_grad': (model, 'False'),
+    'single_mlp': (model, 'True'),
+    'separate_prop_mlps': (model, 'True'),
+    'outside_mlps': (model, 'True'),
+    'disable_integration': (model, 'True'),
+    'use_viewdirs': (model, 'False'),
+    'bg_intensity_range': (model, '(0.0, 1.0)'),
+    'num_glo_features': (model, '3'),
+    'num_glo_embeddings': (model, '9', 'Model.num_glo_features = 3'),
+    'near_anneal_rate': (model, '0.7'),
+    'near_anneal_init': (model, '0.5', 'Model.near_anneal_rate = 0.7'),
+    'resample_padding': (model, '0.01'),
+    'resample_blur': (model, 'True'),
+    'use_gpu_kernels': (on_a_gpu, 'False'),
+    'mlp_dtype': (model, "'bfloat16'"),
+    'deterministic_grid': (gradient, 'True'),
+  },
+  'NerfMLP': {
+    'net_depth': (field, '2'),
+    'net_width': (field, '9'),
+    'bottleneck_width': (field, '9'),
+    'net_depth_viewdirs': (field, '2'),
+    'net_width_viewdirs': (field, '9'),
+    'skip_layer': (field, '1', '{}.net_depth = 3'),
+    'encoding': (field, "'grid'"),
+    'min_deg_point': (field, '1'),
+    'max_deg_point': (field, '9'),
+    'deg_view': (field, '2'),
+    'basis_shape': (field, "'octahedron'"),
+    'basis_subdivisions': (field, '1'),
+    'grid_levels': (field, '3', *GRID),
+    'grid_min_resolution': (field, '9', *GRID),
+    'grid_max_resolution': (field, '99', *GRID),
+    'grid_log2_size': (field, '9', *GRID),
+    'grid_features': (field, '3', *GRID),
+    'warp_fn': (field, 'None'),
+    'density_bias': (field, '0.5'),
+    'density_noise': (field, '0.5'),
+    'rgb_padding': (field, '0.5'),
+    'rgb_bias': (field, '0.5'),
+    'rgb_premultiplier': (field, '0.5'),
+    'bottleneck_noise': (field, '0.5'),
+    'weight_init': (field, "'glorot_uniform'"),
+    'disable_rgb': (field, 'True'),
+  },
+}
+KNOBS['PropMLP'] = KNOBS['NerfMLP']
+PARTS = {'Config': 'config', 'Model': 'model', 'NerfMLP': 'nerf_mlp', 'PropMLP': 'prop_mlp'}
+# Small, and with what a knob may need to show.
+BASE = (
+  *tiny.TINY,
+  COLOURED,
+  'Config.max_steps = 100',
+  'Config.train_render_every = 0',
+  'Config.grad_max_norm = 0.1',
+  'Config.vis_num_rays = 3',
+  'Model.num_levels = 2',
+  'NerfMLP.net_depth = 1',
+  'PropMLP.net_depth = 1',
+)
+SHORT = ('Config.max_steps = 12',)
+
+
+def cases():
+  return [
+    pytest.param(owner, name, id=f'{owner}.{name}') for owner in KNOBS for name in KNOBS[owner]
+  ]
+
+
+_seen = {}
+ABOUT_FILES = (data, which_light, training, evaluating, path, video, patience)
+load = functools.cache(lambda bindings: configs.load_config([], bindings))
+
+
+def outcome(probe, owner, settings, folder=None):
+  """What the probe gives; for the same settings it is asked once, where files play no part."""
+  if probe in ABOUT_FILES:
+    return probe(settings, str(folder))
+  part = PARTS[owner] if probe is field else ''
+  told = (settings,) if probe is not field else dataclasses.astuple(getattr(settings, part))
+  name = probe, repr(told)
+  if name not in _seen:
+    _seen[name] = probe(settings, part)
+  return _seen[name]
+
+
+def differ(a, b) -> bool:
+  if jax.tree.structure(a) != jax.tree.structure(b):
+    return True
+  pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b))
+  return any(not np.array_equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize(('owner', 'name'), cases())
+def test_it_does_something(owner, name, tmp_path):
+  probe, value, *base = KNOBS[owner][name]
+  short = SHORT if probe is training else ()
+  settings = load((*BASE, *short, *(b.format(owner) for b in base)))
+  changed = {name: ast.literal_eval(value)}
+  part = dataclasses.replace(getattr(settings, PARTS[owner]), **changed)
+  other = dataclasses.replace(settings, **{PARTS[owner]: part})
+  before, after = (outcome(probe, owner, told, tmp_path) for told in (settings, other))
+  assert differ(before, after)
+
+
+PROBES = {case[0]: case[2:] for knobs in KNOBS.values() for case in knobs.values()}
+
+
+@pytest.mark.parametrize('probe', PROBES, ids=lambda probe: probe.__name__)
+def test_equal_settings_give_the_same(probe, tmp_path):
+  """Else a probe would find a difference in anything."""
+  base = *BASE, *SHORT, *(b.format('NerfMLP') for b in PROBES[probe])
+  where = 'nerf_mlp' if probe is field else str(tmp_path)
+  a, b = (probe(configs.load_config([], base), where) for _ in range(2))
+  assert not differ(a, b)
+
+
+def test_none_is_left_out():
+  for owner in OWNERS:
+    names = {f.name for f in dataclasses.fields(owner)}
+    accepted = {n.split('.')[1] for n in configs.ACCEPTED if n.startswith(f'{owner.__name__}.')}
+    assert set(KNOBS[owner.__name__]) == names - accepted
+    assert accepted <= names
+
+
+def test_what_has_no_effect_is_said_and_has_none(capsys):
+  silent = load(BASE)
+  assert configs.notices(silent) == []
+  bindings = [f'{name} = True' for name in configs.ACCEPTED]
+  told = configs.load_config([], [*BASE, *bindings])
+  cli.show_notices(told)
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == len(configs.ACCEPTED)
+  for name, line in zip(('render_path', 'use_gpu_resampling', 'disable_density_normals'), lines):
+    assert re.fullmatch(rf'Note: \w+\.{name} = True is accepted without effect: .*\.', line)
+  assert model(told, None) == outcome(model, 'Model', silent)
+
+
+def test_normals_cost_training_nothing():
+  more = load((*BASE, 'Config.vis_normals = True'))
+  assert outcome(step, 'Config', load(BASE)) == outcome(step, 'Config', more)
+
+
+def test_each_mlp_has_its_own_settings():
+  shapes = {}
+  for bindings in ((), ('NerfMLP.net_width = 24',), ('PropMLP.net_width = 24',)):
+    settings = tiny.settings(*bindings)
+    params = jax.eval_shape(lambda s=settings: models.init_params(models.build(s), key()))
+    shapes[bindings] = {part: models.num_params(params[part]) for part in params}
+  plain, nerf, prop = shapes.values()
+  assert [plain[p] == nerf[p] for p in ('prop_mlp', 'nerf_mlp')] == [True, False]
+  assert [plain[p] == prop[p] for p in ('prop_mlp', 'nerf_mlp')] == [False, True]
