@@ -34,6 +34,7 @@ from internal import (
   train_step,
   vis,
 )
+from internal import pixels as pixels_lib
 from internal.datasets import scene as scene_lib
 
 REPLAYED_RAYS = 20  # At most so many are shown.
@@ -53,12 +54,22 @@ def preflight(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> dict:
 
 
 def keep_on_device(config: configs.Config, store: batches.PixelStore) -> bool:
-  """Whether the pixels go to the device: as told, or if they take under a quarter of it."""
+  """Whether the pixels go to the device: as told, or if they take under a quarter of it.
+
+  Raises:
+    ConfigError: told to, but they are more than 32-bit indices reach.
+  """
+  countable = store.first.dtype == np.int32
+  if config.pixels_on == 'device' and not countable:
+    raise configs.ConfigError(
+      "Config.pixels_on = 'device' is for less than 2^31 training pixels; use 'auto', or "
+      'Config.factor to downsample.'
+    )
   if config.pixels_on != 'auto':
     return config.pixels_on == 'device'
   stats = jax.local_devices()[0].memory_stats() or {}
-  limit = stats.get('bytes_limit')
-  return limit is None or sum(plane.nbytes for plane in store.rgb) < limit / 4
+  limit = stats.get('bytes_limit') or pixels_lib.available_memory()
+  return countable and (limit is None or pixels_lib.stored_bytes(store) < limit / 4)
 
 
 class TestRenders:
@@ -105,19 +116,16 @@ class TestRenders:
       )
 
 
-def read_pixels(config: configs.Config, scene: scene_lib.Scene) -> batches.PixelStore:
-  """The training images' pixels, on the host."""
-  return batches.make_store(
-    scene_lib.read_images(config.data_dir, scene, scene.train, progress=sharding.is_main())
-  )
-
-
 def load_pixels(settings, scene, mesh):
-  """The training images' pixels, on the device where they fit."""
+  """The training images' pixels, on the device where they fit; and where they are."""
   config = settings.config
-  store = read_pixels(config, scene)
-  on_device = keep_on_device(config, store)
-  return (sharding.replicate(store, mesh) if on_device else store), on_device
+  store = pixels_lib.read(config, scene, progress=sharding.is_main())
+  on_disk = isinstance(store.rgb, pixels_lib.MappedPixels)
+  if not keep_on_device(config, store):
+    return store, 'disk' if on_disk else 'host'
+  planes = store.rgb.planes() if on_disk else store.rgb
+  on_device = tuple(sharding.replicate(plane, mesh) for plane in planes)
+  return batches.PixelStore(on_device, sharding.replicate(store.first, mesh)), 'device'
 
 
 def training_cameras(config: configs.Config, scene: scene_lib.Scene) -> structs.Cameras:
@@ -167,7 +175,7 @@ def replay(settings: configs.Settings, scene: scene_lib.Scene, mesh, step: int) 
   say(f'step {step:,}, from {f"the checkpoint of step {start:,}" if start else "the beginning"}:')
   state, _, micro_batches = start_run(settings, mesh, start)
   step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches)
-  store = read_pixels(config, scene)
+  store = pixels_lib.read(config, scene, progress=sharding.is_main())
   cams = training_cameras(config, scene)
   cams_on_device = sharding.replicate(cams, mesh)
   draw = train_step.make_draw(config, mesh, cams_on_device.supervision)
@@ -211,13 +219,13 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
     checkpoints.tidy(config.checkpoint_dir, start)
     checkpoints.write_run(config.checkpoint_dir, settings, scene)
   log = runlog.RunLog(config.checkpoint_dir, start, last, sharding.is_main())
-  pixels, on_device = load_pixels(settings, scene, mesh)
+  pixels, place = load_pixels(settings, scene, mesh)
   cams = training_cameras(config, scene)
   cams_on_device = sharding.replicate(cams, mesh)
   draw = train_step.make_draw(config, mesh, cams_on_device.supervision)
   log.say(
     f'{models.num_params(state.params):,} parameters, {len(scene.train)} training images, '
-    f'pixels on the {"device" if on_device else "host"}, {mesh.size} x '
+    f'pixels on the {place}, {mesh.size} x '
     f'{mesh.devices.flat[0].device_kind}; steps {start:,} to {last:,} -> {config.checkpoint_dir}'
   )
   timed, clock = 0, time.time()
@@ -232,7 +240,7 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
   with signals.postponed() as request:
     for step in range(start + 1, last + 1):
       source = pixels
-      if not on_device:
+      if place != 'device':
         source = train_step.host_pixels(draw, step - 1, pixels, cams.size, mesh)
       state, stats = step_fn(state, cams_on_device, source)
       recent.append(stats)
@@ -265,6 +273,7 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
           f'step {step:,} is saved in {config.checkpoint_dir}; the same command goes on from there'
         )
         log.close()
+        sharding.leave()
         raise signals.Stopped(signum)
       if step % config.gc_every == 0:
         gc.collect()

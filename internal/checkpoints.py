@@ -203,7 +203,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _orbax() -> ocp.Checkpointer:
-  return ocp.Checkpointer(ocp.StandardCheckpointHandler())
+  """Orbax for this process alone: left to itself it has all processes write, and wait."""
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=jax.process_index(), active_processes={jax.process_index()}
+  )
+  handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+  return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def save(
@@ -214,33 +219,30 @@ def save(
 ) -> None:
   """Saves the state under its step, with notes (what JSON can hold), and removes old ones.
 
-  The newest `keep` stay, with 0 all of them.
+  The newest `keep` stay, with 0 all of them. The main process alone writes; others do not wait.
 
   Raises:
-    CheckpointError: it could not be written, on any process; those before it stay as they are.
+    CheckpointError: it could not be written; those before it stay as they are.
   """
-  step = int(sharding.to_host(state.step))
+  if not sharding.is_main():
+    return
+  state = jax.tree.map(sharding.to_host, state)
+  step = int(state.step)
   folder, final = _folder(checkpoint_dir), folder_of(checkpoint_dir, step)
-  failure = None
   try:
     with _quiet(), _orbax() as writer:
       writer.save(os.path.join(final + _PARTIAL, _STATE), args=ocp.args.StandardSave(state))
-    if sharding.is_main():
-      _seal(final + _PARTIAL, notes or {})
-      os.rename(final + _PARTIAL, final)
-      _remove_all_but(checkpoint_dir, keep)
+    _seal(final + _PARTIAL, notes or {})
+    os.rename(final + _PARTIAL, final)
+    _remove_all_but(checkpoint_dir, keep)
   except Exception as error:  # TensorStore has exceptions of many kinds for a full disk.
-    failure = error
-  if not sharding.on_all(failure is None):
-    if sharding.is_main():
-      shutil.rmtree(final + _PARTIAL, ignore_errors=True)
-    reason = 'another process failed' if failure is None else ' '.join(str(failure).split())
+    shutil.rmtree(final + _PARTIAL, ignore_errors=True)
     last = latest_step(checkpoint_dir)
     raise CheckpointError(
-      f'Step {step:,} could not be saved in {folder}: {reason[:1000]}. '
+      f'Step {step:,} could not be saved in {folder}: {" ".join(str(error).split())[:1000]}. '
       + (f'The checkpoint of step {last:,} is kept' if last else 'There is no checkpoint before it')
       + '; with room on the disk, the same command goes on.'
-    ) from failure
+    ) from error
 
 
 def notes(checkpoint_dir: str, step: int) -> dict[str, Any]:

@@ -129,11 +129,24 @@ def enable_compilation_cache() -> None:
     config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
+def _end(code: int) -> None:
+  """Ends the process: where others are still joined to it, at once, so that they notice.
+
+  Else it would wait for them at its exit, and they for it.
+  """
+  if not sharding.is_joined():
+    sys.exit(code)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
+
+
 def run(main: Callable[[], None]) -> None:
   """Calls main; a user's error becomes one line on stderr and exit code 1.
 
-  Any other error keeps its traceback. SIGTERM exits with 143 and SIGINT with 130, as shells do.
-  Programs that main compiles are kept for the next start.
+  So does what is seen of another process that has ended. Any other error keeps its traceback.
+  SIGTERM exits with 143 and SIGINT with 130, as shells do. Programs that main compiles are kept
+  for the next start.
   """
   try:
     with signals.listening():
@@ -141,9 +154,20 @@ def run(main: Callable[[], None]) -> None:
       main()
   except signals.Stopped as stop:
     print(f'Stopped by {stop.name}.', file=sys.stderr)
-    sys.exit(stop.exit_code)
+    _end(stop.exit_code)
   except Exception as error:
-    if not _is_for_the_user(error):
+    said = ' '.join(str(error).split())
+    if _is_for_the_user(error):
+      print(f'Error: {said}', file=sys.stderr)
+    elif sharding.is_of_another_process(error):
+      print(
+        f'Error: process {jax.process_index()} of {jax.process_count()} ends, as another one has '
+        'ended or cannot be reached; that one may say why. The same command, started for all of '
+        f'them again, goes on from the newest checkpoint. ({said[:200]})',
+        file=sys.stderr,
+      )
+    elif sharding.is_joined():
+      traceback.print_exc()
+    else:
       raise
-    print(f'Error: {" ".join(str(error).split())}', file=sys.stderr)
-    sys.exit(1)
+    _end(1)

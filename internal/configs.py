@@ -28,7 +28,7 @@ class ConfigError(ValueError):
 _CHOICES = {
   'batching': ('all_images', 'single_image'),
   'data_loss_type': ('mse', 'charb'),
-  'pixels_on': ('auto', 'device', 'host'),
+  'pixels_on': ('auto', 'device', 'host', 'disk'),
   'ray_shape': ('cone', 'cylinder'),
   'raydist_fn': (None, 'reciprocal', 'log', 'identity', 'piecewise', 'power'),
   'warp_fn': (None, 'contract', 'donerf', 'inverted_sphere'),
@@ -103,7 +103,8 @@ class Config(_Checked):
   dtu_light_cond: int = 3  # DTU: which of the lights 0 to 6; 7: all of them.
   near: float = 2.0
   far: float = 6.0
-  pixels_on: str = 'auto'  # Where training pixels live: 'device', 'host', or what fits.
+  pixels_on: str = 'auto'  # Where training pixels live: 'device', 'host', 'disk', or what fits.
+  pixel_cache_dir: str | None = None  # Of those on disk; .pixels/ in the capture if not set.
 
   # Training.
   seed: int = 20220618

@@ -6,6 +6,7 @@ parameters are replicated, and each device runs the model on its own rays.
 
 import glob
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -21,6 +22,15 @@ AXIS = 'rays'
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec(AXIS)  # What each device has of an array.
 
 _SHARE = 0.9  # Of a device's free memory: what is free need not be in one piece.
+
+# What Gloo (CPU), NCCL (GPU) and JAX's coordination service say of processes that are gone.
+_GONE = re.compile(
+  'gloo|nccl|coordination|heartbeat|barrier|socket closed|connection (reset|closed|refused)',
+  re.IGNORECASE,
+)
+
+# Seconds after which a process that says nothing, whose connections stay open, counts as gone.
+HEARTBEAT = 30
 
 _COORDINATOR = 'JAX_COORDINATOR_ADDRESS'
 _COUNT = 'JAX_NUM_PROCESSES'
@@ -51,15 +61,34 @@ def initialize() -> None:
   given = [name for name in (_COORDINATOR, _COUNT, _INDEX) if os.environ.get(name)]
   if len(given) == 3:
     jax.distributed.initialize(
-      os.environ[_COORDINATOR], int(os.environ[_COUNT]), int(os.environ[_INDEX])
+      os.environ[_COORDINATOR],
+      int(os.environ[_COUNT]),
+      int(os.environ[_INDEX]),
+      heartbeat_timeout_seconds=HEARTBEAT,
     )
   elif _COORDINATOR in given:
     raise ValueError(f'{_COORDINATOR} is set, so {_COUNT} and {_INDEX} must be set too.')
   elif _on_tpu_vm() or _under_launcher():
-    jax.distributed.initialize()
+    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
   else:
     return
   signals.listen_again()  # JAX has taken SIGTERM for a preemption notice that it keeps to itself.
+
+
+def is_joined() -> bool:
+  """Whether this process is one of several that have joined and not left."""
+  return jax.distributed.is_initialized()
+
+
+def leave() -> None:
+  """Leaves the other processes, all at the same time, so that none takes it for a failure."""
+  if is_joined():
+    jax.distributed.shutdown()
+
+
+def is_of_another_process(error: Exception) -> bool:
+  """Whether an error is what is seen here of another process that is gone."""
+  return is_joined() and bool(_GONE.search(str(error)))
 
 
 def is_main() -> bool:

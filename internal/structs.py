@@ -21,13 +21,15 @@ LENS_NAMES = ('perspective', 'fisheye', 'panorama')
 class Supervision:
   """Which pixels of n images are trained on, and how much they count.
 
-  Pixels that may be drawn are listed as r runs of neighbours, row by row, image after image.
+  Pixels that may be drawn are listed as r runs of neighbours, row by row, image after image; where
+  there is no list, all of them may.
   """
 
   weight: Array | None = None  # [n] of an image's pixels in the data loss; None: all alike.
-  run_start: Array | None = None  # [r] int32, a run's first pixel, counted in its image; None: all.
-  pixels_before: Array | None = None  # [r + 1] int32, pixels in the runs before.
-  runs_before: Array | None = None  # [n + 1] int32, runs of the images before.
+  run_start: Array | None = None  # [r] int32, a run's first pixel, counted in its image.
+  pixels_before: Array | None = None  # [r] int32, pixels in the image's runs before.
+  pixels: Array | None = None  # [n] int32, how many of an image's may be drawn, at least one.
+  first_run: Array | None = None  # [n + 1] int32, where each image's runs begin.
 
 
 @flax.struct.dataclass

@@ -187,9 +187,9 @@ def to_markdown(table: Mapping[str, Any]) -> str:
     f'Scene {table["scene"]}, {table["steps"] or 0:,} steps. Published: Table 2 on bicycle, Table '
     '1 (marked *) in the mean over nine scenes. "to full": PSNR less that of the full model.',
     '',
-    '| | parameters (published) | published PSNR | to full | SSIM | PSNR here | to full | SSIM '
-    '| rays/s |',
-    '|---|---|---|---|---|---|---|---|---|',
+    '| | parameters (published) | published PSNR | to full | SSIM | LPIPS | PSNR here | to full '
+    '| SSIM | LPIPS | rays/s |',
+    '|---|---|---|---|---|---|---|---|---|---|---|',
   ]
   for line in table['rows']:
     told, mean = line['published'], line['mean'] or {}
@@ -199,9 +199,11 @@ def to_markdown(table: Mapping[str, Any]) -> str:
       number(told['psnr']) + ('*' if told['table'] == 1 else ''),
       number(told['psnr_change'], '+.2f'),
       number(told['ssim'], '.3f'),
+      number(told['lpips'], '.3f'),
       number(mean.get('psnr')),
       number(line['psnr_change'], '+.2f'),
       number(mean.get('ssim'), '.3f'),
+      number(mean.get('lpips_paper'), '.3f'),  # Where it is measured, as the paper does.
       number(line['rays_per_second'], ',.0f'),
     )
     head.append(f'| {" | ".join(cells)} |')

@@ -185,16 +185,16 @@ class Benchmark:
   def real(self) -> None:
     import train  # It imports what only a training run needs.
 
-    pixels, on_device = train.load_pixels(self.settings, self.scene, self.mesh)
+    pixels, place = train.load_pixels(self.settings, self.scene, self.mesh)
     cams = self.scene.cameras.take(np.array(self.scene.train))
-    name = f'training, real, {"device" if on_device else "host"}'
+    name = f'training, real, {place}'
     make = lambda: programs.train_program(self.settings, self.mesh, cams, pixels)  # noqa: E731
     row = attempt(name, lambda: self.finish(name, 'train', self.settings, self.mesh, make))
     other = self.results.get('train', {})
     if 'ms' in row and 'ms' in other:
       row['ms_ratio_to_synthetic'] = row['ms'] / other['ms']
       tables.say(f'real takes {row["ms_ratio_to_synthetic"]:.3f} x the time of synthetic')
-    self.keep('real', {**row, 'pixels_on': 'device' if on_device else 'host'})
+    self.keep('real', {**row, 'pixels_on': place})
 
   def scaling(self) -> None:
     counts = [2**k for k in range(self.mesh.size.bit_length())]

@@ -62,7 +62,7 @@ def render_view(pose, width: int, height: int, focal: float, seed: int):
   return image.reshape(height, width, 3), middle.reshape(height, width)
 
 
-def _qvec(rotation: np.ndarray) -> tuple[float, ...]:
+def qvec(rotation: np.ndarray) -> tuple[float, ...]:
   """Unit quaternion (w, x, y, z) of a rotation [3, 3]: the top eigenvector of its K matrix."""
   m = rotation
   k = np.array([
@@ -110,7 +110,7 @@ def make_scene(folder: pathlib.Path, width: int, height: int, count: int, seed: 
       depths.append(depth)
   camera = colmap.Camera(1, 'PINHOLE', width, height, (focal, focal, width / 2, height / 2))
   registered = {
-    i: colmap.Image(i, _qvec(pose[:, :3]), tuple(map(float, pose[:, 3])), 1, name)
+    i: colmap.Image(i, qvec(pose[:, :3]), tuple(map(float, pose[:, 3])), 1, name)
     for i, (pose, name) in enumerate(zip(poses, names), 1)
   }
   xyz, rgb = _surface_points(poses, images, depths, focal, seed)

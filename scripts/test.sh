@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Sets up (once) and runs the tests; arguments go to pytest: scripts/test.sh -k coord -x
+# Sets up (once) and runs the tests, a process for each of up to four cores; arguments go to
+# pytest: scripts/test.sh -k coord -x
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 setup_env requirements-dev.lock
 cd "$ROOT"
-exec "$VENV/bin/python" -m pytest "$@"
+exec "$VENV/bin/python" -m pytest -n logical --maxprocesses=4 --dist=loadfile \
+  --no-loadscope-reorder "$@"

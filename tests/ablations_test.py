@@ -258,9 +258,10 @@ class TestScript:
       ladder('full', bindings=['Config.max_steps = 8'])
 
   def test_the_table_sets_both_side_by_side(self, ladder):
-    ladder()
+    names = ['full', *ablate._BIG_EFFECTS, 'nerf']
+    ladder(*names)
     table = json.loads((ladder.out / 'ablations.json').read_text())
-    assert [line['name'] for line in table['rows']] == list(ablate.published()[0])
+    assert [line['name'] for line in table['rows']] == names
     a = table['rows'][1]
     assert a['published']['psnr'] == 20.49
     assert a['published']['psnr_change'] == pytest.approx(20.49 - 24.37)
@@ -269,8 +270,9 @@ class TestScript:
     nerf = next(line for line in table['rows'] if line['name'] == 'nerf')
     assert nerf['published']['psnr_change'] == pytest.approx(23.85 - 27.69)
     text = (ladder.out / 'ablations.md').read_text()
-    assert '| F: small NeRF MLP | 5 (1.1 M) | 22.80 | -1.57 | 0.515 | 21.4' in text
-    assert '| 23.85* | -3.84 | - |' in text
+    assert '| 22.80 | -1.57 | 0.515 | 0.480 | 20.60 | -9.40 | 0.500 | - | 100 |' in text
+    assert '| 23.85* | -3.84 | - | - | 21.20 | -8.80 | 0.500 | - | 100 |' in text
+    assert '| F: small NeRF MLP | 5 (1.1 M) |' in text
     assert 'f_small_mlp yes' in text
 
   def test_a_row_that_fails_stops_no_other(self, ladder):

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import tiny
 
 from internal import batches, cameras
@@ -53,11 +52,3 @@ def test_a_batch_pairs_each_ray_with_its_colour():
   assert batch.rgb.dtype == jnp.float32
   rays = cameras.pixels_to_rays(cams, *ids)
   np.testing.assert_array_equal(batch.rays.directions, rays.directions)
-
-
-def test_more_pixels_than_32_bits_count_are_refused():
-  class Huge:
-    shape = (50_000, 50_000, 3)
-
-  with pytest.raises(ValueError, match=r'2,500,000,000 training pixels.*Config\.factor'):
-    batches.make_store([Huge()])

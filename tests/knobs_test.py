@@ -8,6 +8,7 @@ and without which the probe must give different things.
 import ast
 import dataclasses
 import functools
+import glob
 import os
 import re
 import tempfile
@@ -35,6 +36,7 @@ from internal import (
   evaluation,
   losses,
   models,
+  pixels,
   report,
   runlog,
   structs,
@@ -197,7 +199,7 @@ def training(settings, folder):
   with pytest.MonkeyPatch.context() as patch:
     for owner, name, stand_in in (
       (train_program, 'start_run', lambda *_: (types.SimpleNamespace(params={}), [], 1)),
-      (train_program, 'load_pixels', lambda *_: (store, True)),
+      (train_program, 'load_pixels', lambda *_: (store, 'device')),
       (train_step, 'make_train_step', lambda *_, **__: Step()),
       (evaluation, 'make_image_renderer', lambda *_: rendered),
       (evaluation, 'make_ray_probe', probed),
@@ -214,9 +216,18 @@ def training(settings, folder):
   return done
 
 
-def place_of_pixels(settings, _):
-  store = batches.make_store(tiny.capture()[1])
-  return train_program.keep_on_device(settings.config, store)
+def place_of_pixels(settings, folder):
+  """Whether they go to the device, and which file they are read from."""
+  scene = dataclasses.replace(trajectory_test.make_scene(), train=(1,))
+  path = os.path.join(folder, scene.files[1])
+  if not os.path.exists(path):
+    captures.save_image(path, captures.pixels(0, (60, 40)))
+  config = dataclasses.replace(settings.config, data_dir=folder)
+  if config.pixel_cache_dir:
+    config = dataclasses.replace(config, pixel_cache_dir=os.path.join(folder, 'elsewhere'))
+  store = pixels.read(config, scene, progress=False)
+  made = sorted(glob.glob(os.path.join(folder, '**', '*.rgb'), recursive=True, include_hidden=True))
+  return train_program.keep_on_device(config, store), type(store.rgb), made
 
 
 def patience(settings, folder):
@@ -322,6 +333,7 @@ KNOBS = {
     'near': (model, '0.5'),
     'far': (model, '5.0'),
     'pixels_on': (place_of_pixels, "'host'"),
+    'pixel_cache_dir': (place_of_pixels, "'elsewhere'", "Config.pixels_on = 'disk'"),
     'seed': (draw, '3'),
     'batching': (draw, "'single_image'"),
     'batch_size': (draw, '8'),
@@ -467,7 +479,7 @@ def cases():
 
 
 _seen = {}
-ABOUT_FILES = (data, which_light, training, evaluating, path, video, patience)
+ABOUT_FILES = (place_of_pixels, data, which_light, training, evaluating, path, video, patience)
 load = functools.cache(lambda bindings: configs.load_config([], bindings))
 
 

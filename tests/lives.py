@@ -7,6 +7,7 @@ own, with devices of its own, that can be killed like any other.
 import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +17,36 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+
+STEPS = 300
+SMALLEST = (
+  f'Config.max_steps = {STEPS}',
+  'Config.print_every = 7',
+  'Config.checkpoint_every = 30',
+  f'Config.train_render_every = {STEPS}',
+  'Config.batch_size = 8',
+  'Config.factor = 0',
+  'Config.render_chunk_size = 64',
+  'Config.render_path_frames = 40',
+  'Model.num_levels = 2',
+  'Model.num_prop_samples = 4',
+  'Model.num_nerf_samples = 4',
+  'PropMLP.net_depth = 1',
+  'PropMLP.net_width = 8',
+  'PropMLP.max_deg_point = 2',
+  'NerfMLP.net_depth = 1',
+  'NerfMLP.net_width = 8',
+  'NerfMLP.max_deg_point = 2',
+  'NerfMLP.net_width_viewdirs = 8',
+  'NerfMLP.bottleneck_width = 8',
+)
+ONE_DEVICE = '--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0'
+
+
+def arguments(capture, run, *bindings):
+  """Of train.py, for a model that takes no time."""
+  here = (f"Config.data_dir = '{capture}'", f"Config.checkpoint_dir = '{run}'")
+  return ('--gin_configs=configs/360.gin', '--gin_bindings', *SMALLEST, *here, *bindings)
 
 
 class Life:
@@ -63,9 +94,14 @@ class Nursery:
       self._process.stdin.flush()
       return json.loads(self._process.stdout.readline())
 
-  def start(self, program: str, args, said, **env) -> Life:
-    """Begins a life with these arguments and variables of its environment."""
+  def start(self, program: str, args, said, heartbeat=None, writes=True, **env) -> Life:
+    """Begins a life with these arguments and variables of its environment.
+
+    `heartbeat` stands for sharding.HEARTBEAT; a life that does not write ends in an error where it
+    tries to.
+    """
     start = {'program': program, 'args': list(args), 'said': str(said), 'env': env}
+    start |= {'heartbeat': heartbeat, 'writes': writes}
     return Life(self, self.ask({'start': start}), said)
 
   def close(self) -> None:
@@ -73,8 +109,29 @@ class Nursery:
     self._process.wait()
 
 
-def _live(program, args, said, env) -> None:
+def _keep_own_programs() -> None:
+  """JAX has only the first of several processes keep its programs, which others cannot use."""
+  from jax._src import compiler, distributed
+
+  write, state = compiler._cache_write, distributed.global_state
+
+  def keep(*args):
+    process_id, state.process_id = state.process_id, 0
+    try:
+      write(*args)
+    finally:
+      state.process_id = process_id
+
+  compiler._cache_write = keep
+
+
+def _live(program, args, said, env, heartbeat, writes) -> None:
   os.environ.update(env)
+  _keep_own_programs()
+  if heartbeat:
+    importlib.import_module('internal.sharding').HEARTBEAT = heartbeat
+  if not writes:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
   where = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
   for stream in (1, 2):
     os.dup2(where, stream)

@@ -1,17 +1,14 @@
 """Runs that end before their time go on as if nothing had been: processes, signalled and killed."""
 
 import json
-import os
 import resource
 import signal
-import socket
 import struct
 import subprocess
 import sys
 import time
 from concurrent import futures
 
-import captures
 import jax
 import lives
 import numpy as np
@@ -21,69 +18,14 @@ from tensorboardX.proto import event_pb2
 
 from internal import checkpoints
 
-STEPS = 300
-SMALLEST = (
-  f'Config.max_steps = {STEPS}',
-  'Config.print_every = 7',
-  'Config.checkpoint_every = 30',
-  f'Config.train_render_every = {STEPS}',
-  'Config.batch_size = 8',
-  'Config.factor = 0',
-  'Config.render_chunk_size = 64',
-  'Config.render_path_frames = 40',
-  'Model.num_levels = 2',
-  'Model.num_prop_samples = 4',
-  'Model.num_nerf_samples = 4',
-  'PropMLP.net_depth = 1',
-  'PropMLP.net_width = 8',
-  'PropMLP.max_deg_point = 2',
-  'NerfMLP.net_depth = 1',
-  'NerfMLP.net_width = 8',
-  'NerfMLP.max_deg_point = 2',
-  'NerfMLP.net_width_viewdirs = 8',
-  'NerfMLP.bottleneck_width = 8',
-)
 _TIMES = ('time', 'train_seconds', 'rays_per_sec', 'test_seconds')
 
 
 @pytest.fixture(scope='module')
-def nursery():
-  flags = '--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0'
-  keep = {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-  nursery = lives.Nursery({**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, **keep})
-  yield nursery
-  nursery.close()
-
-
-@pytest.fixture(scope='module')
-def capture(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('capture')
-  captures.write_colmap(folder, n=18, camera=('PINHOLE', (20.0, 20.0, 8.0, 8.0)), size=(16, 16))
-  return folder
-
-
-def arguments(capture, run, *bindings):
-  """Of train.py."""
-  here = (f"Config.data_dir = '{capture}'", f"Config.checkpoint_dir = '{run}'")
-  return ('--gin_configs=configs/360.gin', '--gin_bindings', *SMALLEST, *here, *bindings)
-
-
-@pytest.fixture(scope='module')
-def train(nursery, capture):
-  """Starts a life of train.py in a folder."""
-
-  def start(run, *bindings, **kwargs):
-    args = arguments(capture, run, *bindings)
-    return nursery.start('train', args, **{'said': f'{run}.said', **kwargs})
-
-  return start
-
-
-@pytest.fixture(scope='module')
-def whole(train, tmp_path_factory):
+def whole(start_training, tmp_path_factory):
   """A run that nobody interrupts."""
   run = tmp_path_factory.mktemp('whole') / 'run'
-  life = train(run)
+  life = start_training(run)
   assert life.wait() == 0, life.text()
   return run
 
@@ -94,16 +36,21 @@ def metrics(run):
   return [{k: v for k, v in row.items() if k not in _TIMES} for row in rows]
 
 
-def same(a, b):
-  """Whether parameters, optimizer state and metrics of two finished runs are equal."""
+def same_state(a, b, step):
+  """Whether parameters and optimizer state of two runs are equal at a step."""
   states = []
   for run in (a, b):
     settings, _ = checkpoints.open_run(str(run))
-    assert checkpoints.newest(str(run)) == settings.config.last_step
-    state = checkpoints.restore(str(run), settings, tiny.mesh(1), settings.config.last_step)
+    state = checkpoints.restore(str(run), settings, tiny.mesh(1), step)
     states.append(jax.tree.map(np.asarray, state))
   equal = jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), *states)
-  return all(jax.tree.leaves(equal)) and metrics(a) == metrics(b)
+  return all(jax.tree.leaves(equal))
+
+
+def same(a, b):
+  """Whether parameters, optimizer state and metrics of two finished runs are equal."""
+  assert checkpoints.newest(str(a)) == checkpoints.newest(str(b)) == lives.STEPS
+  return same_state(a, b, lives.STEPS) and metrics(a) == metrics(b)
 
 
 def scalars(run):
@@ -145,7 +92,7 @@ def kill(life, run, moment, rng):
       going = going and life.until(lambda: any(folder.glob('*.partial')))
       time.sleep(rng.uniform(0, 0.06))
     else:
-      going = going and life.until(lambda: f'step {STEPS}/{STEPS}' in life.text())
+      going = going and life.until(lambda: f'step {lives.STEPS}/{lives.STEPS}' in life.text())
       time.sleep(rng.uniform(0, 0.5))
   life.kill()
   return life.wait() == -signal.SIGKILL
@@ -155,7 +102,7 @@ MOMENTS = ('start', 'step', 'checkpoint', 'checkpoint')
 
 
 @pytest.fixture(scope='module')
-def killed(train, whole, tmp_path_factory):
+def killed(start_training, whole, tmp_path_factory):
   """Two runs, each killed at ten random moments and once while it renders its test image.
 
   They go on side by side. With each: the moments, and how often a half checkpoint was left.
@@ -165,11 +112,11 @@ def killed(train, whole, tmp_path_factory):
     run, rng = tmp_path_factory.mktemp('killed') / 'run', np.random.default_rng(seed)
     kills, halves = [], 0
     for moment in [*rng.choice(MOMENTS, 10), 'render']:
-      life = train(run, said=f'{run}.{len(kills)}')
+      life = start_training(run, said=f'{run}.{len(kills)}')
       assert kill(life, run, moment, rng), life.text()
       kills.append(moment)
       halves += any(run.glob('checkpoints/*.partial'))
-    life = train(run)
+    life = start_training(run)
     assert life.wait() == 0, life.text()
     return run, kills, halves
 
@@ -200,38 +147,20 @@ class TestKills:
 
 
 class TestSignals:
-  def test_training_saves_and_says_where_and_goes_on(self, train, whole, tmp_path):
+  def test_training_saves_and_says_where_and_goes_on(self, start_training, whole, tmp_path):
     run, start = tmp_path / 'run', 0
     for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-      life = train(run, said=f'{run}.{signum.name}')
+      life = start_training(run, said=f'{run}.{signum.name}')
       assert life.until(lambda life=life: 'first step' in life.text())
       life.kill(signum)
       assert life.wait() == code, life.text()
-      assert f'steps {start} to {STEPS}' in life.text()
+      assert f'steps {start} to {lives.STEPS}' in life.text()
       start = checkpoints.newest(str(run))
-      assert 0 < start < STEPS
+      assert 0 < start < lives.STEPS
       assert f'step {start} is saved in {run}; the same command goes on' in life.text()
       assert life.text().endswith(f'Stopped by {signum.name}.\n')
-    assert train(run).wait() == 0
+    assert start_training(run).wait() == 0
     assert same(run, whole)
-
-  def test_one_process_signalled_is_enough(self, train, tmp_path):
-    run = tmp_path / 'run'
-    with socket.socket() as s:
-      s.bind(('localhost', 0))
-      port = s.getsockname()[1]
-    told = {'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'JAX_NUM_PROCESSES': '2'}
-    bindings = ('Config.max_steps = 100000', 'Config.checkpoint_every = 100000')
-    pair = [
-      train(run, *bindings, JAX_PROCESS_ID='0', **told),
-      train(run, *bindings, JAX_PROCESS_ID='1', **told),
-    ]
-    assert pair[0].until(lambda: 'step       7/' in pair[0].text())
-    pair[1].kill(signal.SIGTERM)
-    assert [life.wait() for life in pair] == [143, 143], pair[0].text()
-    (step,) = checkpoints.all_steps(str(run))
-    assert step % 7 == 0
-    assert f'step {step:,} is saved' in pair[0].text()
 
   @pytest.mark.parametrize(
     ('program', 'begun', 'made'),
@@ -254,15 +183,16 @@ class TestFullDisk:
   """A disk that takes no file larger than so much: checkpoints outgrow it, a log does not."""
 
   def test_a_run_says_so_and_keeps_its_last_checkpoint(
-    self, train, nursery, capture, whole, tmp_path
+    self, start_training, nursery, small_capture, whole, tmp_path
   ):
     run = tmp_path / 'run'
-    assert train(run, 'Config.early_exit_steps = 9').wait() == 0
+    assert start_training(run, 'Config.early_exit_steps = 9').wait() == 0
     largest = max(p.stat().st_size for p in (run / 'checkpoints').rglob('*') if p.is_file())
     # By itself, since a pipe takes what it says however large files may be.
     full = (largest * 6 // 10,) * 2
+    args = lives.arguments(small_capture, run, 'Config.early_exit_steps = 20')
     done = subprocess.run(
-      [sys.executable, 'train.py', *arguments(capture, run, 'Config.early_exit_steps = 20')],
+      [sys.executable, 'train.py', *args],
       cwd=lives.ROOT, env=nursery.env, capture_output=True, text=True, check=False,
       preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, full),
     )  # fmt: skip
@@ -272,6 +202,6 @@ class TestFullDisk:
     assert 'File too large' in said
     assert 'The checkpoint of step 9 is kept' in said
     assert checkpoints.newest(str(run)) == 9
-    assert train(run, 'Config.early_exit_steps = 20', said=f'{run}.again').wait() == 0
+    assert start_training(run, 'Config.early_exit_steps = 20', said=f'{run}.again').wait() == 0
     assert checkpoints.newest(str(run)) == 20
     assert {p.name for p in (run / 'checkpoints').iterdir()} == {'9', '20'}

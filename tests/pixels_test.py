@@ -1,0 +1,177 @@
+"""Pixels in memory and in a mapped file: the same ones, and no file that is not whole is used."""
+
+import errno
+import os
+
+import captures
+import numpy as np
+import pytest
+
+import train
+from internal import batches, configs, datasets, pixels
+from internal.datasets import images
+
+
+@pytest.fixture
+def capture(tmp_path):
+  captures.write_colmap(tmp_path, n=9)
+  return str(tmp_path)
+
+
+def read(capture, where='disk', **kwargs):
+  config = configs.Config(data_dir=capture, pixels_on=where, **kwargs)
+  return pixels.read(config, datasets.load_dataset(config), progress=False)
+
+
+def colors(store, n=7):
+  """All pixels of a store."""
+  size = np.array([captures.SIZE] * n)
+  cam, y, x = (a.ravel() for a in np.mgrid[:n, : captures.SIZE[1], : captures.SIZE[0]])
+  return batches.lookup(store, size, cam, x, y)
+
+
+def tables(folder):
+  return sorted(name for name in os.listdir(folder) if name != 'lock')
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+  """Counts the pictures that are decoded."""
+  seen, decode = [], images.decode
+  monkeypatch.setattr(
+    images, 'decode', lambda path, *args: seen.append(path) or decode(path, *args)
+  )
+  return seen
+
+
+def test_on_disk_they_are_those_in_memory(capture):
+  wanted = np.stack([captures.pixels(row) for row in range(1, 8)]).reshape(-1, 3)
+  for where in ('host', 'disk', 'disk'):
+    np.testing.assert_array_equal(colors(read(capture, where)), wanted)
+  store = read(capture)
+  assert isinstance(store.rgb, pixels.MappedPixels)
+  assert pixels.stored_bytes(store) == pixels.stored_bytes(read(capture, 'host')) == wanted.nbytes
+  np.testing.assert_array_equal(np.stack([*store.rgb.planes()], -1), wanted)
+
+
+def test_the_file_is_made_once(capture, decoded):
+  read(capture)
+  made = len(decoded)
+  assert made == 7
+  read(capture)
+  assert len(decoded) == made
+  assert len(tables(os.path.join(capture, '.pixels'))) == 1
+
+
+@pytest.mark.parametrize('change', ['touched', 'another', 'cut'])
+def test_it_is_made_anew_of_other_pictures_or_if_cut(capture, decoded, change):
+  old = read(capture)
+  folder, picture = os.path.join(capture, '.pixels'), os.path.join(capture, 'images', '003.png')
+  (name,) = tables(folder)
+  if change == 'touched':
+    os.utime(picture, ns=(0, 1))
+  elif change == 'another':
+    captures.save_image(picture, captures.pixels(99))
+  else:
+    os.truncate(os.path.join(folder, name), 100)
+  before = colors(old) if change != 'cut' else None
+  new = read(capture)
+  assert len(decoded) == 14
+  seen = colors(new).reshape(7, *captures.pixels(0).shape)
+  np.testing.assert_array_equal(seen[2], captures.pixels(99 if change == 'another' else 3))
+  assert len(tables(folder)) == 1  # The old one is gone,
+  if change != 'cut':
+    np.testing.assert_array_equal(colors(old), before)  # but not for who has it open.
+
+
+def test_what_was_never_finished_is_not_used_and_removed(capture, monkeypatch):
+  folder = os.path.join(capture, '.pixels')
+  pwrite = os.pwrite
+  written = []
+
+  def full(fd, data, at):
+    """A disk that takes half of what it is given, and no more than three pieces."""
+    written.append(at)
+    if len(written) > 3:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return pwrite(fd, data[: len(data) // 2 + 1], at)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, 'pwrite', full)
+    with pytest.raises(
+      pixels.PixelCacheError, match=r'\.rgb: cannot be made \(No space.*Config\.pixel_cache_dir'
+    ):
+      read(capture)
+  assert tables(folder) == []
+  with open(os.path.join(folder, 'ab.123.part.rgb'), 'wb') as f:  # As a kill leaves it.
+    f.write(b'x')
+  read(capture)
+  (name,) = tables(folder)
+  assert 'part' not in name
+
+
+def test_short_writes_are_gone_on_with(capture, monkeypatch):
+  pwrite = os.pwrite
+  monkeypatch.setattr(os, 'pwrite', lambda fd, data, at: pwrite(fd, data[:100], at))
+  np.testing.assert_array_equal(colors(read(capture)), colors(read(capture, 'host')))
+
+
+def test_too_little_room_is_seen_before(capture, monkeypatch):
+  monkeypatch.setattr(pixels.shutil, 'disk_usage', lambda folder: type('Usage', (), {'free': 100}))
+  with pytest.raises(pixels.PixelCacheError, match=r'would take 0\.0 GB, of which 0\.0 GB are'):
+    read(capture)
+
+
+def test_the_folder_can_be_another(capture, tmp_path):
+  place = str(tmp_path / 'elsewhere')
+  read(capture, pixel_cache_dir=place)
+  assert len(tables(place)) == 1
+  assert not os.path.exists(os.path.join(capture, '.pixels'))
+  with pytest.raises(pixels.PixelCacheError, match='File exists'):
+    read(capture, pixel_cache_dir=os.path.join(capture, 'images', '001.png'))
+
+
+def test_a_missing_picture_is_named(capture):
+  config = configs.Config(data_dir=capture, pixels_on='disk')
+  found = datasets.load_dataset(config)
+  os.remove(os.path.join(capture, 'images', '004.png'))
+  with pytest.raises(images.DataNotFoundError, match=r'004\.png: no such image'):
+    pixels.read(config, found, progress=False)
+
+
+@pytest.mark.parametrize(('free', 'mapped'), [(None, False), (9000, False), (8000, True)])
+def test_what_fills_half_of_the_memory_goes_to_the_disk(capture, monkeypatch, free, mapped):
+  monkeypatch.setattr(pixels, 'available_memory', lambda: free)
+  found = datasets.load_dataset(configs.Config(data_dir=capture))
+  assert pixels.num_bytes(found) == 7 * 16 * 12 * 3 == 4032
+  assert isinstance(read(capture, 'auto').rgb, pixels.MappedPixels) == mapped
+  assert not isinstance(read(capture, 'host').rgb, pixels.MappedPixels)
+
+
+def test_memory_that_is_available():
+  free = pixels.available_memory()
+  assert free is None or 2**20 < free < 2**50
+  assert pixels._number_in('/nowhere') is None
+
+
+def test_more_pixels_than_32_bits_count_stay_off_the_device(monkeypatch):
+  size = np.array([[50_000, 50_000], [4, 4]])
+  first = batches.first_pixels(size)
+  assert first.tolist() == [0, 2_500_000_000]
+  assert first.dtype == np.int64
+  assert batches.first_pixels(size[1:]).dtype == np.int32
+
+  class Far:
+    nbytes = 3 * 2_500_000_016
+
+    def __getitem__(self, index):
+      return index
+
+  store = batches.PixelStore(Far(), first)
+  assert batches.lookup(store, size, np.array([1]), np.array([2]), np.array([3])) == [
+    2_500_000_000 + 3 * 4 + 2
+  ]
+  monkeypatch.setattr(pixels, 'available_memory', lambda: 2**50)
+  assert not train.keep_on_device(configs.Config(), store)
+  with pytest.raises(configs.ConfigError, match=r'less than 2\^31 training pixels'):
+    train.keep_on_device(configs.Config(pixels_on='device'), store)
