@@ -179,7 +179,7 @@ def render(scene, tmp_path, monkeypatch):
       return fake_render(params, cams, i)
 
     params = {'w': np.full(3, weights, np.float32)}
-    settings = SimpleNamespace(config=config)
+    settings = dataclasses.replace(tiny.settings(), config=config)
     monkeypatch.setattr(checkpoints, 'open_run', lambda folder, bindings: (settings, scene))
     monkeypatch.setattr(checkpoints, 'restore_params', lambda *_, **__: (params, step))
     monkeypatch.setattr(
