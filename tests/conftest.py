@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, shape slips are errors, and no program is compiled twice."""
 
+import gc
 import os
 import tempfile
 
@@ -20,6 +21,7 @@ import lives  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+gc.set_threshold(50_000)  # Looking for garbage often takes a third of JAX's tracing.
 
 
 @pytest.fixture(scope='session')

@@ -2,14 +2,18 @@
 
 import errno
 import os
+from concurrent import futures
 
 import captures
+import jax
 import numpy as np
 import pytest
+import tiny
 
 import train
 from internal import batches, configs, datasets, pixels
 from internal.datasets import images
+from scripts import make_large_capture
 
 
 @pytest.fixture
@@ -61,6 +65,28 @@ def test_the_file_is_made_once(capture, decoded):
   read(capture)
   assert len(decoded) == made
   assert len(tables(os.path.join(capture, '.pixels'))) == 1
+
+
+def test_of_several_that_start_at_once_one_makes_it(capture, decoded):
+  with futures.ThreadPoolExecutor(3) as pool:
+    stores = list(pool.map(lambda _: read(capture), range(3)))
+  assert len(decoded) == 7
+  wanted = colors(stores[0])
+  assert all(np.array_equal(colors(store), wanted) for store in stores)
+
+
+def test_they_get_from_the_file_to_the_device(capture, monkeypatch):
+  settings = configs.load_config(
+    [], [f"Config.data_dir = '{capture}'", "Config.pixels_on = 'disk'"]
+  )
+  found, mesh = datasets.load_dataset(settings.config), tiny.mesh(2)
+  store, place = train.load_pixels(settings, found, mesh)
+  assert place == 'disk'
+  monkeypatch.setattr(train, 'keep_on_device', lambda *_: True)
+  on_device, place = train.load_pixels(settings, found, mesh)
+  assert place == 'device'
+  assert len(on_device.rgb[0].devices()) == 2
+  np.testing.assert_array_equal(colors(jax.device_get(on_device)), colors(store))
 
 
 @pytest.mark.parametrize('change', ['touched', 'another', 'cut'])
@@ -175,3 +201,9 @@ def test_more_pixels_than_32_bits_count_stay_off_the_device(monkeypatch):
   assert not train.keep_on_device(configs.Config(), store)
   with pytest.raises(configs.ConfigError, match=r'less than 2\^31 training pixels'):
     train.keep_on_device(configs.Config(pixels_on='device'), store)
+
+
+def test_a_capture_made_for_measuring_is_read(tmp_path):
+  make_large_capture.main([str(tmp_path / 'c'), '--images=12', '--width=32', '--height=24'])
+  store = read(str(tmp_path / 'c'))
+  assert store.rgb.nbytes == 3 * 10 * 32 * 24

@@ -13,8 +13,8 @@ import resume_test
 
 from internal import checkpoints
 
-SECONDS = 5  # In which the others end where connections break: far less than sharding.HEARTBEAT.
-HEARTBEAT = 5  # In its place, where they do not.
+SECONDS = 20  # In which the others end where connections break: less than sharding.HEARTBEAT.
+HEARTBEAT = 10  # In its place, where they do not.
 
 
 @pytest.fixture
