@@ -204,7 +204,12 @@ def test_half_a_description_of_the_processes_is_refused(monkeypatch, missing):
 def test_who_joins_whom(monkeypatch):
   """By hand, under a launcher of several processes, or not at all."""
   calls = []
-  monkeypatch.setattr(jax.distributed, 'initialize', lambda *args: calls.append(args))
+
+  def join(*args, heartbeat_timeout_seconds):
+    assert heartbeat_timeout_seconds == sharding.HEARTBEAT == 30
+    calls.append(args)
+
+  monkeypatch.setattr(jax.distributed, 'initialize', join)
   monkeypatch.setattr(sharding, '_on_tpu_vm', lambda: False)
   sharding.initialize()
   monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '1')
