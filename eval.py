@@ -127,9 +127,7 @@ def evaluate(
     name, (height, width) = scene.names[row], truth.shape[:2]
     about = {'width': width, 'height': height, 'masked': mask is not None}
     per_image.append({'name': name, **about, **metrics, 'seconds': seconds})
-    print(
-      f'{k + 1}/{len(rows)} {name}  {report.format_metrics(metrics)}  {seconds:.1f}s', flush=True
-    )
+    print(f'{k + 1}/{len(rows)} {name}  {report.format_metrics(metrics)}  {seconds:.1f}s')
     if config.eval_save_output:
       stem = f'{k:03d}_{scene.stem(row)}'
       note = f'PSNR {metrics["psnr"]:.2f}   SSIM {metrics["ssim"]:.3f}'
@@ -156,7 +154,7 @@ def evaluate(
   print(f'mean of {len(rows)} images at step {step:,}: {report.format_metrics(results["mean"])}')
   if lpips_absent:
     print(f'LPIPS is null: {lpips_absent}')
-  print(f'-> {os.path.join(folder, "results.json")}', flush=True)
+  print(f'-> {os.path.join(folder, "results.json")}')
 
 
 def main(argv: list[str] | None = None) -> None:

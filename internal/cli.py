@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import tempfile
@@ -148,6 +149,8 @@ def run(main: Callable[[], None]) -> None:
   SIGTERM exits with 143 and SIGINT with 130, as shells do. Programs that main compiles are kept
   for the next start.
   """
+  if isinstance(sys.stdout, io.TextIOWrapper):  # In a log file, too, lines come as they are said.
+    sys.stdout.reconfigure(line_buffering=True)
   try:
     with signals.listening():
       enable_compilation_cache()

@@ -138,7 +138,7 @@ def make_watch(plans: Sequence[Plan], done: int, total: int) -> Callable:
       return
     seen, told = now, time.monotonic()
     parts = [_progress(r, last_steps[r.job.name]) for r in running]
-    print(f'[{done + len(ended)}/{total}] {" | ".join(parts) or "all ended"}', flush=True)
+    print(f'[{done + len(ended)}/{total}] {" | ".join(parts) or "all ended"}')
 
   return watch
 

@@ -153,7 +153,7 @@ class RunLog:
   def say(self, text: str) -> None:
     """Prints a line of news."""
     if self.enabled:
-      print(text, flush=True)
+      print(text)
 
   def close(self) -> None:
     """Closes TensorBoard's file."""

@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   failed = []
   for number, row in enumerate([] if args.table_only else rows, 1):
     if results_of(row, args) is None:
-      print(f'== {number}/{len(rows)} {row.label}', flush=True)
+      print(f'== {number}/{len(rows)} {row.label}')
       failed += [] if run(row, args) else [row.name]
       write_table(args, rows)
   print(write_table(args, rows))

@@ -27,7 +27,7 @@ _COLUMNS = (
 
 
 def say(text: str = '') -> None:
-  print(text, flush=True)
+  print(text)
 
 
 def cell(row: dict, key: str, form: str) -> str:

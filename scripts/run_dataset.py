@@ -81,11 +81,11 @@ def run(args: argparse.Namespace, plans: list[dataset_runs.Plan], left: list) ->
   slots = [{'CUDA_VISIBLE_DEVICES': gpu} for gpu in gpus] or [{}]
   done = len(plans) - len(left)
   where = f'GPUs {", ".join(gpus)}' if gpus else 'the CPU'
-  print(f'{done} of {len(plans)} scenes are finished; the others on {where}.', flush=True)
+  print(f'{done} of {len(plans)} scenes are finished; the others on {where}.')
   watch = dataset_runs.make_watch(left, done, len(plans))
   failed = jobs.run([dataset_runs.make_job(plan) for plan in left], slots, watch)
   for scene, reason in failed.items():
-    print(f'{scene} failed: {reason}', flush=True)
+    print(f'{scene} failed: {reason}')
   return failed
 
 

@@ -245,3 +245,16 @@ class TestProgress:
     monkeypatch.setattr(progress, '_SECONDS_PER_LINE', 0.0)
     list(progress.track(range(9), 'frames', enabled=False))
     assert capsys.readouterr().err == ''
+
+
+def test_lines_come_as_they_are_said_where_nobody_watches():
+  code = (
+    'import os; from internal import cli\n'
+    "cli.run(lambda: (print('said'), os._exit(0)))"  # Ends without flushing.
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True,
+    cwd=pathlib.Path(__file__).parents[1],
+    env={k: v for k, v in os.environ.items() if k != 'PYTHONUNBUFFERED'},
+  )  # fmt: skip
+  assert done.stdout == 'said\n'
