@@ -103,7 +103,7 @@ MOMENTS = ('start', 'step', 'checkpoint', 'checkpoint')
 
 @pytest.fixture(scope='module')
 def killed(start_training, whole, tmp_path_factory):
-  """Two runs, each killed at eight random moments and once while it renders its test image.
+  """Two runs, each killed at nine random moments and once while it renders its test image.
 
   They go on side by side. With each: the moments, and how often a half checkpoint was left.
   """
@@ -111,7 +111,7 @@ def killed(start_training, whole, tmp_path_factory):
   def run_on(seed):
     run, rng = tmp_path_factory.mktemp('killed') / 'run', np.random.default_rng(seed)
     kills, halves = [], 0
-    for moment in [*rng.choice(MOMENTS, 8), 'render']:
+    for moment in [*rng.choice(MOMENTS, 9), 'render']:
       life = start_training(run, said=f'{run}.{len(kills)}')
       assert kill(life, run, moment, rng), life.text()
       kills.append(moment)
