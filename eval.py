@@ -1,4 +1,7 @@
-"""Evaluates a trained scene on its test images: python eval.py --checkpoint_dir=runs/bonsai
+"""Evaluates a trained scene on its test images.
+
+    python eval.py --checkpoint_dir runs/bonsai
+    python eval.py --checkpoint_dir runs/bonsai --gin_bindings "Config.vis_normals = True"
 
 Writes <checkpoint_dir>/eval/results.json and, as PNG files, every test image's prediction, truth,
 error and depth. The run's own config and cameras are used, with --gin_bindings on top. With
@@ -20,6 +23,7 @@ from internal import (
   evaluation,
   lpips,
   models,
+  progress,
   report,
   runlog,
   sharding,
@@ -115,7 +119,7 @@ def evaluate(
   measure_lpips, lpips_absent = load_lpips() if sharding.is_main() else (None, None)
   per_image, pairs = [], []
   fraction = float(train_step.train_fraction(step, config.max_steps))
-  for k, row in enumerate(rows):
+  for k, row in enumerate(progress.track(rows, 'evaluating', sharding.is_main())):
     began = time.time()
     rendering = render_image(params, scene.cameras, row, fraction)
     seconds = time.time() - began
@@ -127,7 +131,7 @@ def evaluate(
     name, (height, width) = scene.names[row], truth.shape[:2]
     about = {'width': width, 'height': height, 'masked': mask is not None}
     per_image.append({'name': name, **about, **metrics, 'seconds': seconds})
-    print(f'{k + 1}/{len(rows)} {name}  {report.format_metrics(metrics)}  {seconds:.1f}s')
+    progress.say(f'{k + 1}/{len(rows)} {name}  {report.format_metrics(metrics)}  {seconds:.1f}s')
     if config.eval_save_output:
       stem = f'{k:03d}_{scene.stem(row)}'
       note = f'PSNR {metrics["psnr"]:.2f}   SSIM {metrics["ssim"]:.3f}'
@@ -150,11 +154,15 @@ def evaluate(
   if pairs:
     captions = [f'{r["name"]}: truth, prediction   PSNR {r["psnr"]:.2f}' for r in per_image]
     sheet = vis.contact_sheet(pairs, captions, _PAIR_WIDTH)
-    vis.write_png(os.path.join(folder, 'contact_sheet.png'), sheet)
+    sheet_path = os.path.join(folder, 'contact_sheet.png')
+    vis.write_png(sheet_path, sheet)
   print(f'mean of {len(rows)} images at step {step:,}: {report.format_metrics(results["mean"])}')
   if lpips_absent:
     print(f'LPIPS is null: {lpips_absent}')
-  print(f'-> {os.path.join(folder, "results.json")}')
+  left = {'results': os.path.join(folder, 'results.json')}
+  if pairs:
+    left |= {'pictures': os.path.join(folder, '*.png'), 'all of them': sheet_path}
+  progress.summary(left)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,9 +1,12 @@
-"""Renders a camera path through a trained scene: python render.py --checkpoint_dir=runs/bonsai
+"""Renders a camera path through a trained scene.
+
+    python render.py --checkpoint_dir runs/bonsai
+    python render.py --checkpoint_dir runs/bonsai \\
+        --gin_bindings "Config.render_path_frames = 240" "Config.render_resolution = (1280, 720)"
 
 Writes <checkpoint_dir>/render/color/*.png and depth/*.png, then color.mp4 and depth.mp4 (with
 Config.vis_normals also normals). Frames that exist are skipped, so an interrupted rendering goes on
-where it stopped. Config.render_* in --gin_bindings chooses path, size and lens, e.g.
-"Config.render_resolution=(1280, 720)".
+where it stopped. Config.render_* in --gin_bindings chooses path, size and lens.
 """
 
 from __future__ import annotations
@@ -131,8 +134,9 @@ def main(argv: list[str] | None = None) -> None:
     all(os.path.exists(frame_path(folder, kind, k)) for kind in kinds) for k in range(count)
   ]
   missing = [k for k in range(count) if not present[k]]
-  say = print if sharding.is_main() else lambda *_: None
-  say(f'{count} frames of {wanted["size"]} at step {step:,}, {len(missing)} to do -> {folder}')
+  if sharding.is_main():
+    size = wanted['size']
+    progress.say(f'{count} frames of {size} at step {step:,}, {len(missing)} to do -> {folder}')
   if description is None:
     description = {**wanted, 'depth_range': survey_depth(render_image, params, cams, fraction)}
     if sharding.is_main():
@@ -146,11 +150,13 @@ def main(argv: list[str] | None = None) -> None:
         vis.write_png(frame_path(folder, kind, k), shown)
 
   if sharding.is_main():
+    left = {}
     for kind in kinds:
       frames = [frame_path(folder, kind, k) for k in range(count)]
       path = os.path.join(folder, f'{kind}.mp4')
       video.write_video(frames, path, config.render_video_fps, config.render_video_crf)
-      say(f'-> {path}')
+      left[kind] = path
+    progress.summary({**left, 'frames': os.path.join(folder, '*', '*.png')})
 
 
 if __name__ == '__main__':

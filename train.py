@@ -1,4 +1,7 @@
-"""Trains a scene: python train.py --gin_configs=configs/360.gin --gin_bindings="..."
+"""Trains a scene.
+
+    python train.py --gin_configs configs/360_fast.gin \\
+        --gin_bindings "Config.data_dir = 'my_scene'" "Config.checkpoint_dir = 'runs/my_scene'"
 
 Everything lands in Config.checkpoint_dir, and a second start of the same command goes on from the
 newest checkpoint there. `--dry_run` prints a preflight report as JSON and stops; `--replay_step N`
@@ -12,6 +15,7 @@ import gc
 import itertools
 import json
 import os
+import shlex
 import time
 
 import jax
@@ -26,6 +30,7 @@ from internal import (
   datasets,
   evaluation,
   models,
+  progress,
   report,
   runlog,
   sharding,
@@ -200,6 +205,21 @@ def replay(settings: configs.Settings, scene: scene_lib.Scene, mesh, step: int) 
     say(f'Loss and gradient of each of the {config.batch_size:,} rays are finite by themselves.')
 
 
+def tell_result(folder: str, step: int, seconds: float) -> None:
+  """Says what a finished run leaves, and what is done with it next."""
+  path = lambda name: os.path.join(folder, name)  # noqa: E731
+  progress.summary(
+    {
+      'done': f'step {step:,}, {progress.duration(seconds)} of training',
+      'checkpoint': path(f'checkpoints/{step}'),
+      'metrics': f'{path("metrics.jsonl")}, {path("tensorboard")}',
+      'pictures': path('train_renders'),
+      'next': f'python eval.py --checkpoint_dir {shlex.quote(folder)}',
+      '': f'python render.py --checkpoint_dir {shlex.quote(folder)}',
+    }
+  )
+
+
 def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
   """Runs the steps that are left.
 
@@ -218,9 +238,10 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
   if sharding.is_main():
     checkpoints.tidy(config.checkpoint_dir, start)
     checkpoints.write_run(config.checkpoint_dir, settings, scene)
-  log = runlog.RunLog(config.checkpoint_dir, start, last, sharding.is_main())
   pixels, place = load_pixels(settings, scene, mesh)
   cams = training_cameras(config, scene)
+  pauses = {'test': config.train_render_every, 'save': config.checkpoint_every}
+  log = runlog.RunLog(config.checkpoint_dir, start, last, sharding.is_main(), pauses)
   cams_on_device = sharding.replicate(cams, mesh)
   draw = train_step.make_draw(config, mesh, cams_on_device.supervision)
   log.say(
@@ -248,7 +269,7 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
       if step == start + 1:
         parts = f'in {step_fn.micro_batches} micro-batches, ' if step_fn.micro_batches > 1 else ''
         log.say(
-          f'first step after {runlog.duration(pause_clock())} (compiling); '
+          f'first step after {progress.duration(pause_clock())} (compiling); '
           f'{parts}{step_fn.account()}'
         )
         timed = 0
@@ -262,12 +283,14 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
         bad_numbers.check(config.checkpoint_dir, config.max_skipped_updates, step, rows)
         recent, timed = [], 0
       if render_now:
-        test_renders(state.params, step, log)
+        with log.pause('test'):
+          test_renders(state.params, step, log)
       # Processes agree where they wait for the device anyway, so that asking costs nothing.
       ask_now = jax.process_count() == 1 or step % config.print_every == 0
       signum = sharding.largest(request.signum) if ask_now and step < last else 0
       if save_now or signum:
-        save_run(config, state, recent, step_fn, mesh)
+        with log.pause('save'):
+          save_run(config, state, recent, step_fn, mesh)
       if signum:
         log.say(
           f'step {step:,} is saved in {config.checkpoint_dir}; the same command goes on from there'
@@ -279,8 +302,9 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
         gc.collect()
       if render_now or save_now:
         pause_clock()
-  log.say(f'done: step {last:,}, {runlog.duration(log.train_seconds)} of training')
   log.close()
+  if sharding.is_main():
+    tell_result(config.checkpoint_dir, last, log.train_seconds)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -307,9 +331,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv=None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.make_parser(__doc__)
   cli.add_arguments(parser)
   parser.add_argument(
     '--dry_run', action='store_true', help='print a preflight report as JSON and stop'

@@ -12,11 +12,46 @@ from collections.abc import Callable
 
 import jax
 
-from internal import configs, sharding, signals
+from internal import configs, progress, sharding, signals
 
 _ROOMS = os.path.dirname(os.path.abspath(__file__))
 _CACHE = 'mipnerf360-jax'
 _PROCESS_COUNTS = ('JAX_NUM_PROCESSES', 'SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
+
+_debug = False
+
+
+def _set_debug() -> None:
+  global _debug
+  _debug = True
+
+
+class _Switch(argparse.Action):
+  """A flag that calls `const` where it is met."""
+
+  def __init__(self, option_strings, dest, const, help):
+    super().__init__(option_strings, argparse.SUPPRESS, nargs=0, const=const, help=help)
+
+  def __call__(self, *_):
+    self.const()
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+  """A program's flags: those that all programs have, to begin with.
+
+  The description is shown as it is written: what the program does, and examples.
+  """
+  parser = argparse.ArgumentParser(
+    description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    '--quiet', action=_Switch, const=progress.set_quiet,
+    help='say nothing but warnings, errors and results',
+  )  # fmt: skip
+  parser.add_argument(
+    '--debug', action=_Switch, const=_set_debug, help='show where in the code an error comes from'
+  )
+  return parser
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_run_arguments(description: str, argv: list[str] | None = None) -> argparse.Namespace:
   """The flags of a program that works on a training run: the above and --checkpoint_dir."""
-  parser = argparse.ArgumentParser(
-    description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = make_parser(description)
   parser.add_argument(
     '--checkpoint_dir',
     metavar='DIR',
@@ -143,7 +176,7 @@ def _end(code: int) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-  """Calls main; a user's error becomes one line on stderr and exit code 1.
+  """Calls main; a user's error becomes one line on stderr and exit code 1 (--debug shows more).
 
   So does what is seen of another process that has ended. Any other error keeps its traceback.
   SIGTERM exits with 143 and SIGINT with 130, as shells do. Programs that main compiles are kept
@@ -156,21 +189,25 @@ def run(main: Callable[[], None]) -> None:
       enable_compilation_cache()
       main()
   except signals.Stopped as stop:
+    progress.close()
     print(f'Stopped by {stop.name}.', file=sys.stderr)
     _end(stop.exit_code)
   except Exception as error:
+    progress.close()
     said = ' '.join(str(error).split())
-    if _is_for_the_user(error):
+    for_the_user = _is_for_the_user(error)
+    of_another = sharding.is_of_another_process(error)
+    if not (for_the_user or of_another or sharding.is_joined()):
+      raise
+    if _debug or not (for_the_user or of_another):
+      traceback.print_exc()
+    if for_the_user:
       print(f'Error: {said}', file=sys.stderr)
-    elif sharding.is_of_another_process(error):
+    elif of_another:
       print(
         f'Error: process {jax.process_index()} of {jax.process_count()} ends, as another one has '
         'ended or cannot be reached; that one may say why. The same command, started for all of '
         f'them again, goes on from the newest checkpoint. ({said[:200]})',
         file=sys.stderr,
       )
-    elif sharding.is_joined():
-      traceback.print_exc()
-    else:
-      raise
     _end(1)

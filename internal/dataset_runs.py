@@ -7,9 +7,9 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from internal import benchmarks, configs, jobs, lpips, report, results, runlog
+from internal import benchmarks, configs, jobs, lpips, progress, report, results, runlog
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _TELL_SECONDS = 60.0
@@ -125,31 +125,63 @@ def make_job(plan: Plan) -> jobs.Job:
   return jobs.Job(plan.scene, (train, evaluate), plan.folder)
 
 
-def make_watch(plans: Sequence[Plan], done: int, total: int) -> Callable:
-  """A function that prints how far each running scene is, when one changes and every minute."""
-  last_steps = {plan.scene: plan.settings.config.last_step for plan in plans}
-  seen, told, ended = {}, 0.0, set()
+class Watch:
+  """Shows how far each running scene is: a table on a terminal, elsewhere now and then a line.
 
-  def watch(running: Sequence[jobs.Running]) -> None:
-    nonlocal seen, told
+  Lines come when a scene's stage changes and every minute. To be called with what is running.
+
+  Args:
+    plans: what is run.
+    done: how many scenes were finished before.
+    total: how many there are.
+  """
+
+  def __init__(self, plans: Sequence[Plan], done: int, total: int):
+    self._last_steps = {plan.scene: plan.settings.config.last_step for plan in plans}
+    self._done, self._total = done, total
+    self._seen, self._told, self._ended = {}, 0.0, set()
+
+  def __enter__(self) -> Watch:
+    self._table = progress.Table() if progress.is_live() else None
+    if self._table:
+      self._table.start()
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._table:
+      self._table.stop()
+
+  def __call__(self, running: Sequence[jobs.Running]) -> None:
     now = {r.job.name: r.stage for r in running}
-    ended.update(set(seen) - set(now))
-    if now == seen and time.monotonic() - told < _TELL_SECONDS:
+    self._ended |= set(self._seen) - set(now)
+    changed, self._seen = now != self._seen, now
+    if not changed and time.monotonic() - self._told < (1 if self._table else _TELL_SECONDS):
       return
-    seen, told = now, time.monotonic()
-    parts = [_progress(r, last_steps[r.job.name]) for r in running]
-    print(f'[{done + len(ended)}/{total}] {" | ".join(parts) or "all ended"}')
+    self._told = time.monotonic()
+    count = f'{self._done + len(self._ended)}/{self._total}'
+    rows = [(r.job.name, *_progress(r, self._last_steps[r.job.name])) for r in running]
+    if self._table:
+      self._table.show(rows, f'{count} scenes are finished')
+    else:
+      parts = [f'{name}: {", ".join(told)}' for name, *told in rows]
+      progress.say(f'[{count}] {" | ".join(parts) or "all ended"}')
 
-  return watch
 
-
-def _progress(running: jobs.Running, last_step: int) -> str:
-  name, folder = running.job.name, running.job.folder
+def _progress(running: jobs.Running, last_step: int) -> tuple[str, ...]:
+  """How far a scene is, in a few words each."""
   if running.stage > 0:
-    return f'{name}: evaluating'
-  rows = runlog.read_metrics(os.path.join(folder, 'metrics.jsonl'))
-  step = rows[-1]['step'] if rows else 0
-  return f'{name}: step {step:,} of {last_step:,} ({step / last_step:.0%})'
+    return ('evaluating',)
+  rows = runlog.read_metrics(os.path.join(running.job.folder, 'metrics.jsonl'))
+  rows = [row for row in rows if 'rays_per_sec' in row]
+  if not rows:
+    return ('starting',)
+  step, seconds = rows[-1]['step'], rows[-1]['train_seconds']
+  left = seconds / step * (last_step - step)
+  return (
+    f'step {step:,} of {last_step:,} ({step / last_step:.0%})',
+    f'psnr {rows[-1]["psnr"]:.2f}',
+    f'{progress.duration(left)} left',
+  )
 
 
 def slurm_script(plans: Sequence[Plan], options: str, command: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 
-import tqdm
+from internal import progress
 
 _ATTEMPTS = 6
 _WAIT = 2.0  # Seconds before the second attempt; doubled each time.
@@ -141,15 +141,14 @@ def _tag(headers) -> str:
 
 
 def _receive(response, part: str, have: int, total: int | None, label: str) -> None:
-  bar = tqdm.tqdm(
-    desc=label, total=total, initial=have, unit='B', unit_scale=True,
-    mininterval=0.5 if sys.stderr.isatty() else 30,
-  )  # fmt: skip
-  with bar, open(part, 'r+b' if have else 'wb') as out:
+  with (
+    progress.Bar(label, total, have, scale=1e6, unit='MB') as bar,
+    open(part, 'r+b' if have else 'wb') as out,
+  ):
     out.seek(have)
     while block := response.read(_BLOCK):
       out.write(block)
-      bar.update(len(block))
+      bar.advance(len(block))
 
 
 def _check_space(folder: str, needed: int, label: str) -> None:
@@ -259,7 +258,7 @@ def _unpack_scene(path: str, opened: zipfile.ZipFile, prefix: str, target: str) 
   temporary = f'{target}.part'
   shutil.rmtree(temporary, ignore_errors=True)
   label = f'unpacking {os.path.basename(target)}'
-  for info, inner in tqdm.tqdm(members, label, mininterval=0.5 if sys.stderr.isatty() else 30):
+  for info, inner in progress.track(members, label):
     out = os.path.join(temporary, *inner.split('/'))
     os.makedirs(os.path.dirname(out), exist_ok=True)
     with opened.open(info) as source, open(out, 'wb') as f:

@@ -1,26 +1,17 @@
-"""The record of a training run: a line on the terminal, metrics.jsonl, TensorBoard."""
+"""The record of a training run: what the terminal shows, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from internal import files
-
-
-def duration(seconds: float) -> str:
-  """Seconds as people say them: '45s', '3m20s', '2h05m'."""
-  s = max(0, round(seconds))
-  if s < 60:
-    return f'{s}s'
-  if s < 3600:
-    return f'{s // 60}m{s % 60:02d}s'
-  return f'{s // 3600}h{s % 3600 // 60:02d}m'
+from internal import files, progress
 
 
 def read_metrics(path: str) -> list[dict]:
@@ -82,10 +73,26 @@ class RunLog:
   """Writes what happens during training; does nothing on processes that are not the main one.
 
   On resume, lines after the restored step are dropped: those steps are done again.
+
+  Args:
+    run_dir: the run's folder.
+    start_step: the step that the run goes on from.
+    last_step: the one that it ends with.
+    enabled: whether this is the main process.
+    pauses: what interrupts training, and every how many steps (0: never), for the time left.
   """
 
-  def __init__(self, run_dir: str, start_step: int, last_step: int, enabled: bool = True):
+  def __init__(
+    self,
+    run_dir: str,
+    start_step: int,
+    last_step: int,
+    enabled: bool = True,
+    pauses: Mapping[str, int] | None = None,
+  ):
     self.enabled, self.last_step = enabled, last_step
+    self._pauses, self._took = pauses or {}, {}
+    self._bar = progress.Bar('training', last_step, start_step, enabled=enabled)
     self.train_seconds = 0.0  # Of all runs so far, without compiling, rendering and saving.
     self._path = os.path.join(run_dir, 'metrics.jsonl')
     rows = [r for r in read_metrics(self._path) if r['step'] <= start_step]
@@ -96,6 +103,24 @@ class RunLog:
     with files.whole(self._path) as path, open(path, 'w') as f:
       f.writelines(json.dumps(r) + '\n' for r in rows)
     self._board = _Board(os.path.join(run_dir, 'tensorboard'), start_step + 1)
+    self._bar.__enter__()
+    if progress.is_live():
+      self._bar.show(start_step, 'compiling the step')
+
+  @contextlib.contextmanager
+  def pause(self, name: str) -> Iterator[None]:
+    """Around one of `pauses`: the latest tells how long those to come will take."""
+    began = time.monotonic()
+    yield
+    self._took[name] = time.monotonic() - began
+
+  def _seconds_left(self, step: int, seconds_a_step: float) -> float:
+    """Of steps and of pauses."""
+    left = (self.last_step - step) * seconds_a_step
+    for name, every in self._pauses.items():
+      times = self.last_step // every - step // every if every else 0
+      left += times * self._took.get(name, 0)
+    return left
 
   def scalars(self, step: int, values: Mapping[str, float], prefix: str = 'train') -> None:
     """Appends one line to metrics.jsonl and the same scalars to TensorBoard.
@@ -145,17 +170,21 @@ class RunLog:
     )
     if timed:
       values['rays_per_sec'] = timed * batch_size / elapsed
-      left = (self.last_step - step) * elapsed / timed
-      text += f'  {values["rays_per_sec"]:>9,.0f} rays/s  {duration(left)} left'
+      left = self._seconds_left(step, elapsed / timed)
+      text += f'  {values["rays_per_sec"]:>9,.0f} rays/s  {progress.duration(left)} left'
     self.scalars(step, values)
-    self.say(text)
+    if progress.is_live():
+      self._bar.show(step, text)
+    else:
+      self.say(text)
 
   def say(self, text: str) -> None:
     """Prints a line of news."""
     if self.enabled:
-      print(text)
+      progress.say(text)
 
   def close(self) -> None:
-    """Closes TensorBoard's file."""
+    """Closes TensorBoard's file; takes the live line away."""
     if self.enabled:
+      self._bar.__exit__()
       self._board.close()

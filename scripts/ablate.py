@@ -23,7 +23,7 @@ from typing import Any
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from internal import cli, configs, files, report  # noqa: E402
+from internal import cli, configs, files, progress, report  # noqa: E402
 
 _PUBLISHED = os.path.join(ROOT, 'configs', 'ablations', 'published.json')
 _FULL = 'full'
@@ -110,6 +110,7 @@ def run(row: Row, args: argparse.Namespace) -> bool:
   )
   for command in commands:
     program = [sys.executable, os.path.join(ROOT, command[0]), *command[1:]]
+    program += ['--quiet'] if progress.is_quiet() else []
     if subprocess.run(program, check=False).returncode:
       print(f'{row.name}: {command[0]} failed', file=sys.stderr)
       return False
@@ -227,9 +228,7 @@ def write_table(args: argparse.Namespace, rows: Sequence[Row]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.make_parser(__doc__)
   parser.add_argument('--data_dir', required=True, help='the scene')
   parser.add_argument('--out', required=True, help='a folder for the runs and the table')
   parser.add_argument('--rows', nargs='+', metavar='NAME', help='some of the rows; default: all')

@@ -299,9 +299,7 @@ def _listed(text: str, known: Sequence[str], flag: str, parser) -> list[str]:
 
 
 def parse(argv=None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.make_parser(__doc__)
   cli.add_arguments(parser)
   parser.add_argument('--json', metavar='PATH', help='where all the numbers go')
   parser.add_argument('--data', metavar='DIR', help='train on this capture too')

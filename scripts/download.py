@@ -8,7 +8,6 @@ more scenes in another, and takes twice that while it is unpacked.
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 import sys
 
@@ -17,10 +16,8 @@ from internal import cli, downloads
 
 
 def main(argv: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('dataset', choices=list(downloads.ARCHIVES))
+  parser = cli.make_parser(__doc__)
+  parser.add_argument('dataset', choices=list(downloads.ARCHIVES), help='which one')
   parser.add_argument('folder', metavar='DIR', help='where the scenes go, each in its own folder')
   parser.add_argument('--scenes', nargs='+', help='only these')
   parser.add_argument('--mirror', metavar='URL', help='fetch the archives from below this address')

@@ -20,9 +20,9 @@ import tempfile
 
 import numpy as np
 import PIL.Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from internal import progress
 from scripts import demo_world
 
 SUBSAMPLES = 3  # Each pixel is the mean of 3 x 3 rays.
@@ -103,7 +103,7 @@ def make_scene(folder: pathlib.Path, width: int, height: int, count: int, seed: 
   context = multiprocessing.get_context('spawn')
   with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
     jobs = [pool.submit(render_view, pose, width, height, focal, seed) for pose in poses]
-    for job, name in zip(tqdm(jobs, 'Rendering the demo scene', unit='view'), names):
+    for job, name in zip(progress.track(jobs, 'rendering the demo scene'), names):
       image, depth = job.result()
       PIL.Image.fromarray(image).save(folder / 'images' / name)
       images.append(image)
@@ -121,12 +121,14 @@ def make_scene(folder: pathlib.Path, width: int, height: int, count: int, seed: 
 
 
 def _parse_arguments(argv=None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('out_dir', type=pathlib.Path, metavar='OUT_DIR')
+  parser = argparse.ArgumentParser(  # Not of cli, which imports JAX.
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('out_dir', type=pathlib.Path, metavar='OUT_DIR', help='the capture')
   parser.add_argument('--width', type=int, default=160, help='of an image, pixels')
   parser.add_argument('--height', type=int, default=120, help='of an image, pixels')
   parser.add_argument('--images', type=int, default=72, help='how many')
-  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--seed', type=int, default=0, help='of the landscape')
   args = parser.parse_args(argv)
   if min(args.width, args.height) < 8 or args.images < 3 or args.seed < 0:
     parser.error('at least 3 images of 8 x 8 pixels, and a seed of 0 or more.')

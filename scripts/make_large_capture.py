@@ -7,7 +7,6 @@ A few pictures are drawn, and the others are links to them. OUT_DIR gets images/
 
 from __future__ import annotations
 
-import argparse
 import os
 import pathlib
 import sys
@@ -16,7 +15,7 @@ import numpy as np
 import PIL.Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from internal import colmap
+from internal import cli, colmap
 from scripts import make_demo_scene
 
 DISTINCT = 8
@@ -54,14 +53,14 @@ def make(folder: pathlib.Path, count: int, width: int, height: int) -> None:
 
 
 def main(argv=None) -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('out_dir', type=pathlib.Path, metavar='OUT_DIR')
-  parser.add_argument('--images', type=int, default=2000)
-  parser.add_argument('--width', type=int, default=2310)
-  parser.add_argument('--height', type=int, default=1732)
+  parser = cli.make_parser(__doc__)
+  parser.add_argument('out_dir', type=pathlib.Path, metavar='OUT_DIR', help='the capture')
+  parser.add_argument('--images', type=int, default=2000, help='how many')
+  parser.add_argument('--width', type=int, default=2310, help='of an image, pixels')
+  parser.add_argument('--height', type=int, default=1732, help='of an image, pixels')
   args = parser.parse_args(argv)
   make(args.out_dir, args.images, args.width, args.height)
 
 
 if __name__ == '__main__':
-  main()
+  cli.run(main)

@@ -18,14 +18,14 @@ import subprocess
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from internal import benchmarks, cli, dataset_runs, files, jobs, table_forms, tables
+from internal import benchmarks, cli, dataset_runs, files, jobs, progress, table_forms, tables
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  parser = cli.make_parser(__doc__)
+  parser.add_argument(
+    '--dataset', required=True, choices=list(benchmarks.load_all()), help='which one'
   )
-  parser.add_argument('--dataset', required=True, choices=list(benchmarks.load_all()))
   parser.add_argument('--root', required=True, metavar='DIR', help='has a folder for each scene')
   parser.add_argument('--out', metavar='DIR', help='of the runs; default: runs/DATASET')
   parser.add_argument('--scenes', nargs='+', help='only these')
@@ -81,9 +81,9 @@ def run(args: argparse.Namespace, plans: list[dataset_runs.Plan], left: list) ->
   slots = [{'CUDA_VISIBLE_DEVICES': gpu} for gpu in gpus] or [{}]
   done = len(plans) - len(left)
   where = f'GPUs {", ".join(gpus)}' if gpus else 'the CPU'
-  print(f'{done} of {len(plans)} scenes are finished; the others on {where}.')
-  watch = dataset_runs.make_watch(left, done, len(plans))
-  failed = jobs.run([dataset_runs.make_job(plan) for plan in left], slots, watch)
+  progress.say(f'{done} of {len(plans)} scenes are finished; the others on {where}.')
+  with dataset_runs.Watch(left, done, len(plans)) as watch:
+    failed = jobs.run([dataset_runs.make_job(plan) for plan in left], slots, watch)
   for scene, reason in failed.items():
     print(f'{scene} failed: {reason}')
   return failed

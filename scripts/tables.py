@@ -20,9 +20,7 @@ from internal import benchmarks, cli, table_forms, tables
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.make_parser(__doc__)
   parser.add_argument('results', nargs='*', metavar='RESULTS', help='results.json files')
   parser.add_argument(
     '--method', nargs='+', action='append', default=[], metavar=('NAME', 'RESULTS'),

@@ -1,17 +1,20 @@
 import argparse
+import importlib
 import os
 import pathlib
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from internal import cli, configs, image, progress
+from internal import cli, configs, image
+
+SCRIPTS = pathlib.Path(__file__).parents[1] / 'scripts'
+NO_PROGRAMS = ('scripts.benchmark_programs', 'scripts.benchmark_tables', 'scripts.demo_world')
 
 
 class TestArguments:
@@ -228,25 +231,6 @@ print('/jax/compilation_cache/cache_hits' in hits)
     assert starts == ['False\n', 'True\n']
 
 
-class TestProgress:
-  def test_yields_all_in_order(self):
-    assert list(progress.track([3, 1, 2], 'frames')) == [3, 1, 2]
-    assert list(progress.track([3, 1, 2], 'frames', enabled=False)) == [3, 1, 2]
-
-  def test_without_a_terminal_lines_come_now_and_then(self, capsys, monkeypatch):
-    clock = iter(range(0, 1000, 5))
-    monkeypatch.setattr(progress, 'time', SimpleNamespace(monotonic=lambda: float(next(clock))))
-    list(progress.track(range(9), 'frames'))
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == 'frames: 2/9, 52s left'
-    assert [line.split()[1] for line in lines] == ['2/9,', '5/9,', '8/9,']
-
-  def test_disabled_says_nothing(self, capsys, monkeypatch):
-    monkeypatch.setattr(progress, '_SECONDS_PER_LINE', 0.0)
-    list(progress.track(range(9), 'frames', enabled=False))
-    assert capsys.readouterr().err == ''
-
-
 def test_lines_come_as_they_are_said_where_nobody_watches():
   code = (
     'import os; from internal import cli\n'
@@ -258,3 +242,23 @@ def test_lines_come_as_they_are_said_where_nobody_watches():
     env={k: v for k, v in os.environ.items() if k != 'PYTHONUNBUFFERED'},
   )  # fmt: skip
   assert done.stdout == 'said\n'
+
+
+PROGRAMS = ['train', 'eval', 'render', *sorted(f'scripts.{p.stem}' for p in SCRIPTS.glob('*.py'))]
+
+
+@pytest.mark.parametrize('name', [name for name in PROGRAMS if name not in NO_PROGRAMS])
+def test_help_is_complete_with_an_example(name, monkeypatch):
+  parsers = []
+
+  def parse(parser, *_):
+    parsers.append(parser)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse)
+  module = importlib.import_module(name)
+  with pytest.raises(KeyboardInterrupt):
+    module.parse() if name == 'train' else module.main()
+  (parser,) = parsers
+  assert f'python {name.replace(".", "/")}.py' in parser.format_help()
+  assert [action.dest for action in parser._actions if not action.help] == []

@@ -1,6 +1,7 @@
 """A whole dataset: the folder's check, what is finished, the job array, the table at the end."""
 
 import dataclasses
+import io
 import json
 import os
 import shlex
@@ -9,9 +10,10 @@ import subprocess
 import captures
 import outcomes
 import pytest
+import rich.console
 import tiny
 
-from internal import benchmarks, configs, dataset_runs, jobs, lpips, report, results
+from internal import benchmarks, configs, dataset_runs, jobs, lpips, progress, report, results
 from scripts import run_dataset as program
 
 TINY = tiny.TINY
@@ -277,13 +279,28 @@ class TestProgram:
     made = plan('garden', 'Config.max_steps = 200')
     os.makedirs(made.folder)
     with open(os.path.join(made.folder, 'metrics.jsonl'), 'w') as f:
-      f.write(json.dumps({'step': 50}) + '\n')
-    watch, job = dataset_runs.make_watch([made], 3, 9), dataset_runs.make_job(made)
-    for stage in (0, 0, 1):
-      watch([jobs.Running(job, stage, None, 0)])
-    watch([])
+      told = {'step': 50, 'psnr': 20.123, 'rays_per_sec': 9, 'train_seconds': 30}
+      f.write(json.dumps(told) + '\n' + json.dumps({'step': 50, 'test_psnr': 19}) + '\n')
+    job = dataset_runs.make_job(made)
+    with dataset_runs.Watch([made], 3, 9) as watch:
+      for stage in (0, 0, 1):
+        watch([jobs.Running(job, stage, None, 0)])
+      watch([])
     assert capsys.readouterr().out.splitlines() == [
-      '[3/9] garden: step 50 of 200 (25%)',
+      '[3/9] garden: step 50 of 200 (25%), psnr 20.12, 1m30s left',
       '[3/9] garden: evaluating',
       '[4/9] all ended',
     ]
+
+  def test_progress_on_a_terminal(self, plan, monkeypatch):
+    plans = [plan(name) for name in ('garden', 'room')]
+    shown = io.StringIO()
+    console = rich.console.Console(file=shown, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(rich.console, 'Console', lambda **_: console)
+    monkeypatch.setattr(progress, 'is_live', lambda: True)
+    with dataset_runs.Watch(plans, 7, 9) as watch:
+      watch([jobs.Running(dataset_runs.make_job(p), k, None, 0) for k, p in enumerate(plans)])
+    lines = [' '.join(line.split()) for line in shown.getvalue().splitlines()]
+    assert 'garden starting' in lines
+    assert 'room evaluating' in lines
+    assert any(line.endswith('7/9 scenes are finished') for line in lines)

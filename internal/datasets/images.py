@@ -20,8 +20,9 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import tqdm
 from PIL import Image
+
+from internal import progress
 
 EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
 
@@ -127,7 +128,7 @@ def in_threads(function: Callable, items: Sequence, label: str | None = None) ->
   with concurrent.futures.ThreadPoolExecutor() as pool:
     try:
       results = pool.map(function, items)
-      return list(tqdm.tqdm(results, label, len(items), disable=label is None))
+      return list(progress.track(results, label, label is not None, len(items)))
     except BaseException:
       pool.shutdown(wait=True, cancel_futures=True)
       raise
