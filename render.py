@@ -23,6 +23,7 @@ from internal import (
   checkpoints,
   cli,
   evaluation,
+  html_report,
   progress,
   report,
   sharding,
@@ -114,7 +115,7 @@ def frame_path(folder: str, kind: str, k: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-  args = cli.parse_run_arguments(__doc__, argv)
+  args = cli.make_run_parser(__doc__).parse_args(argv)
   run = cli.run_folder(args)
   settings, scene = checkpoints.open_run(run, args.gin_bindings)
   config = settings.config
@@ -156,6 +157,8 @@ def main(argv: list[str] | None = None) -> None:
       path = os.path.join(folder, f'{kind}.mp4')
       video.write_video(frames, path, config.render_video_fps, config.render_video_crf)
       left[kind] = path
+    if os.path.exists(os.path.join(run, 'eval', html_report.NAME)):
+      left['report'] = html_report.write(run, settings, scene)  # It shows the video.
     progress.summary({**left, 'frames': os.path.join(folder, '*', '*.png')})
 
 
