@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
 from collections.abc import Sequence
 
@@ -89,6 +90,29 @@ def line_chart(series: Sequence[Series], unit: str, log: bool = False) -> str:
       path = ' '.join(f'{x},{y}' for x, y in spots)
       parts.append(f'<polyline points="{path}" fill="none" stroke="var(--c{k})"/>')
   return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
+
+
+_COLOURS = ('#7f8c8d', '#00798c', '#d1495b', '#edae49', '#66a182', '#8d6a9f')
+
+
+def standalone(series: Sequence[Series], unit: str) -> str:
+  """The chart as a file of its own, with a legend below it and a white ground."""
+  height = _HEIGHT + 18 * len(series) + 8
+  colours = ''.join(f'--c{k}:{c};' for k, c in enumerate(_COLOURS))
+  style = (
+    f'<style>svg{{{colours}font:12px sans-serif}}text{{fill:#444}}'
+    '.grid{stroke:#ddd}polyline{stroke-width:2}</style>'
+  )
+  legend = ''.join(
+    f'<circle cx="{_LEFT + 5}" cy="{_HEIGHT + 18 * k}" r="5" fill="var(--c{k})"/>'
+    + _label(_LEFT + 16, _HEIGHT + 18 * k + 4, html.escape(s.name), 'start')
+    for k, s in enumerate(series)
+  )
+  inner = line_chart(series, unit).partition('>')[2].removesuffix('</svg>')
+  return (
+    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}">{style}'
+    f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>{inner}{legend}</svg>\n'
+  )
 
 
 def _can_be_drawn(y: float | None, log: bool) -> bool:
