@@ -1,0 +1,159 @@
+"""From photographs or a video to a posed capture, by COLMAP.
+
+What `make` leaves in the capture's folder:
+
+  images/, images_2/, ...   upright photographs, and smaller ones
+  masks/                    where given
+  sparse/0/                 the largest model; 1, 2, ... those that could not be joined to it
+  database.db               features and matches
+  poses.json                what was asked for, and the photographs, by which a second run goes on
+  preflight.png, .json      the report
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Sequence
+
+from internal import files
+from internal.datasets import images, pyramid
+from internal.poses import film, sfm
+from internal.poses.gather import FOLDER, Photo, PosesError, gather
+
+STATE = 'poses.json'
+MODELS = 'sparse'
+_MATCHED = 'models.json'  # Inside sparse/: what its models were made from.
+FACTORS = (2, 4, 8)
+MATCHING = ('auto', 'exhaustive', 'sequential', 'alike')
+
+__all__ = ['FACTORS', 'MATCHING', 'STATE', 'Options', 'Photo', 'PosesError', 'make']
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How a capture is made."""
+
+  frames: int | None = None  # Of a video; None: by its length.
+  masks: str | None = None  # The folder of the photographs' masks.
+  matching: str = 'auto'
+  camera_model: str | None = None
+
+
+def make(source: str, scene_dir: str, options: Options = Options()) -> list[Photo]:
+  """Makes a posed capture of photographs or of a video; goes on where a run before stopped.
+
+  Args:
+    source: a folder of photographs, or a video.
+    scene_dir: the capture's folder; is made.
+    options: how.
+
+  Returns:
+    The photographs in their order.
+
+  Raises:
+    PosesError: the photographs or the folder cannot be used.
+    DataError, DataNotFoundError: a photograph cannot.
+  """
+  sfm.colmap()  # Before anything is written.
+  _check_places(source, scene_dir)
+  photos = _collect(source, scene_dir, options)
+  names = [photo.name for photo in photos]
+  sfm.extract(scene_dir, photos, options.camera_model)
+  ordered = os.path.isfile(source)
+  wanted = sfm.choose_pairs(scene_dir, names, options.matching, ordered)
+  sfm.match(scene_dir, names, wanted)
+  _reconstruct(scene_dir, names, len(wanted))
+  for factor in FACTORS:
+    if not os.path.isdir(os.path.join(scene_dir, pyramid.folder_name(FOLDER, factor))):
+      pyramid.make(scene_dir, FOLDER, factor)
+  return photos
+
+
+def _check_places(source: str, scene_dir: str) -> None:
+  if not os.path.exists(source):
+    raise PosesError(f'{source}: no such video or folder of photographs.')
+  inner, outer = os.path.realpath(scene_dir), os.path.realpath(source)
+  if os.path.isdir(source) and os.path.commonpath([inner, outer]) == outer:
+    raise PosesError(
+      f'{scene_dir}: lies in the folder of the photographs, {source}, and would be taken for some. '
+      'Name a folder beside it.'
+    )
+  if os.path.exists(os.path.join(scene_dir, STATE)):
+    return
+  for name in (MODELS, sfm.DATABASE, FOLDER):
+    path = os.path.join(scene_dir, name)
+    if os.path.exists(path) and os.path.realpath(path) != outer:
+      raise PosesError(
+        f'{path}: is there already and was not made by this command. Name another folder for the '
+        'capture, or move it away.'
+      )
+
+
+def _collect(source: str, scene_dir: str, options: Options) -> list[Photo]:
+  """The photographs, in place; those of a run before are not made again."""
+  path = os.path.join(scene_dir, STATE)
+  asked = {'source': os.path.realpath(source), 'frames': options.frames, 'masks': options.masks}
+  known: list[Photo] = []
+  if os.path.isfile(path):
+    before, known = _read_state(path)
+    for key, value in asked.items():
+      if before.get(key) != value:
+        raise PosesError(
+          f'{scene_dir}: was begun with {key} {before.get(key)!r}, not {value!r}. Say the same '
+          'again, or name another folder for the capture.'
+        )
+    if os.path.isfile(source) and known:
+      return known
+  else:
+    _write_state(path, asked, [])
+  if os.path.isfile(source):
+    photos = film.take_frames(source, scene_dir, options.frames)
+  else:
+    photos = gather(source, scene_dir, options.masks, known)
+  if len(photos) < 3:
+    raise PosesError(f'{source}: has {len(photos)} photographs. To pose them takes 3, better 50.')
+  if known and len(photos) != len(known):
+    for factor in FACTORS:  # They lack what was added.
+      shutil.rmtree(os.path.join(scene_dir, pyramid.folder_name(FOLDER, factor)), True)
+  _write_state(path, asked, photos)
+  return photos
+
+
+def _read_state(path: str) -> tuple[dict, list[Photo]]:
+  try:
+    with open(path, encoding='utf-8') as f:
+      state = json.load(f)
+    return state['asked'], [Photo(**photo) for photo in state['photos']]
+  except (ValueError, KeyError, TypeError) as e:
+    raise PosesError(f'{path}: is damaged ({e}). Remove it and the folder it is in.') from None
+
+
+def _write_state(path: str, asked: dict, photos: Sequence[Photo]) -> None:
+  state = {'asked': asked, 'photos': [dataclasses.asdict(photo) for photo in photos]}
+  with files.whole(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
+    json.dump(state, f, indent=1)
+
+
+def _reconstruct(scene_dir: str, names: list[str], pairs: int) -> None:
+  """Writes sparse/0, 1, ... unless they were made from just these photographs and pairs."""
+  folder = os.path.join(scene_dir, MODELS)
+  made_from = {'photographs': sorted(names), 'pairs': pairs}
+  stamp = os.path.join(folder, _MATCHED)
+  if os.path.isfile(stamp):
+    with open(stamp, encoding='utf-8') as f:
+      if json.load(f) == made_from:
+        return
+  models = sfm.reconstruct(scene_dir, len(names))
+
+  def write(temporary: str) -> None:
+    for k, model in enumerate(models):
+      os.mkdir(os.path.join(temporary, str(k)))
+      model.write_binary(os.path.join(temporary, str(k)))
+    with open(os.path.join(temporary, _MATCHED), 'w', encoding='utf-8') as f:
+      json.dump(made_from, f)
+
+  sfm.write_whole(write, folder)
+  sfm.forget_snapshots(scene_dir)
