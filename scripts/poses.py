@@ -47,7 +47,17 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
   args = _parse_arguments(argv)
   options = poses.Options(args.frames, args.masks, args.matching, args.camera_model)
-  poses.make(args.source, args.scene, options)
+  told = poses.make(args.source, args.scene, options)
+  for check in told['checks']:
+    print(f'{check["status"]:>8}  {check["name"]}: {check["text"]}')
+  for name, reason in told['failed'].items():
+    print(f'  failed  {name}: {reason}')
+  print(f'\nLook at {os.path.join(args.scene, "preflight.png")}, then:')
+  print(
+    f'  python train.py --gin_configs configs/360_fast.gin --gin_bindings '
+    f'"Config.data_dir=\'{args.scene}\'" "Config.checkpoint_dir=\'runs/'
+    f'{os.path.basename(os.path.realpath(args.scene))}\'" Config.factor={told["factor"]}'
+  )
 
 
 if __name__ == '__main__':

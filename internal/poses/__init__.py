@@ -20,11 +20,10 @@ from collections.abc import Sequence
 
 from internal import files
 from internal.datasets import images, pyramid
-from internal.poses import film, sfm
+from internal.poses import diagnosis, film, preflight, sfm
 from internal.poses.gather import FOLDER, Photo, PosesError, gather
 
 STATE = 'poses.json'
-MODELS = 'sparse'
 _MATCHED = 'models.json'  # Inside sparse/: what its models were made from.
 FACTORS = (2, 4, 8)
 MATCHING = ('auto', 'exhaustive', 'sequential', 'alike')
@@ -42,7 +41,7 @@ class Options:
   camera_model: str | None = None
 
 
-def make(source: str, scene_dir: str, options: Options = Options()) -> list[Photo]:
+def make(source: str, scene_dir: str, options: Options = Options()) -> dict:
   """Makes a posed capture of photographs or of a video; goes on where a run before stopped.
 
   Args:
@@ -51,10 +50,10 @@ def make(source: str, scene_dir: str, options: Options = Options()) -> list[Phot
     options: how.
 
   Returns:
-    The photographs in their order.
+    The report, as preflight.json has it.
 
   Raises:
-    PosesError: the photographs or the folder cannot be used.
+    PosesError: the photographs or the folder cannot be used, or none could be placed.
     DataError, DataNotFoundError: a photograph cannot.
   """
   sfm.colmap()  # Before anything is written.
@@ -69,7 +68,19 @@ def make(source: str, scene_dir: str, options: Options = Options()) -> list[Phot
   for factor in FACTORS:
     if not os.path.isdir(os.path.join(scene_dir, pyramid.folder_name(FOLDER, factor))):
       pyramid.make(scene_dir, FOLDER, factor)
-  return photos
+  return _report(scene_dir, photos)
+
+
+def _report(scene_dir: str, photos: Sequence[Photo]) -> dict:
+  """Writes the report; an error if there is nothing else."""
+  told = preflight.write(scene_dir, photos)
+  if not told['posed']:
+    raise PosesError(
+      f'None of the {len(photos)} photographs could be placed: '
+      f'{os.path.join(scene_dir, preflight.FILE)}.png says why, likely. More overlap between them '
+      'helps most.'
+    )
+  return told
 
 
 def _check_places(source: str, scene_dir: str) -> None:
@@ -83,7 +94,7 @@ def _check_places(source: str, scene_dir: str) -> None:
     )
   if os.path.exists(os.path.join(scene_dir, STATE)):
     return
-  for name in (MODELS, sfm.DATABASE, FOLDER):
+  for name in (diagnosis.MODELS, sfm.DATABASE, FOLDER):
     path = os.path.join(scene_dir, name)
     if os.path.exists(path) and os.path.realpath(path) != outer:
       raise PosesError(
@@ -139,7 +150,7 @@ def _write_state(path: str, asked: dict, photos: Sequence[Photo]) -> None:
 
 def _reconstruct(scene_dir: str, names: list[str], pairs: int) -> None:
   """Writes sparse/0, 1, ... unless they were made from just these photographs and pairs."""
-  folder = os.path.join(scene_dir, MODELS)
+  folder = os.path.join(scene_dir, diagnosis.MODELS)
   made_from = {'photographs': sorted(names), 'pairs': pairs}
   stamp = os.path.join(folder, _MATCHED)
   if os.path.isfile(stamp):

@@ -151,7 +151,9 @@ def _take(folder: str, name: str, scene_dir: str, masks_dir: str | None) -> Phot
       upright = _upright(pixels, turn)
       del exif[ExifTags.Base.Orientation]
       with files.whole(target) as temporary:
-        style = {'quality': 95, 'subsampling': 0} if target.lower().endswith(('jpg', 'jpeg')) else {}
+        style = (
+          {'quality': 95, 'subsampling': 0} if target.lower().endswith(('jpg', 'jpeg')) else {}
+        )
         upright.save(temporary, exif=exif, **style)
       pixels = np.asarray(upright)
   if masks_dir:

@@ -77,7 +77,9 @@ def extract(scene_dir: str, photos: Sequence[gather.Photo], camera_model: str | 
     if os.path.isdir(masks_dir):
       options.mask_path = masks_dir
     todo = _without_features(scene_dir, names)
-    work += [(todo[k : k + _FEATURES_AT_ONCE], options) for k in range(0, len(todo), _FEATURES_AT_ONCE)]
+    work += [
+      (todo[k : k + _FEATURES_AT_ONCE], options) for k in range(0, len(todo), _FEATURES_AT_ONCE)
+    ]
   if not work:
     return
   for names, options in progress.track(work, f'finding features, {_FEATURES_AT_ONCE} at once'):
@@ -106,9 +108,7 @@ def _import(scene_dir: str, names: list[str], options) -> None:
 def _without_features(scene_dir: str, names: list[str]) -> list[str]:
   ids = image_ids(scene_dir)
   with database(scene_dir) as db:
-    return [
-      n for n in names if not (db.exists_keypoints(ids[n]) and db.exists_descriptors(ids[n]))
-    ]
+    return [n for n in names if not (db.exists_keypoints(ids[n]) and db.exists_descriptors(ids[n]))]
 
 
 def choose_pairs(scene_dir: str, names: Sequence[str], matching: str, ordered: bool) -> set:
