@@ -71,8 +71,8 @@ def compare(first: colmap.Model, second: colmap.Model) -> Comparison:
   names = sorted(poses[0].keys() & poses[1].keys())
   if len(names) < 3:
     raise ValueError(
-      f'The models share {len(names)} photographs by name, and to compare them takes 3. Are they of '
-      'the same pictures?'
+      f'The models share {len(names)} photographs by name, and to compare them takes 3. Are they '
+      'of the same pictures?'
     )
   a, b = (np.stack([p[name] for name in names]) for p in poses)
   alignment = fit(a[:, :, 3], b[:, :, 3])
