@@ -19,9 +19,9 @@ import shutil
 from collections.abc import Sequence
 
 from internal import files
-from internal.datasets import images, pyramid
-from internal.poses import diagnosis, film, preflight, sfm
-from internal.poses.gather import FOLDER, Photo, PosesError, gather
+from internal.datasets import pyramid
+from internal.poses import diagnosis, film, gather, preflight, sfm
+from internal.poses.gather import FOLDER, Photo, PosesError
 
 STATE = 'poses.json'
 _MATCHED = 'models.json'  # Inside sparse/: what its models were made from.
@@ -123,7 +123,7 @@ def _collect(source: str, scene_dir: str, options: Options) -> list[Photo]:
   if os.path.isfile(source):
     photos = film.take_frames(source, scene_dir, options.frames)
   else:
-    photos = gather(source, scene_dir, options.masks, known)
+    photos = gather.take_photos(source, scene_dir, options.masks, known)
   if len(photos) < 3:
     raise PosesError(f'{source}: has {len(photos)} photographs. To pose them takes 3, better 50.')
   if known and len(photos) != len(known):

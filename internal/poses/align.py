@@ -99,20 +99,21 @@ def _angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def table(comparison: Comparison, worst: int = 5) -> str:
   """The comparison as text in Markdown."""
+  rotation, position = comparison.rotation, 100 * comparison.position
+  told = [
+    f'{comparison.names[k]} ({position[k]:.2f}%, {rotation[k]:.2f} degrees)'
+    for k in np.argsort(-position)[:worst]
+  ]
   lines = [
     f'{len(comparison.names)} photographs in both, {len(comparison.only_first)} only in the first, '
     f'{len(comparison.only_second)} only in the second.',
     '',
     '| | median | 90% | max |',
     '|---|---|---|---|',
-    _row('rotation, degrees', comparison.rotation),
-    _row('position, % of the radius', 100 * comparison.position),
+    _row('rotation, degrees', rotation),
+    _row('position, % of the radius', position),
     '',
-    'The worst by position: '
-    + ', '.join(
-      f'{comparison.names[k]} ({100 * comparison.position[k]:.2f}%, {comparison.rotation[k]:.2f} deg)'
-      for k in np.argsort(-comparison.position)[:worst]
-    ),
+    f'The worst by position: {", ".join(told)}.',
   ]
   return '\n'.join(lines)
 

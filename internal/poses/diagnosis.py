@@ -235,22 +235,18 @@ def _cameras(scene_dir: str, model) -> list[dict]:
     camera = model.cameras[camera_id]
     with sfm.database(scene_dir) as db:
       before = db.read_camera(camera_id)
-    corner = np.array([[0.0, 0.0]])
-    ray = camera.cam_from_img(corner)[0]
-    straight = (
-      camera.focal_length_x * ray[0] + camera.principal_point_x,
-      (camera.focal_length_y * ray[1] + camera.principal_point_y),
+    focal = np.array([camera.focal_length_x, camera.focal_length_y])
+    size = np.array([camera.width, camera.height])
+    result.append(
+      {
+        'model': camera.model.name,
+        'photographs': photographs,
+        'size': size.tolist(),
+        'focal': focal.tolist(),
+        'view_degrees': float(np.degrees(2 * np.arctan(size / focal / 2)).max()),
+        'exif_focal': before.mean_focal_length() if before.has_prior_focal_length else None,
+      }
     )
-    focal = (camera.focal_length_x, camera.focal_length_y)
-    result.append({
-      'model': camera.model.name,
-      'photographs': photographs,
-      'size': [camera.width, camera.height],
-      'focal': list(focal),
-      'view_degrees': float(np.degrees(2 * np.arctan(max(camera.width / focal[0], camera.height / focal[1]) / 2))),
-      'exif_focal': before.mean_focal_length() if before.has_prior_focal_length else None,
-      'corner_moved_by': float(np.hypot(*straight)),
-    })  # fmt: skip
   return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import tempfile
@@ -20,7 +21,7 @@ def windows(frames: int, count: int) -> list[range]:
   """The video's frames in `count` stretches that differ by one frame at most; none is empty."""
   count = max(1, min(count, frames))
   ends = [frames * k // count for k in range(count + 1)]
-  return [range(*pair) for pair in zip(ends, ends[1:])]
+  return [range(*pair) for pair in itertools.pairwise(ends)]
 
 
 def sensible_count(frames: int, seconds: float) -> int:

@@ -82,8 +82,8 @@ def list_photos(folder: str) -> list[str]:
         'them as JPEG.'
       )
     raise PosesError(
-      f'{folder}: has no photographs ({", ".join(images.EXTENSIONS)}). Name the folder they are in, '
-      'or a video.'
+      f'{folder}: has no photographs ({", ".join(images.EXTENSIONS)}). Name the folder they are '
+      'in, or a video.'
     )
   by_stem = collections.defaultdict(list)
   for name in names:
@@ -97,7 +97,7 @@ def list_photos(folder: str) -> list[str]:
   return names
 
 
-def gather(
+def take_photos(
   folder: str, scene_dir: str, masks_dir: str | None = None, known: Sequence[Photo] = ()
 ) -> list[Photo]:
   """Puts the photographs of a folder, upright, into `scene_dir`/images, and masks into /masks.

@@ -136,7 +136,7 @@ def _splat(places: np.ndarray, rgb: np.ndarray, depth: np.ndarray, size) -> np.n
   color, weight = np.zeros((height * width, 3)), np.zeros(height * width)
   corner = np.floor(places).astype(int) if len(places) else np.zeros((0, 2), int)
   for dx, dy, share in [(x, y, 0.55 if x * y else 0.9) for x in range(-1, 2) for y in range(-1, 2)]:
-    x, y = (corner + (dx, dy)).T
+    x, y = corner[:, 0] + dx, corner[:, 1] + dy
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     at = y[inside] * width + x[inside]
     weight += np.bincount(at, minlength=width * height) * share

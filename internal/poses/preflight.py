@@ -1,4 +1,4 @@
-"""The report on a posed capture, as JSON and as a picture: what was found, and whether it is good."""
+"""The report on a posed capture, as JSON and as a picture: what was found, and how good it is."""
 
 from __future__ import annotations
 
