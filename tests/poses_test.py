@@ -1,11 +1,10 @@
 """From pictures of a textured room, whose cameras are known, to poses, and what may go wrong."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import captures
@@ -16,8 +15,8 @@ from PIL import Image
 
 from internal import colmap, configs, datasets, poses, video, vis
 from internal.poses import align, diagnosis, film, gather, pairs, picture, preflight, sfm
+from scripts import compare_poses
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZE, FOCAL, VIEWS = (256, 192), 220.0, 10
 
 
@@ -92,30 +91,20 @@ def true_model():
   return colmap.Model({1: camera}, images, colmap.make_points())
 
 
-_KILLED = """
-import os, signal, sys
-from internal import poses
-from internal.poses import gather, sfm
-module, name, after = sys.argv[3:6]
-module = {'gather': gather, 'pycolmap': sfm.colmap(), 'sfm': sfm}[module]
-original, calls = getattr(module, name), []
-def patched(*args, **kwargs):
-  calls.append(1)
-  if len(calls) > int(after):
-    os.kill(os.getpid(), signal.SIGKILL)
-  return original(*args, **kwargs)
-setattr(module, name, patched)
-if name == '_save_snapshot':
-  sfm._SNAPSHOT_SECONDS = 0
-poses.make(sys.argv[1], sys.argv[2])
-"""
+def make_until(source, scene, module, name, after):
+  """Poses until the call of a function after so many is made, where the process kills itself."""
+  module = {'gather': gather, 'pycolmap': sfm.colmap(), 'sfm': sfm}[module]
+  original, calls = getattr(module, name), []
 
+  def patched(*args, **kwargs):
+    calls.append(1)
+    if len(calls) > after:
+      os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
 
-def killed(source, scene, module, name, after):
-  """Runs until the call of a function after so many is made, where the process is killed."""
-  command = [sys.executable, '-c', _KILLED, str(source), str(scene), module, name, str(after)]
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-  assert done.returncode == -signal.SIGKILL, done.stderr
+  setattr(module, name, patched)
+  pairs.BLOCK, sfm._SNAPSHOT_SECONDS = 4, 0
+  poses.make(str(source), str(scene))
 
 
 @pytest.fixture(scope='session')
@@ -123,15 +112,24 @@ def scene(room, tmp_path_factory):
   """The room posed, after four runs that were killed, one a stage; and what each had done."""
   folder = tmp_path_factory.mktemp('scene') / 'room'
   had = {}
-  killed(room, folder, 'gather', '_copy', 5)
+  context = multiprocessing.get_context('forkserver')
+  context.set_forkserver_preload(['internal.poses', 'poses_test'])  # Imported but once.
+
+  def kill(*where):
+    life = context.Process(target=make_until, args=(room, folder, *where))
+    life.start()
+    life.join()
+    assert life.exitcode == -signal.SIGKILL
+
+  kill('gather', '_copy', 5)
   had['photographs'] = sorted(os.listdir(folder / 'images'))
-  killed(room, folder, 'pycolmap', 'extract_features', 1)
+  kill('pycolmap', 'extract_features', 1)
   with sfm.database(folder) as db:
     had['features'] = db.num_keypoints()
-  killed(room, folder, 'pycolmap', 'match_image_pairs', 1)
+  kill('pycolmap', 'match_image_pairs', 1)
   with sfm.database(folder) as db:
     had['pairs'] = db.num_matched_image_pairs()
-  killed(room, folder, 'sfm', '_save_snapshot', 4)
+  kill('sfm', '_save_snapshot', 4)
   had['snapshots'] = sorted(os.listdir(folder / '.mapping'))
   had['told'] = poses.make(str(room), str(folder))
   return folder, had
@@ -155,7 +153,7 @@ def test_a_killed_run_is_gone_on_with_at_each_stage(scene):
   assert all(name.startswith('view_') and name.endswith('.png') for name in had['photographs'])
   with sfm.database(folder) as db:
     assert 0 < had['features'] < db.num_keypoints()
-  assert had['pairs'] == 0 or had['pairs'] < 66
+    assert 0 < had['pairs'] < db.num_matched_image_pairs()
   assert had['snapshots']
   assert not (folder / '.mapping').exists()
 
@@ -191,7 +189,7 @@ def test_the_report_names_the_failed_and_why(scene):
   assert set(told['failed']) == {'view_10.png', 'view_11.png'}
   assert 'blurred' in told['failed']['view_10.png']
   assert told['reprojection_error'] < 0.8
-  assert told['capture']['images_unregistered'] == ['view_10.png', 'view_11.png']
+  assert told['capture']['images_unregistered'] == ['images/view_10.png', 'images/view_11.png']
   assert {check['name'] for check in told['checks']} >= {'posed', 'focal length', 'spread'}
   picture_file = Image.open(folder / 'preflight.png')
   assert picture_file.format == 'PNG'
@@ -293,7 +291,7 @@ def test_photographs_stand_upright_and_originals_are_untouched(tmp_path, orienta
   with Image.open(tmp_path / 'scene' / 'images' / 'a.jpg') as taken:
     assert taken.getexif().get(0x0112, 1) == 1
     assert taken.getexif().get_ifd(0x8769)[0xA405] == 28  # COLMAP's first guess of the focal.
-    np.testing.assert_allclose(np.asarray(taken), upright, atol=60)
+    assert abs(np.asarray(taken, int) - upright).mean() < 3  # It is a JPEG.
   assert photo.camera == 'Phone 5 28 64x48'
 
 
@@ -502,8 +500,8 @@ def test_pairs_are_all_or_the_near_ones():
     (200, 'auto', False, 'all'),
     (201, 'auto', True, 'near'),
     (201, 'auto', False, 'alike'),  # Descriptors of no order.
-    (20, 'sequential', False, 'near'),
-    (20, 'alike', True, 'alike'),
+    (80, 'sequential', False, 'near'),
+    (80, 'alike', True, 'alike'),
     (201, 'exhaustive', True, 'all'),
   ],
 )
@@ -563,13 +561,15 @@ def test_models_of_other_pictures_cannot_be_compared():
     align.compare(colmap.Model(truth.cameras, two, truth.points), truth)
 
 
-def test_compare_poses_prints_a_table(tmp_path):
-  for name in 'ab':
-    colmap.write_model(str(tmp_path / name), true_model())
-  command = [sys.executable, 'scripts/compare_poses.py', str(tmp_path / 'a'), str(tmp_path / 'b')]
-  said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def test_compare_poses_prints_a_table(tmp_path, capsys):
+  folders = [str(tmp_path / name) for name in 'ab']
+  for folder in folders:
+    colmap.write_model(folder, true_model())
+  compare_poses.main([*folders, '--json', str(tmp_path / 'out.json')])
+  said = capsys.readouterr().out
   assert '10 photographs in both' in said
   assert '| position, % of the radius | 0.000 |' in said
+  assert json.loads((tmp_path / 'out.json').read_text())['scale'] == pytest.approx(1)
 
 
 # The report.
@@ -743,5 +743,5 @@ def test_the_picture_shows_points_cameras_and_failures(tmp_path):
   lost = drawn['one lost']
   assert len(lost) > len(whole)
   green = (lost[..., 1] > 180) & (lost[..., 0] < 40) & (lost[..., 2] < 60)
-  assert green[len(whole) :].sum() > 2000
+  assert green[len(whole) :].sum() > 250
   assert not green[: len(whole) - 60].any()

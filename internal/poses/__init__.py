@@ -124,6 +124,7 @@ def _collect(source: str, scene_dir: str, options: Options) -> list[Photo]:
     photos = film.take_frames(source, scene_dir, options.frames)
   else:
     photos = gather.take_photos(source, scene_dir, options.masks, known)
+  shutil.rmtree(os.path.join(scene_dir, gather.STAGING), ignore_errors=True)
   if len(photos) < 3:
     raise PosesError(f'{source}: has {len(photos)} photographs. To pose them takes 3, better 50.')
   if known and len(photos) != len(known):

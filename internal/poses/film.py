@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from internal import files, progress, video
+from internal import progress, video
 from internal.poses import gather
 
 PER_SECOND, FEWEST, MOST = 2.0, 100, 300
@@ -49,7 +49,6 @@ def take_frames(path: str, scene_dir: str, count: int | None = None) -> list[gat
   program = video.find_ffmpeg()
   frames, seconds = _count(path)
   stretches = windows(frames, count or sensible_count(frames, seconds))
-  folder = os.path.join(scene_dir, gather.FOLDER)
   photos = []
   decoded = _decode(program, path)
   # The container may promise more frames than there are; the last stretches are then left out.
@@ -63,9 +62,9 @@ def take_frames(path: str, scene_dir: str, count: int | None = None) -> list[gat
       break
     score, number, pixels = best
     name = f'frame_{k:04d}.jpg'
-    target = os.path.join(folder, name)
-    if not os.path.exists(target):
-      with files.whole(target) as temporary:
+    target = f'{gather.FOLDER}/{name}'
+    if not os.path.exists(os.path.join(scene_dir, target)):
+      with gather.placed(scene_dir, target) as temporary:
         Image.fromarray(pixels).save(temporary, quality=95, subsampling=0)
     photos.append(gather.Photo(name, str(number), 'video', round(score, 6)))
   decoded.close()

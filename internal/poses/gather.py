@@ -8,20 +8,22 @@ has two cameras where there is one. What is neither an 8-bit JPEG nor an 8-bit P
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from internal import files
 from internal.datasets import images, masks
 
 FOLDER = 'images'
+STAGING = '.incoming'
 
 _SHARPNESS_SIDE = 1024  # Pixels: finer detail than this is mostly noise.
 _SHOWN = 3  # Names in an error.
@@ -42,6 +44,20 @@ class Photo:
   camera: str  # Pictures of one text were taken by one camera with one focal length.
   sharpness: float
   bytes: int = 0  # Of the source, by which a changed one is known.
+
+
+@contextlib.contextmanager
+def placed(scene_dir: str, target: str) -> Iterator[str]:
+  """Yields a name to write to; then that file becomes `target`, below the capture, at once.
+
+  What a killed run leaves behind lies beside images/, where nobody takes it for a photograph.
+  """
+  path = os.path.join(scene_dir, target)
+  staged = os.path.join(scene_dir, STAGING, uuid.uuid4().hex + os.path.splitext(target)[1])
+  for folder in (os.path.dirname(staged), os.path.dirname(path)):
+    os.makedirs(folder, exist_ok=True)
+  yield staged
+  os.replace(staged, path)
 
 
 def natural(name: str) -> list:
@@ -143,14 +159,14 @@ def _take(folder: str, name: str, scene_dir: str, masks_dir: str | None) -> Phot
     plain = image.format in ('JPEG', 'PNG') and image.mode in ('RGB', 'L')
     turn = images.read_header(source).orientation
     target_name = name if plain else images.stem(name) + '.png'
-    target = os.path.join(scene_dir, FOLDER, target_name)
+    target = f'{FOLDER}/{target_name}'
     if plain and turn == 1:
-      _copy(source, target)
+      _copy(source, scene_dir, target)
     else:
-      _refuse_in_place(source, target)
+      _refuse_in_place(source, os.path.join(scene_dir, target))
       upright = _upright(pixels, turn)
-      del exif[ExifTags.Base.Orientation]
-      with files.whole(target) as temporary:
+      exif[ExifTags.Base.Orientation] = 1
+      with placed(scene_dir, target) as temporary:
         style = (
           {'quality': 95, 'subsampling': 0} if target.lower().endswith(('jpg', 'jpeg')) else {}
         )
@@ -167,10 +183,11 @@ def _take(folder: str, name: str, scene_dir: str, masks_dir: str | None) -> Phot
   )
 
 
-def _copy(source: str, target: str) -> None:
-  if os.path.exists(target) and os.path.samefile(source, target):
+def _copy(source: str, scene_dir: str, target: str) -> None:
+  path = os.path.join(scene_dir, target)
+  if os.path.exists(path) and os.path.samefile(source, path):
     return
-  with files.whole(target) as temporary:
+  with placed(scene_dir, target) as temporary:
     shutil.copyfile(source, temporary)
 
 
@@ -196,9 +213,8 @@ def _take_mask(
   """A photograph's mask, upright as the photograph, as masks/<photograph>.png."""
   candidates = [os.path.join(masks_dir, n) for n in (f'{name}.png', f'{images.stem(name)}.png')]
   path = next((c for c in candidates if os.path.isfile(c)), None)
-  if path is None:
-    return
-  mask = Image.fromarray(images.decode(path))
+  # COLMAP wants a mask for each: white is all of it.
+  mask = Image.fromarray(images.decode(path)) if path else Image.new('L', size, 255)
   if mask.size != tuple(size):
     mask = _upright(np.asarray(mask), turn)
   if mask.size != tuple(size):
@@ -206,7 +222,7 @@ def _take_mask(
       f'{path}: is {mask.width}x{mask.height} pixels, but its photograph has {size[0]}x{size[1]}. '
       'A mask must have the size of its photograph.'
     )
-  with files.whole(os.path.join(scene_dir, masks.FOLDER, f'{target}.png')) as temporary:
+  with placed(scene_dir, f'{masks.FOLDER}/{target}.png') as temporary:
     mask.convert('L').save(temporary)
 
 

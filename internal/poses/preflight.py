@@ -75,7 +75,7 @@ def all_checks(found: diagnosis.Findings) -> list[Check]:
 
 def _posed(found) -> Check:
   n, posed = len(found.rows), len(found.poses)
-  others = sum(size for size in found.model_sizes[1:])
+  others = sum(bool(row.model) for row in found.rows)
   text = f'{posed} of {n} photographs' + (f'; {others} in models apart' if others else '')
   return Check('posed', _grade(1 - posed / n, 0.05, 0.25), text)
 
