@@ -18,7 +18,7 @@ from internal import colmap, paths
 from internal.poses import gather, sfm
 
 MODELS = 'sparse'
-BLURRED = 0.35  # Of the median sharpness of the capture.
+BLURRED = 0.35  # Of the median sharpness of the photographs taken before and after.
 FEW_FEATURES = 500
 FEW_MATCHES = 30  # What COLMAP asks of a photograph that it places.
 _VERIFIED = 15
@@ -36,7 +36,7 @@ class Row:
   matches: int  # Verified ones with the best of those.
   points: int = 0  # Points of the model that it sees.
   error: float | None = None  # Mean reprojection error.
-  sharpness: float = 1.0  # As a share of the capture's median.
+  sharpness: float = 1.0  # Over the median of those taken before and after it.
   reason: str | None = None  # Why it is not in the model that was kept, likely.
 
 
@@ -181,10 +181,10 @@ def _rows(scene_dir: str, photos, models, seen) -> list[Row]:
   model_of = {}
   for k, model in reversed(list(enumerate(models))):
     model_of.update((model.image(i).name, k) for i in model.reg_image_ids())
-  median = float(np.median([photo.sharpness for photo in photos])) or 1.0
+  sharpness = relative_sharpness([photo.sharpness for photo in photos])
   sizes = [model.num_reg_images() for model in models]
   rows = []
-  for photo in photos:
+  for photo, sharp in zip(photos, sharpness):
     k = ids[photo.name]
     row = Row(
       name=photo.name,
@@ -194,10 +194,17 @@ def _rows(scene_dir: str, photos, models, seen) -> list[Row]:
       matches=best[k],
       points=seen.points.get(photo.name, 0) if seen else 0,
       error=seen.errors.get(photo.name) if seen else None,
-      sharpness=photo.sharpness / median,
+      sharpness=sharp,
     )
     rows.append(dataclasses.replace(row, reason=explain(row, sizes)))
   return rows
+
+
+def relative_sharpness(values: Sequence[float]) -> list[float]:
+  """Each photograph's sharpness over the median of the 17 around it, which show about the same."""
+  values = np.asarray(values, float)
+  around = [np.median(values[max(0, k - 8) : k + 9]) for k in range(len(values))]
+  return (values / np.maximum(around, 1e-9)).tolist()
 
 
 def explain(row: Row, sizes: Sequence[int] = ()) -> str | None:
@@ -209,7 +216,7 @@ def explain(row: Row, sizes: Sequence[int] = ()) -> str | None:
   """
   if row.model == 0:
     return None
-  blurred = f'blurred: {row.sharpness:.0%} as sharp as the median'
+  blurred = f'blurred: {row.sharpness:.0%} as sharp as its neighbours'
   if row.model is not None:
     return (
       f'in another model, of {sizes[row.model]} photographs, that nothing joins to this one: '

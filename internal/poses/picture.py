@@ -20,12 +20,13 @@ _FINE = 2
 _WIDTH = 1600
 _MARGIN = 28
 _MAP = (960, 640)  # From above.
-_SIDE = (960, 230)
+_SIDE = (960, 270)
 _STRIP, _LOW_STRIP = 120, 60
 _THUMB = 84  # Height.
 _SHOWN = 8  # Failed photographs.
 
-_PAPER, _INK, _DIM, _PANEL = (250, 249, 247), (35, 36, 40), (120, 121, 126), (22, 23, 28)
+_PAPER, _INK, _DIM = (250, 249, 247), (35, 36, 40), (120, 121, 126)
+_PANEL, _PALE = (22, 23, 28), (170, 171, 176)  # What is drawn on is dark.
 _STATUS = {'good': (46, 150, 92), 'doubtful': (222, 152, 28), 'bad': (208, 62, 52)}
 _BAR, _SHARP = (86, 120, 178), (122, 148, 140)
 
@@ -80,7 +81,8 @@ def draw(scene_dir: str, found: diagnosis.Findings, checks: Sequence) -> np.ndar
     ('from the side', _SIDE, top + _MAP[1] + _MARGIN, (0, 2)),
   ):
     sheet.paste(_MARGIN, y, _view(found, size, axes, middle, half))
-    sheet.text(_MARGIN + 14, y + 10, name, 15, (170, 171, 176))
+    sheet.box(_MARGIN + 8, y + 8, _MARGIN + 116, y + 32, _PANEL, 5)
+    sheet.text(_MARGIN + 14, y + 10, name, 15, _PALE)
   if len(found.poses):
     _legend(sheet, _MARGIN + _MAP[0] - 14, top + 12)
   _say_checks(sheet, _MARGIN + _MAP[0] + _MARGIN + 4, top, checks)
@@ -120,17 +122,23 @@ def _view(found, size, axes, middle, half) -> np.ndarray:
     across, up = (points[..., a] - middle[a] for a in axes)
     return np.stack([width / 2 + scale * across, height / 2 - scale * up], -1)
 
-  depth = found.xyz[:, 3 - sum(axes)]
-  panel = _splat(project(found.xyz), found.rgb, depth, (width, height))
+  panel = _splat(project(found.xyz), found.rgb, (width, height))
   image = Image.fromarray(panel)
   if len(found.poses):
-    _draw_cameras(ImageDraw.Draw(image), found.poses, project, 0.085 * half)
+    _draw_cameras(
+      ImageDraw.Draw(image), found.poses, project, 0.085 * half * _frustum(len(found.poses))
+    )
   mask = Image.new('L', image.size, 0)
   ImageDraw.Draw(mask).rounded_rectangle((0, 0, width - 1, height - 1), 10 * _FINE, fill=255)
   return np.asarray(Image.composite(image, Image.new('RGB', image.size, _PAPER), mask))
 
 
-def _splat(places: np.ndarray, rgb: np.ndarray, depth: np.ndarray, size) -> np.ndarray:
+def _frustum(n: int) -> float:
+  """Cameras are drawn smaller where there are many."""
+  return float(np.clip(np.sqrt(100 / max(n, 1)), 0.35, 1.0))
+
+
+def _splat(places: np.ndarray, rgb: np.ndarray, size) -> np.ndarray:
   """Coloured points [p, 2] on the panel, each a soft dot; where many fall, their mean."""
   width, height = size
   color, weight = np.zeros((height * width, 3)), np.zeros(height * width)
@@ -143,8 +151,8 @@ def _splat(places: np.ndarray, rgb: np.ndarray, depth: np.ndarray, size) -> np.n
     for c in range(3):
       color[:, c] += np.bincount(at, rgb[inside, c] * share, minlength=width * height)
   mean = color / np.maximum(weight, 1e-9)[:, None]
-  mean = 255 * (np.clip(mean, 0, 255) / 255) ** 0.75  # Lighter, on the dark panel.
-  opacity = (1 - np.exp(-1.1 * weight))[:, None]
+  mean = 255 * (np.clip(mean, 0, 255) / 255) ** 0.65  # Lighter, on the dark panel.
+  opacity = (1 - np.exp(-1.8 * weight))[:, None]
   panel = opacity * mean + (1 - opacity) * np.array(_PANEL)
   return vis.to_uint8(panel.reshape(height, width, 3) / 255)
 
@@ -167,10 +175,11 @@ def _draw_cameras(draw: ImageDraw.ImageDraw, poses: np.ndarray, project, size: f
 
 
 def _legend(sheet: _Sheet, right: float, y: float) -> None:
+  sheet.box(right - 272, y - 4, right + 6, y + 20, _PANEL, 5)
   for k, color in enumerate(_colors(100)):
     sheet.box(right - 150 + k, y + 4, right - 149 + k, y + 12, color)
-  sheet.text(right - 158, y + 8, 'first photograph', 14, (170, 171, 176), 'rm')
-  sheet.text(right - 44, y + 8, 'last', 14, (170, 171, 176), 'lm')
+  sheet.text(right - 158, y + 8, 'first photograph', 14, _PALE, 'rm')
+  sheet.text(right - 44, y + 8, 'last', 14, _PALE, 'lm')
 
 
 def _say_checks(sheet: _Sheet, x: float, y: float, checks: Sequence) -> None:
@@ -210,11 +219,18 @@ def _say_points(sheet: _Sheet, y: float, rows: Sequence[diagnosis.Row]) -> None:
 
 def _say_sharpness(sheet: _Sheet, y: float, rows: Sequence[diagnosis.Row]) -> None:
   blurred = [row.sharpness < diagnosis.BLURRED for row in rows]
-  note = f'yellow: {sum(blurred)} are blurred' if any(blurred) else 'none is blurred'
+  note = f'yellow: {sum(blurred)} blurred' if any(blurred) else 'none is blurred'
   colors = [_STATUS['doubtful'] if soft else _SHARP for soft in blurred]
-  # Twice the median is sharp enough; a single bare wall would dwarf the others else.
+  # Twice as sharp as the others is enough: one picture would dwarf the rest.
   sharpness = [min(row.sharpness, 2.0) for row in rows]
-  _strip(sheet, y, _LOW_STRIP, ('how sharp each photograph is', note), sharpness, colors)
+  _strip(
+    sheet,
+    y,
+    _LOW_STRIP,
+    ('how sharp each photograph is beside its neighbours', note),
+    sharpness,
+    colors,
+  )
   sheet.text(_MARGIN, y + 34 + _LOW_STRIP, rows[0].name, 14, _DIM)
   sheet.text(_WIDTH - _MARGIN, y + 34 + _LOW_STRIP, rows[-1].name, 14, _DIM, 'ra')
 

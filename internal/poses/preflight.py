@@ -143,7 +143,7 @@ def _link(found) -> list[Check]:
 
 def _sharp(found) -> Check:
   soft = [row for row in found.rows if row.sharpness < diagnosis.BLURRED]
-  text = f'{len(soft)} of {len(found.rows)} photographs are blurred' if soft else 'none is blurred'
+  text = f'{len(soft)} of {len(found.rows)} photographs blurred' if soft else 'none is blurred'
   return Check('sharpness', _grade(len(soft) / len(found.rows), 0.05, 0.2), text)
 
 
