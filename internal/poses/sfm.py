@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import os
 import shutil
+import sys
 import tempfile
 import time
 import uuid
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from internal import progress
+from internal import progress, signals
 from internal.poses import gather, pairs
 
 DATABASE = 'database.db'
@@ -33,12 +34,15 @@ def colmap():
   Raises:
     PosesError: it is not installed.
   """
+  first = 'pycolmap' not in sys.modules
   try:
     import pycolmap
   except ImportError as e:
     raise gather.PosesError(
       f'To pose photographs takes COLMAP: pip install -r requirements-poses.txt ({e}).'
     ) from None
+  if first:
+    signals.listen_again()  # It answers SIGTERM with a stack trace.
   pycolmap.logging.minloglevel = pycolmap.logging.FATAL.value
   return pycolmap
 
