@@ -247,7 +247,7 @@ def test_pictures_that_share_nothing_are_an_error_with_a_report(tmp_path):
   (tmp_path / 'photos').mkdir()
   for k in range(3):
     noise = np.random.default_rng(k).integers(0, 256, (64, 80, 3), np.uint8)
-    Image.fromarray(noise).save(tmp_path / 'photos' / f'{k}.png')
+    Image.fromarray(noise).save(tmp_path / 'photos' / f'{k} ö.png')
   with pytest.raises(poses.PosesError, match='None of the 3 photographs could be placed'):
     poses.make(str(tmp_path / 'photos'), str(tmp_path / 'scene'))
   told = json.loads((tmp_path / 'scene' / 'preflight.json').read_text())
@@ -303,8 +303,9 @@ def test_upright_photographs_are_copied_and_odd_ones_become_png(tmp_path):
   pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
   save_turned(photos / 'sub' / 'a.jpg', pixels, 1)
   Image.fromarray(pixels).save(photos / 'b.webp', lossless=True)
+  Image.fromarray(pixels).save(photos / 'c ä (1).png')  # COLMAP's lists part names by spaces.
   names = [photo.name for photo in gather.take_photos(str(photos), str(scene))]
-  assert names == ['b.png', 'sub/a.jpg']
+  assert names == ['b.png', 'c_ä_(1).png', 'sub/a.jpg']
   assert (scene / 'images/sub/a.jpg').read_bytes() == (photos / 'sub/a.jpg').read_bytes()
   np.testing.assert_array_equal(np.asarray(Image.open(scene / 'images/b.png')), pixels)
 
@@ -380,6 +381,9 @@ def test_bad_input_is_one_line_that_says_what_to_do(tmp_path, room):
   fails(tmp_path / 'cut', new / '4', r'view_4\.png: cannot be read as an image')
   (tmp_path / 'film.mp4').write_bytes(b'no film')
   fails(tmp_path / 'film.mp4', new / '5', 'cannot be read as a video')
+  fails(room, new / '5', 'begun with source')
+  fails(room, new / '7', 'is a folder, and --frames is for a video', frames=9)
+  fails(tmp_path / 'film.mp4', new / '7', 'Masks are for photographs', masks='m')
   fails(room, room / 'scene', 'lies in the folder of the photographs')
   (tmp_path / 'mine' / 'sparse').mkdir(parents=True)
   fails(room, tmp_path / 'mine', 'was not made by this command')
@@ -387,7 +391,6 @@ def test_bad_input_is_one_line_that_says_what_to_do(tmp_path, room):
   for k in range(2):
     shutil.copy(room / f'view_{k}.png', tmp_path / 'two')
   fails(tmp_path / 'two', new / '6', 'has 2 photographs')
-  fails(room, new / '6', 'was begun with source')
 
 
 def test_photographs_may_lie_in_the_capture_but_are_not_turned_there(tmp_path):
@@ -397,7 +400,7 @@ def test_photographs_may_lie_in_the_capture_but_are_not_turned_there(tmp_path):
   assert len(gather.take_photos(str(folder), str(tmp_path / 'scene'))) == 1
   assert (folder / 'a.jpg').stat().st_mtime_ns == before
   save_turned(folder / 'b.jpg', np.zeros((8, 12, 3), np.uint8), 6)
-  with pytest.raises(poses.PosesError, match=r'b\.jpg: must be turned .* never changed in place'):
+  with pytest.raises(poses.PosesError, match=r'b\.jpg: must be turned, .* never changed in place'):
     gather.take_photos(str(folder), str(tmp_path / 'scene'))
 
 

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Sequence
 
 from internal import files
-from internal.datasets import pyramid
+from internal.datasets import masks, pyramid
 from internal.poses import diagnosis, film, gather, preflight, sfm
 from internal.poses.gather import FOLDER, Photo, PosesError
 
@@ -57,7 +57,7 @@ def make(source: str, scene_dir: str, options: Options = Options()) -> dict:
     DataError, DataNotFoundError: a photograph cannot.
   """
   sfm.colmap()  # Before anything is written.
-  _check_places(source, scene_dir)
+  _check(source, scene_dir, options)
   photos = _collect(source, scene_dir, options)
   names = [photo.name for photo in photos]
   sfm.extract(scene_dir, photos, options.camera_model)
@@ -83,9 +83,13 @@ def _report(scene_dir: str, photos: Sequence[Photo]) -> dict:
   return told
 
 
-def _check_places(source: str, scene_dir: str) -> None:
+def _check(source: str, scene_dir: str, options: Options) -> None:
   if not os.path.exists(source):
     raise PosesError(f'{source}: no such video or folder of photographs.')
+  if os.path.isfile(source) and options.masks:
+    raise PosesError('Masks are for photographs, not for a video: leave --masks out.')
+  if os.path.isdir(source) and options.frames is not None:
+    raise PosesError(f'{source}: is a folder, and --frames is for a video: leave it out.')
   inner, outer = os.path.realpath(scene_dir), os.path.realpath(source)
   if os.path.isdir(source) and os.path.commonpath([inner, outer]) == outer:
     raise PosesError(
@@ -106,7 +110,8 @@ def _check_places(source: str, scene_dir: str) -> None:
 def _collect(source: str, scene_dir: str, options: Options) -> list[Photo]:
   """The photographs, in place; those of a run before are not made again."""
   path = os.path.join(scene_dir, STATE)
-  asked = {'source': os.path.realpath(source), 'frames': options.frames, 'masks': options.masks}
+  asked = {'source': os.path.realpath(source), **dataclasses.asdict(options)}
+  del asked['matching']  # A second run may match more.
   known: list[Photo] = []
   if os.path.isfile(path):
     before, known = _read_state(path)
@@ -123,7 +128,9 @@ def _collect(source: str, scene_dir: str, options: Options) -> list[Photo]:
   if os.path.isfile(source):
     photos = film.take_frames(source, scene_dir, options.frames)
   else:
-    photos = gather.take_photos(source, scene_dir, options.masks, known)
+    there = os.path.join(scene_dir, masks.FOLDER)
+    masks_dir = options.masks or (there if os.path.isdir(there) else None)
+    photos = gather.take_photos(source, scene_dir, masks_dir, known)
   shutil.rmtree(os.path.join(scene_dir, gather.STAGING), ignore_errors=True)
   if len(photos) < 3:
     raise PosesError(f'{source}: has {len(photos)} photographs. To pose them takes 3, better 50.')

@@ -103,14 +103,19 @@ def list_photos(folder: str) -> list[str]:
     )
   by_stem = collections.defaultdict(list)
   for name in names:
-    by_stem[images.stem(name).lower()].append(name)
+    by_stem[_without_spaces(images.stem(name)).lower()].append(name)
   for twins in by_stem.values():
     if len(twins) > 1:
       raise PosesError(
-        f'{folder}: {" and ".join(map(repr, twins[:_SHOWN]))} have one name but for its ending or '
-        'case. Keep one of them, or rename one.'
+        f'{folder}: {" and ".join(map(repr, twins[:_SHOWN]))} have one name but for its ending, '
+        'case or spaces. Keep one of them, or rename one.'
       )
   return names
+
+
+def _without_spaces(name: str) -> str:
+  """As a word in a list of COLMAP's."""
+  return re.sub(r'\s', '_', name)
 
 
 def take_photos(
@@ -156,14 +161,16 @@ def _take(folder: str, name: str, scene_dir: str, masks_dir: str | None) -> Phot
   pixels = images.decode(source)  # Also finds out whether all of it is there.
   with Image.open(source) as image:
     exif = image.getexif()
-    plain = image.format in ('JPEG', 'PNG') and image.mode in ('RGB', 'L')
+    # A phone's JPEG with a second picture in it is an MPO.
+    plain = image.format in ('JPEG', 'MPO', 'PNG') and image.mode in ('RGB', 'L')
     turn = images.read_header(source).orientation
-    target_name = name if plain else images.stem(name) + '.png'
+    target_name = _without_spaces(name if plain else images.stem(name) + '.png')
     target = f'{FOLDER}/{target_name}'
+    if not plain or turn != 1 or target_name != name:
+      _refuse_in_place(source, os.path.join(scene_dir, FOLDER, name))
     if plain and turn == 1:
       _copy(source, scene_dir, target)
     else:
-      _refuse_in_place(source, os.path.join(scene_dir, target))
       upright = _upright(pixels, turn)
       exif[ExifTags.Base.Orientation] = 1
       with placed(scene_dir, target) as temporary:
@@ -195,8 +202,8 @@ def _refuse_in_place(source: str, target: str) -> None:
   folder = os.path.dirname(target)
   if os.path.isdir(folder) and os.path.samefile(os.path.dirname(source), folder):
     raise PosesError(
-      f'{source}: must be turned or converted, and photographs are never changed in place. Move '
-      'them out of the capture and name their new folder.'
+      f'{source}: must be turned, converted or renamed, and photographs are never changed in place. '
+      'Move them out of the capture and name their new folder.'
     )
 
 
@@ -222,7 +229,10 @@ def _take_mask(
       f'{path}: is {mask.width}x{mask.height} pixels, but its photograph has {size[0]}x{size[1]}. '
       'A mask must have the size of its photograph.'
     )
-  with placed(scene_dir, f'{masks.FOLDER}/{target}.png') as temporary:
+  target = f'{masks.FOLDER}/{target}.png'
+  if path and os.path.realpath(path) == os.path.realpath(os.path.join(scene_dir, target)):
+    return
+  with placed(scene_dir, target) as temporary:
     mask.convert('L').save(temporary)
 
 

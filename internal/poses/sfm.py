@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from internal import progress, signals
+from internal.datasets import masks
 from internal.poses import gather, pairs
 
 DATABASE = 'database.db'
@@ -77,7 +78,7 @@ def extract(scene_dir: str, photos: Sequence[gather.Photo], camera_model: str | 
     options = pycolmap.ImageReaderOptions()
     options.camera_model = camera_model or ('SIMPLE_RADIAL' if len(names) < _FEW else 'OPENCV')
     _import(scene_dir, names, options)
-    masks_dir = os.path.join(scene_dir, 'masks')
+    masks_dir = os.path.join(scene_dir, masks.FOLDER)
     if os.path.isdir(masks_dir):
       options.mask_path = masks_dir
     todo = _without_features(scene_dir, names)
