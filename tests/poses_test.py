@@ -400,7 +400,9 @@ def test_photographs_may_lie_in_the_capture_but_are_not_turned_there(tmp_path):
   assert len(gather.take_photos(str(folder), str(tmp_path / 'scene'))) == 1
   assert (folder / 'a.jpg').stat().st_mtime_ns == before
   save_turned(folder / 'b.jpg', np.zeros((8, 12, 3), np.uint8), 6)
-  with pytest.raises(poses.PosesError, match=r'b\.jpg: must be turned, .* never changed in place'):
+  with pytest.raises(
+    poses.PosesError, match=r'b\.jpg: must be turned, .* is ever changed in place'
+  ):
     gather.take_photos(str(folder), str(tmp_path / 'scene'))
 
 

@@ -216,7 +216,7 @@ def explain(row: Row, sizes: Sequence[int] = ()) -> str | None:
   """
   if row.model == 0:
     return None
-  blurred = f'blurred: {row.sharpness:.0%} as sharp as its neighbours'
+  blurred = f'blurred: {max(row.sharpness, 0.01):.0%} as sharp as its neighbours'
   if row.model is not None:
     return (
       f'in another model, of {sizes[row.model]} photographs, that nothing joins to this one: '

@@ -202,7 +202,7 @@ def _refuse_in_place(source: str, target: str) -> None:
   folder = os.path.dirname(target)
   if os.path.isdir(folder) and os.path.samefile(os.path.dirname(source), folder):
     raise PosesError(
-      f'{source}: must be turned, converted or renamed, and photographs are never changed in place. '
+      f'{source}: must be turned, converted or renamed, and none is ever changed in place. '
       'Move them out of the capture and name their new folder.'
     )
 

@@ -5,6 +5,7 @@ Everything is drawn at `_FINE` times its size and reduced, which makes the lines
 
 from __future__ import annotations
 
+import itertools
 import os
 import textwrap
 from collections.abc import Sequence
@@ -255,7 +256,7 @@ def _say_failed(sheet: _Sheet, scene_dir: str, x: float, y: float, rows) -> None
   more = f': {_SHOWN} of {len(rows)}, all are in preflight.json' if len(rows) > _SHOWN else ''
   sheet.text(x, y, f'Without a pose, and why, likely{more}', 19)
   column = (_WIDTH - 2 * _MARGIN) / 2
-  for k, row in enumerate(_spaced(rows)):
+  for k, row in enumerate(_choose(rows)):
     left, top = x + k % 2 * column, y + 38 + k // 2 * (_THUMB + 14)
     thumb = _thumbnail(os.path.join(scene_dir, gather.FOLDER, row.name))
     sheet.paste(left, top, thumb)
@@ -265,10 +266,14 @@ def _say_failed(sheet: _Sheet, scene_dir: str, x: float, y: float, rows) -> None
       sheet.text(beside, top + 30 + 22 * j, line, 16, _DIM)
 
 
-def _spaced(rows: Sequence) -> list:
-  """At most as many as are shown, from all along the capture."""
-  places = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _SHOWN)).round().astype(int))
-  return [rows[k] for k in places]
+def _choose(rows: Sequence[diagnosis.Row]) -> list[diagnosis.Row]:
+  """At most as many as are shown, with each kind of reason among them, in their order."""
+  kinds = {}
+  for row in rows:
+    kinds.setdefault(row.reason.split(':')[0], []).append(row)
+  in_turn = [row for some in itertools.zip_longest(*kinds.values()) for row in some if row]
+  shown = in_turn[:_SHOWN]
+  return [row for row in rows if row in shown]
 
 
 def _thumbnail(path: str) -> np.ndarray:
