@@ -536,6 +536,8 @@ def test_an_alignment_takes_back_a_similarity():
   np.testing.assert_allclose(found.rotation, turn, atol=1e-12)
   np.testing.assert_allclose(found.shift, [1, -2, 3], atol=1e-12)
   assert abs(found.scale - 2.5) < 1e-12
+  mirrored = align.fit(points, points * [1, 1, -1])
+  assert np.linalg.det(mirrored.rotation) == pytest.approx(1)  # Never itself a mirror.
   flat = points * [1, 1, 0]  # Cameras in a plane: no mirror image of it either.
   assert np.linalg.det(align.fit(flat, flat @ turn.T).rotation) > 0.99
   np.testing.assert_allclose(align.fit(flat, flat @ turn.T)(flat), flat @ turn.T, atol=1e-12)
@@ -632,8 +634,9 @@ def test_the_spread_of_a_capture_is_told():
   assert diagnosis.describe_spread(ring(reach=40))['kind'] == 'forward'
 
 
-def test_the_world_is_levelled():
-  turn = np.linalg.qr(np.random.default_rng(3).normal(size=(3, 3)))[0]
+@pytest.mark.parametrize('seed', range(4))
+def test_the_world_is_levelled(seed):
+  turn = np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))[0]
   turn *= np.sign(np.linalg.det(turn))
   poses_in = ring()
   tilted = np.concatenate([turn @ poses_in[:, :, :3], turn @ poses_in[:, :, 3:] + 5], -1)
