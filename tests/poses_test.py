@@ -163,6 +163,13 @@ def test_the_largest_model_comes_first(monkeypatch, tmp_path):
   assert written == ['9', '6', '4']
 
 
+def test_two_runs_do_not_work_on_one_capture(scene, room):
+  folder, _ = scene
+  with poses._alone(str(folder)), pytest.raises(poses.PosesError, match='another run is making'):
+    poses.make(str(room), str(folder))
+  assert not (folder / '.incoming').exists()
+
+
 def test_photographs_added_later_are_taken_in(tmp_path, scene, room):
   folder, photos = tmp_path / 'scene', tmp_path / 'photos'
   shutil.copytree(scene[0], folder)
@@ -236,6 +243,9 @@ def test_bad_input_is_one_line_that_says_what_to_do(tmp_path, room):
   fails(tmp_path / 'film.mp4', new / '5', 'cannot be read as a video')
   fails(room, new / '5', 'begun with source')
   fails(room, new / '7', 'is a folder, and --frames is for a video', frames=9)
+  fails(tmp_path / 'film.mp4', new / '7', '--frames 2: to pose pictures takes 3', frames=2)
+  fails(room, new / '7', 'no such folder of masks', masks=str(new / 'no'))
+  fails(room, new / '7', '--camera_model FOV: training knows', camera_model='FOV')
   fails(tmp_path / 'film.mp4', new / '7', 'Masks are for photographs', masks='m')
   fails(room, room / 'scene', 'lies in the folder of the photographs')
   (tmp_path / 'mine' / 'sparse').mkdir(parents=True)

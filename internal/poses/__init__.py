@@ -12,13 +12,15 @@ What `make` leaves in the capture's folder:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from internal import files
+from internal import colmap, files
 from internal.datasets import masks, pyramid
 from internal.poses import diagnosis, film, gather, preflight, sfm
 from internal.poses.gather import FOLDER, Photo, PosesError
@@ -57,18 +59,38 @@ def make(source: str, scene_dir: str, options: Options = Options()) -> dict:
     DataError, DataNotFoundError: a photograph cannot.
   """
   sfm.colmap()  # Before anything is written.
-  _check(source, scene_dir, options)
-  photos = _collect(source, scene_dir, options)
-  names = [photo.name for photo in photos]
-  sfm.extract(scene_dir, photos, options.camera_model)
-  ordered = os.path.isfile(source)
-  wanted = sfm.choose_pairs(scene_dir, names, options.matching, ordered)
-  sfm.match(scene_dir, names, wanted)
-  _reconstruct(scene_dir, names, len(wanted))
-  for factor in FACTORS:
-    if not os.path.isdir(os.path.join(scene_dir, pyramid.folder_name(FOLDER, factor))):
-      pyramid.make(scene_dir, FOLDER, factor)
-  return _report(scene_dir, photos)
+  _check(source, options)
+  _check_places(source, scene_dir)
+  with _alone(scene_dir):
+    photos = _collect(source, scene_dir, options)
+    names = [photo.name for photo in photos]
+    sfm.extract(scene_dir, photos, options.camera_model)
+    wanted = sfm.choose_pairs(scene_dir, names, options.matching, os.path.isfile(source))
+    sfm.match(scene_dir, names, wanted)
+    _reconstruct(scene_dir, names, len(wanted))
+    for factor in FACTORS:
+      if not os.path.isdir(os.path.join(scene_dir, pyramid.folder_name(FOLDER, factor))):
+        pyramid.make(scene_dir, FOLDER, factor)
+    return _report(scene_dir, photos)
+
+
+@contextlib.contextmanager
+def _alone(scene_dir: str) -> Iterator[None]:
+  """Within, no other run works on the capture, and nothing is left of one that was killed."""
+  staging = os.path.join(scene_dir, gather.STAGING)
+  os.makedirs(staging, exist_ok=True)
+  with open(os.path.join(staging, 'lock'), 'w') as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Until it is closed, or this process ends.
+    except BlockingIOError:
+      raise PosesError(f'{scene_dir}: another run is making it. Wait for its end.') from None
+    for name in set(os.listdir(staging)) - {'lock'}:
+      path = os.path.join(staging, name)
+      shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+    try:
+      yield
+    finally:
+      shutil.rmtree(staging)
 
 
 def _report(scene_dir: str, photos: Sequence[Photo]) -> dict:
@@ -83,13 +105,25 @@ def _report(scene_dir: str, photos: Sequence[Photo]) -> dict:
   return told
 
 
-def _check(source: str, scene_dir: str, options: Options) -> None:
+def _check(source: str, options: Options) -> None:
   if not os.path.exists(source):
     raise PosesError(f'{source}: no such video or folder of photographs.')
   if os.path.isfile(source) and options.masks:
     raise PosesError('Masks are for photographs, not for a video: leave --masks out.')
   if os.path.isdir(source) and options.frames is not None:
     raise PosesError(f'{source}: is a folder, and --frames is for a video: leave it out.')
+  if options.frames is not None and options.frames < 3:
+    raise PosesError(f'--frames {options.frames}: to pose pictures takes 3, better 100.')
+  if options.masks and not os.path.isdir(options.masks):
+    raise PosesError(f'{options.masks}: no such folder of masks.')
+  if options.camera_model not in (None, *colmap.LAYOUTS):
+    raise PosesError(
+      f'--camera_model {options.camera_model}: training knows {", ".join(colmap.LAYOUTS)}.'
+    )
+
+
+def _check_places(source: str, scene_dir: str) -> None:
+  """Nobody's files are in the way."""
   inner, outer = os.path.realpath(scene_dir), os.path.realpath(source)
   if os.path.isdir(source) and os.path.commonpath([inner, outer]) == outer:
     raise PosesError(
@@ -131,10 +165,10 @@ def _collect(source: str, scene_dir: str, options: Options) -> list[Photo]:
     there = os.path.join(scene_dir, masks.FOLDER)
     masks_dir = options.masks or (there if os.path.isdir(there) else None)
     photos = gather.take_photos(source, scene_dir, masks_dir, known)
-  shutil.rmtree(os.path.join(scene_dir, gather.STAGING), ignore_errors=True)
   if len(photos) < 3:
     raise PosesError(f'{source}: has {len(photos)} photographs. To pose them takes 3, better 50.')
-  if known and len(photos) != len(known):
+  in_place = os.path.realpath(source) == os.path.realpath(os.path.join(scene_dir, FOLDER))
+  if known and len(photos) != len(known) and not in_place:
     for factor in FACTORS:  # They lack what was added.
       shutil.rmtree(os.path.join(scene_dir, pyramid.folder_name(FOLDER, factor)), True)
   _write_state(path, asked, photos)
@@ -174,5 +208,5 @@ def _reconstruct(scene_dir: str, names: list[str], pairs: int) -> None:
     with open(os.path.join(temporary, _MATCHED), 'w', encoding='utf-8') as f:
       json.dump(made_from, f)
 
-  sfm.write_whole(write, folder)
+  sfm.write_whole(write, scene_dir, diagnosis.MODELS)
   sfm.forget_snapshots(scene_dir)

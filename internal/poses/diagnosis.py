@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import scipy.sparse
+import scipy.sparse.csgraph
 
 from internal import colmap, paths
 from internal.poses import gather, sfm
@@ -124,8 +125,7 @@ class _Seen:
 
   def weakest_link(self) -> dict | None:
     """Where the model would come apart most easily, as `weakest_link` below, by names."""
-    shared = (self._table @ self._table.T).toarray()
-    found = weakest_link(shared)
+    found = weakest_link(self._table @ self._table.T)
     if found is None:
       return None
     count, (a, b), side = found
@@ -136,7 +136,7 @@ class _Seen:
     }
 
 
-def weakest_link(shared: np.ndarray, smallest: float = 0.1):
+def weakest_link(shared: scipy.sparse.spmatrix, smallest: float = 0.1):
   """Where a model would come apart most easily into two parts of some size.
 
   Along the tree that joins all photographs by the strongest links there are, the weakest link is
@@ -150,11 +150,12 @@ def weakest_link(shared: np.ndarray, smallest: float = 0.1):
     The points shared across, the two photographs that share them, and which photographs are on the
     first one's side [n] bool; None if no link of the tree has sides of that size.
   """
-  n = len(shared)
-  strength = np.where(np.eye(n, dtype=bool), 0, shared)
-  # The strongest tree is the lightest one of reciprocals, where no link is infinite.
-  cost = np.divide(1.0, strength, out=np.zeros((n, n)), where=strength > 0)
-  tree = scipy.sparse.csgraph.minimum_spanning_tree(scipy.sparse.csr_matrix(cost)).tocoo()
+  n = shared.shape[0]
+  strength = scipy.sparse.csr_matrix(shared, dtype=float)
+  strength.setdiag(0)
+  strength.eliminate_zeros()
+  # The strongest tree is the lightest one of reciprocals.
+  tree = scipy.sparse.csgraph.minimum_spanning_tree(strength.power(-1.0)).tocoo()
   links = sorted(zip(tree.row.tolist(), tree.col.tolist()), key=lambda link: strength[link])
   for a, b in links:
     keep = [link for link in links if link != (a, b)]

@@ -13,6 +13,7 @@ import dataclasses
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -90,17 +91,20 @@ def list_photos(folder: str) -> list[str]:
     PosesError: there is none, or two would have one name once they are PNG files.
   """
   names = sorted(images.list_images(folder), key=natural)
+  others = [n for _, _, found in os.walk(folder) for n in found if n.lower().endswith(_FOREIGN)]
+  if others and not names:
+    raise PosesError(
+      f'{folder}: has {len(others)} files such as {others[0]}, which cannot be read here. Export '
+      'them as JPEG.'
+    )
   if not names:
-    others = [n for _, _, found in os.walk(folder) for n in found if n.lower().endswith(_FOREIGN)]
-    if others:
-      raise PosesError(
-        f'{folder}: has {len(others)} files such as {others[0]}, which cannot be read here. Export '
-        'them as JPEG.'
-      )
     raise PosesError(
       f'{folder}: has no photographs ({", ".join(images.EXTENSIONS)}). Name the folder they are '
       'in, or a video.'
     )
+  if others:
+    said = f'{len(others)} files such as {others[0]} cannot be read here and are left out'
+    print(f'Note: {folder}: {said}.', file=sys.stderr)
   by_stem = collections.defaultdict(list)
   for name in names:
     by_stem[_without_spaces(images.stem(name)).lower()].append(name)

@@ -188,7 +188,7 @@ def reconstruct(scene_dir: str, count: int) -> list:
     manager.read(newest)
   with pycolmap.Database.open(database_path) as db:
     pipeline = pycolmap.IncrementalPipeline(options, db, manager)
-  watch = _Watch(manager, count, snapshots)
+  watch = _Watch(manager, count, scene_dir)
   events = pycolmap.IncrementalPipelineCallback
   for event in (events.INITIAL_IMAGE_PAIR_REG_CALLBACK, events.NEXT_IMAGE_REG_CALLBACK):
     pipeline.add_callback(event.value, watch)
@@ -203,8 +203,8 @@ def reconstruct(scene_dir: str, count: int) -> list:
 class _Watch:
   """Tells how many photographs are placed, and saves the model now and then."""
 
-  def __init__(self, manager, count: int, folder: str):
-    self._manager, self._count, self._folder = manager, count, folder
+  def __init__(self, manager, count: int, scene_dir: str):
+    self._manager, self._count, self._scene_dir = manager, count, scene_dir
     self._model, self._shown, self._bar = 0, 0, None
     self._saved = time.monotonic()
 
@@ -223,7 +223,7 @@ class _Watch:
       next(self._bar)
       self._shown += 1
     if time.monotonic() - self._saved > _SNAPSHOT_SECONDS:
-      _save_snapshot(model, self._folder)
+      _save_snapshot(model, self._scene_dir)
       self._saved = time.monotonic()
 
   def close(self) -> None:
@@ -231,30 +231,30 @@ class _Watch:
       self._bar.close()
 
 
-def _save_snapshot(model, folder: str) -> None:
-  """Writes a model to a folder that has its name once it is whole, and removes those before."""
+def _save_snapshot(model, scene_dir: str) -> None:
+  """Saves a model, and removes those saved before."""
+  folder = os.path.join(scene_dir, _SNAPSHOTS)
   before = _listed(folder)
   number = int(before[-1]) + 1 if before else 0
-  write_whole(model.write_binary, os.path.join(folder, f'{number:06d}'))
+  write_whole(model.write_binary, scene_dir, f'{_SNAPSHOTS}/{number:06d}')
   for name in before:
     shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
 
 
-def write_whole(write: Callable[[str], None], folder: str) -> None:
+def write_whole(write: Callable[[str], None], scene_dir: str, name: str) -> None:
   """Has `write` fill a folder, which gets its name, and replaces what had it, once it is whole."""
-  parent = os.path.dirname(folder)
-  os.makedirs(parent, exist_ok=True)
-  temporary = os.path.join(parent, f'.{os.path.basename(folder)}.{uuid.uuid4().hex}')
-  old = f'{temporary}.old'
-  try:
-    os.mkdir(temporary)
-    write(temporary)
-    if os.path.exists(folder):
-      os.rename(folder, old)
+  folder = os.path.join(scene_dir, name)
+  temporary = os.path.join(scene_dir, gather.STAGING, uuid.uuid4().hex)
+  os.makedirs(temporary)
+  write(temporary)
+  os.makedirs(os.path.dirname(folder), exist_ok=True)
+  if os.path.exists(folder):
+    old = f'{temporary}.old'
+    os.rename(folder, old)
     os.rename(temporary, folder)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old)
+  else:
+    os.rename(temporary, folder)
 
 
 def _listed(folder: str) -> list[str]:
