@@ -61,6 +61,17 @@ def test_upright_photographs_are_copied_and_odd_ones_become_png(tmp_path):
   np.testing.assert_array_equal(np.asarray(Image.open(scene / 'images/b.png')), pixels)
 
 
+def test_names_sort_as_people_count():
+  names = ['IMG_10.jpg', 'IMG_9.jpg', 'a².jpg', '2.jpg', 'img_1.jpg']
+  assert sorted(names, key=gather.natural) == [
+    '2.jpg',
+    'a².jpg',
+    'img_1.jpg',
+    'IMG_9.jpg',
+    'IMG_10.jpg',
+  ]
+
+
 def test_order_is_that_of_the_times_else_of_the_numbers(tmp_path):
   pixels = np.zeros((8, 8, 3), np.uint8)
   for name, taken in (('IMG_10', '2024:01:01 10:00:00'), ('IMG_9', '2024:01:01 11:00:00')):
@@ -100,7 +111,7 @@ def test_photographs_may_lie_in_the_capture_but_are_not_turned_there(tmp_path):
   assert (folder / 'a.jpg').stat().st_mtime_ns == before
   save_turned(folder / 'b.jpg', np.zeros((8, 12, 3), np.uint8), 6)
   with pytest.raises(
-    poses.PosesError, match=r'b\.jpg: must be turned, .* is ever changed in place'
+    poses.PosesError, match=r'b\.jpg: must be turned, .* no photograph is changed'
   ):
     gather.take_photos(str(folder), str(tmp_path / 'scene'))
 

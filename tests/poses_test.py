@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,8 @@ def test_the_report_names_the_failed_and_why(scene):
   assert set(told['failed']) == {'view_10.png', 'view_11.png'}
   assert 'blurred' in told['failed']['view_10.png']
   assert told['reprojection_error'] < 0.8
+  errors = [one['error'] for one in told['per_photograph'] if one['model'] == 0]
+  assert np.mean(errors) == pytest.approx(told['reprojection_error'], rel=0.2)
   assert told['capture']['images_unregistered'] == ['images/view_10.png', 'images/view_11.png']
   assert {check['name'] for check in told['checks']} >= {'posed', 'focal length', 'spread'}
   picture_file = Image.open(folder / 'preflight.png')
@@ -161,6 +164,13 @@ def test_the_largest_model_comes_first(monkeypatch, tmp_path):
   poses._reconstruct(str(tmp_path), ['a', 'b'], 1)
   written = [(tmp_path / 'sparse' / str(k) / 'images.bin').read_text() for k in range(3)]
   assert written == ['9', '6', '4']
+
+
+def test_without_colmap_it_says_what_to_install(monkeypatch, room, tmp_path):
+  monkeypatch.setitem(sys.modules, 'pycolmap', None)
+  with pytest.raises(poses.PosesError, match=r'pip install -r requirements-poses\.txt'):
+    poses.make(str(room), str(tmp_path / 'scene'))
+  assert not (tmp_path / 'scene').exists()
 
 
 def test_two_runs_do_not_work_on_one_capture(scene, room):

@@ -89,18 +89,18 @@ def examine(scene_dir: str, photos: Sequence[gather.Photo]) -> Findings:
     cameras=tuple(_cameras(scene_dir, models[0])) if models else (),
     spread=describe_spread(poses) if models else None,
     weakest_link=seen.weakest_link() if models else None,
-    factor=recommend_factor(_size(scene_dir, photos)),
+    factor=recommend_factor(_largest_size(scene_dir)),
   )
 
 
-def _size(scene_dir: str, photos: Sequence[gather.Photo]) -> tuple[int, int]:
+def _largest_size(scene_dir: str) -> tuple[int, int]:
+  """(width, height) of the pictures with the longest side."""
   with sfm.database(scene_dir) as db:
-    sizes = [(camera.width, camera.height) for camera in db.read_all_cameras()]
-  return max(sizes)
+    return max(((camera.width, camera.height) for camera in db.read_all_cameras()), key=max)
 
 
 class _Seen:
-  """Which photographs of a model see which points."""
+  """Which photographs of a model see which points, and how far from where they should."""
 
   def __init__(self, model):
     self.names, self.errors, observed = [], {}, []
@@ -108,20 +108,15 @@ class _Seen:
     xyz = np.array([point.xyz for point in model.points3D.values()]).reshape(-1, 3)
     for image_id in model.reg_image_ids():
       image = model.image(image_id)
-      found = image.get_observation_points2D()
-      columns = np.array([column[p.point3D_id] for p in found], int)
-      measured = np.array([p.xy for p in found]).reshape(-1, 2)
-      pose = image.cam_from_world().matrix()
-      in_camera = xyz[columns] @ pose[:, :3].T + pose[:, 3]
-      projected = image.camera.img_from_cam(in_camera)
+      points = image.get_observation_points2D()
+      observed.append(np.array([column[p.point3D_id] for p in points], int))
       self.names.append(image.name)
-      self.errors[image.name] = float(np.linalg.norm(projected - measured, axis=-1).mean())
-      observed.append(columns)
-    rows = np.repeat(np.arange(len(observed)), [len(columns) for columns in observed])
-    columns = np.concatenate(observed)
+      self.errors[image.name] = _mean_error(image, points, xyz[observed[-1]])
+    counts = [len(columns) for columns in observed]
+    places = np.repeat(np.arange(len(observed)), counts), np.concatenate(observed)
     shape = (len(observed), len(column))
-    self._table = scipy.sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape)
-    self.points = dict(zip(self.names, np.asarray(self._table.sum(1)).ravel().astype(int).tolist()))
+    self._table = scipy.sparse.csr_matrix((np.ones(sum(counts)), places), shape)
+    self.points = dict(zip(self.names, counts))
 
   def weakest_link(self) -> dict | None:
     """Where the model would come apart most easily, as `weakest_link` below, by names."""
@@ -134,6 +129,15 @@ class _Seen:
       'between': [self.names[a], self.names[b]],
       'photographs': [int(side.sum()), int((~side).sum())],
     }
+
+
+def _mean_error(image, points, xyz: np.ndarray) -> float | None:
+  """Of a photograph's points, the mean distance in pixels from where they are seen."""
+  if not len(points):
+    return None
+  pose = image.cam_from_world().matrix()
+  projected = image.camera.img_from_cam(xyz @ pose[:, :3].T + pose[:, 3])
+  return float(np.linalg.norm(projected - np.array([p.xy for p in points]), axis=-1).mean())
 
 
 def weakest_link(shared: scipy.sparse.spmatrix, smallest: float = 0.1):

@@ -65,7 +65,7 @@ def take_frames(path: str, scene_dir: str, count: int | None = None) -> list[gat
     target = f'{gather.FOLDER}/{name}'
     if not os.path.exists(os.path.join(scene_dir, target)):
       with gather.placed(scene_dir, target) as temporary:
-        Image.fromarray(pixels).save(temporary, quality=95, subsampling=0)
+        Image.fromarray(pixels).save(temporary, **gather.JPEG)
     photos.append(gather.Photo(name, str(number), 'video', round(score, 6)))
   decoded.close()
   if len(photos) < 3:

@@ -25,6 +25,7 @@ from internal.datasets import images, masks
 
 FOLDER = 'images'
 STAGING = '.incoming'
+JPEG = {'quality': 95, 'subsampling': 0}
 
 _SHARPNESS_SIDE = 1024  # Pixels: finer detail than this is mostly noise.
 _SHOWN = 3  # Names in an error.
@@ -63,7 +64,8 @@ def placed(scene_dir: str, target: str) -> Iterator[str]:
 
 def natural(name: str) -> list:
   """A key that sorts IMG_9 before IMG_10."""
-  return [int(part) if part.isdigit() else part.lower() for part in re.split(r'(\d+)', name)]
+  parts = re.split(r'(\d+)', name)  # Every other one is a number.
+  return [int(part) if k % 2 else part.lower() for k, part in enumerate(parts)]
 
 
 def sharpness(pixels: np.ndarray) -> float:
@@ -178,10 +180,7 @@ def _take(folder: str, name: str, scene_dir: str, masks_dir: str | None) -> Phot
       upright = _upright(pixels, turn)
       exif[ExifTags.Base.Orientation] = 1
       with placed(scene_dir, target) as temporary:
-        style = (
-          {'quality': 95, 'subsampling': 0} if target.lower().endswith(('jpg', 'jpeg')) else {}
-        )
-        upright.save(temporary, exif=exif, **style)
+        upright.save(temporary, exif=exif, **(JPEG if plain and image.format != 'PNG' else {}))
       pixels = np.asarray(upright)
   if masks_dir:
     _take_mask(masks_dir, name, scene_dir, target_name, turn, pixels.shape[1::-1])
@@ -206,8 +205,8 @@ def _refuse_in_place(source: str, target: str) -> None:
   folder = os.path.dirname(target)
   if os.path.isdir(folder) and os.path.samefile(os.path.dirname(source), folder):
     raise PosesError(
-      f'{source}: must be turned, converted or renamed, and none is ever changed in place. '
-      'Move them out of the capture and name their new folder.'
+      f'{source}: must be turned, converted or renamed, and no photograph is changed in place. '
+      'Move them all out of the capture and name their new folder.'
     )
 
 

@@ -15,8 +15,7 @@ import numpy as np
 import scipy.cluster.vq
 
 EXHAUSTIVE = 200  # Photographs.
-OVERLAP = 10  # Neighbours in time on each side that are matched, and the 16th, 32nd, ... one.
-FARTHEST = 128
+NEIGHBOURS = (*range(1, 11), 16, 32, 64, 128)  # Which ones after a photograph it is matched with.
 ALIKE = 20  # Of an ordered capture, besides the neighbours: these close its loops.
 ALIKE_ALONE = 50  # Of a capture without order.
 WORDS = 64
@@ -33,9 +32,8 @@ def exhaustive(n: int) -> set[Pair]:
 
 
 def sequential(n: int) -> set[Pair]:
-  """Neighbours, and, as one in a slow film is little news, some at distances of powers of two."""
-  steps = [*range(1, OVERLAP + 1), *(2**k for k in range(4, 8) if 2**k <= FARTHEST)]
-  return {(i, i + step) for step in steps for i in range(n - step)}
+  """Neighbours, near ones all and far ones sparsely, as those of a slow film tell little."""
+  return {(i, i + step) for step in NEIGHBOURS for i in range(n - step)}
 
 
 def alike(similarity: np.ndarray, count: int) -> set[Pair]:
