@@ -53,11 +53,7 @@ def take_frames(path: str, scene_dir: str, count: int | None = None) -> list[gat
   decoded = _decode(program, path)
   # The container may promise more frames than there are; the last stretches are then left out.
   for k, stretch in enumerate(progress.track(stretches, 'choosing frames')):
-    best = None
-    for number, pixels in zip(stretch, decoded):
-      score = gather.sharpness(pixels)
-      if best is None or score > best[0]:
-        best = score, number, pixels
+    best = _sharpest(stretch, decoded)
     if best is None:
       break
     score, number, pixels = best
@@ -71,6 +67,16 @@ def take_frames(path: str, scene_dir: str, count: int | None = None) -> list[gat
   if len(photos) < 3:
     raise gather.PosesError(f'{path}: has {len(photos)} frames, too few to pose. Film for longer.')
   return photos
+
+
+def _sharpest(stretch: range, decoded: Iterator[np.ndarray]):
+  """Of the next frames, whose numbers are given: sharpness, number and pixels; None at the end."""
+  best = None
+  for number, pixels in zip(stretch, decoded):
+    score = gather.sharpness(pixels)
+    if best is None or score > best[0]:
+      best = score, number, pixels
+  return best
 
 
 def _count(path: str) -> tuple[int, float]:
