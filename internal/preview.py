@@ -125,7 +125,7 @@ def _splat(canvas: np.ndarray, panel: _Panel, xyz: np.ndarray, rgb: np.ndarray) 
   shade = (0.7 * rgb[order] + 0.3 * 255).astype(np.uint8)
   for dx in range(-_FINE, _FINE + 1):
     for dy in range(-_FINE, _FINE + 1):
-      x, y = (where + [dx, dy]).T
+      x, y = (where + np.array([dx, dy])).T
       inside = (x >= 0) & (y >= 0) & (x < canvas.shape[1]) & (y < canvas.shape[0])
       canvas[y[inside], x[inside]] = shade[inside]
 
