@@ -83,10 +83,6 @@ def _colors(n: int) -> np.ndarray:
   return vis.apply_colormap(np.linspace(0.12, 0.88, n))
 
 
-def _font(size: int):
-  return ImageFont.load_default(size * _FINE)
-
-
 def _draw_panel(panel, title, train, cams, path, points, scene) -> Image.Image:
   side = _SIDE * _FINE
   canvas = np.full((side, side, 3), 255, np.uint8)
@@ -104,18 +100,20 @@ def _draw_panel(panel, title, train, cams, path, points, scene) -> Image.Image:
   for k in np.unique(np.linspace(0, len(path) - 1, _FRUSTUMS).round().astype(int)):
     corners = _frustum(cams, k, path[k], 0.08 * reach)
     _draw_frustum(pen, panel, corners, tuple(colors[k].tolist()), 2 * _FINE)
-  for k, name in ((0, 'start'), (len(path) - 1, 'end')):
+  for k, name, anchor in ((0, 'start', 'ls'), (len(path) - 1, 'end', 'rs')):
     x, y = line[k]
     r = 7 * _FINE
     pen.ellipse([x - r, y - r, x + r, y + r], tuple(colors[k].tolist()), 'white', 2 * _FINE)
-    _write(pen, (x + 1.4 * r, y - 2.4 * r if k == 0 else y + 0.4 * r), name, 18)
+    aside = 1.6 * r if anchor == 'ls' else -1.6 * r
+    _write(pen, (x + aside, y - 0.8 * r), name, 18, anchor)
   _draw_legend(pen, panel, title, scene, side)
   pen.rectangle([0, 0, side - 1, side - 1], None, _PALE, _FINE)
   return picture
 
 
-def _write(pen, where, text: str, size: int, ink=_INK) -> None:
-  pen.text(where, text, ink, _font(size), stroke_width=2 * _FINE, stroke_fill='white')
+def _write(pen, where, text: str, size: int, anchor: str = 'la') -> None:
+  font = ImageFont.load_default(size * _FINE)
+  pen.text(where, text, _INK, font, anchor, stroke_width=2 * _FINE, stroke_fill='white')
 
 
 def _splat(canvas: np.ndarray, panel: _Panel, xyz: np.ndarray, rgb: np.ndarray) -> None:
