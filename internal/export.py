@@ -68,20 +68,25 @@ def render_views(render_image: Callable, params, cams: structs.Cameras, fraction
   return Views(cams, [render_image(params, cams, k, fraction) for k in rows])
 
 
-def support(
-  xyz: np.ndarray, views: Views, tolerance: float = 0.03
-) -> tuple[np.ndarray, np.ndarray]:
-  """How many views see a surface at each point, and how many see through it.
+@dataclasses.dataclass(frozen=True)
+class Support:
+  """What views tell of points [m]; one in whose picture a point is not, or hidden, tells nothing."""
+
+  seen: np.ndarray  # [m] int, the views that see a surface there.
+  through: np.ndarray  # [m] int, the views that see through it.
+  colors: np.ndarray  # [m, 3] uint8, the former views' mean, the nearest counting most.
+
+
+def support(xyz: np.ndarray, views: Views, tolerance: float = 0.03) -> Support:
+  """Holds points against the depth of all views.
 
   Args:
     xyz: [m, 3] world.
     views: v of them.
     tolerance: relative difference of depths up to which a view sees its surface at the point.
-
-  Returns:
-    Two int arrays [m]; a view in whose picture the point is not, or is hidden, counts in neither.
   """
   seen, through = np.zeros((2, len(xyz)), np.int32)
+  colors, weights = np.zeros((len(xyz), 3)), np.full((len(xyz), 1), 1e-30)
   for k, pose in enumerate(np.asarray(views.cams.camtoworld, np.float64)):
     x, y, back = ((xyz - pose[:, 3]) @ pose[:, :3]).T
     focal_x, focal_y = 1 / np.asarray(views.cams.pixtocam, np.float64)[k, [0, 1], [0, 1]]
@@ -90,11 +95,16 @@ def support(
       u, v = width / 2 - focal_x * x / back, height / 2 + focal_y * y / back
       inside = (back < 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
     rows = np.flatnonzero(inside)
-    surface = views.depth(k)[v[rows].astype(int), u[rows].astype(int)]
-    difference = -back[rows] / surface - 1
-    seen[rows] += np.abs(difference) <= tolerance
+    pixel = v[rows].astype(int), u[rows].astype(int)
+    difference = -back[rows] / views.depth(k)[pixel] - 1
     through[rows] += difference < -tolerance
-  return seen, through
+    hit = np.abs(difference) <= tolerance
+    rows = rows[hit]
+    seen[rows] += 1
+    weight = back[rows, None] ** -2.0
+    weights[rows] += weight
+    colors[rows] += weight * views.images[k]['rgb'][pixel][hit]
+  return Support(seen, through, np.round(255 * np.clip(colors / weights, 0, 1)).astype(np.uint8))
 
 
 def in_box(xyz: np.ndarray, box: np.ndarray) -> np.ndarray:
@@ -129,8 +139,8 @@ def point_cloud(
   ]
   xyz, rgb = (np.concatenate(each) for each in zip(*parts))
   kept = np.flatnonzero(in_box(xyz, box))
-  seen, through = support(xyz[kept], views)
-  kept = kept[(seen >= min(2, len(views.images))) & (through < seen)]
+  told = support(xyz[kept], views)
+  kept = kept[(told.seen >= min(2, len(views.images))) & (told.through < told.seen)]
   if not len(kept):
     raise ExportError(
       f'No view shows a surface within the box {np.round(box, 3).tolist()} (normalised units): '

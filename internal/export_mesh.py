@@ -43,32 +43,30 @@ def library(name: str):
 
 
 def make_field(settings: configs.Settings) -> Callable:
-  """`field(params, z, width, viewdirs) -> density [m], rgb [m, 3]`, numpy, in chunks.
+  """`field(params, z, width) -> density [m]`, numpy, in chunks.
 
   z [m, 3] are points of the space that is meshed: contracted where the model contracts, else the
-  world; width is of their cells, and viewdirs [m, 3] are unit vectors in the world.
+  world; width is of their cells.
   """
   model, to_world = models.build(settings), warps(settings)[1]
 
   @jax.jit
-  def query(params, z, width, viewdirs):
+  def query(params, z, width):
     cov = jnp.broadcast_to(width**2 / 12 * jnp.eye(3), (len(z), 3, 3))
     mean, cov = coord.linearize(to_world, z, cov)
+    ahead = jnp.broadcast_to(jnp.array([0.0, 0, -1]), mean.shape)  # Density looks the same.
     one = jnp.ones((len(z), 1))
-    rays = structs.Rays(mean, viewdirs, viewdirs, one, jnp.zeros(len(z), jnp.int32))
+    rays = structs.Rays(mean, ahead, ahead, one, jnp.zeros(len(z), jnp.int32))
     gaussians = structs.Gaussians(mean[:, None], cov[:, None])
-    density, rgb = model.apply({'params': params}, rays, gaussians, method='field')
-    return density[:, 0], rgb[:, 0]
+    return model.apply({'params': params}, rays, gaussians, method='field')[0][:, 0]
 
-  def field(params, z, width, viewdirs):
+  def field(params, z, width):
     parts = []
     for start in range(0, len(z), _CHUNK):
-      part = [np.asarray(a[start : start + _CHUNK], np.float32) for a in (z, viewdirs)]
-      count = len(part[0])
-      padded = [np.pad(a, ((0, _CHUNK - count), (0, 0)), 'edge') for a in part]
-      found = query(params, padded[0], np.float32(width), padded[1])
-      parts.append([np.asarray(a)[:count] for a in found])
-    return tuple(np.concatenate(each) for each in zip(*parts))
+      part = np.asarray(z[start : start + _CHUNK], np.float32)
+      padded = np.pad(part, ((0, _CHUNK - len(part)), (0, 0)), 'edge')
+      parts.append(np.asarray(query(params, padded, np.float32(width)))[: len(part)])
+    return np.concatenate(parts)
 
   return field
 
@@ -114,7 +112,9 @@ def extract(
   level: float,
   min_faces: int = 50,
 ) -> Mesh:
-  """Marching cubes, cropped, without what no view sees and without crumbs, and coloured.
+  """Marching cubes, cropped, without what no view sees and without crumbs.
+
+  Colours are those of the views: the field's own, seen from where no camera was, may be anything.
 
   Args:
     field: `make_field`'s.
@@ -134,10 +134,9 @@ def extract(
   bounds, width = grid_of(box, contract, resolution)
   axes = [np.arange(low, high + width, width) for low, high in bounds]
   volume = np.empty([len(axis) for axis in axes], np.float32)
-  ahead = np.array([[0.0, 0, -1]])
   for i, x in enumerate(progress.track(axes[0], 'density')):
     z = np.stack(np.meshgrid([x], axes[1], axes[2], indexing='ij'), -1).reshape(-1, 3)
-    volume[i] = field(params, z, width, np.repeat(ahead, len(z), 0))[0].reshape(volume.shape[1:])
+    volume[i] = field(params, z, width).reshape(volume.shape[1:])
   nothing = export.ExportError(
     f'No view shows a surface of density {level:g} in the box {np.round(box, 3).tolist()} '
     '(normalised units): choose a larger --box or a lower --density.'
@@ -145,27 +144,16 @@ def extract(
   if not volume.min() < level < volume.max():
     raise nothing
   index, faces, _, _ = measure.marching_cubes(volume, level)
+  faces = faces[:, ::-1]  # scikit-image has them clockwise from where density is low.
   z = bounds[:, 0] + width * index
   xyz = np.asarray(to_world(jnp.asarray(z, jnp.float32)), np.float64)
-  kept = export.in_box(xyz, box) & (export.support(xyz, views, 0.05)[0] > 0)
+  told = export.support(xyz, views, 0.05)
+  kept = export.in_box(xyz, box) & (told.seen > 0)
   faces = _large_parts(faces[kept[faces].all(-1)], len(xyz), min_faces)
   if not len(faces):
     raise nothing
   used, faces = np.unique(faces, return_inverse=True)
-  xyz, z, faces = xyz[used], z[used], faces.reshape(-1, 3)
-  rgb = field(params, z, width, -vertex_normals(xyz, faces))[1]
-  return Mesh(xyz, faces, np.round(255 * np.clip(rgb, 0, 1)).astype(np.uint8))
-
-
-def vertex_normals(xyz: np.ndarray, faces: np.ndarray) -> np.ndarray:
-  """Unit normals [m, 3], means of the faces' by area; any direction where they cancel."""
-  a, b, c = (xyz[faces[:, k]] for k in range(3))
-  of_faces = np.cross(b - a, c - a)
-  normals = np.zeros_like(xyz)
-  for k in range(3):
-    np.add.at(normals, faces[:, k], of_faces)
-  length = np.linalg.norm(normals, axis=-1, keepdims=True)
-  return np.where(length > 0, normals / np.where(length > 0, length, 1), [0.0, 0, 1])
+  return Mesh(xyz[used], faces.reshape(-1, 3), told.colors[used])
 
 
 def _large_parts(faces: np.ndarray, count: int, min_faces: int) -> np.ndarray:

@@ -32,7 +32,7 @@ from internal import (
 )
 
 _KINDS = ('points', 'mesh', 'depth')
-_SEEN_QUANTILE = 0.25  # Of the densities where views see surfaces: the mesh's level.
+_SEEN_QUANTILE = 0.1  # Of the densities where views see surfaces: the mesh's level.
 
 
 def parse(argv: list[str] | None):
@@ -44,10 +44,11 @@ def parse(argv: list[str] | None):
   add('--views', type=int, default=48, help='training poses that are rendered, at most')
   add('--width', type=int, default=400, help='of the rendered views, in pixels')
   add('--points', type=int, default=1_000_000, help='of the cloud, at most')
-  add('--box', nargs=6, type=float, default=[-2, -2, -2, 2, 2, 2],
-      metavar=('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1'), help='lower and upper corner of what is kept')  # fmt: skip
-  add('--box_units', choices=('normalized', 'capture'), default='normalized',
-      help='the world of the box: where training cameras fill [-1, 1], or the capture')  # fmt: skip
+  corners = ('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1')
+  cube = [-2.0] * 3 + [2.0] * 3
+  add('--box', nargs=6, type=float, default=cube, metavar=corners, help='corners of what is kept')
+  units = 'the world of the box: where training cameras fill [-1, 1], or the capture'
+  add('--box_units', choices=('normalized', 'capture'), default='normalized', help=units)
   add('--resolution', type=int, default=256, help="of the mesh: cells along the box's longest side")
   add('--density', type=float, help="of the mesh's surface; by default from the views")
   return parser.parse_args(argv)
@@ -73,8 +74,7 @@ def export_mesh_files(args, settings, params, scene, views, box, write) -> None:
     xyz, _ = export.point_cloud(views, box, 20_000)
     z = np.asarray(space[0](xyz.astype(np.float32)))
     width = export_mesh.grid_of(box, space[0], args.resolution)[1]
-    ahead = np.repeat([[0.0, 0, -1]], len(z), 0)
-    level = float(np.quantile(field(params, z, width, ahead)[0], _SEEN_QUANTILE))
+    level = float(np.quantile(field(params, z, width), _SEEN_QUANTILE))
     progress.say(f'The surface is where density is {level:.3g} (--density sets another).')
   mesh = export_mesh.extract(field, params, space, box, args.resolution, views, level)
   write('mesh', mesh.vertices, mesh.colors, mesh.faces)
