@@ -70,7 +70,7 @@ def render_views(render_image: Callable, params, cams: structs.Cameras, fraction
 
 @dataclasses.dataclass(frozen=True)
 class Support:
-  """What views tell of points [m]; one in whose picture a point is not, or hidden, tells nothing."""
+  """What views tell of points [m]; views that do not show one, or hide it, tell nothing."""
 
   seen: np.ndarray  # [m] int, the views that see a surface there.
   through: np.ndarray  # [m] int, the views that see through it.

@@ -111,7 +111,7 @@ def test_mesh_is_the_ball_seen_from_outside(views):
   shape = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
   outward = (shape.face_normals * shape.triangles_center).sum(-1)
   assert np.mean(outward > 0) > 0.999  # Anticlockwise, from outside.
-  assert shape.area > 0.9 * 4 * np.pi * RADIUS**2
+  assert shape.area > 0.75 * 4 * np.pi * RADIUS**2  # All but the poles, which no camera sees.
   np.testing.assert_allclose(mesh.colors, 255 * (0.5 + mesh.vertices), atol=12)
 
 
@@ -166,6 +166,7 @@ def test_a_picture_of_the_loaded_mesh_is_that_of_the_ball(scene, views, tmp_path
   focal = 1 / views.cams.pixtocam[4, 0, 0]
   u, v = (60 - focal * x / back).astype(int), (40 + focal * y / back).astype(int)
   order = np.argsort(back)
+  order = order[((u >= 0) & (u < 120) & (v >= 0) & (v < 80))[order]]
   picture = np.full((80, 120, 3), 255.0)
   picture[v[order], u[order]] = colors[order]
   truth = 255 * views.images[4]['rgb']
@@ -190,20 +191,21 @@ def test_depth_folder_is_read_as_a_capture(scene, views, tmp_path):
 
 
 @pytest.mark.parametrize('more', [(), ('Model.num_multisamples = 6',)])
-def test_the_field_is_the_models(more):
-  settings = tiny.settings("PropMLP.warp_fn = 'contract'", *more)
+def test_the_field_is_the_models(more, monkeypatch):
+  monkeypatch.setattr(export_mesh, '_CHUNK', 4)  # Several, the last one partly filled.
+  settings = tiny.settings('NerfMLP.max_deg_point = 4', *more)
   model = models.build(settings)
   params = models.init_params(model, jax.random.PRNGKey(0))
   field = export_mesh.make_field(settings)
   x = np.random.default_rng(0).normal(size=(9, 3)) * 2
   z = np.asarray(coord.contract(jnp.asarray(x, jnp.float32)))
-  density = field(params, z, 1e-3)
+  density = field(params, z, 1e-6)
   # Thin intervals of a ray through the points, moved onto them.
   ray = structs.Rays(jnp.zeros((9, 3)), jnp.tile(jnp.array([0, 0, -1.0]), (9, 1)),
                      jnp.tile(jnp.array([0, 0, -1.0]), (9, 1)), jnp.full((9, 1), 1e-6),
                      jnp.zeros(9, jnp.int32))  # fmt: skip
   tdist = jnp.tile(jnp.array([1.0, 1.0001]), (9, 1))
-  shift = jnp.asarray(x + [0, 0, 1], jnp.float32)[:, None]
+  shift = jnp.asarray(x - [0, 0, -1.0], jnp.float32)[:, None]
   wanted = model.apply({'params': params}, ray, tdist, shift, method='last_density')[:, 0]
   np.testing.assert_allclose(density, wanted, rtol=2e-3)
   assert density.std() > 1e-4
