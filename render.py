@@ -25,6 +25,7 @@ from internal import (
   checkpoints,
   cli,
   evaluation,
+  html_report,
   progress,
   report,
   sharding,
@@ -196,6 +197,8 @@ def main(argv: list[str] | None = None) -> None:
       path = os.path.join(folder, f'{kind}.mp4')
       video.write_video(frames, path, fps, config.render_video_crf)
       left[kind] = path
+    if os.path.exists(os.path.join(run, 'eval', html_report.NAME)):
+      left['report'] = html_report.write(run, settings, scene)  # It shows the video.
     progress.summary({**left, 'frames': os.path.join(folder, '*', '*.png')})
 
 

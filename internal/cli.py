@@ -83,11 +83,6 @@ def make_run_parser(description: str) -> argparse.ArgumentParser:
   return parser
 
 
-def parse_run_arguments(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-  """What the command line says to a program that has no flags but `make_run_parser`'s."""
-  return make_run_parser(description).parse_args(argv)
-
-
 def show_notices(settings: configs.Settings) -> None:
   """Says on stderr, by the main process, what of the settings has no effect."""
   if sharding.is_main():

@@ -146,6 +146,7 @@ class Config(_Checked):
   # Evaluation.
   eval_only_once: bool = True  # False: wait for further checkpoints until max_steps.
   eval_save_output: bool = True
+  eval_report: bool = True  # report.html, of what is in the run's folder then.
   eval_render_interval: int = 1  # Every so many-th test image.
   eval_dataset_limit: int | None = None  # At most so many test images.
   eval_quantize_metrics: bool = True

@@ -6,6 +6,7 @@ and without which the probe must give different things.
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -185,6 +186,8 @@ def training(settings, folder):
     def __getattr__(self, name):
       if name.startswith('__'):
         raise AttributeError(name)
+      if name == 'pause':
+        return lambda _: contextlib.nullcontext()
       return lambda *args: done.append((name, args[0])) if name in ('steps', 'picture') else None
 
   def rendered(params, cams, row, *_):
@@ -376,6 +379,7 @@ KNOBS = {
     'grad_max_val': (optimizer, '0.1', 'Config.grad_max_norm = 0.0'),
     'eval_only_once': (evaluating, 'False'),
     'eval_save_output': (evaluating, 'False'),
+    'eval_report': (evaluating, 'False'),
     'eval_render_interval': (evaluating, '2'),
     'eval_dataset_limit': (evaluating, '1'),
     'eval_quantize_metrics': (metrics, 'False'),
