@@ -76,11 +76,13 @@ def test_points_lie_on_the_ball_and_have_its_colours(views):
 
 
 def test_points_that_float_are_left_out(views):
-  # One view sees a wall right before it, which all others see through.
-  wall = {**views.images[0], 'distance_percentiles': np.full((80, 120, 3), 0.3)}
-  wall |= {'distance_median': np.full((80, 120), 0.3), 'acc': np.ones((80, 120))}
-  images = [wall, *views.images[1:]]
-  xyz, _ = export.point_cloud(dataclasses.replace(views, images=images), CUBE, 10**6)
+  # Two views from one place see a wall right before them, which all others see through.
+  flat = np.full((80, 120), 0.3)
+  wall = {**views.images[0], 'distance_median': flat, 'acc': np.ones((80, 120))}
+  wall['distance_percentiles'] = flat[..., None] * np.ones(3)
+  twice = export.Views(views.cams.take(np.array([0, *range(11)])), [wall, wall, *views.images[1:]])
+  assert (export.support(np.array([[0.45, 0.45, 0.08]]), twice).through > 2).all()
+  xyz, _ = export.point_cloud(twice, CUBE, 10**6)
   assert len(xyz) > 1000
   np.testing.assert_allclose(np.linalg.norm(xyz, axis=-1), RADIUS, atol=1e-5)
 
