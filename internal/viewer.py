@@ -11,6 +11,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -171,18 +172,24 @@ def shrunk(size: tuple[int, int], level: int) -> tuple[int, int]:
   return tuple(max(1, round(side / 2**level)) for side in size)
 
 
+class Audience(Protocol):
+  """Where pictures go; all of it is called by the rendering thread."""
+
+  def show(self, picture: Picture, step: int, seconds: float, finest: bool) -> None:
+    """Shows a picture of the field at a step, which took so long."""
+
+  def wait(self) -> None:
+    """Something is compiled first."""
+
+  def fail(self, reason: str) -> None:
+    """What was asked for could not be done."""
+
+
 class Visitor:
-  """Somebody who looks. The methods are for any thread.
+  """Somebody who looks. The methods are for any thread; `wake` is called when there is work."""
 
-  Args:
-    send: called by the rendering thread with each Picture, its step, seconds and whether it is the
-      finest.
-    tell: called with a line for the visitor about what went wrong.
-    wake: called when there is something to do.
-  """
-
-  def __init__(self, send: Callable, tell: Callable[[str], None], wake: Callable[[], None]):
-    self.send, self.tell, self._wake = send, tell, wake
+  def __init__(self, audience: Audience, wake: Callable[[], None]):
+    self.audience, self._wake = audience, wake
     self.jobs = collections.deque()
     self.view, self.version = None, 0
     # Of the rendering thread: what has been drawn, and how often its sides are halved.
@@ -219,9 +226,9 @@ class Viewer:
     self.woken = threading.Event()
     self._rate = None  # Rays a second.
 
-  def join(self, send: Callable, tell: Callable[[str], None]) -> Visitor:
+  def join(self, audience: Audience) -> Visitor:
     """A new visitor (from any thread)."""
-    visitor = Visitor(send, tell, self.woken.set)
+    visitor = Visitor(audience, self.woken.set)
     self.visitors = [*self.visitors, visitor]
     return visitor
 
@@ -256,7 +263,7 @@ class Viewer:
       pass
     except Exception as error:  # Whatever it is, neither training nor other visitors suffer.
       visitor.level = 0
-      visitor.tell(f'{type(error).__name__}: {" ".join(str(error).split())[:300]}')
+      visitor.audience.fail(f'{type(error).__name__}: {" ".join(str(error).split())[:300]}')
 
   def _draw(self, visitor: Visitor, params, step: int, train_frac: float) -> None:
     """The next picture of a visitor's view."""
@@ -275,13 +282,15 @@ class Viewer:
         raise Moved
 
     compiled, size = self.renderer.knows(view), shrunk(view.size, level)
+    if not compiled:
+      visitor.audience.wait()
     began = self._clock()
     # Who moves all the time must see something all the time: first pictures are not given up.
     picture = self.renderer(params, train_frac, view, size, None if first else still_wanted)
     seconds = self._clock() - began
     if compiled:
       self._rate = np.prod(size) / max(seconds, 1e-6)
-    visitor.send(picture, step, seconds, level == 0)
+    visitor.audience.show(picture, step, seconds, level == 0)
 
   def serve(self, params, step: int, train_frac: float) -> None:
     """Works until an exception, such as `signals.Stopped`, ends it."""

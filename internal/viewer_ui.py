@@ -186,7 +186,7 @@ class Page:
     self._frames = []  # Of the path through them: (pose, fov).
     self._nodes, self._path_nodes = [], []
     self._points = None
-    self._visitor = watched.join(self._send, lambda text: self._notify('That failed', text, 'red'))
+    self._visitor = watched.join(self)
     client.camera.on_update(lambda _: self._look())
     self._build()
     self._look()
@@ -197,7 +197,7 @@ class Page:
 
   def _build(self) -> None:
     gui = self._client.gui
-    self._status = gui.add_markdown('*compiling*')
+    self._status = gui.add_markdown('*waiting for a picture*')
     self._build_view(gui)
     with gui.add_folder('Capture', expand_by_default=True):
       self._build_capture(gui)
@@ -238,7 +238,7 @@ class Page:
     self._dots = gui.add_checkbox('Points', False, visible=not self._capture.is_ndc)
     self._dots.on_update(lambda _: self._show_points())
     rows = {f'{i}: {name}': i for i, name in enumerate(scene.names)}
-    pick = gui.add_dropdown('Go to photograph', ['', *rows], '')
+    pick = gui.add_dropdown('Go to photograph', ['', *rows], initial_value='')
     pick.on_update(lambda _: self._go_to(rows[pick.value]) if pick.value else None)
 
   def _build_path(self, gui) -> None:
@@ -272,8 +272,8 @@ class Page:
   def _look(self) -> None:
     self._visitor.want(self._view(_fitted(self._client.camera.aspect, int(self._side.value))))
 
-  def _send(self, picture: viewer.Picture, step: int, seconds: float, finest: bool) -> None:
-    """Shows a picture (called by the rendering thread)."""
+  def show(self, picture: viewer.Picture, step: int, seconds: float, finest: bool) -> None:
+    """Shows a picture (as `viewer.Audience`)."""
     things = self._cameras.value or self._dots.value or self._keys
     height, width = picture.image.shape[:2]
     with self._client.atomic():
@@ -289,6 +289,14 @@ class Page:
         f'step {step:,} of {self._capture.last_step:,}  \n'
         f'{width} x {height} in {seconds:.2f} s{more}{legend}'
       )
+
+  def wait(self) -> None:
+    """Says that something is compiled first (as `viewer.Audience`)."""
+    self._status.content = '*compiling, once for this kind of picture*'
+
+  def fail(self, reason: str) -> None:
+    """Says what went wrong (as `viewer.Audience`)."""
+    self._notify('That failed', reason, 'red')
 
   def _notify(self, title: str, text: str, color: str | None = None) -> None:
     with contextlib.suppress(RuntimeError):  # Where the browser has gone meanwhile.
