@@ -24,6 +24,7 @@ from internal.datasets import scene as scene_lib
 _LOCAL = ('localhost', '127.0.0.1', '::1')
 _OPENGL_TO_OPENCV = np.diag([1.0, -1, -1])
 _MAX_SIDE = 4096  # Pixels of a snapshot.
+_BEHIND = 1.03  # Times the distance of a surface, where things are hidden: not points on it.
 _FASTEST = 120  # Frames per second of a path.
 _BLUE, _ORANGE, _RED = (40, 110, 220), (235, 130, 20), (215, 40, 60)
 
@@ -281,7 +282,7 @@ class Page:
         picture.image,
         format='jpeg',
         jpeg_quality=92 if finest else 75,
-        depth=picture.depth if things else None,
+        depth=_BEHIND * picture.depth if things and picture.depth is not None else None,
       )
       legend = f'  \n{picture.legend}' if picture.legend else ''
       more = '' if finest else ', refining'
@@ -345,7 +346,7 @@ class Page:
       )
 
   def _add_points(self, places: np.ndarray, colours: np.ndarray) -> None:
-    size = 0.02 * _spacing(np.asarray(self._capture.scene.cameras.camtoworld)[:, :, 3])
+    size = 0.05 * _spacing(np.asarray(self._capture.scene.cameras.camtoworld)[:, :, 3])
     self._points = self._client.scene.add_point_cloud(
       '/points', np.float32(places), colours, point_size=size, precision='float32',
       point_shape='circle', visible=self._dots.value,
