@@ -13,6 +13,7 @@ import io
 import os
 import shlex
 import sys
+import threading
 from collections.abc import Callable
 
 import jax
@@ -183,6 +184,7 @@ class Page:
 
   def __init__(self, client, capture: Capture, watched: viewer.Viewer):
     self._client, self._capture, self._watched = client, capture, watched
+    self._lock = threading.Lock()  # Of all that buttons change: each press has its own thread.
     self._keys: list[keyframes.Keyframe] = []
     self._frames = []  # Of the path through them: (pose, fov).
     self._nodes, self._path_nodes = [], []
@@ -245,7 +247,7 @@ class Page:
   def _build_path(self, gui) -> None:
     self._key_text = gui.add_markdown('No keyframes yet.')
     gui.add_button('Add this view').on_click(lambda _: self._edit(self._add_key))
-    gui.add_button('Remove the last').on_click(lambda _: self._edit(lambda: self._keys.pop()))
+    gui.add_button('Remove the last').on_click(lambda _: self._edit(self._remove_key))
     self._seconds = gui.add_number('Seconds a gap', 2.0, min=0.1, max=60, step=0.1)
     self._fps = gui.add_number('Frames a second', 30, min=1, max=_FASTEST, step=1)
     self._path_size = gui.add_vector2('Size', (1280, 720), min=(16, 16), step=1)
@@ -255,7 +257,7 @@ class Page:
     gui.add_button('Save the path').on_click(lambda _: self._edit(self._save_path))
 
   def _build_snapshot(self, gui) -> None:
-    self._shot_size = gui.add_vector2('Size', (1920, 1080), min=(16, 16), step=1)
+    self._shot_size = gui.add_vector2('Size', (1280, 720), min=(16, 16), step=1)
     gui.add_button('Save as PNG').on_click(lambda _: self._edit(self._snapshot))
 
   # What is seen.
@@ -306,8 +308,9 @@ class Page:
   def _edit(self, act: Callable[[], object]) -> None:
     """Does what a button asks for; what cannot be done is told."""
     try:
-      act()
-    except (ValueError, OSError, IndexError) as error:
+      with self._lock:
+        act()
+    except (ValueError, OSError) as error:
       self._notify('That cannot be done', str(error), 'red')
 
   # The capture.
@@ -373,6 +376,10 @@ class Page:
     self._keys.append(keyframes.Keyframe(view.pose, view.fov))
     self._show_path()
 
+  def _remove_key(self) -> None:
+    del self._keys[-1:]
+    self._show_path()
+
   def _gap_frames(self) -> int:
     return max(1, round(float(self._seconds.value) * int(self._fps.value)))
 
@@ -420,10 +427,10 @@ class Page:
     folder = os.path.join(self._capture.folder, 'camera_paths')
     path = keyframes.free_name(folder, self._path_name.value, '.json')
     keyframes.save(path, made)
-    self._notify(
-      f'{len(made["camera_path"])} frames saved',
-      f'`{path}`, for `python render.py --checkpoint_dir {shlex.quote(self._capture.folder)} '
-      f'--gin_bindings "Config.render_path_file = {path!r}"`',
+    self._key_text.content = (
+      f'Saved: {len(made["camera_path"])} frames. To render them:\n```\npython render.py '
+      f'--checkpoint_dir {shlex.quote(self._capture.folder)} --gin_bindings '
+      f'{shlex.quote(f"Config.render_path_file = {path!r}")}\n```'
     )
 
   # Snapshots.
@@ -431,14 +438,17 @@ class Page:
   def _snapshot(self) -> None:
     view = self._view(_checked_size(self._shot_size.value))
 
+    def progressed(done, total):
+      self._status.content = f'snapshot: {done / total:.0%}'
+
     def job(renderer, params, frac, step):
-      shot = renderer(params, frac, view, view.size)
+      shot = renderer(params, frac, view, view.size, progressed)
       name = f'{view.mode.split()[0]}_step{step:07d}'
       path = keyframes.free_name(os.path.join(self._capture.folder, 'snapshots'), name, '.png')
       vis.write_png(path, shot.image)
       with open(path, 'rb') as f:
         self._client.send_file_download(os.path.basename(path), f.read(), save_immediately=True)
-      self._notify('Snapshot saved', f'`{path}`')
+      self._status.content = f'Saved: {path}'
 
     self._visitor.ask(job)
 

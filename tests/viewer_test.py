@@ -253,31 +253,32 @@ class TestCoarsest:
       assert w * h > rays
 
 
-class TestModes:
-  seen = {
-    'rgb': np.full((2, 3, 3), 0.5),
-    'acc': np.float32([[0, 0.5, 1]] * 2),
-    'distance_median': np.float32([[1, 2, 3]] * 2),
-    'distance_percentiles': np.float32([[[1, 1, 1], [1, 2, 2], [1, 2, 4]]] * 2),
-    'normals': np.zeros((2, 3, 3)),
-  }
+SEEN = {
+  'rgb': np.full((2, 3, 3), 0.5),
+  'acc': np.float32([[0, 0.5, 1]] * 2),
+  'distance_median': np.float32([[1, 2, 3]] * 2),
+  'distance_percentiles': np.float32([[[1, 1, 1], [1, 2, 2], [1, 2, 4]]] * 2),
+  'normals': np.zeros((2, 3, 3)),
+}
 
+
+class TestModes:
   @pytest.mark.parametrize('mode', viewer.MODES)
   def test_each_is_a_picture(self, mode):
-    image, legend = viewer.draw_mode(mode, self.seen)
+    image, legend = viewer.draw_mode(mode, SEEN)
     assert image.shape == (2, 3, 3)
     assert image.dtype == np.uint8
     assert bool(legend) == (mode != 'colour')
 
   def test_spread_is_the_ratio_of_percentiles(self):
-    image, _ = viewer.draw_mode('spread of distance', self.seen)
+    image, _ = viewer.draw_mode('spread of distance', SEEN)
     from internal import vis
 
     np.testing.assert_array_equal(image[0], vis.apply_colormap(np.array([0, 0.5, 1])))
 
   def test_unknown(self):
     with pytest.raises(ValueError, match='must be one of colour'):
-      viewer.draw_mode('smell', self.seen)
+      viewer.draw_mode('smell', SEEN)
 
 
 @pytest.fixture(scope='module')
@@ -336,7 +337,7 @@ class TestRenderer:
 
   def test_planes_are_the_configs_near_and_far(self, field):
     """Bounds at rendering and other values in the config are one thing; no second compilation."""
-    settings, scene, params = field
+    settings, _, params = field
     table = viewer.camera(view(), (8, 6))
     other = dataclasses.replace(
       settings, config=dataclasses.replace(settings.config, near=1.5, far=9.0)
@@ -349,7 +350,7 @@ class TestRenderer:
       np.testing.assert_allclose(got[name], want[name], rtol=2e-4, atol=2e-5)
 
   def test_points_lie_where_cameras_see_surfaces(self, field, renderer):
-    _, scene, params = field
+    _, _, params = field
     places, colours = renderer.points(params, 1.0)
     assert places.shape == colours.shape
     assert places.shape[1] == 3
@@ -361,7 +362,7 @@ class TestRenderer:
     settings, scene, params = field
     cams = scene.cameras.replace(pixtocam_ndc=np.asarray(scene.cameras.pixtocam[0]))
     ndc = viewer.Renderer(settings, make_scene(cams), tiny.mesh(1))
-    ndc._program = lambda wanted: lambda *_: TestModes.seen
+    ndc._program = lambda wanted: lambda *_: SEEN
     assert ndc(params, 1.0, view(), (3, 2)).depth is None
 
 
