@@ -70,6 +70,14 @@ class Page:
       time.sleep(0.2)
     return value
 
+  def settled(self, script: str):
+    """The expression's value once it is true and stays as it is: where things are that move."""
+    value, before = self.until(script), None
+    while value != before:
+      time.sleep(0.25)
+      value, before = self.until(script), value
+    return value
+
   def mouse(self, kind: str, x: float, y: float, **more) -> None:
     """A 'mousePressed', 'mouseMoved', 'mouseReleased' or 'mouseWheel'."""
     self.call('Input.dispatchMouseEvent', type=kind, x=x, y=y, **more)

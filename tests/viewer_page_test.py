@@ -245,7 +245,7 @@ class TestPage:
     page.work()
     assert {'/cameras/0', '/cameras/1', '/cameras/2', '/points'} == set(page.client.nodes)
     assert page.client.sent[-1][1]['depth'].shape == (256, 512)
-    args, more = page.client.nodes['/cameras/2'].args
+    _, more = page.client.nodes['/cameras/2'].args
     np.testing.assert_allclose(more['position'], page.cams.camtoworld[2, :, 3])
     page.gui['Cameras'].set(False)
     page.gui['Points'].set(False)
@@ -352,7 +352,8 @@ def test_in_a_browser(trained, tmp_path):
   pytest.importorskip('viser', reason='requirements-viewer.txt is not installed')
   run, port = trained[0] / 'watched', free_port()
   program = subprocess.Popen(
-    [sys.executable, 'scripts/view.py', str(run), '--port', str(port)],
+    [sys.executable, 'scripts/view.py', str(run), '--port', str(port), '--gin_bindings',
+     'Config.render_chunk_size = 2048'],
     cwd=lives.ROOT, stdout=subprocess.PIPE, text=True,
   )  # fmt: skip
   try:
@@ -360,8 +361,12 @@ def test_in_a_browser(trained, tmp_path):
     with devtools.page(f'http://localhost:{port}', tmp_path, size=(1000, 700)) as shown:
       text = 'document.body?.innerText'
       shown.until(f"{text}?.includes('step {STEPS} of {STEPS}') && !{text}.includes('refining')")
-      where = lambda label, field=True: shown.until(_WHERE % (label, str(field).lower()))  # noqa: E731
+
+      def where(label, field=True):
+        return shown.settled(_WHERE % (label, str(field).lower()))
+
       shown.click(*where('Snapshot', False))
+      shown.type(*where('Size'), '120')
       shown.click(*where('Save as PNG'))
       shown.until(f"{text}.includes('Saved: ')")
       shown.screenshot(tmp_path / 'shot.png')
@@ -393,13 +398,13 @@ def _check_picture(screenshot, run):
   left = (width - page.width) // 2
   box = np.array([20, 350, 600, 690])
   seen = np.asarray(page.crop(box), np.float32)
-  wanted = np.asarray(picture.crop(box + [left, 0, left, 0]), np.float32)
+  wanted = np.asarray(picture.crop(box + np.array([left, 0, left, 0])), np.float32)
   assert wanted.std() > 1
   assert np.abs(seen - wanted).mean() < 4
 
 
 def _check_path(run):
-  """The first keyframe is where visitors begin: the first test photograph, in the capture's frame."""
+  """The first keyframe is where visitors begin, the first test picture; as the capture has it."""
   saved = json.loads((run / 'camera_paths' / 'path.json').read_text())
   _, scene = checkpoints.open_run(str(run))
   first = np.reshape(saved['keyframes'][0]['matrix'], (4, 4))
