@@ -81,8 +81,8 @@ class Page:
     self._nodes, self._path_nodes = [], []
     self._points = None
     self._visitor = watched.join(self)
-    client.camera.on_update(lambda _: self._look())
     self._build()
+    client.camera.on_update(lambda _: self._look())
     self._look()
 
   def close(self) -> None:

@@ -62,7 +62,7 @@ class Page:
     assert 'exceptionDetails' not in done, done
     return done['result'].get('value')
 
-  def until(self, script: str, seconds: float = 60):
+  def until(self, script: str, seconds: float = 150):
     """The expression's value once it is true."""
     end = time.monotonic() + seconds
     while not (value := self.run(script)):
@@ -121,7 +121,7 @@ def page(url: str, folder, size=(1280, 720), mobile: bool = False):
       stdout=out, stderr=out, start_new_session=True,
     )  # fmt: skip
   try:
-    end, found = time.monotonic() + 60, None
+    end, found = time.monotonic() + 120, None
     while not found:
       assert browser.poll() is None, told.read_text()
       assert time.monotonic() < end, told.read_text()

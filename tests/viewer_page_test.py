@@ -32,7 +32,7 @@ def told(data, run):
     f"Config.checkpoint_dir = '{run}'",
     f'Config.max_steps = {STEPS}',
     f'Config.checkpoint_every = {STEPS}',
-    f'Config.train_render_every = {STEPS}',
+    'Config.train_render_every = 0',
   )
 
 
@@ -360,11 +360,13 @@ def test_in_a_browser(trained, tmp_path):
     assert f'http://localhost:{port}' in program.stdout.readline()
     with devtools.page(f'http://localhost:{port}', tmp_path, size=(1000, 700)) as shown:
       text = 'document.body?.innerText'
-      shown.until(f"{text}?.includes('step {STEPS} of {STEPS}') && !{text}.includes('refining')")
+      shown.until(f"{text}?.includes('step {STEPS} of {STEPS}')")
 
       def where(label, field=True):
         return shown.settled(_WHERE % (label, str(field).lower()))
 
+      shown.type(*where('Resolution'), '128')
+      shown.until(f"{text}.includes('128 x') && !{text}.includes('refining')")
       shown.click(*where('Snapshot', False))
       shown.type(*where('Size'), '120')
       shown.click(*where('Save as PNG'))
