@@ -339,7 +339,7 @@ class Page:
       vis.write_png(path, shot.image)
       with open(path, 'rb') as f:
         self._client.send_file_download(os.path.basename(path), f.read(), save_immediately=True)
-      self._status.content = f'Saved: {path}'
+      self._status.content = f'Saved: {os.path.relpath(path, self._capture.folder)}'
 
     self._visitor.ask(job)
 

@@ -398,9 +398,8 @@ def _check_picture(screenshot, run):
   width = round(page.height * picture.width / picture.height)
   picture = picture.resize((width, page.height))
   left = (width - page.width) // 2
-  box = np.array([20, 350, 600, 690])
-  seen = np.asarray(page.crop(box), np.float32)
-  wanted = np.asarray(picture.crop(box + np.array([left, 0, left, 0])), np.float32)
+  seen = np.asarray(page.crop((20, 350, 600, 690)), np.float32)
+  wanted = np.asarray(picture.crop((20 + left, 350, 600 + left, 690)), np.float32)
   assert wanted.std() > 1
   assert np.abs(seen - wanted).mean() < 4
 
