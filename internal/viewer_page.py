@@ -264,7 +264,10 @@ class Page:
 
   def _add_key(self) -> None:
     view = self._view((1, 1))
-    self._keys.append(keyframes.Keyframe(view.pose, view.fov))
+    keys = [*self._keys, keyframes.Keyframe(view.pose, view.fov)]
+    if len(keys) > 1:
+      keyframes.between(keys[-2:], 1)  # Or it is the last one again, which is told.
+    self._keys = keys
     self._show_path()
 
   def _remove_key(self) -> None:
