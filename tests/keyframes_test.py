@@ -12,7 +12,8 @@ from internal import keyframes, paths
 def keys(n=4, seed=0):
   rng = np.random.default_rng(seed)
   turns = Rotation.from_rotvec(0.4 * np.arange(n)[:, None] * [0, 0, 1]).as_matrix()
-  places = np.cumsum(rng.uniform(0.1, 1, (n, 3)), 0)
+  gaps = np.array([1, 0.1, 1, 0.3])[:n, None]  # Far from equal.
+  places = np.cumsum(gaps * rng.uniform(0.7, 1, (n, 3)), 0)
   poses = np.concatenate([turns, places[..., None]], -1)
   return [keyframes.Keyframe(pose, 0.5 + 0.2 * i) for i, pose in enumerate(poses)]
 
