@@ -120,7 +120,7 @@ def ray_warps(
   Args:
     name: 'reciprocal', 'log', 'identity' (or None), 'piecewise' or 'power'.
     near: the distance of s = 0.
-    far: the distance of s = 1. Where near and far are traced, nothing is checked.
+    far: the distance of s = 1. Where near or far is an array, nothing is checked.
 
   Returns:
     (t_to_s, s_to_t), each from any shape to the same.
@@ -131,10 +131,10 @@ def ray_warps(
   name = name or 'identity'
   if name not in _CURVES:
     raise ValueError(f'ray warp must be one of {", ".join(_CURVES)}, got {name!r}.')
-  traced = isinstance(near, jax.core.Tracer) or isinstance(far, jax.core.Tracer)
-  if not traced and not 0 <= near < far:
+  known = not isinstance(near, Array) and not isinstance(far, Array)
+  if known and not 0 <= near < far:
     raise ValueError(f'ray warp needs 0 <= near < far, got near {near}, far {far}.')
-  if not traced and near == 0 and name in ('reciprocal', 'log'):
+  if known and near == 0 and name in ('reciprocal', 'log'):
     raise ValueError(f'ray warp {name!r} needs near > 0; set Config.near, say to 0.1.')
   fwd, inv = _CURVES[name]
   g_near, g_far = fwd(jnp.float32(near)), fwd(jnp.float32(far))
