@@ -37,6 +37,7 @@ from internal import (
   signals,
   structs,
   train_step,
+  viewer_ui,
   vis,
 )
 from internal import pixels as pixels_lib
@@ -220,8 +221,8 @@ def tell_result(folder: str, step: int, seconds: float) -> None:
   )
 
 
-def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
-  """Runs the steps that are left.
+def train(settings: configs.Settings, scene: scene_lib.Scene, mesh, look=lambda *_: 0.0) -> None:
+  """Runs the steps that are left; `look(params, step)` after each returns the seconds it took.
 
   Raises:
     signals.Stopped: SIGTERM or SIGINT came; the step that it came in is done and saved.
@@ -266,6 +267,7 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> None:
       state, stats = step_fn(state, cams_on_device, source)
       recent.append(stats)
       timed += 1
+      clock += look(state.params, step)
       if step == start + 1:
         parts = f'in {step_fn.micro_batches} micro-batches, ' if step_fn.micro_batches > 1 else ''
         log.say(
@@ -327,7 +329,8 @@ def main(args: argparse.Namespace) -> None:
   if args.replay_step is not None:
     replay(settings, scene, mesh, args.replay_step)
   else:
-    train(settings, scene, mesh)
+    look = viewer_ui.live(args, settings, scene, mesh) if args.viewer else None
+    train(settings, scene, mesh, *filter(None, [look]))
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -339,6 +342,10 @@ def parse(argv=None) -> argparse.Namespace:
   parser.add_argument(
     '--replay_step', type=int, metavar='N', help='show what was in step N of the run and stop'
   )
+  parser.add_argument(
+    '--viewer', action='store_true', help='open a web page to look at the scene meanwhile'
+  )
+  viewer_ui.add_arguments(parser)
   return parser.parse_args(argv)
 
 

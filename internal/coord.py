@@ -112,13 +112,15 @@ _CURVES = {
 }
 
 
-def ray_warps(name: str | None, near: float, far: float) -> tuple[Callable, Callable]:
+def ray_warps(
+  name: str | None, near: float | Array, far: float | Array
+) -> tuple[Callable, Callable]:
   """The maps between metric and normalised distance (Eq. 11).
 
   Args:
     name: 'reciprocal', 'log', 'identity' (or None), 'piecewise' or 'power'.
     near: the distance of s = 0.
-    far: the distance of s = 1.
+    far: the distance of s = 1. Where near or far is an array, nothing is checked.
 
   Returns:
     (t_to_s, s_to_t), each from any shape to the same.
@@ -129,9 +131,10 @@ def ray_warps(name: str | None, near: float, far: float) -> tuple[Callable, Call
   name = name or 'identity'
   if name not in _CURVES:
     raise ValueError(f'ray warp must be one of {", ".join(_CURVES)}, got {name!r}.')
-  if not 0 <= near < far:
+  known = not isinstance(near, Array) and not isinstance(far, Array)
+  if known and not 0 <= near < far:
     raise ValueError(f'ray warp needs 0 <= near < far, got near {near}, far {far}.')
-  if near == 0 and name in ('reciprocal', 'log'):
+  if known and near == 0 and name in ('reciprocal', 'log'):
     raise ValueError(f'ray warp {name!r} needs near > 0; set Config.near, say to 0.1.')
   fwd, inv = _CURVES[name]
   g_near, g_far = fwd(jnp.float32(near)), fwd(jnp.float32(far))

@@ -18,11 +18,12 @@ def make_chunk_renderer(
   free_memory: Callable = sharding.free_memory,
   with_normals: bool = False,
 ) -> sharding.FirstFit:
-  """`render_chunk(params, cams, i, start, train_frac) -> dict of [chunk, ...]`.
+  """`render_chunk(params, cams, i, start, train_frac, bounds=()) -> dict of [chunk, ...]`.
 
   Renders `chunk` pixels of camera i, row by row, from pixel number `start`; those past the
-  image's end repeat its last pixel. Deterministic: no jitter, no noise, appearance zero. The
-  chunk is Config.render_chunk_size, on the first call halved until it fits in the memory which
+  image's end repeat its last pixel. Deterministic: no jitter, no noise, appearance zero. Rays go
+  from Config.near to Config.far, or as `bounds`, two float32, tells. The chunk is
+  Config.render_chunk_size, on the first call halved until it fits in the memory which
   `free_memory(mesh)` says is free; `render_chunk.choice` tells it from then on.
 
   Raises:
@@ -30,10 +31,11 @@ def make_chunk_renderer(
   """
   largest = settings.config.render_chunk_size
   sharding.check_divisible('Config.render_chunk_size', largest, mesh)
-  model = models.build(settings)
+  whole_model = models.build(settings)
   more = {'normals': normals.make_normals(settings)} if with_normals else {}
 
-  def render_rays(params, rays, train_frac):
+  def render_rays(params, rays, train_frac, bounds):
+    model = whole_model.clone(near=bounds[0], far=bounds[1]) if bounds else whole_model
     renderings, history = model.apply({'params': params}, None, rays, train_frac, False)
     final = renderings[-1]
     return {
@@ -46,14 +48,14 @@ def make_chunk_renderer(
 
   def variant(chunk):
     whole, split = sharding.WHOLE, sharding.SPLIT
-    render_all = sharding.per_device(render_rays, mesh, (whole, split, whole), split)
+    render_all = sharding.per_device(render_rays, mesh, (whole, split, whole, whole), split)
 
-    def render_chunk(params, cams, i, start, train_frac):
+    def render_chunk(params, cams, i, start, train_frac, bounds=()):
       width, height = cams.size[i, 0], cams.size[i, 1]
       pixel = jnp.minimum(start + jnp.arange(chunk, dtype=jnp.int32), width * height - 1)
       pixel = sharding.shard_rays(pixel, mesh)
       rays = cameras.pixels_to_rays(cams, jnp.full_like(pixel, i), pixel % width, pixel // width)
-      return render_all(params, rays, train_frac)
+      return render_all(params, rays, train_frac, bounds)
 
     return jax.jit(render_chunk, out_shardings=sharding.replicated(mesh))
 
@@ -72,10 +74,11 @@ def make_image_renderer(
   """A function that renders whole images.
 
   Returns:
-    `render_image(params, cams, i, step_fraction=1.0, progress=None)` -> dict of numpy arrays:
-    rgb [h, w, 3] in [0, 1]; acc, distance_mean and distance_median [h, w];
+    `render_image(params, cams, i, step_fraction=1.0, progress=None, bounds=None)` -> dict of numpy
+    arrays: rgb [h, w, 3] in [0, 1]; acc, distance_mean and distance_median [h, w];
     distance_percentiles [h, w, 3] at 5, 50 and 95 percent; if asked for, normals [h, w, 3]
-    (`normals.make_normals`). `progress(done, total)` is called with numbers of rays.
+    (`normals.make_normals`). `progress(done, total)` is called with numbers of rays; what it raises
+    ends the rendering. `bounds` are the rays' near and far distances, None: those of Config.
   """
   render_chunk = make_chunk_renderer(settings, mesh, free_memory, with_normals)
 
@@ -85,6 +88,7 @@ def make_image_renderer(
     i: int,
     step_fraction: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
+    bounds: tuple[float, float] | None = None,
   ) -> dict[str, np.ndarray]:
     width, height = (int(v) for v in np.asarray(cams.size)[i])
     total = width * height
@@ -99,6 +103,7 @@ def make_image_renderer(
     start = 0
     while start < total:
       where = np.int32(i), np.int32(start), np.float32(step_fraction)
+      where += (tuple(map(np.float32, bounds)),) if bounds else ()
       pending.append(render_chunk(params, table, *where))
       start += render_chunk.choice
       if len(pending) > 2:  # Two chunks in flight keep the device busy and its memory small.

@@ -1,0 +1,418 @@
+"""The viewer's page: with a stand-in for viser's client, and in a real browser; and in training."""
+
+import argparse
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import captures
+import devtools
+import jax
+import lives
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+import train as train_program
+from internal import checkpoints, configs, datasets, paths, viewer, viewer_page, viewer_ui
+
+STEPS = 24
+WALK = np.linspace(0, 1, 1000)
+
+
+def told(data, run):
+  return (
+    *lives.SMALLEST,
+    f"Config.data_dir = '{data}'",
+    f"Config.checkpoint_dir = '{run}'",
+    f'Config.max_steps = {STEPS}',
+    f'Config.checkpoint_every = {STEPS}',
+    'Config.train_render_every = 0',
+  )
+
+
+class Walker:
+  """A visitor who moves on with every picture."""
+
+  def __init__(self, watched):
+    self.pictures, self.failures = [], []
+    self._visitor = watched.join(self)
+    self._move()
+
+  def _move(self):
+    pose = np.eye(3, 4)
+    pose[:, 3] = WALK[len(self.pictures)]
+    self._visitor.want(viewer.View(pose, 0.8, (40, 30), viewer.MODES[len(self.pictures) % 3]))
+
+  def show(self, picture, step, seconds, finest):
+    self.pictures.append((picture, step))
+    self._move()
+
+  def wait(self):
+    pass
+
+  def fail(self, reason):
+    self.failures.append(reason)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """The folder of a short run that was watched, of one that was not, and the watcher."""
+  folder = tmp_path_factory.mktemp('viewer')
+  camera = ('PINHOLE', (20.0, 20.0, 8.0, 8.0))
+  captures.write_colmap(folder / 'data', n=9, camera=camera, size=(16, 16))
+  walker = None
+  for name in ('alone', 'watched'):
+    settings = configs.load_config(['configs/360.gin'], told(folder / 'data', folder / name))
+    scene, mesh = datasets.load_dataset(settings.config), tiny.mesh(1)
+    watched = viewer.Viewer(viewer.Renderer(settings, scene, mesh))
+    if name == 'watched':
+      walker = Walker(watched)
+    look = viewer.Live(watched, lambda step: step / STEPS, jax.block_until_ready)
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(viewer, 'SHARE', 1.0)  # After every step.
+      train_program.train(settings, scene, mesh, look)
+  return folder, walker
+
+
+def test_training_does_not_depend_on_being_watched(trained):
+  folder, walker = trained
+  assert {step for _, step in walker.pictures} == set(range(1, STEPS + 1))
+  assert not walker.failures
+  states = []
+  for name in ('alone', 'watched'):
+    settings, _ = checkpoints.open_run(str(folder / name))
+    states.append(checkpoints.restore(str(folder / name), settings, tiny.mesh(1), STEPS))
+  for a, b in zip(*map(jax.tree.leaves, states), strict=True):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+class Handle:
+  """A field or a button; `set` and `press` do what a person does."""
+
+  def __init__(self, value=None, **more):
+    self.value, self.content, self.visible, self._called = value, value, True, []
+
+  def on_update(self, call):
+    self._called.append(call)
+    return call
+
+  on_click = on_update
+
+  def set(self, value):
+    self.value = value
+    self.press()
+
+  def press(self):
+    for call in self._called:
+      call(None)
+
+  def remove(self):
+    self.visible = False
+
+
+class Gui:
+  def __init__(self):
+    self.handles = {}
+
+  def __getattr__(self, name):
+    def add(label, *values, initial_value=None, **more):
+      first = {'add_dropdown': 0, 'add_slider': 3}.get(name, 0)
+      value = initial_value if initial_value is not None else values[first] if values else None
+      if name == 'add_dropdown' and initial_value is None:
+        value = values[0][0]
+      handle = Handle(label if name == 'add_markdown' else value)
+      self.handles.setdefault(label, []).append(handle)
+      return handle
+
+    return add
+
+  @contextlib.contextmanager
+  def add_folder(self, label, **more):
+    yield
+
+  def __getitem__(self, label):
+    return self.handles[label][-1]
+
+
+class Client:
+  def __init__(self):
+    self.client_id, self.gui, self.sent, self.nodes, self.notes = 0, Gui(), [], {}, []
+    self.camera = SimpleNamespace(
+      wxyz=np.array([1.0, 0, 0, 0]), position=np.array([0.1, 0.2, 0.3]), fov=0.8, aspect=2.0,
+      on_update=lambda call: None,
+    )  # fmt: skip
+    self.scene = SimpleNamespace(
+      set_background_image=lambda image, **more: self.sent.append((image, more)),
+      add_camera_frustum=self._add, add_point_cloud=self._add, add_line_segments=self._add,
+    )  # fmt: skip
+    self.files = {}
+
+  def _add(self, name, *args, **more):
+    self.nodes[name] = Handle()
+    self.nodes[name].args = args, more
+    return self.nodes[name]
+
+  atomic = staticmethod(contextlib.nullcontext)
+
+  def add_notification(self, title, body, color=None):
+    self.notes.append((title, body))
+
+  def send_file_download(self, name, content, save_immediately):
+    self.files[name] = content
+
+
+class FakeRenderer:
+  far = 100.0
+
+  def __init__(self):
+    self.wanted = []
+
+  def knows(self, wanted):
+    return True
+
+  def __call__(self, params, frac, wanted, size, progress=None):
+    self.wanted.append(wanted)
+    image = np.full((size[1], size[0], 3), 90, np.uint8)
+    return viewer.Picture(image, np.ones(size[::-1]), 'legend')
+
+  def points(self, params, frac):
+    return np.zeros((5, 3)), np.zeros((5, 3), np.uint8)
+
+
+@pytest.fixture
+def page(tmp_path):
+  """A page, its fake client, its fake renderer, and a function that does all the work."""
+  pytest.importorskip('viser', reason='requirements-viewer.txt is not installed')
+  cams, _ = tiny.capture()
+  transform = np.diag([0.5, 0.5, 0.5, 1])
+  scene = SimpleNamespace(
+    cameras=cams, names=('a', '<b>', 'c'), train=(1, 2), test=(0,), world_transform=transform
+  )
+  renderer, client = FakeRenderer(), Client()
+  watched = viewer.Viewer(renderer)
+  capture = viewer_page.Capture(str(tmp_path), scene, None, 50)
+  made = viewer_page.Page(client, capture, watched)
+
+  def work():
+    while watched.work('params', 3, 0.5):
+      pass
+
+  work()
+  return SimpleNamespace(page=made, client=client, gui=client.gui, renderer=renderer, work=work,
+                         watched=watched, folder=tmp_path, cams=cams)  # fmt: skip
+
+
+class TestPage:
+  def test_shows_what_the_browsers_camera_sees(self, page):
+    image, more = page.client.sent[-1]
+    assert image.shape == (256, 512, 3)
+    assert more['depth'] is None  # There is nothing to hide.
+    wanted = page.renderer.wanted[-1]
+    np.testing.assert_allclose(wanted.pose[:, :3], np.diag([1, -1, -1]))  # OpenCV to OpenGL.
+    np.testing.assert_allclose(wanted.pose[:, 3], [0.1, 0.2, 0.3])
+    assert wanted.fov == 0.8
+    assert 'step 3 of 50' in page.page._status.content
+
+  def test_settings_change_the_picture(self, page):
+    page.gui['Show'].set('depth')
+    page.gui['Resolution'].set(128)
+    page.gui['Clip by distance'].set(True)
+    page.gui['Near'].set(1.0)
+    page.gui['Far'].set(0.5)  # Impossible: behind the near plane.
+    page.work()
+    wanted = page.renderer.wanted[-1]
+    assert (wanted.mode, wanted.size) == ('depth', (128, 64))
+    assert wanted.clip[0] == 1.0 < wanted.clip[1]
+    page.gui['Field of view'].set(30)
+    page.work()
+    assert page.renderer.wanted[-1].fov == pytest.approx(np.radians(30))
+
+  def test_goes_to_a_photograph(self, page):
+    page.gui['Go to photograph'].set('1: <b>')
+    page.work()
+    np.testing.assert_allclose(page.renderer.wanted[-1].pose, page.cams.camtoworld[1], atol=1e-6)
+    assert page.renderer.wanted[-1].fov == pytest.approx(2 * np.arctan(0.4), abs=1e-6)
+
+  def test_cameras_and_points_come_and_go(self, page):
+    page.gui['Cameras'].set(True)
+    page.gui['Points'].set(True)
+    page.work()
+    assert {'/cameras/0', '/cameras/1', '/cameras/2', '/points'} == set(page.client.nodes)
+    assert page.client.sent[-1][1]['depth'].shape == (256, 512)
+    _, more = page.client.nodes['/cameras/2'].args
+    np.testing.assert_allclose(more['position'], page.cams.camtoworld[2, :, 3])
+    page.gui['Cameras'].set(False)
+    page.gui['Points'].set(False)
+    page.work()
+    assert not any(node.visible for node in page.client.nodes.values())
+    assert page.client.sent[-1][1]['depth'] is None
+
+  def test_path_is_saved_in_the_captures_frame(self, page):
+    page.gui['Save the path'].press()
+    assert 'at least two keyframes' in page.client.notes[-1][1]
+    for x in (0.0, 0.5, 1.0):
+      page.client.camera.position = np.array([x, 0, 0])
+      page.gui['Add this view'].press()
+    page.gui['Add this view'].press()
+    assert 'are the same camera' in page.client.notes[-1][1]
+    page.gui['Remove the last'].press()
+    page.gui['Name'].value = '../deep/<script>'
+    page.gui['Save the path'].press()
+    page.gui['Save the path'].press()
+    folder = page.folder / 'camera_paths'
+    assert sorted(p.name for p in folder.iterdir()) == ['deep_script.json', 'deep_script_2.json']
+    saved = json.loads((folder / 'deep_script.json').read_text())
+    places = np.array([f['camera_to_world'] for f in saved['camera_path']])[:, [3, 7, 11]]
+    assert len(places) == 60
+    np.testing.assert_allclose(places[[0, -1]], [[0, 0, 0], [1, 0, 0]], atol=1e-6)  # 0.5 / scale.
+    assert 'render.py' in page.page._key_text.content
+    page.gui['Look along it'].set(1.0)
+    np.testing.assert_allclose(page.client.camera.position, [0.5, 0, 0], atol=1e-6)
+
+  def test_snapshot_is_saved_and_sent(self, page):
+    page.gui['Size'].value = (40, 30)
+    page.gui['Save as PNG'].press()
+    page.work()
+    path = page.folder / 'snapshots' / 'colour_step0000003.png'
+    assert Image.open(path).size == (40, 30)
+    assert page.client.files == {path.name: path.read_bytes()}
+    page.gui['Size'].value = (5000, 30)
+    page.gui['Save as PNG'].press()
+    assert '[1, 4096]' in page.client.notes[-1][1]
+
+  def test_gone_browsers_cost_nothing(self, page):
+    page.page.close()
+    page.page._look()
+    assert not page.watched.work('params', 4, 0.5)
+
+
+class TestOpening:
+  settings, args = None, argparse.Namespace(host='localhost', port=8080)
+
+  def fails(self, monkeypatch, words, **args):
+    with pytest.raises(viewer_page.ViewerError, match=words):
+      viewer_ui._open_server(**{'host': 'localhost', 'port': 8080, **args})
+
+  def test_without_viser(self, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'viser', None)
+    self.fails(monkeypatch, 'pip install -r requirements-viewer.txt')
+
+  def test_impossible_port(self, monkeypatch):
+    pytest.importorskip('viser')
+    self.fails(monkeypatch, r'\[1, 65535\], got 0', port=0)
+
+  def test_several_processes(self, monkeypatch):
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    with pytest.raises(viewer_page.ViewerError, match='one process'):
+      viewer_ui.open_page(None, None, None, None)
+
+  def test_is_local_and_makes_no_tunnel(self, capsys):
+    pytest.importorskip('viser', reason='requirements-viewer.txt is not installed')
+    server = viewer_ui._open_server('localhost', free_port())
+    try:
+      assert server.get_host() == 'localhost'
+      assert server.request_share_url() is None
+      said = capsys.readouterr()
+      assert (said.out, said.err) == ('', '')
+    finally:
+      server.stop()
+    viewer_ui._open_server('0.0.0.0', free_port()).stop()
+    assert 'Warning: whoever reaches 0.0.0.0' in capsys.readouterr().err
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    return s.getsockname()[1]
+
+
+# The middle of what has a label, or of the field that the label is of.
+_WHERE = """(() => {
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let n; n = walk.nextNode();) {
+    if (n.textContent.trim() !== %r) continue;
+    let e = n.parentElement;
+    if (%s) for (let k = 0; k < 7 && e.tagName !== 'BUTTON'; k++) {
+      const fields = [...e.querySelectorAll('input')].filter(f => f.offsetWidth > 5);
+      if (fields.length) { e = fields.at(-1); break; }
+      e = e.parentElement;
+    }
+    const r = e.getBoundingClientRect();
+    if (r.width) return [r.x + r.width / 2, r.y + r.height / 2];
+  }
+})()"""
+
+
+@pytest.mark.skipif(devtools.find() is None, reason='no chromium is installed')
+def test_in_a_browser(trained, tmp_path):
+  pytest.importorskip('viser', reason='requirements-viewer.txt is not installed')
+  run, port = trained[0] / 'watched', free_port()
+  program = subprocess.Popen(
+    [sys.executable, 'scripts/view.py', str(run), '--port', str(port), '--gin_bindings',
+     'Config.render_chunk_size = 2048'],
+    cwd=lives.ROOT, stdout=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  try:
+    assert f'http://localhost:{port}' in program.stdout.readline()
+    with devtools.page(f'http://localhost:{port}', tmp_path, size=(1000, 700)) as shown:
+      text = 'document.body?.innerText'
+      shown.until(f"{text}?.includes('step {STEPS} of {STEPS}')")
+
+      def where(label, field=True):
+        return shown.settled(_WHERE % (label, str(field).lower()))
+
+      shown.type(*where('Resolution'), '128')
+      shown.until(f"{text}.includes('128 x') && !{text}.includes('refining')")
+      shown.click(*where('Snapshot', False))
+      shown.type(*where('Size'), '120')
+      shown.click(*where('Save as PNG'))
+      shown.until(f"{text}.includes('Saved: ')")
+      shown.screenshot(tmp_path / 'shot.png')
+      shown.click(*where('Snapshot', False))
+      shown.click(*where('Camera path', False))
+      shown.click(*where('Add this view'))
+      shown.until(f"{text}.includes('1 keyframes')")
+      shown.drag((300, 400), (340, 410))
+      shown.click(*where('Add this view'))
+      shown.until(f"{text}.includes('2 keyframes')")
+      shown.click(*where('Save the path'))
+      shown.until(f"{text}.includes('render.py')")
+      assert not shown.errors
+  finally:
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(60) == 143
+  _check_picture(tmp_path / 'shot.png', run)
+  _check_path(run)
+
+
+def _check_picture(screenshot, run):
+  """The page shows what the snapshot has; left of its controls, below viser's own notices."""
+  page = Image.open(screenshot).convert('RGB')
+  (snapshot,) = (run / 'snapshots').glob('*.png')
+  picture = Image.open(snapshot)
+  # Both have the same height of view.
+  width = round(page.height * picture.width / picture.height)
+  picture = picture.resize((width, page.height))
+  left = (width - page.width) // 2
+  seen = np.asarray(page.crop((20, 350, 600, 690)), np.float32)
+  wanted = np.asarray(picture.crop((20 + left, 350, 600 + left, 690)), np.float32)
+  assert wanted.std() > 1
+  assert np.abs(seen - wanted).mean() < 4
+
+
+def _check_path(run):
+  """The first keyframe is where visitors begin, the first test picture; as the capture has it."""
+  saved = json.loads((run / 'camera_paths' / 'path.json').read_text())
+  _, scene = checkpoints.open_run(str(run))
+  first = np.reshape(saved['keyframes'][0]['matrix'], (4, 4))
+  place = scene.world_transform @ first[:, 3]
+  np.testing.assert_allclose(place[:3], scene.cameras.camtoworld[scene.test[0], :, 3], atol=1e-3)
+  ahead = paths.pad_poses(np.asarray(scene.cameras.camtoworld[scene.test[0]]))[:3, 2]
+  turned = scene.world_transform[:3, :3] @ first[:3, 2]
+  np.testing.assert_allclose(turned / np.linalg.norm(turned), ahead, atol=1e-3)
