@@ -12,38 +12,31 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import os
 import shlex
 import time
 
 import jax
-import numpy as np
 
 from internal import (
   bad_numbers,
-  batches,
   checkpoints,
   cli,
   configs,
   datasets,
-  evaluation,
   models,
   progress,
-  report,
+  replay,
   runlog,
   sharding,
   signals,
-  structs,
+  train_renders,
   train_step,
   viewer_ui,
-  vis,
 )
 from internal import pixels as pixels_lib
 from internal.datasets import scene as scene_lib
-
-REPLAYED_RAYS = 20  # At most so many are shown.
 
 
 def preflight(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> dict:
@@ -57,153 +50,6 @@ def preflight(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> dict:
     'batch_size': settings.config.batch_size,
     'batch_per_device': settings.config.batch_size // mesh.size,
   }
-
-
-def keep_on_device(config: configs.Config, store: batches.PixelStore) -> bool:
-  """Whether the pixels go to the device: as told, or if they take under a quarter of it.
-
-  Raises:
-    ConfigError: told to, but they are more than 32-bit indices reach.
-  """
-  countable = store.first.dtype == np.int32
-  if config.pixels_on == 'device' and not countable:
-    raise configs.ConfigError(
-      "Config.pixels_on = 'device' is for less than 2^31 training pixels; use 'auto', or "
-      'Config.factor to downsample.'
-    )
-  if config.pixels_on != 'auto':
-    return config.pixels_on == 'device'
-  stats = jax.local_devices()[0].memory_stats() or {}
-  limit = stats.get('bytes_limit') or pixels_lib.available_memory()
-  return countable and (limit is None or pixels_lib.stored_bytes(store) < limit / 4)
-
-
-class TestRenders:
-  """Renders a few test images during training: a sheet on disk, metrics in the log."""
-
-  def __init__(self, settings, scene, mesh):
-    self.config, self.scene = settings.config, scene
-    self.render_image = evaluation.make_image_renderer(settings, mesh)
-    self.probe_rays = evaluation.make_ray_probe(settings, mesh)
-    count = min(self.config.train_render_images, len(scene.test))
-    spread = np.linspace(0, len(scene.test) - 1, count).round().astype(int)
-    self.rows = [scene.test[k] for k in spread]
-    self.folder = os.path.join(self.config.checkpoint_dir, 'train_renders')
-
-  def __call__(self, params, step: int, log: runlog.RunLog) -> None:
-    frac = float(train_step.train_fraction(step, self.config.max_steps))
-    scores = []
-    for row in self.rows:
-      began = time.time()
-      out = self.render_image(params, self.scene.cameras, row, frac)
-      seconds = time.time() - began
-      if not sharding.is_main():
-        continue
-      truth = scene_lib.read_image(self.config.data_dir, self.scene, row)
-      mask = scene_lib.read_mask(self.config.data_dir, self.scene, row)
-      metrics = report.image_metrics(out['rgb'], truth, self.config, mask)
-      scores.append({**metrics, 'seconds': seconds})
-      sheet = vis.comparison_sheet(out, truth)
-      name = self.scene.stem(row)
-      vis.write_png(os.path.join(self.folder, f'{name}_step{step:07d}.png'), sheet)
-      log.picture(step, f'test/{name}', sheet)
-    if self.rows and self.config.vis_num_rays > 0:
-      history = self.probe_rays(params, self.scene.cameras, self.rows[0], frac)
-      picture = vis.ray_picture(*history, max_rays=self.config.vis_num_rays)
-      if sharding.is_main():
-        vis.write_png(os.path.join(self.folder, f'rays_step{step:07d}.png'), picture)
-        log.picture(step, 'test/rays', picture)
-    if scores:
-      means = {k: float(np.mean([s[k] for s in scores])) for k in scores[0]}
-      log.scalars(step, {f'test_{k}': v for k, v in means.items()}, 'test')
-      log.say(
-        f'test of {len(scores)} images at step {step:,}: psnr {means["psnr"]:.2f}  '
-        f'ssim {means["ssim"]:.3f}  {means["seconds"]:.1f}s each -> {self.folder}'
-      )
-
-
-def load_pixels(settings, scene, mesh):
-  """The training images' pixels, on the device where they fit; and where they are."""
-  config = settings.config
-  store = pixels_lib.read(config, scene, progress=sharding.is_main())
-  on_disk = isinstance(store.rgb, pixels_lib.MappedPixels)
-  if not keep_on_device(config, store):
-    return store, 'disk' if on_disk else 'host'
-  planes = store.rgb.planes() if on_disk else store.rgb
-  on_device = tuple(sharding.replicate(plane, mesh) for plane in planes)
-  return batches.PixelStore(on_device, sharding.replicate(store.first, mesh)), 'device'
-
-
-def training_cameras(config: configs.Config, scene: scene_lib.Scene) -> structs.Cameras:
-  """The cameras of the training images, with what masks and weights say of their pixels."""
-  cams = scene.cameras.take(np.array(scene.train))
-  masks = scene_lib.read_masks(config.data_dir, scene, scene.train, sharding.is_main())
-  weights = [scene.weights[row] for row in scene.train] if scene.weights else None
-  return cams.replace(supervision=batches.make_supervision(cams.size, masks, weights))
-
-
-def start_run(settings, mesh, step: int):
-  """The state of the checkpoint at `step`, or a fresh one at 0; and what `save_run` noted with it.
-
-  Returns:
-    (state, the stats of the print window's steps so far, the number of micro-batches).
-  """
-  folder = settings.config.checkpoint_dir
-  if step == 0:
-    return sharding.replicate(train_step.create_state(settings), mesh), [], 1
-  state = checkpoints.restore(folder, settings, mesh, step)
-  notes = checkpoints.notes(folder, step)
-  window = [{name: np.float32(value) for name, value in row.items()} for row in notes['window']]
-  return state, window, notes['micro_batches'] if notes['devices'] == mesh.size else 1
-
-
-def save_run(config: configs.Config, state, window: list, step_fn, mesh) -> None:
-  """A checkpoint, and with it what must not depend on interruptions.
-
-  That is: the stats of a print window whose mean is not logged yet, and in how many micro-batches
-  these devices take their rays.
-  """
-  rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(window)]
-  notes = {'window': rows, 'micro_batches': step_fn.micro_batches, 'devices': mesh.size}
-  checkpoints.save(config.checkpoint_dir, state, config.checkpoint_keep, notes)
-
-
-def replay(settings: configs.Settings, scene: scene_lib.Scene, mesh, step: int) -> None:
-  """Does a step of a run again, from the newest checkpoint before it, and prints what it sees.
-
-  Nothing is written.
-  """
-  config = settings.config
-  if not 1 <= step <= config.last_step:
-    raise configs.ConfigError(f'--replay_step must be in [1, {config.last_step}], got {step}.')
-  say = print if sharding.is_main() else lambda *_: None
-  start = checkpoints.start_step(config.checkpoint_dir, at_most=step - 1)
-  say(f'step {step:,}, from {f"the checkpoint of step {start:,}" if start else "the beginning"}:')
-  state, _, micro_batches = start_run(settings, mesh, start)
-  step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches)
-  store = pixels_lib.read(config, scene, progress=sharding.is_main())
-  cams = training_cameras(config, scene)
-  cams_on_device = sharding.replicate(cams, mesh)
-  draw = train_step.make_draw(config, mesh, cams_on_device.supervision)
-  for done in range(start, step - 1):
-    rgb = train_step.host_pixels(draw, done, store, cams.size, mesh)
-    state, _ = step_fn(state, cams_on_device, rgb)
-  ids = [sharding.to_host(a) for a in draw(step - 1, cams.size)]
-  seen = batches.lookup(store, cams.size, *ids)
-  found = bad_numbers.find_rays(settings, mesh, state, cams_on_device, seen)
-  found = list(itertools.islice(found, REPLAYED_RAYS + 1))  # Before the step takes the state.
-  rgb = train_step.host_pixels(draw, step - 1, store, cams.size, mesh)
-  for name, value in jax.device_get(step_fn(state, cams_on_device, rgb)[1]).items():
-    say(f'  {name} {value:.9g}')
-  for ray, values in found[:REPLAYED_RAYS]:
-    cam, x, y = (int(a[ray]) for a in ids)
-    row = scene.train[cam]
-    terms = ', '.join(f'{name} {value:.6g}' for name, value in values.items())
-    say(f'ray {ray}: camera {row} ({scene.names[row]}), pixel x {x}, y {y}: {terms}')
-  if len(found) > REPLAYED_RAYS:
-    say('and others')
-  if not found:
-    say(f'Loss and gradient of each of the {config.batch_size:,} rays are finite by themselves.')
 
 
 def tell_result(folder: str, step: int, seconds: float) -> None:
@@ -233,14 +79,14 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh, look=lambda 
   if start >= last:
     print(f'Nothing to do: {config.checkpoint_dir} has step {start:,} of {last:,}.')
     return
-  state, recent, micro_batches = start_run(settings, mesh, start)
+  state, recent, micro_batches = checkpoints.start_run(settings, mesh, start)
   step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches)
-  test_renders = TestRenders(settings, scene, mesh)
+  test_renders = train_renders.TestRenders(settings, scene, mesh)
   if sharding.is_main():
     checkpoints.tidy(config.checkpoint_dir, start)
     checkpoints.write_run(config.checkpoint_dir, settings, scene)
-  pixels, place = load_pixels(settings, scene, mesh)
-  cams = training_cameras(config, scene)
+  pixels, place = pixels_lib.load(settings, scene, mesh)
+  cams = pixels_lib.training_cameras(config, scene)
   pauses = {'test': config.train_render_every, 'save': config.checkpoint_every}
   log = runlog.RunLog(config.checkpoint_dir, start, last, sharding.is_main(), pauses)
   cams_on_device = sharding.replicate(cams, mesh)
@@ -292,7 +138,7 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh, look=lambda 
       signum = sharding.largest(request.signum) if ask_now and step < last else 0
       if save_now or signum:
         with log.pause('save'):
-          save_run(config, state, recent, step_fn, mesh)
+          checkpoints.save_run(config, state, recent, step_fn, mesh)
       if signum:
         log.say(
           f'step {step:,} is saved in {config.checkpoint_dir}; the same command goes on from there'
@@ -327,7 +173,7 @@ def main(args: argparse.Namespace) -> None:
       f'{len(scene.train)} training images; raise it.'
     )
   if args.replay_step is not None:
-    replay(settings, scene, mesh, args.replay_step)
+    replay.replay(settings, scene, mesh, args.replay_step)
   else:
     look = viewer_ui.live(args, settings, scene, mesh) if args.viewer else None
     train(settings, scene, mesh, *filter(None, [look]))

@@ -20,7 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from internal import configs, files, sharding, structs, train_step
 from internal.datasets import scene as scene_lib
@@ -324,3 +326,31 @@ def restore_params(
       'Config.checkpoint_every steps.'
     )
   return restore(checkpoint_dir, settings, mesh or sharding.make_mesh(), step).params, step
+
+
+def start_run(settings: configs.Settings, mesh: Mesh, step: int):
+  """The state of the checkpoint at `step`, or a fresh one at 0; and what `save_run` noted with it.
+
+  Returns:
+    (state, the stats of the print window's steps so far, the number of micro-batches).
+  """
+  folder = settings.config.checkpoint_dir
+  if step == 0:
+    return sharding.replicate(train_step.create_state(settings), mesh), [], 1
+  state = restore(folder, settings, mesh, step)
+  noted = notes(folder, step)
+  window = [{name: np.float32(value) for name, value in row.items()} for row in noted['window']]
+  return state, window, noted['micro_batches'] if noted['devices'] == mesh.size else 1
+
+
+def save_run(
+  config: configs.Config, state: structs.TrainState, window: list, step_fn, mesh: Mesh
+) -> None:
+  """A checkpoint, and with it what must not depend on interruptions.
+
+  That is: the stats of a print window whose mean is not logged yet, and in how many micro-batches
+  these devices take their rays.
+  """
+  rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(window)]
+  noted = {'window': rows, 'micro_batches': step_fn.micro_batches, 'devices': mesh.size}
+  save(config.checkpoint_dir, state, config.checkpoint_keep, noted)

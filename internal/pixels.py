@@ -16,9 +16,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent import futures
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from internal import batches, configs, files
+from internal import batches, configs, files, sharding, structs
 from internal.datasets import images
 from internal.datasets import scene as scene_lib
 
@@ -184,3 +186,44 @@ def _make(
 
     _decode(data_dir, scene, first, keep, progress)
     os.fsync(f.fileno())
+
+
+def keep_on_device(config: configs.Config, store: batches.PixelStore) -> bool:
+  """Whether the pixels go to the device: as told, or if they take under a quarter of it.
+
+  Raises:
+    ConfigError: told to, but they are more than 32-bit indices reach.
+  """
+  countable = store.first.dtype == np.int32
+  if config.pixels_on == 'device' and not countable:
+    raise configs.ConfigError(
+      "Config.pixels_on = 'device' is for less than 2^31 training pixels; use 'auto', or "
+      'Config.factor to downsample.'
+    )
+  if config.pixels_on != 'auto':
+    return config.pixels_on == 'device'
+  stats = jax.local_devices()[0].memory_stats() or {}
+  limit = stats.get('bytes_limit') or available_memory()
+  return countable and (limit is None or stored_bytes(store) < limit / 4)
+
+
+def load(
+  settings: configs.Settings, scene: scene_lib.Scene, mesh: Mesh
+) -> tuple[batches.PixelStore, str]:
+  """The training images' pixels, on the device where they fit; and where they are."""
+  config = settings.config
+  store = read(config, scene, progress=sharding.is_main())
+  on_disk = isinstance(store.rgb, MappedPixels)
+  if not keep_on_device(config, store):
+    return store, 'disk' if on_disk else 'host'
+  planes = store.rgb.planes() if on_disk else store.rgb
+  on_device = tuple(sharding.replicate(plane, mesh) for plane in planes)
+  return batches.PixelStore(on_device, sharding.replicate(store.first, mesh)), 'device'
+
+
+def training_cameras(config: configs.Config, scene: scene_lib.Scene) -> structs.Cameras:
+  """The cameras of the training images, with what masks and weights say of their pixels."""
+  cams = scene.cameras.take(np.array(scene.train))
+  masks = scene_lib.read_masks(config.data_dir, scene, scene.train, sharding.is_main())
+  weights = [scene.weights[row] for row in scene.train] if scene.weights else None
+  return cams.replace(supervision=batches.make_supervision(cams.size, masks, weights))

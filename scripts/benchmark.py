@@ -40,6 +40,7 @@ from internal import (
   structs,
   train_step,
 )
+from internal import pixels as pixels_lib
 from scripts import benchmark_programs as programs
 from scripts import benchmark_tables as tables
 
@@ -183,9 +184,7 @@ class Benchmark:
     self.keep('render', row)
 
   def real(self) -> None:
-    import train  # It imports what only a training run needs.
-
-    pixels, place = train.load_pixels(self.settings, self.scene, self.mesh)
+    pixels, place = pixels_lib.load(self.settings, self.scene, self.mesh)
     cams = self.scene.cameras.take(np.array(self.scene.train))
     name = f'training, real, {place}'
     make = lambda: programs.train_program(self.settings, self.mesh, cams, pixels)  # noqa: E731

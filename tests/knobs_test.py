@@ -43,7 +43,9 @@ from internal import (
   structs,
   train_step,
   trajectory,
+  vis,
 )  # fmt: skip
+from internal.datasets import scene as scene_lib
 
 OWNERS = (configs.Config, configs.Model, configs.PropMLP, configs.NerfMLP)
 COLOURED = 'PropMLP.disable_rgb = False'
@@ -201,16 +203,16 @@ def training(settings, folder):
 
   with pytest.MonkeyPatch.context() as patch:
     for owner, name, stand_in in (
-      (train_program, 'start_run', lambda *_: (types.SimpleNamespace(params={}), [], 1)),
-      (train_program, 'load_pixels', lambda *_: (store, 'device')),
+      (checkpoints, 'start_run', lambda *_: (types.SimpleNamespace(params={}), [], 1)),
+      (pixels, 'load', lambda *_: (store, 'device')),
       (train_step, 'make_train_step', lambda *_, **__: Step()),
       (evaluation, 'make_image_renderer', lambda *_: rendered),
       (evaluation, 'make_ray_probe', probed),
       (runlog, 'RunLog', lambda *_: Log()),
       (checkpoints, 'save', lambda place, state, keep, notes: done.append((place, keep))),
       (checkpoints, 'write_run', lambda *_: None),
-      (train_program.scene_lib, 'read_image', lambda *_: np.zeros((40, 60, 3), np.uint8)),
-      (train_program.vis, 'write_png', lambda path, picture: done.append((path, picture.shape))),
+      (scene_lib, 'read_image', lambda *_: np.zeros((40, 60, 3), np.uint8)),
+      (vis, 'write_png', lambda path, picture: done.append((path, picture.shape))),
       (train_program.gc, 'collect', lambda: done.append('collected')),
       (report, 'image_metrics', lambda *_: {'psnr': 1.0, 'ssim': 1.0}),
     ):
@@ -230,7 +232,7 @@ def place_of_pixels(settings, folder):
     config = dataclasses.replace(config, pixel_cache_dir=os.path.join(folder, 'elsewhere'))
   store = pixels.read(config, scene, progress=False)
   made = sorted(glob.glob(os.path.join(folder, '**', '*.rgb'), recursive=True, include_hidden=True))
-  return train_program.keep_on_device(config, store), type(store.rgb), made
+  return pixels.keep_on_device(config, store), type(store.rgb), made
 
 
 def patience(settings, folder):

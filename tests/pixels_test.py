@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 
-import train
 from internal import batches, configs, datasets, pixels
 from internal.datasets import images
 from scripts import make_large_capture
@@ -80,10 +79,10 @@ def test_they_get_from_the_file_to_the_device(capture, monkeypatch):
     [], [f"Config.data_dir = '{capture}'", "Config.pixels_on = 'disk'"]
   )
   found, mesh = datasets.load_dataset(settings.config), tiny.mesh(2)
-  store, place = train.load_pixels(settings, found, mesh)
+  store, place = pixels.load(settings, found, mesh)
   assert place == 'disk'
-  monkeypatch.setattr(train, 'keep_on_device', lambda *_: True)
-  on_device, place = train.load_pixels(settings, found, mesh)
+  monkeypatch.setattr(pixels, 'keep_on_device', lambda *_: True)
+  on_device, place = pixels.load(settings, found, mesh)
   assert place == 'device'
   assert len(on_device.rgb[0].devices()) == 2
   np.testing.assert_array_equal(colors(jax.device_get(on_device)), colors(store))
@@ -198,9 +197,9 @@ def test_more_pixels_than_32_bits_count_stay_off_the_device(monkeypatch):
     2_500_000_000 + 3 * 4 + 2
   ]
   monkeypatch.setattr(pixels, 'available_memory', lambda: 2**50)
-  assert not train.keep_on_device(configs.Config(), store)
+  assert not pixels.keep_on_device(configs.Config(), store)
   with pytest.raises(configs.ConfigError, match=r'less than 2\^31 training pixels'):
-    train.keep_on_device(configs.Config(pixels_on='device'), store)
+    pixels.keep_on_device(configs.Config(pixels_on='device'), store)
 
 
 def test_a_capture_made_for_measuring_is_read(tmp_path):
