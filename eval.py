@@ -3,9 +3,10 @@
     python eval.py --checkpoint_dir runs/bonsai
     python eval.py --checkpoint_dir runs/bonsai --gin_bindings "Config.vis_normals = True"
 
-Writes <checkpoint_dir>/eval/results.json and, as PNG files, every test image's prediction, truth,
-error and depth. The run's own config and cameras are used, with --gin_bindings on top. With
-Config.eval_only_once = False it goes on with every further checkpoint.
+Writes <checkpoint_dir>/eval/results.json, report.html to look at (--report_only makes it anew) and,
+as PNG files, every test image's prediction, truth, error, depth and opacity. The run's own config
+and cameras are used, with --gin_bindings on top. With Config.eval_only_once = False it goes on with
+every further checkpoint.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from internal import (
   cli,
   configs,
   evaluation,
+  html_report,
   lpips,
   models,
   progress,
@@ -78,12 +80,13 @@ def select_images(config: configs.Config, scene: scene_lib.Scene) -> list[int]:
 
 
 def save_pictures(stem: str, rendering: dict, truth, note: str) -> None:
-  """Writes prediction, truth, error and depth, each alone, all on a sheet; normals if there."""
+  """Writes prediction, truth, error, depth and opacity, each alone; a sheet; normals if there."""
   vis.write_png(f'{stem}_prediction.png', rendering['rgb'])
   vis.write_png(f'{stem}_truth.png', truth)
   vis.write_png(f'{stem}_error.png', vis.error_picture(rendering['rgb'], truth))
   depth = vis.depth_picture(rendering['distance_median'], rendering['acc'])
   vis.write_png(f'{stem}_depth.png', depth)
+  vis.write_png(f'{stem}_opacity.png', vis.opacity_picture(rendering['acc']))
   if 'normals' in rendering:
     picture = vis.normal_picture(rendering['normals'], rendering['acc'])
     vis.write_png(f'{stem}_normals.png', picture)
@@ -162,13 +165,22 @@ def evaluate(
   left = {'results': os.path.join(folder, 'results.json')}
   if pairs:
     left |= {'pictures': os.path.join(folder, '*.png'), 'all of them': sheet_path}
+  if config.eval_report:
+    left['report'] = html_report.write(run, settings, scene)
   progress.summary(left)
 
 
 def main(argv: list[str] | None = None) -> None:
-  args = cli.parse_run_arguments(__doc__, argv)
+  parser = cli.make_run_parser(__doc__)
+  parser.add_argument(
+    '--report_only', action='store_true', help='make report.html anew, of what is there'
+  )
+  args = parser.parse_args(argv)
   run = cli.run_folder(args)
   settings, scene = checkpoints.open_run(run, args.gin_bindings)
+  if args.report_only:
+    progress.summary({'report': html_report.write(run, settings, scene)})
+    return
   sharding.initialize()
   cli.show_notices(settings)
   mesh = sharding.make_mesh()

@@ -3,10 +3,12 @@
     python render.py --checkpoint_dir runs/bonsai
     python render.py --checkpoint_dir runs/bonsai \\
         --gin_bindings "Config.render_path_frames = 240" "Config.render_resolution = (1280, 720)"
+    python render.py --checkpoint_dir runs/bonsai --preview
 
 Writes <checkpoint_dir>/render/color/*.png and depth/*.png, then color.mp4 and depth.mp4 (with
 Config.vis_normals also normals). Frames that exist are skipped, so an interrupted rendering goes on
-where it stopped. Config.render_* in --gin_bindings chooses path, size and lens.
+where it stopped. Config.render_* in --gin_bindings chooses path, size and lens (docs/paths.md);
+--preview draws them into preview.png within seconds, and renders nothing.
 """
 
 from __future__ import annotations
@@ -23,15 +25,19 @@ from internal import (
   checkpoints,
   cli,
   evaluation,
+  html_report,
   progress,
   report,
   sharding,
   structs,
+  surface_points,
   train_step,
   trajectory,
   video,
   vis,
 )
+from internal import preview as preview_lib
+from internal.datasets import sparse_points
 
 _KINDS = ('color', 'depth', 'normals')
 _SURVEY_FRAMES, _SURVEY_SIDE = 8, 96  # Frames and pixels that the depth's scale is taken from.
@@ -109,15 +115,50 @@ def picture(kind: str, frame: dict, depth_range: tuple[float, float]) -> np.ndar
   return frame['rgb']
 
 
+def scene_points(settings, scene, run: str):
+  """Points of the scene for a preview, and what they are; rendered ones where none are stored."""
+  points = sparse_points.load(run)
+  if points is not None:
+    return points, f'{len(points[0]):,} sparse points of the capture'
+  if scene.cameras.pixtocam_ndc is not None or checkpoints.newest(run) is None:
+    return None, 'none are stored with this run'
+  progress.say('No sparse points are stored with this run: rendering a few small views instead.')
+  mesh = sharding.make_mesh()
+  params, step = checkpoints.restore_params(run, settings, mesh=mesh)
+  rows = np.array(scene.train)[np.linspace(0, len(scene.train) - 1, _SURVEY_FRAMES).astype(int)]
+  fraction = float(train_step.train_fraction(step, settings.config.max_steps))
+  views = trajectory.shrink(scene.cameras.take(np.unique(rows)), _SURVEY_SIDE)
+  render_image = evaluation.make_image_renderer(settings, mesh)
+  points = surface_points.from_views(render_image, params, views, range(len(views.size)), fraction)
+  return points, f'median distances at step {step:,}'
+
+
+def preview(settings, scene, run: str, folder: str) -> None:
+  """Draws the path into <folder>/preview.png."""
+  config, path = settings.config, os.path.join(folder, 'preview.png')
+  cams = trajectory.make_cameras(config, scene)
+  points, origin = scene_points(settings, scene, run)
+  fps = trajectory.frames_per_second(config)
+  vis.write_png(path, preview_lib.draw(scene, cams, fps, points, origin))
+  progress.summary({'preview': path})
+
+
 def frame_path(folder: str, kind: str, k: int) -> str:
   return os.path.join(folder, kind, f'{k:05d}.png')
 
 
 def main(argv: list[str] | None = None) -> None:
-  args = cli.parse_run_arguments(__doc__, argv)
+  parser = cli.make_run_parser(__doc__)
+  parser.add_argument(
+    '--preview', action='store_true', help='draw the path in the scene, and render nothing'
+  )
+  args = parser.parse_args(argv)
   run = cli.run_folder(args)
   settings, scene = checkpoints.open_run(run, args.gin_bindings)
   config = settings.config
+  folder = config.render_dir or os.path.join(run, 'render')
+  if args.preview:
+    return preview(settings, scene, run, folder)
   cams = trajectory.make_cameras(config, scene)
   sharding.initialize()
   cli.show_notices(settings)
@@ -127,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
   render_image = evaluation.make_image_renderer(settings, mesh, with_normals=config.vis_normals)
   fraction = float(train_step.train_fraction(step, config.max_steps))
 
-  folder, count = config.render_dir or os.path.join(run, 'render'), len(cams.size)
+  count = len(cams.size)
   wanted = describe(cams, params, step)
   description = read_description(folder, wanted)
   present = [
@@ -150,12 +191,14 @@ def main(argv: list[str] | None = None) -> None:
         vis.write_png(frame_path(folder, kind, k), shown)
 
   if sharding.is_main():
-    left = {}
+    left, fps = {}, trajectory.frames_per_second(config)
     for kind in kinds:
       frames = [frame_path(folder, kind, k) for k in range(count)]
       path = os.path.join(folder, f'{kind}.mp4')
-      video.write_video(frames, path, config.render_video_fps, config.render_video_crf)
+      video.write_video(frames, path, fps, config.render_video_crf)
       left[kind] = path
+    if os.path.exists(os.path.join(run, 'eval', html_report.NAME)):
+      left['report'] = html_report.write(run, settings, scene)  # It shows the video.
     progress.summary({**left, 'frames': os.path.join(folder, '*', '*.png')})
 
 

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from internal import configs, files, sharding, structs, train_step
 from internal.datasets import scene as scene_lib
+from internal.datasets import sparse_points
 
 _CONFIG = 'config.gin'
 _SCENE = 'scene.json'
@@ -43,10 +44,14 @@ class CheckpointError(ValueError):
 
 
 def write_run(checkpoint_dir: str, settings: configs.Settings, scene: scene_lib.Scene) -> None:
-  """Writes config.gin and scene.json, each whole or not at all (main process only)."""
+  """Writes config.gin, scene.json and the sparse points, each whole or not at all.
+
+  For the main process only.
+  """
   with files.whole(os.path.join(checkpoint_dir, _CONFIG)) as path, open(path, 'w') as f:
     f.write(settings.text)
   scene_lib.save_scene(os.path.join(checkpoint_dir, _SCENE), scene)
+  sparse_points.save(checkpoint_dir, settings.config, scene)
 
 
 def open_run(

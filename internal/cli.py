@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--logtostderr', action='store_true', help=argparse.SUPPRESS)
 
 
-def parse_run_arguments(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+def make_run_parser(description: str) -> argparse.ArgumentParser:
   """The flags of a program that works on a training run: the above and --checkpoint_dir."""
   parser = make_parser(description)
   parser.add_argument(
@@ -80,7 +80,7 @@ def parse_run_arguments(description: str, argv: list[str] | None = None) -> argp
     help="the training run's folder; its own config counts, with --gin_bindings on top",
   )
   add_arguments(parser)
-  return parser.parse_args(argv)
+  return parser
 
 
 def show_notices(settings: configs.Settings) -> None:

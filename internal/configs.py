@@ -38,6 +38,8 @@ _CHOICES = {
   'num_multisamples': (0, 6),
   'mlp_dtype': ('auto', 'float32', 'bfloat16'),
   'render_camtype': (None, 'perspective', 'fisheye', 'panorama'),
+  'render_path_type': (None, 'ellipse', 'spiral', 'orbit', 'dolly'),
+  'render_path_space': ('capture', 'normalized'),
 }
 
 
@@ -144,6 +146,7 @@ class Config(_Checked):
   # Evaluation.
   eval_only_once: bool = True  # False: wait for further checkpoints until max_steps.
   eval_save_output: bool = True
+  eval_report: bool = True  # report.html, of what is in the run's folder then.
   eval_render_interval: int = 1  # Every so many-th test image.
   eval_dataset_limit: int | None = None  # At most so many test images.
   eval_quantize_metrics: bool = True
@@ -156,16 +159,25 @@ class Config(_Checked):
   render_dir: str | None = None  # None: <checkpoint_dir>/render.
   render_path: bool = False  # Without effect: see ACCEPTED.
   render_path_frames: int = 120
-  render_path_file: str | None = None  # .npy of [n, 3, 4] poses in the normalised world.
+  render_path_type: str | None = None  # None: 'ellipse', or 'spiral' where forward_facing.
+  render_path_file: str | None = None  # .npy of poses, nerfstudio's camera path, COLMAP's folder.
+  render_path_space: str = 'capture'  # The world of the file's poses: the capture's, 'normalized'.
   render_video_fps: int = 60
   render_video_crf: int = 18
   render_resolution: Sequence[int] | None = None  # (width, height)
   render_focal: float | None = None  # Pixels.
+  render_orbit_elevation: float | None = None  # Degrees; None: as the cameras have.
+  render_orbit_radius: float = 1.0  # Of the cameras' median distance from what they look at.
+  render_dolly_keyframe: str | None = None  # The photo that it starts from; None: the first one.
+  render_dolly_distance: float = 0.5  # Of the way to what the cameras look at; negative: away.
+  render_dolly_zoom: bool = False  # The focal length keeps what they look at at one size.
   render_camtype: str | None = None
   render_spline_keyframes: str | None = None  # Comma-separated image names.
   render_spline_n_interp: int = 30
   render_spline_degree: int = 5
   render_spline_smoothness: float = 0.03
+  render_spline_const_speed: bool = True  # False: equal steps of the spline's parameter.
+  render_spline_closed: bool = False  # On from the last key photo to the first.
   z_variation: float = 0.0
   z_phase: float = 0.0
   vis_num_rays: int = 16

@@ -274,6 +274,17 @@ class Model(nn.Module):
     gaussians = gaussians.replace(mean=gaussians.mean + shift)
     return self._query(None, level, rays, gaussians, self._appearance(rays, False))[0]
 
+  def field(self, rays: structs.Rays, gaussians: structs.Gaussians) -> tuple[Array, Array | None]:
+    """Density [..., n] and colour [..., n, 3] of the last level at Gaussians [..., n] of no ray.
+
+    Of `rays` [...] the viewing directions count; the appearance vector is zero.
+    """
+    level = self.config.num_levels - 1
+    if self.config.multisampled(last=True):  # One Gaussian in place of several.
+      gaussians = jax.tree.map(lambda x, axes: jnp.expand_dims(x, -axes - 1), gaussians,
+                               structs.Gaussians(1, 2))  # fmt: skip
+    return self._query(None, level, rays, gaussians, self._appearance(rays, False))
+
   def _num_samples(self, level: int) -> int:
     last = level == self.config.num_levels - 1
     return self.config.num_nerf_samples if last else self.config.num_prop_samples

@@ -6,6 +6,8 @@ A pose is [3, 4], camera-to-world with OpenGL axes: columns right, up, back, pos
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 _PARALLEL = 1e-6  # Mean sin^2 of the axes' angles below which they have no common point.
@@ -54,7 +56,7 @@ def transform_poses_pca(poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   Raises:
     ValueError: all cameras stand at one point, so the world has no scale.
   """
-  poses = _checked(poses)
+  poses = checked(poses)
   positions = poses[:, :, 3]
   mean = positions.mean(0)
   centred = positions - mean
@@ -87,9 +89,24 @@ def _principal_axes(centred: np.ndarray, up: np.ndarray) -> np.ndarray:
   return np.stack([x, y, z])
 
 
+def transform_poses(transform: np.ndarray, poses: np.ndarray) -> np.ndarray:
+  """Poses [n, 3, 4] in the world after a similarity [4, 4]; their rotations stay orthonormal."""
+  scale = np.cbrt(np.linalg.det(transform[:3, :3]))
+  moved = transform[:3] @ pad_poses(poses)
+  return np.concatenate([moved[..., :3] / scale, moved[..., 3:]], -1)
+
+
+def are_rigid(poses: np.ndarray) -> np.ndarray:
+  """[n] whether poses [n, 3, 4] turn and shift; false if they scale, shear or mirror."""
+  rotation = poses[:, :, :3]
+  with np.errstate(all='ignore'):
+    skew = np.abs(np.swapaxes(rotation, -1, -2) @ rotation - np.eye(3)).max((-1, -2))
+    return (skew < 0.01) & (np.linalg.det(rotation) > 0)
+
+
 def average_pose(poses: np.ndarray) -> np.ndarray:
   """The pose [3, 4] at the mean position, looking and standing as `poses` [n, 3, 4] on average."""
-  poses = _checked(poses)
+  poses = checked(poses)
   _, up, back, position = poses.mean(0).T
   if np.linalg.norm(back) < 1e-9:
     raise ValueError('The cameras look in opposite directions: they have no average pose.')
@@ -109,7 +126,7 @@ def recenter_poses(poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ValueError: the viewing directions cancel, so there is no average.
   """
   transform = np.linalg.inv(pad_poses(average_pose(poses)))
-  return transform[:3] @ pad_poses(_checked(poses)), transform
+  return transform[:3] @ pad_poses(checked(poses)), transform
 
 
 def focus_point(poses: np.ndarray) -> np.ndarray:
@@ -121,7 +138,7 @@ def focus_point(poses: np.ndarray) -> np.ndarray:
   Args:
     poses: [n, 3, 4]
   """
-  poses = _checked(poses)
+  poses = checked(poses)
   axes, positions = poses[:, :, 2], poses[:, :, 3]
   mean = positions.mean(0)
   off_axis = np.eye(3) - axes[:, :, None] * axes[:, None, :]  # projections orthogonal to each axis
@@ -158,8 +175,8 @@ def generate_ellipse_path(
   Raises:
     ValueError: n_frames is not positive.
   """
-  poses = _checked(poses)
-  _check_frames(n_frames)
+  poses = checked(poses)
+  check_frames(n_frames)
   focus, heights = focus_point(poses), poses[:, 2, 3]
   half_axes = np.percentile(np.abs(poses[:, :2, 3] - focus[:2]), 90, axis=0)
   low, high = np.percentile(heights, [10, 90])
@@ -176,19 +193,45 @@ def generate_ellipse_path(
       -1,
     )
 
-  positions = position(_equal_steps(position, n_frames))
+  positions = position(equal_steps(position, n_frames))
   up = _nearest_axis(poses[:, :, 1].mean(0))
   return np.stack([viewmatrix(p - focus, up, p) for p in positions])
 
 
-def _equal_steps(curve, n: int) -> np.ndarray:
-  """Parameters [n] in [0, 1) that cut the closed `curve` into n arcs of equal length."""
+def equal_steps(
+  curve: Callable[[np.ndarray], np.ndarray], n: int, closed: bool = True
+) -> np.ndarray:
+  """Parameters [n] in [0, 1] at which points on a curve are equally far apart along it.
+
+  Args:
+    curve: takes parameters [m] to points [m, k].
+    n: number of points.
+    closed: the point after the last would be the first again; otherwise the last is at 1.
+  """
   fine = np.linspace(0, 1, 100 * n + 1000)
   steps = np.linalg.norm(np.diff(curve(fine), axis=0), axis=-1)
   length = np.concatenate([[0], np.cumsum(steps)])
-  if length[-1] == 0:
-    return np.arange(n) / n
-  return np.interp(np.arange(n) / n * length[-1], length, fine)
+  parts = np.linspace(0, 1, n, endpoint=not closed)
+  return np.interp(parts * length[-1], length, fine) if length[-1] > 0 else parts
+
+
+def motion_steps(poses: np.ndarray, reach: float) -> np.ndarray:
+  """How far each pose is from the next [n - 1]: translation and rotation in one length.
+
+  It is sqrt(|dp|^2 + (reach da)^2), with dp the way and da the angle, small, that the camera turns
+  by: how far what is seen at the distance `reach` moves through the picture, if both add up.
+
+  Args:
+    poses: [n, 3, 4]
+    reach: the distance at which the scene is looked at, in the poses' units.
+  """
+  return np.linalg.norm(np.diff(_motion(poses[:, :, :3], poses[:, :, 3], reach), axis=0), axis=-1)
+
+
+def _motion(rotation: np.ndarray, position: np.ndarray, reach: float) -> np.ndarray:
+  """Points [n, 12] whose distances are those of `motion_steps`."""
+  # A turn by a small da changes the nine numbers of a rotation by sqrt(2) da.
+  return np.concatenate([position, reach / np.sqrt(2) * rotation.reshape(-1, 9)], -1)
 
 
 def generate_spiral_path(
@@ -213,8 +256,8 @@ def generate_spiral_path(
   Raises:
     ValueError: n_frames is not positive, or not 0 < near <= far.
   """
-  poses = _checked(poses)
-  _check_frames(n_frames)
+  poses = checked(poses)
+  check_frames(n_frames)
   near, far = float(np.min(bounds)), float(np.max(bounds))
   if not near > 0:
     raise ValueError(f'A spiral needs bounds with 0 < near <= far, got {near} and {far}.')
@@ -236,6 +279,8 @@ def generate_spline_path(
   degree: int = 5,
   smoothness: float = 0.03,
   rot_weight: float = 0.1,
+  const_speed: bool = False,
+  closed: bool = False,
 ) -> np.ndarray:
   """A smooth path along key cameras: a B-spline through (position, look-at, up) triples.
 
@@ -246,38 +291,66 @@ def generate_spline_path(
     smoothness: bound on the sum of squared distances from the triples; 0 meets them exactly.
     rot_weight: distance of the look-at and up points from the position: how much the orientation
       counts against the position.
+    const_speed: frames are equally far apart by `motion_steps`, at the distance of the point that
+      the keyframes look at; otherwise by the spline's parameter, slower where they are dense.
+    closed: the path goes on from the last keyframe to the first, and is smooth there.
 
   Returns:
-    [n_interp * (k - 1), 3, 4] poses, from the first keyframe to the last.
+    [n_interp * (k - 1), 3, 4] poses, from the first keyframe to the last; closed [n_interp * k, 3,
+    4], of which the one after the last would be the first again.
 
   Raises:
     ValueError: fewer than two keyframes, two equal ones in a row, n_interp not positive, or a
       degree outside 1 to 5.
   """
-  poses = _checked(poses_keyframes)
-  _check_frames(n_interp)
+  poses = checked(poses_keyframes)
+  check_frames(n_interp)
   if len(poses) < 2:
     raise ValueError('A spline path needs at least two keyframes, got 1.')
-  from scipy import interpolate  # A second to import, and needed nowhere else.
-
   if not 1 <= degree <= 5:
     raise ValueError(f'The degree of a spline path must be 1 to 5, got {degree}.')
+  pose_at = _spline(poses, degree, smoothness, rot_weight, closed)
+  count = n_interp * (len(poses) - (not closed))
+  if const_speed:
+    reach = np.median(np.linalg.norm(poses[:, :, 3] - focus_point(poses), axis=-1))
+    where = equal_steps(lambda u: _motion(*pose_at(u), reach), count, closed)
+  else:
+    where = np.linspace(0, 1, count, endpoint=not closed)
+  rotation, position = pose_at(where)
+  return np.concatenate([rotation, position[..., None]], -1)
+
+
+def _spline(poses: np.ndarray, degree: int, smoothness: float, rot_weight: float, closed: bool):
+  """A function from parameters [m] in [0, 1] to rotations [m, 3, 3] and positions [m, 3]."""
+  from scipy import interpolate  # A second to import, and needed nowhere else.
+
+  count = len(poses)
+  if closed:
+    poses = np.concatenate([poses, poses[:1]])
   _, up, back, position = np.moveaxis(poses, -1, 0)
   triples = np.concatenate([position, position - rot_weight * back, position + rot_weight * up], -1)
   gaps = np.linalg.norm(np.diff(triples, axis=0), axis=-1)
   if np.any(gaps < 1e-9):
+    first = np.argmin(gaps)
     raise ValueError(
-      f'Keyframes {np.argmin(gaps)} and {np.argmin(gaps) + 1} of the spline path are the same '
-      'camera: drop one.'
+      f'Keyframes {first} and {(first + 1) % count} of the spline path are the same camera: drop '
+      'one.'
     )
-  spline, _ = interpolate.splprep(triples.T, k=min(degree, len(poses) - 1), s=smoothness)
-  frames = np.stack(interpolate.splev(np.linspace(0, 1, n_interp * (len(poses) - 1)), spline), -1)
-  position, look_at, up = np.split(frames, 3, -1)
-  return np.stack([viewmatrix(p - l, u - p, p) for p, l, u in zip(position, look_at, up)])
+  spline, _ = interpolate.splprep(
+    triples.T, k=min(degree, len(poses) - 1), s=smoothness, per=closed
+  )
+
+  def pose_at(u):
+    position, look_at, up = np.split(np.stack(interpolate.splev(u, spline), -1), 3, -1)
+    back = _normalize(position - look_at)
+    right = _normalize(np.cross(up - position, back))
+    return np.stack([right, np.cross(back, right), back], -1), position
+
+  return pose_at
 
 
 def _normalize(x: np.ndarray) -> np.ndarray:
-  return x / np.linalg.norm(x)
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def _nearest_axis(direction: np.ndarray) -> np.ndarray:
@@ -286,7 +359,12 @@ def _nearest_axis(direction: np.ndarray) -> np.ndarray:
   return np.eye(3)[i] * (-1.0 if direction[i] < 0 else 1.0)
 
 
-def _checked(poses: np.ndarray) -> np.ndarray:
+def checked(poses: np.ndarray) -> np.ndarray:
+  """`poses` as float64.
+
+  Raises:
+    ValueError: they are not finite [n, 3, 4], n > 0.
+  """
   poses = np.asarray(poses, np.float64)
   if poses.ndim != 3 or poses.shape[1:] != (3, 4) or not len(poses):
     raise ValueError(f'Poses must be [n, 3, 4] with n > 0, got {list(poses.shape)}.')
@@ -295,6 +373,7 @@ def _checked(poses: np.ndarray) -> np.ndarray:
   return poses
 
 
-def _check_frames(n: int) -> None:
+def check_frames(n: int) -> None:
+  """Raises a ValueError if a path would have no frame."""
   if n < 1:
     raise ValueError(f'A camera path needs at least one frame, got {n}.')

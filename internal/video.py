@@ -18,19 +18,30 @@ class VideoError(ValueError):
   """Frames that cannot be encoded, or no encoder; the message says what to do."""
 
 
-def _find_encoder(folder: str) -> str:
-  """The encoder's program; `folder` is where the frames are."""
+def find_ffmpeg() -> str:
+  """The program that encodes and decodes videos.
+
+  Raises:
+    VideoError: there is none.
+  """
   try:
     import imageio_ffmpeg
   except ImportError:
     raise VideoError(
-      f'The video encoder is missing: pip install imageio-ffmpeg, then run the same command again. '
-      f'The frames are kept in {folder}.'
+      'The video encoder is missing: pip install imageio-ffmpeg, then run the same command again.'
     ) from None
   try:
     return imageio_ffmpeg.get_ffmpeg_exe()
   except RuntimeError as e:
-    raise VideoError(f'{" ".join(str(e).split())} The frames are kept in {folder}.') from None
+    raise VideoError(' '.join(str(e).split())) from None
+
+
+def _find_encoder(folder: str) -> str:
+  """The encoder's program; `folder` is where the frames are."""
+  try:
+    return find_ffmpeg()
+  except VideoError as e:
+    raise VideoError(f'{e} The frames are kept in {folder}.') from None
 
 
 def _read_even(path: str) -> np.ndarray:

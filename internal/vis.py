@@ -115,6 +115,11 @@ def depth_picture(
   return to_uint8(opacity * (apply_colormap(x) / 255) + 1 - opacity)
 
 
+def opacity_picture(acc: np.ndarray) -> np.ndarray:
+  """Opacity [h, w] as grey: what is empty is black, what is opaque white."""
+  return to_uint8(np.repeat(np.nan_to_num(acc)[..., None], 3, -1))
+
+
 def normal_picture(normals: np.ndarray, acc: np.ndarray) -> np.ndarray:
   """Normals [h, w, 3] as colours: -1 to 1 along x, y, z as 0 to 1 of red, green, blue.
 

@@ -44,7 +44,7 @@ class TestArguments:
 
 class TestRunFolder:
   def folder(self, *argv):
-    return cli.run_folder(cli.parse_run_arguments('about', list(argv)))
+    return cli.run_folder(cli.make_run_parser('about').parse_args(list(argv)))
 
   def test_by_flag(self):
     assert self.folder('--checkpoint_dir', 'runs/a') == 'runs/a'

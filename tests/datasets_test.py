@@ -231,7 +231,7 @@ def test_no_folder_and_no_model(tmp_path):
   message = refused(tmp_path)
   for place in llff.MODEL_FOLDERS:
     assert place in message
-  assert 'colmap automatic_reconstructor' in message
+  assert f'scripts/poses.py PHOTOS {tmp_path}' in message
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ class TestEvaluate:
 
   def test_pictures_can_be_left_out(self, scene, tmp_path):
     folder, _ = self.evaluate(scene, tmp_path, eval_save_output=False)
-    assert os.listdir(folder) == ['results.json']
+    assert sorted(os.listdir(folder)) == ['report.html', 'results.json']
 
   def test_waiting_keeps_the_results_of_each_step(self, scene, tmp_path):
     folder, results = self.evaluate(scene, tmp_path, eval_only_once=False, eval_save_output=False)

@@ -6,6 +6,7 @@ and without which the probe must give different things.
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -185,6 +186,8 @@ def training(settings, folder):
     def __getattr__(self, name):
       if name.startswith('__'):
         raise AttributeError(name)
+      if name == 'pause':
+        return lambda _: contextlib.nullcontext()
       return lambda *args: done.append((name, args[0])) if name in ('steps', 'picture') else None
 
   def rendered(params, cams, row, *_):
@@ -280,6 +283,7 @@ def path(settings, folder):
   cameras = np.linspace(0, 1, 24).reshape(8, 3)  # Heights for z_variation.
   scene = trajectory_test.make_scene(bounds=(1.0, 9.0))
   scene.cameras.camtoworld[:, :, 3] += cameras
+  scene = dataclasses.replace(scene, world_transform=np.diag([2.0, 2, 2, 1]))
   return trajectory.make_cameras(config, scene)
 
 
@@ -318,6 +322,7 @@ def chunk(settings, _):
 # The base of a case: bindings that hold on both sides.
 NAMES = repr(','.join(f'dir/img_{i}' for i in range(8)))
 SPLINE = f'Config.render_spline_keyframes = {NAMES}', 'Config.render_spline_smoothness = 0.5'
+ORBIT, DOLLY = (f"Config.render_path_type = '{name}'" for name in ('orbit', 'dolly'))
 DTU = ("Config.dataset_loader = 'dtu'",)
 
 KNOBS = {
@@ -374,6 +379,7 @@ KNOBS = {
     'grad_max_val': (optimizer, '0.1', 'Config.grad_max_norm = 0.0'),
     'eval_only_once': (evaluating, 'False'),
     'eval_save_output': (evaluating, 'False'),
+    'eval_report': (evaluating, 'False'),
     'eval_render_interval': (evaluating, '2'),
     'eval_dataset_limit': (evaluating, '1'),
     'eval_quantize_metrics': (metrics, 'False'),
@@ -382,6 +388,15 @@ KNOBS = {
     'render_chunk_size': (chunk, '16'),
     'render_dir': (video, "'there'"),
     'render_path_frames': (path, '7'),
+    'render_path_type': (path, "'orbit'"),
+    'render_path_space': (path, "'normalized'", "Config.render_path_file = 'poses.npy'"),
+    'render_orbit_elevation': (path, '30.0', ORBIT),
+    'render_orbit_radius': (path, '1.5', ORBIT),
+    'render_dolly_keyframe': (path, "'dir/img_5'", DOLLY),
+    'render_dolly_distance': (path, '-0.5', DOLLY),
+    'render_dolly_zoom': (path, 'True', DOLLY),
+    'render_spline_const_speed': (path, 'False', *SPLINE),
+    'render_spline_closed': (path, 'True', *SPLINE),
     'render_path_file': (path, "'poses.npy'"),
     'render_video_fps': (video, '5'),
     'render_video_crf': (video, '30'),

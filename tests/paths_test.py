@@ -294,3 +294,56 @@ def test_poses_of_another_shape_or_with_nan_are_refused():
   poses[3, 1, 1] = np.nan
   with pytest.raises(ValueError, match='Pose 3 has a NaN'):
     paths.transform_poses_pca(poses)
+
+
+def test_constant_speed_counts_turning_and_moving():
+  rng = np.random.default_rng(3)
+  poses, _ = paths.transform_poses_pca(orbit(n=7)[0])
+  poses[:, :, 3] *= rng.uniform(0.5, 2, (7, 1))  # Gaps of different lengths.
+  reach = np.median(np.linalg.norm(poses[:, :, 3] - paths.focus_point(poses), axis=-1))
+  for closed in (False, True):
+    path = paths.generate_spline_path(poses, 60, smoothness=0, const_speed=True, closed=closed)
+    assert_are_poses(path)
+    steps = paths.motion_steps(path, reach)
+    assert steps.max() < 1.02 * steps.min()
+    plain = paths.motion_steps(paths.generate_spline_path(poses, 60, smoothness=0), reach)
+    assert plain.max() > 1.5 * plain.min()
+    nearest = np.abs(path[:, None] - poses[None]).max((2, 3)).min(0)
+    assert nearest.max() < 0.03  # It passes all keyframes, if between frames.
+    if closed:
+      again = paths.motion_steps(path[[-1, 0]], reach)
+      assert again[0] == pytest.approx(steps.mean(), rel=0.02)
+      np.testing.assert_allclose(path[0], poses[0], atol=1e-6)
+
+
+def test_motion_of_a_turn_and_of_a_shift():
+  angle = 0.01
+  turn = Rotation.from_rotvec([0, 0, angle]).as_matrix()
+  still, turned = np.eye(4)[:3], np.concatenate([turn, np.zeros((3, 1))], 1)
+  assert paths.motion_steps(np.stack([still, turned]), 5.0)[0] == pytest.approx(0.05, rel=1e-3)
+  both = np.concatenate([turn, [[0.03], [0], [0.04]]], 1)
+  step = paths.motion_steps(np.stack([still, both]), 5.0)[0]
+  assert step == pytest.approx(np.hypot(0.05, 0.05), rel=1e-3)
+
+
+def test_a_closed_spline_names_equal_ends():
+  poses = orbit(n=5)[0]
+  with pytest.raises(ValueError, match='Keyframes 3 and 0 of the spline path are the same'):
+    paths.generate_spline_path(poses[[0, 1, 2, 0]], 5, closed=True)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_poses_come_back_through_a_similarity(seed):
+  poses, world = orbit(seed=seed)
+  moved = paths.transform_poses(world, poses)
+  assert_are_poses(moved)
+  np.testing.assert_allclose(moved, apply(world, poses), atol=1e-9)
+  np.testing.assert_allclose(paths.transform_poses(np.linalg.inv(world), moved), poses, atol=1e-9)
+
+
+def test_rigid_are_neither_mirrored_nor_scaled():
+  poses = np.tile(np.eye(4)[:3], (4, 1, 1))
+  poses[1, :, 0] *= -1
+  poses[2, :, :3] *= 1.1
+  poses[3, 0, 1] = np.nan
+  np.testing.assert_array_equal(paths.are_rigid(poses), [True, False, False, False])

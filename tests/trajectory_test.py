@@ -1,8 +1,11 @@
+import dataclasses
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from internal import cameras, configs, paths, structs, trajectory
+from internal import cameras, configs, orbits, path_files, paths, structs, trajectory
 from internal.datasets import scene as scene_lib
 
 
@@ -79,7 +82,7 @@ class TestPoses:
 
   @pytest.mark.parametrize('rows', [3, 4])
   def test_poses_from_a_file(self, rows, tmp_path):
-    poses = np.tile(np.eye(4), (6, 1, 1))
+    poses = np.tile(np.eye(4), (6, 1, 1))  # As make_scene's transform is the identity.
     poses[:, :3, 3] = np.arange(18).reshape(6, 3)
     np.save(tmp_path / 'p.npy', poses[:, :rows])
     cams = make(render_path_file=str(tmp_path / 'p.npy'))
@@ -94,12 +97,97 @@ class TestPoses:
       path.write_bytes(content)
     else:
       np.save(path, content)
-    with pytest.raises(trajectory.TrajectoryError, match=r'p\.npy.*\[n, 3, 4\]'):
+    with pytest.raises(path_files.PathFileError, match=r'p\.npy.*\[n, 3, 4\]'):
       make(render_path_file=str(path))
 
   def test_a_missing_file_is_named(self):
-    with pytest.raises(trajectory.TrajectoryError, match=r'no such file.*/nowhere\.npy'):
+    with pytest.raises(path_files.PathFileError, match=r'no such file.*/nowhere\.npy'):
       make(render_path_file='/nowhere.npy')
+
+  @pytest.mark.parametrize('space', ['capture', 'normalized'])
+  def test_a_files_poses_are_in_the_captures_world_unless_told(self, space, tmp_path):
+    scene = make_scene()
+    turn = np.array([[0, -1.0, 0], [1, 0, 0], [0, 0, 1]])
+    transform = np.eye(4)
+    transform[:3] = np.concatenate([0.25 * turn, [[3], [4], [5]]], 1)
+    own = np.asarray(scene.cameras.camtoworld, np.float64)
+    captured = paths.transform_poses(np.linalg.inv(transform), own)
+    np.testing.assert_allclose(captured[0, :, 3], turn.T @ (own[0, :, 3] - [3, 4, 5]) / 0.25)
+    np.save(tmp_path / 'p.npy', captured if space == 'capture' else own)
+    scene = dataclasses.replace(scene, world_transform=transform)
+    cams = make(scene, render_path_file=str(tmp_path / 'p.npy'), render_path_space=space)
+    np.testing.assert_allclose(cams.camtoworld, own, atol=1e-6)
+
+  def test_an_orbit_a_helix_and_a_dolly(self):
+    scene = make_scene()
+    train = np.asarray(scene.cameras.camtoworld, np.float64)[1:]
+    told = {'render_path_type': 'orbit', 'render_path_frames': 9, 'render_orbit_elevation': 20.0}
+    wanted = orbits.generate_orbit_path(train, 9, 20, 1.5)
+    cams = make(scene, **told, render_orbit_radius=1.5)
+    np.testing.assert_allclose(cams.camtoworld, wanted, atol=1e-6)
+    cams = make(scene, render_path_type='spiral', render_path_frames=9)
+    np.testing.assert_allclose(cams.camtoworld, orbits.generate_helix_path(train, 9), atol=1e-6)
+    cams = make(scene, render_path_type='dolly', render_path_frames=9)
+    np.testing.assert_allclose(cams.camtoworld[0], train[0], atol=1e-6)
+    cams = make(scene, render_path_type='dolly', render_dolly_keyframe='dir/img_4')
+    np.testing.assert_allclose(cams.camtoworld[0], train[3], atol=1e-6)
+
+  def test_a_dolly_zoom_keeps_what_is_looked_at_at_one_size(self):
+    scene = make_scene()
+    cams = make(scene, render_path_type='dolly', render_dolly_zoom=True, render_path_frames=9)
+    focus = paths.focus_point(np.asarray(scene.cameras.camtoworld)[1:])
+    pose = np.asarray(cams.camtoworld, np.float64)
+    depth = ((pose[:, :, 3] - focus) * pose[:, :, 2]).sum(-1)
+    assert depth[-1] == pytest.approx(depth[0] / 2, rel=1e-4)
+    np.testing.assert_allclose(depth * cams.pixtocam[:, 0, 0], depth[0] / 50, rtol=1e-4)
+
+  def test_splines_have_constant_speed_unless_told(self):
+    names = ','.join(f'dir/img_{i}' for i in (0, 1, 2, 5, 6))  # A long gap in the middle.
+    told = {'render_spline_keyframes': names, 'render_spline_smoothness': 0.0}
+
+    def unevenness(**more):
+      steps = paths.motion_steps(np.asarray(make(**told, **more).camtoworld, np.float64), 1.0)
+      return steps.max() / steps.min()
+
+    assert unevenness() < 1.03
+    assert unevenness(render_spline_const_speed=False) > 1.2
+    closed = make(**told, render_spline_closed=True)
+    assert len(closed.size) == 5 * 30
+
+  def test_an_empty_list_of_photos(self):
+    with pytest.raises(trajectory.TrajectoryError, match=r'names no image.*dir/img_0'):
+      make(render_spline_keyframes=' , ')
+
+
+class TestCameraPathOfNerfstudio:
+  def write(self, tmp_path, **more):
+    pose = np.eye(4)
+    pose[:3, 3] = [1, 2, 3]
+    frames = [{'camera_to_world': pose.ravel().tolist(), 'fov': fov} for fov in (90, 60)]
+    table = {'camera_path': frames, 'render_width': 200, 'render_height': 100, 'fps': 24, **more}
+    (tmp_path / 'path.json').write_text(json.dumps(table))
+    return {'render_path_file': str(tmp_path / 'path.json')}
+
+  def test_size_and_fields_of_view_are_the_files(self, tmp_path):
+    told = self.write(tmp_path)
+    cams = make(**told)
+    np.testing.assert_array_equal(cams.size, [[200, 100]] * 2)
+    focal = 1 / np.asarray(cams.pixtocam)[:, [0, 1], [0, 1]]
+    np.testing.assert_allclose(focal, [[50, 50], [50 * 3**0.5, 50 * 3**0.5]], rtol=1e-5)
+    np.testing.assert_allclose(cams.camtoworld[:, :, 3], [[1, 2, 3]] * 2)
+    assert trajectory.frames_per_second(configs.Config(**told)) == 24
+
+  def test_settings_count_on_top(self, tmp_path):
+    told = self.write(tmp_path)
+    cams = make(**told, render_resolution=(80, 40))
+    np.testing.assert_allclose(1 / np.asarray(cams.pixtocam)[:, 1, 1], [20, 20 * 3**0.5], rtol=1e-5)
+    cams = make(**told, render_focal=33.0)
+    np.testing.assert_allclose(1 / np.asarray(cams.pixtocam)[:, 1, 1], 33, rtol=1e-5)
+
+  def test_panoramas(self, tmp_path):
+    cams = make(**self.write(tmp_path, camera_type='equirectangular'))
+    assert cams.lenses == (structs.PANORAMA,)
+    np.testing.assert_allclose(cams.camtoworld[0, :, :3], np.eye(3))  # As the file has them.
 
 
 class TestLens:
@@ -129,8 +217,36 @@ class TestLens:
     np.testing.assert_allclose([k[0, 0], k[1, 1]], 77, rtol=1e-6)
 
   def test_fisheye(self):
-    cams = make(render_camtype='fisheye')
+    cams = make(render_camtype='fisheye', render_path_frames=2)
     assert cams.lenses == (structs.FISHEYE,)
+    pose = np.asarray(cams.camtoworld, np.float64)[0]
+    # The last row looks straight down but for half a pixel of 180 / 40 degrees, the middle ahead.
+    x, y = jnp.array([29, 29]), jnp.array([39, 19])
+    rays = cameras.pixels_to_rays(cams, jnp.zeros_like(x), x, y)
+    aside, half = np.array([-0.5, -0.5]), np.pi / 40
+    for ray, down in zip(np.asarray(rays.viewdirs), (19.5, -0.5)):
+      offset = half * np.array([aside[0], down])
+      angle = np.linalg.norm(offset)
+      right, below = np.sin(angle) * offset / angle
+      wanted = pose[:, :3] @ [right, -below, -np.cos(angle)]
+      np.testing.assert_allclose(ray, wanted, atol=1e-5)
+    assert camtopix(make(render_camtype='fisheye', render_focal=9.0))[0, 0] == pytest.approx(9)
+
+  def test_a_fisheye_of_the_capture_stays_as_it_is(self):
+    cams = make(make_scene(lens=structs.FISHEYE), render_path_frames=2)
+    np.testing.assert_allclose(camtopix(cams)[0, 0], 50, rtol=1e-5)
+
+  def test_a_panorama_is_level(self):
+    scene = make_scene()
+    up = orbits.mean_up(np.asarray(scene.cameras.camtoworld, np.float64)[1:])
+    cams = make(scene, render_camtype='panorama', render_path_frames=3, z_variation=1.0)
+    np.testing.assert_allclose(cams.camtoworld[:, :, 1], np.tile(up, (3, 1)), atol=1e-6)
+    # Its middle looks where the camera looks, as seen from above; the first column back.
+    flat = make(scene, render_path_frames=3, z_variation=1.0).camtoworld[1, :, 2]
+    flat = flat - (flat @ up) * up
+    rays = cameras.pixels_to_rays(cams, jnp.ones(2, int), jnp.array([40, 0]), jnp.array([20, 20]))
+    cosines = np.asarray(rays.viewdirs) @ flat / np.linalg.norm(flat)
+    np.testing.assert_allclose(cosines, [-1, 1], atol=0.01)
 
   def test_a_panorama_sees_all_around(self):
     cams = make(render_camtype='panorama', render_path_frames=2)

@@ -13,6 +13,7 @@ import os
 from internal.colmap import binary, text
 from internal.colmap.model import (
   CAMERA_MODELS,
+  LAYOUTS,
   MAX_SIDE,
   REDO,
   Camera,
@@ -29,6 +30,7 @@ from internal.colmap.model import (
 
 __all__ = [
   'CAMERA_MODELS',
+  'LAYOUTS',
   'MAX_SIDE',
   'Camera',
   'Image',

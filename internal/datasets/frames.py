@@ -80,11 +80,9 @@ def checked_poses(data_dir: str, frames: Sequence[Frame]) -> np.ndarray:
   Raises:
     DataError: a pose scales or mirrors, or is impossibly far away.
   """
-  for frame in frames:
-    rotation = frame.pose[:, :3]
-    with np.errstate(all='ignore'):
-      skew = np.abs(rotation.T @ rotation - np.eye(3)).max()
-    if not (skew < 0.01 and np.linalg.det(rotation) > 0):
+  poses = np.stack([frame.pose for frame in frames])
+  for frame, rigid in zip(frames, paths.are_rigid(poses)):
+    if not rigid:
       raise images.DataError(
         f'{data_dir}: the pose of {frame.name!r} is no rotation (it scales, shears or mirrors). '
         'Export the poses again, with all scales applied.'
@@ -94,7 +92,7 @@ def checked_poses(data_dir: str, frames: Sequence[Frame]) -> np.ndarray:
         f'{data_dir}: {frame.name!r} was taken at {frame.pose[:, 3].tolist()}, which cannot be. '
         'Export the poses again.'
       )
-  return np.stack([frame.pose for frame in frames])
+  return poses
 
 
 def world_as_is(data_dir: str, frames: Sequence[Frame]) -> World:

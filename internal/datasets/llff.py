@@ -88,8 +88,7 @@ def find_model(data_dir: str) -> str:
       )
   raise colmap.ModelNotFoundError(
     f'No sparse model (cameras and images, .bin or .txt) in {data_dir!r}: looked in '
-    f'{", ".join(MODEL_FOLDERS)}. Make one with `colmap automatic_reconstructor --workspace_path '
-    f'{data_dir} --image_path {os.path.join(data_dir, "images")}`.'
+    f'{", ".join(MODEL_FOLDERS)}. Make one with `python scripts/poses.py PHOTOS {data_dir}`.'
   )
 
 

@@ -1,0 +1,50 @@
+"""The capture's sparse points as a run keeps them: for pictures, not for training."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from internal import colmap, configs, files
+from internal.datasets import llff, scene
+
+FILE = 'points.npy'  # [m, 6] float32: position in the normalised world, colour 0 to 255.
+_MOST = 50_000
+
+
+def save(checkpoint_dir: str, config: configs.Config, capture: scene.Scene) -> None:
+  """Writes the points of a COLMAP-posed capture into the run's folder; others have none."""
+  if capture.loader != 'llff':
+    return
+  try:
+    points = colmap.read_model(llff.find_model(config.data_dir or '')).points
+  except (colmap.ModelError, colmap.ModelNotFoundError):
+    return  # Poses may come from elsewhere (poses_bounds.npy).
+  transform = capture.world_transform
+  xyz = points.xyz @ transform[:3, :3].T + transform[:3, 3]
+  rows = np.flatnonzero((np.abs(xyz) < 1e6).all(-1))
+  if not len(rows):
+    return
+  if len(rows) > _MOST:
+    rows = np.random.default_rng(0).choice(rows, _MOST, replace=False)
+  table = np.concatenate([xyz, points.rgb], -1)[rows].astype(np.float32)
+  with files.whole(os.path.join(checkpoint_dir, FILE)) as path:
+    np.save(path, table)
+
+
+def load(checkpoint_dir: str) -> tuple[np.ndarray, np.ndarray] | None:
+  """Positions [m, 3] in the normalised world and colours, uint8 [m, 3]; None if there are none.
+
+  A file that is damaged counts as none: it is for pictures alone.
+  """
+  path = os.path.join(checkpoint_dir, FILE)
+  if not os.path.isfile(path):
+    return None
+  try:
+    table = files.read_array(path)
+  except ValueError:
+    return None
+  if table.ndim != 2 or table.shape[1] != 6 or not np.isfinite(table).all():
+    return None
+  return table[:, :3], np.clip(table[:, 3:], 0, 255).astype(np.uint8)

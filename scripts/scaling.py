@@ -1,0 +1,370 @@
+"""How training, rendering and whole datasets gain from more devices of one machine.
+
+    python scripts/scaling.py --out runs/scaling                       # all of its devices
+    python scripts/scaling.py --out runs/scaling --devices 1 2 --only rates \\
+        --gin_configs configs/360.gin --batches 16384
+
+Rates are of synthetic rays: batches of one size on 1, 2, 4, ... devices, and the smallest batch
+grown with them; with the time that a trace shows in collectives, and memory. Then the loss of the
+first steps on one device and on all, how long train.py takes to its first step, and
+run_dataset.py on as many short scenes as devices. OUT/scaling.json has what is done so far,
+OUT/scaling.md the tables, OUT/scaling.svg a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import gc
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from internal import benchmarks, charts, cli, configs, files, profiling, progress, sharding
+from internal import train_step as train_step_lib
+from scripts import benchmark, benchmark_tables
+from scripts import benchmark_programs as programs
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PARTS = ('rates', 'losses', 'start', 'dataset')
+_CONFIGS = ('configs/360.gin', 'configs/360_grid.gin')
+_COLLECTIVE = re.compile(
+  r'nccl|all.?reduce|all.?gather|reduce.?scatter|collective|psum|pmean', re.IGNORECASE
+)  # Of kernels on GPUs, and of operations, which name them on CPUs.
+_TRACED_STEPS = 5
+
+
+class ScalingError(ValueError):
+  """What cannot be measured; the message says what to change."""
+
+
+def points(batches: Sequence[int], devices: Sequence[int]) -> list[tuple[int, int]]:
+  """(rays, devices) of all rows: each batch on all counts, and the smallest grown with them."""
+  grown = [(min(batches) * n, n) for n in devices]
+  return sorted({(batch, n) for batch in batches for n in devices} | set(grown))
+
+
+def at(settings: configs.Settings, batch: int) -> configs.Settings:
+  """The settings with so many rays a step and a chunk."""
+  return benchmark.change(settings, 'config', batch_size=batch, render_chunk_size=batch)
+
+
+def collective_ms(program: programs.Program) -> float:
+  """Milliseconds a step in which a device is in a collective, waiting for others included."""
+  with tempfile.TemporaryDirectory() as folder:
+    with profiling.trace(folder):
+      for _ in range(_TRACED_STEPS):
+        last = program.call()
+      jax.block_until_ready(last)
+    found = profiling.kernels(folder, _TRACED_STEPS)
+  return sum(kernel.ms for kernel in found if _COLLECTIVE.search(kernel.name))
+
+
+def rates(settings: configs.Settings, args: argparse.Namespace) -> list[dict]:
+  """Rows of training and rendering; programs are compiled side by side and run one by one."""
+  cams, store = programs.synthetic()
+  rows = []
+  for kind in ('train', 'render'):
+
+    def make(point, kind=kind):
+      batch, n = point
+      mesh = sharding.make_mesh(jax.devices()[:n])
+      if kind == 'render':
+        return programs.render_program(at(settings, batch), mesh, cams)
+      pixels = sharding.replicate(store, mesh)
+      return programs.train_program(at(settings, batch), mesh, cams, pixels)
+
+    todo = points(args.batches, args.devices)
+    with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
+      waiting = {point: pool.submit(make, point) for point in todo}
+      concurrent.futures.wait(waiting.values())
+    for batch, n in todo:
+      row = {'kind': kind, 'batch': batch, 'devices': n}
+      name = f'{kind}, {batch:,} rays on {n}'
+      program = waiting.pop((batch, n))
+      row |= benchmark.attempt(name, lambda made=program: measure(made.result(), args))
+      rows.append(row)
+      if 'ms' in row:
+        progress.say(
+          f'{name}: {row["ms"]:.2f} ms, {row["rays_per_second"]:,.0f} rays/s, '
+          f'{row["collective_ms"]:.2f} ms in collectives'
+        )
+      del program  # And with it its parameters.
+      gc.collect()
+  return rows
+
+
+def measure(program: programs.Program, args: argparse.Namespace) -> dict:
+  timed = profiling.time_groups(program.call, args.seconds)
+  return {
+    **program.facts,
+    **timed,
+    'rays_per_second': program.rays / timed['ms'] * 1e3,
+    'collective_ms': collective_ms(program),
+    'peak_bytes': profiling.peak_bytes(jax.devices()),
+  }
+
+
+def add_speedups(rows: Sequence[dict], base: int) -> None:
+  """To each row its rate over that of one device: of the same batch, and of `base` rays."""
+  alone = {(r['kind'], r['batch']): r.get('rays_per_second') for r in rows if r['devices'] == 1}
+  for row in rows:
+    for key, batch in (('speedup', row['batch']), ('growing_speedup', base)):
+      one = alone.get((row['kind'], batch))
+      if key == 'growing_speedup' and row['batch'] != base * row['devices']:
+        continue
+      if one and 'rays_per_second' in row:
+        row[key] = row['rays_per_second'] / one
+
+
+def losses(settings: configs.Settings, args: argparse.Namespace) -> dict:
+  """The loss of the first steps on one device and on all, and how far they are apart."""
+  cams, store = programs.synthetic()
+  settings = at(settings, min(args.batches))
+  curves = {}
+  for n in (1, max(args.devices)):
+    mesh = sharding.make_mesh(jax.devices()[:n])
+    step_fn = train_step_lib.make_train_step(settings, mesh)
+    state = sharding.replicate(train_step_lib.create_state(settings), mesh)
+    table, pixels = sharding.replicate(cams, mesh), sharding.replicate(store, mesh)
+    seen = []
+    for _ in range(args.steps):
+      state, stats = step_fn(state, table, pixels)
+      seen.append(stats['loss'])
+    curves[n] = np.array(jax.device_get(seen), np.float64)
+    del state
+    gc.collect()
+  one, many = curves[1], curves[max(args.devices)]
+  apart = np.abs(many - one) / np.abs(one)
+  told = {'one': one.tolist(), 'all': many.tolist()}
+  progress.say(f'loss on {max(args.devices)} devices: off by {apart.max():.2e} of it at most')
+  return {**told, 'largest_difference': float(apart.max()), 'mean_difference': float(apart.mean())}
+
+
+def make_scenes(folder: str, count: int) -> list[str]:
+  """As many scenes as that, of one small capture, under names of the 360 dataset."""
+  capture = os.path.join(folder, 'capture')
+  script = ROOT / 'scripts' / 'make_demo_scene.py'
+  subprocess.run([sys.executable, script, capture, '--images', '32'], check=True)
+  names = list(benchmarks.load('360').scenes)
+  if count > len(names):
+    raise ScalingError(f'--devices {count}: there are {len(names)} scenes; leave out dataset.')
+  for name in names[:count]:
+    if not os.path.lexists(os.path.join(folder, name)):
+      os.symlink(capture, os.path.join(folder, name))
+  return names[:count]
+
+
+def start_seconds(gin: str, capture: str, args: argparse.Namespace) -> dict[str, float]:
+  """From the command to the end of train.py's first step, compiling and when it is kept."""
+  took, count = {}, args.devices[-1]
+  with tempfile.TemporaryDirectory() as folder:
+    env = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': os.path.join(folder, 'cache')}
+    env |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1', **visible(args.platform, count)}
+    for name in ('first', 'second'):
+      run = os.path.join(folder, name)
+      bindings = [
+        *args.gin_bindings,
+        f'Config.data_dir = {capture!r}',
+        f'Config.checkpoint_dir = {run!r}',
+      ]
+      bindings += ['Config.factor = 0', 'Config.max_steps = 1', 'Config.train_render_every = 0']
+      command = [sys.executable, str(ROOT / 'train.py'), '--gin_configs', gin]
+      began = time.monotonic()
+      process = subprocess.Popen(
+        [*command, '--gin_bindings', *bindings], env=env, text=True, stdout=subprocess.PIPE
+      )
+      said = []
+      for line in process.stdout:
+        said.append(line)
+        if line.startswith('first step'):
+          took[name] = time.monotonic() - began
+      if process.wait():
+        raise ScalingError(f'train.py on {count} devices failed: {"".join(said[-3:])}')
+  first, second = took['first'], took['second']
+  progress.say(f'first step on {count} devices: after {first:.1f} s, then {second:.1f} s')
+  return took
+
+
+def probe() -> tuple[str, str, int]:
+  """Platform, kind and number of the devices, asked of a process that lets go of them again."""
+  code = 'import jax; d = jax.devices(); print(d[0].platform, len(d), d[0].device_kind)'
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  platform, count, kind = done.stdout.split(maxsplit=2)
+  return platform, kind.strip(), int(count)
+
+
+def visible(platform: str, count: int) -> dict[str, str]:
+  """What lets a program see so many devices: GPUs of this machine, or virtual ones of its CPU."""
+  if platform == 'gpu':
+    return {'CUDA_VISIBLE_DEVICES': ','.join(map(str, range(count)))}
+  return {'XLA_FLAGS': f'--xla_force_host_platform_device_count={count}'}
+
+
+def dataset_seconds(gin: str, folder: str, names: Sequence[str], args: argparse.Namespace) -> float:
+  """How long run_dataset.py takes for these scenes, a device for each, all compiled anew."""
+  with tempfile.TemporaryDirectory() as out:
+    env = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': os.path.join(out, 'cache')}
+    env |= visible(args.platform, len(names))
+    command = [
+      sys.executable, str(ROOT / 'scripts' / 'run_dataset.py'), '--dataset', '360', '--unchecked',
+      '--root', folder, '--out', os.path.join(out, 'runs'), '--scenes', *names,
+      '--gin_configs', gin, '--gin_bindings', *args.gin_bindings,
+      'Config.factor = 0', f'Config.max_steps = {args.scene_steps}',
+      'Config.train_render_every = 0', 'Config.eval_report = False',
+    ]  # fmt: skip
+    began = time.monotonic()
+    subprocess.run(command, env=env, check=True)
+    return time.monotonic() - began
+
+
+def markdown(results: Mapping) -> str:
+  """All that was measured, as tables."""
+  parts = []
+  for gin, found in results['configs'].items():
+    parts.append(f'## {gin}\n')
+    if 'rates' in found:
+      heads = ['', 'rays', 'devices', 'ms', 'rays/s', 'to one, same batch', 'to one, grown']
+      heads += ['ms in collectives', 'temporary GiB']
+      forms = {
+        'batch': '{:,}', 'devices': '{}', 'ms': '{:.2f}', 'rays_per_second': '{:,.0f}',
+        'speedup': '{:.2f}', 'growing_speedup': '{:.2f}', 'collective_ms': '{:.2f}',
+        'temp_bytes': '{:.2f}',
+      }  # fmt: skip
+      cell = benchmark_tables.cell
+      rows = [[r['kind'], *(cell(r, k, form) for k, form in forms.items())] for r in found['rates']]
+      parts.append(benchmark_tables.markdown(heads, rows) + '\n')
+    if 'losses' in found:
+      told = found['losses']
+      parts.append(
+        f'Loss of the first {len(told["one"])} steps on all devices and on one: apart by '
+        f'{told["mean_difference"]:.1e} of it in the mean, {told["largest_difference"]:.1e} at '
+        'most.\n'
+      )
+    for count, took in found.get('start', {}).items():
+      told = f'First step on {count} devices after {took["first"]:.1f} s, the second time after'
+      parts.append(f'{told} {took["second"]:.1f} s.\n')
+    if 'dataset' in found:
+      told = found['dataset']
+      parts.append(
+        f'{told["scenes"]} scenes on as many devices: {told["seconds"]:.0f} s; one scene on one: '
+        f'{told["one_seconds"]:.0f} s ({told["one_seconds"] / told["seconds"]:.2f} of linear).\n'
+      )
+  return '\n'.join(parts)
+
+
+def picture(results: Mapping) -> str:
+  """Speed-ups over devices as SVG; '' where there are none."""
+  series = [charts.Series('linear', [(n, float(n)) for n in results['devices']])]
+  for gin, found in results['configs'].items():
+    for kind in ('train', 'render'):
+      rows = [r for r in found.get('rates', ()) if r['kind'] == kind and 'growing_speedup' in r]
+      name = f'{os.path.basename(gin)}, {"training" if kind == "train" else "rendering"}'
+      series.append(charts.Series(name, [(r['devices'], r['growing_speedup']) for r in rows]))
+  drawn = [s for s in series[1:] if s.points]
+  return charts.standalone([series[0], *drawn], 'times one device') if drawn else ''
+
+
+class Results:
+  """What was measured so far, kept on disk after each piece."""
+
+  def __init__(self, args: argparse.Namespace):
+    self.folder = args.out
+    self.found = {
+      'jax': jax.__version__,
+      'device_kind': args.kind,
+      'devices': args.devices,
+      'configs': {},
+    }
+
+  def keep(self, gin: str, part: str, value) -> None:
+    self.found['configs'].setdefault(gin, {})[part] = value
+    texts = {
+      'json': json.dumps(self.found, indent=2),
+      'md': markdown(self.found),
+      'svg': picture(self.found),
+    }
+    for ending, text in texts.items():
+      with files.whole(os.path.join(self.folder, f'scaling.{ending}')) as path:
+        pathlib.Path(path).write_text(text)
+
+
+def parse(argv=None) -> argparse.Namespace:
+  parser = cli.make_parser(__doc__)
+  cli.add_arguments(parser)
+  parser.add_argument('--out', required=True, metavar='DIR', help='where the results go')
+  parser.add_argument(
+    '--devices', type=int, nargs='+', metavar='N', help='default: 1, 2, 4, ... up to all'
+  )
+  parser.add_argument(
+    '--batches', type=int, nargs='+', default=[16384, 131072], metavar='RAYS',
+    help='of a step and a rendered chunk; the smallest also grows with the devices',
+  )  # fmt: skip
+  parser.add_argument('--only', nargs='+', choices=PARTS, default=PARTS, help='these parts')
+  parser.add_argument('--seconds', type=float, default=3.0, help='to time each program for')
+  parser.add_argument('--steps', type=int, default=100, help='of the losses that are compared')
+  parser.add_argument('--scene_steps', type=int, default=1000, help="of the dataset's scenes")
+  parser.add_argument('--threads', type=int, default=4, help='programs compiled at a time')
+  args = parser.parse_args(argv)
+  args.gin_configs = args.gin_configs or [str(ROOT / name) for name in _CONFIGS]
+  args.platform, args.kind, count = probe()
+  args.devices = sorted(args.devices or {2**k for k in range(count.bit_length())} | {count})
+  if not 1 <= args.devices[0] <= args.devices[-1] <= count:
+    raise ScalingError(f'--devices {args.devices}: there are {count}.')
+  for batch in args.batches:
+    if batch % np.lcm.reduce(args.devices):
+      raise ScalingError(f'--batches {batch}: must be a multiple of each of --devices.')
+  return args
+
+
+def measure_inside(gin: str, args: argparse.Namespace, keep: Callable) -> None:
+  """The parts that this process does itself."""
+  settings = configs.load_config([gin], args.gin_bindings)
+  if 'rates' in args.only:
+    rows = rates(settings, args)
+    add_speedups(rows, min(args.batches))
+    keep('rates', rows)
+  if 'losses' in args.only:
+    keep('losses', losses(settings, args))
+
+
+def measure_programs(gin: str, args: argparse.Namespace, keep: Callable) -> None:
+  """The parts that are programs of their own, which want the devices for themselves."""
+  if not {'start', 'dataset'} & set(args.only):
+    return
+  most = args.devices[-1]
+  folder = os.path.join(os.path.abspath(args.out), 'scenes')
+  names = make_scenes(folder, most)
+  if 'start' in args.only:
+    keep('start', {most: start_seconds(gin, os.path.join(folder, 'capture'), args)})
+  if 'dataset' in args.only:
+    one = dataset_seconds(gin, folder, names[:1], args)
+    many = dataset_seconds(gin, folder, names, args)
+    keep('dataset', {'scenes': most, 'one_seconds': one, 'seconds': many})
+
+
+def main(argv=None) -> None:
+  args = parse(argv)
+  results = Results(args)
+  for measure_parts in (measure_programs, measure_inside):  # JAX keeps devices once it has them.
+    for gin in args.gin_configs:
+      progress.say(f'== {gin}')
+      measure_parts(gin, args, lambda part, value, gin=gin: results.keep(gin, part, value))
+  print(markdown(results.found))
+  progress.summary(
+    {ending: os.path.join(args.out, f'scaling.{ending}') for ending in ('json', 'md', 'svg')}
+  )
+
+
+if __name__ == '__main__':
+  cli.run(main)

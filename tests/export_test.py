@@ -1,0 +1,249 @@
+"""Exports of a world that is known: a ball before the cameras, in a capture's own frame."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import trajectory_test
+import trimesh
+
+from internal import (
+  checkpoints,
+  coord,
+  evaluation,
+  export,
+  export_mesh,
+  models,
+  paths,
+  structs,
+  surface_points,
+)
+from internal.datasets import transforms
+
+RADIUS = 0.4
+
+
+def make_scene():
+  """Cameras on the unit circle; the capture's own frame is turned, moved and twice as large."""
+  transform = np.eye(4)
+  transform[:3] = [[0, -0.5, 0, 1], [0.5, 0, 0, 2], [0, 0, 0.5, 3]]
+  return dataclasses.replace(trajectory_test.make_scene(12), world_transform=transform)
+
+
+def render_ball(params, cams, k, fraction):
+  """What a renderer gives of an opaque ball about the origin, coloured by position."""
+  origins, directions = (a.astype(np.float64) for a in surface_points.pixel_rays(cams, k))
+  a, b = (directions**2).sum(-1), (origins * directions).sum(-1)
+  root = b**2 - a * ((origins**2).sum(-1) - RADIUS**2)
+  hit = root > 0
+  t = np.where(hit, (-b - np.sqrt(np.maximum(root, 0))) / a, 1e3)
+  return {
+    'rgb': np.where(hit[..., None], 0.5 + (origins + directions * t[..., None]), 1).clip(0, 1),
+    'acc': hit.astype(np.float32),
+    'distance_median': t,
+    'distance_percentiles': t[..., None] * [0.99, 1, 1.01],
+  }
+
+
+@pytest.fixture(scope='module')
+def scene():
+  return make_scene()
+
+
+@pytest.fixture(scope='module')
+def views(scene):
+  return export.render_views(render_ball, None, export.pinhole_views(scene, 11, 120), 1.0)
+
+
+CUBE = np.array([[-2.0] * 3, [2.0] * 3])
+
+
+def test_points_lie_on_the_ball_and_have_its_colours(views):
+  xyz, rgb = export.point_cloud(views, CUBE, 10_000)
+  assert len(xyz) == 10_000
+  np.testing.assert_allclose(np.linalg.norm(xyz, axis=-1), RADIUS, atol=1e-5)
+  np.testing.assert_allclose(rgb, 255 * (0.5 + xyz), atol=1.0)
+  octants = np.unique((xyz > 0) @ [1, 2, 4])
+  assert len(octants) == 8
+  half = np.array([[0.0, -1, -1], [1, 1, 1]])
+  assert (export.point_cloud(views, half, 100)[0][:, 0] >= 0).all()
+
+
+def test_points_that_float_are_left_out(views):
+  # Two views from one place see a wall right before them, which all others see through.
+  flat = np.full((80, 120), 0.3)
+  wall = {**views.images[0], 'distance_median': flat, 'acc': np.ones((80, 120))}
+  wall['distance_percentiles'] = flat[..., None] * np.ones(3)
+  twice = export.Views(views.cams.take(np.array([0, *range(11)])), [wall, wall, *views.images[1:]])
+  assert (export.support(np.array([[0.45, 0.45, 0.08]]), twice).through > 2).all()
+  xyz, _ = export.point_cloud(twice, CUBE, 10**6)
+  assert len(xyz) > 1000
+  np.testing.assert_allclose(np.linalg.norm(xyz, axis=-1), RADIUS, atol=1e-5)
+
+
+def test_fog_gives_no_points(views):
+  fog = [
+    {**v, 'distance_percentiles': v['distance_percentiles'] * [0.5, 1, 2]} for v in views.images
+  ]
+  with pytest.raises(export.ExportError, match='No view shows a surface within the box'):
+    export.point_cloud(dataclasses.replace(views, images=fog), CUBE, 100)
+
+
+def ball_field(params, z, width):
+  """Density of the ball in contracted space, smooth over its edge."""
+  x = np.asarray(coord.inv_contract(jnp.asarray(z, jnp.float32)))
+  return 50 + 500 * (RADIUS - np.linalg.norm(x, axis=-1))
+
+
+def extract(views, box=CUBE, level=50.0):
+  space = coord.contract, coord.inv_contract
+  return export_mesh.extract(ball_field, None, space, box, 64, views, level)
+
+
+def test_mesh_is_the_ball_seen_from_outside(views):
+  mesh = extract(views)
+  distance = np.linalg.norm(mesh.vertices, axis=-1)
+  np.testing.assert_allclose(distance, RADIUS, atol=0.005)
+  shape = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
+  outward = (shape.face_normals * shape.triangles_center).sum(-1)
+  assert np.mean(outward > 0) > 0.999  # Anticlockwise, from outside.
+  assert shape.area > 0.75 * 4 * np.pi * RADIUS**2  # All but the poles, which no camera sees.
+  np.testing.assert_allclose(mesh.colors, 255 * (0.5 + mesh.vertices), atol=12)
+
+
+def test_mesh_is_cropped_by_the_box(views):
+  box = np.array([[-1.0, -1, 0.1], [1, 1, 1]])
+  assert extract(views, box).vertices[:, 2].min() >= 0.1
+
+
+def test_what_no_view_sees_is_no_mesh(views):
+  blind = [{**image, 'acc': 0 * image['acc']} for image in views.images]
+  with pytest.raises(export.ExportError, match=r'density 50 in the box'):
+    extract(dataclasses.replace(views, images=blind))
+  with pytest.raises(export.ExportError, match=r'density 1e\+06 in the box'):
+    extract(views, level=1e6)
+
+
+def test_files_come_back_in_the_captures_frame(scene, views, tmp_path):
+  mesh = extract(views)
+  vertices = export.to_capture(scene, mesh.vertices)
+  np.testing.assert_allclose(vertices.mean(0), [-4, 2, -6], atol=0.02)  # Where (0, 0, 0) was.
+  np.testing.assert_allclose(np.linalg.norm(vertices - [-4, 2, -6], axis=-1), 2 * RADIUS, atol=0.02)
+  up = np.array([0.6, 0, 0.8])
+  for name, faces in (('mesh', mesh.faces), ('points', None)):
+    for ending in ('ply', 'glb'):
+      export_mesh.write(str(tmp_path / f'{name}.{ending}'), vertices, mesh.colors, faces, up)
+    plain = trimesh.load(tmp_path / f'{name}.ply', process=False)
+    np.testing.assert_allclose(plain.vertices, vertices, rtol=1e-5)
+    place = trimesh.load(tmp_path / f'{name}.glb', process=False)
+    (shape,) = place.geometry.values()
+    np.testing.assert_allclose(shape.vertices, vertices, rtol=1e-5)
+    turn, _ = place.graph[place.graph.nodes_geometry[0]]
+    np.testing.assert_allclose(turn[:3, :3] @ up, [0, 1, 0], atol=1e-6)
+    np.testing.assert_allclose(turn[:3, :3] @ turn[:3, :3].T, np.eye(3), atol=1e-6)
+    assert np.linalg.det(turn) > 0
+  np.testing.assert_array_equal(
+    trimesh.load(tmp_path / 'mesh.ply', process=False).visual.vertex_colors[:, :3], mesh.colors
+  )
+  np.testing.assert_array_equal(export_mesh._linear(np.array([0, 188, 255])), [0, 128, 255])
+
+
+def test_a_picture_of_the_loaded_mesh_is_that_of_the_ball(scene, views, tmp_path):
+  mesh = extract(views)
+  path = str(tmp_path / 'mesh.ply')
+  export_mesh.write(path, export.to_capture(scene, mesh.vertices), mesh.colors, mesh.faces)
+  shape = trimesh.load(path, process=False)
+  inverse = np.linalg.inv(scene.world_transform)
+  pose = paths.transform_poses(inverse, np.asarray(views.cams.camtoworld, np.float64))[4]
+  # Many points of the surface, the nearest of each pixel: a rasteriser.
+  dots, of = trimesh.sample.sample_surface(shape, 400_000, seed=0)
+  colors = shape.visual.vertex_colors[shape.faces[of, 0], :3]
+  x, y, back = ((dots - pose[:, 3]) @ pose[:, :3]).T
+  focal = 1 / views.cams.pixtocam[4, 0, 0]
+  u, v = (60 - focal * x / back).astype(int), (40 + focal * y / back).astype(int)
+  order = np.argsort(back)
+  order = order[((u >= 0) & (u < 120) & (v >= 0) & (v < 80))[order]]
+  picture = np.full((80, 120, 3), 255.0)
+  picture[v[order], u[order]] = colors[order]
+  truth = 255 * views.images[4]['rgb']
+  assert np.mean(np.abs(picture - truth).max(-1) > 25) < 0.03
+  assert (picture[40, 60] < 250).any()
+
+
+def test_depth_folder_is_read_as_a_capture(scene, views, tmp_path):
+  export.write_depth_folder(str(tmp_path), scene, views)
+  table = transforms.read_table(str(tmp_path / 'transforms.json'))
+  frames = transforms.read_frames(str(tmp_path), str(tmp_path / 'transforms.json'), table)
+  assert len(frames) == len(views.images)
+  k = frames[3].intrinsics
+  depth = np.load(tmp_path / table['frames'][3]['depth_file_path'])
+  assert depth.shape == (80, 120)
+  seen = np.argwhere(depth > 0)
+  assert 0 < len(seen) < depth.size
+  z = depth[depth > 0] * table['depth_unit_scale_factor']
+  at = np.stack([(seen[:, 1] + 0.5 - k.cx) / k.fx * z, -(seen[:, 0] + 0.5 - k.cy) / k.fy * z, -z])
+  xyz = (frames[3].pose[:, :3] @ at).T + frames[3].pose[:, 3]
+  np.testing.assert_allclose(np.linalg.norm(xyz - [-4, 2, -6], axis=-1), 2 * RADIUS, atol=1e-3)
+
+
+@pytest.mark.parametrize('more', [(), ('Model.num_multisamples = 6',)])
+def test_the_field_is_the_models(more, monkeypatch):
+  monkeypatch.setattr(export_mesh, '_CHUNK', 4)  # Several, the last one partly filled.
+  settings = tiny.settings('NerfMLP.max_deg_point = 4', *more)
+  model = models.build(settings)
+  params = models.init_params(model, jax.random.PRNGKey(0))
+  field = export_mesh.make_field(settings)
+  x = np.random.default_rng(0).normal(size=(9, 3)) * 2
+  z = np.asarray(coord.contract(jnp.asarray(x, jnp.float32)))
+  density = field(params, z, 1e-6)
+  # Thin intervals of a ray through the points, moved onto them.
+  ray = structs.Rays(jnp.zeros((9, 3)), jnp.tile(jnp.array([0, 0, -1.0]), (9, 1)),
+                     jnp.tile(jnp.array([0, 0, -1.0]), (9, 1)), jnp.full((9, 1), 1e-6),
+                     jnp.zeros(9, jnp.int32))  # fmt: skip
+  tdist = jnp.tile(jnp.array([1.0, 1.0001]), (9, 1))
+  shift = jnp.asarray(x - [0, 0, -1.0], jnp.float32)[:, None]
+  wanted = model.apply({'params': params}, ray, tdist, shift, method='last_density')[:, 0]
+  np.testing.assert_allclose(density, wanted, rtol=2e-3)
+  assert density.std() > 1e-4
+
+
+def test_other_warps_are_refused():
+  settings = tiny.settings("NerfMLP.warp_fn = 'donerf'")
+  with pytest.raises(export.ExportError, match=r"this run has 'donerf'.*--only points depth"):
+    export_mesh.make_field(settings)
+
+
+def test_forward_facing_runs_are_refused():
+  flat = trajectory_test.make_scene(pixtocam_ndc=np.eye(3))
+  with pytest.raises(export.ExportError, match='NDC'):
+    export.pinhole_views(flat, 3, 20)
+
+
+def test_the_program(scene, tmp_path, monkeypatch, capsys):
+  file = os.path.join(os.path.dirname(__file__), '..', 'scripts', 'export.py')
+  spec = importlib.util.spec_from_file_location('export_program', file)
+  program = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(program)
+  settings = tiny.settings()
+  monkeypatch.setattr(checkpoints, 'open_run', lambda _: (settings, scene))
+  monkeypatch.setattr(checkpoints, 'restore_params', lambda *_, **__: ({}, 5))
+  monkeypatch.setattr(evaluation, 'make_image_renderer', lambda *_: render_ball)
+  monkeypatch.setattr(export_mesh, 'make_field', lambda _: ball_field)
+  told = [str(tmp_path), '--views', '8', '--width', '60', '--resolution', '48']
+  # About the ball, which is at (-4, 2, -6) there and of radius 0.8.
+  box = ['--box_units', 'capture', '--box', '-6', '0', '-6', '-2', '4', '-4']
+  program.main([*told, *box])
+  assert 'mesh.glb' in capsys.readouterr().out
+  for name in ('mesh', 'points'):
+    vertices = trimesh.load(tmp_path / 'export' / f'{name}.ply', process=False).vertices
+    assert vertices[:, 2].min() >= -6.001
+    assert np.linalg.norm(vertices - [-4, 2, -6], axis=-1) == pytest.approx(0.8, abs=0.02)
+  assert len(json.loads((tmp_path / 'export/depth/transforms.json').read_text())['frames']) == 8
+  with pytest.raises(export.ExportError, match='X0 < X1'):
+    program.main([*told, '--box', '1', '0', '0', '0', '1', '1'])

@@ -1,0 +1,222 @@
+"""report.html: whole by itself, whatever names people choose, and alive in a browser."""
+
+import base64
+import dataclasses
+import html.parser
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import eval_render_test
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+import eval as eval_program
+from internal import benchmarks, configs, html_report, results
+
+scene = eval_render_test.scene
+NASTY = 'a<script>x()</script>&".png'
+
+
+class Elements(html.parser.HTMLParser):
+  """All elements of a page, with their attributes, and the text."""
+
+  def __init__(self, page):
+    super().__init__()
+    self.found, self.text = [], []
+    self.feed(page)
+
+  def handle_starttag(self, tag, attrs):
+    self.found.append((tag, dict(attrs)))
+
+  def handle_data(self, data):
+    self.text.append(data)
+
+  def all(self, tag, cls=None):
+    return [a for t, a in self.found if t == tag and cls in (None, *a.get('class', '').split())]
+
+
+@pytest.fixture
+def run(scene, tmp_path):
+  """A run that was evaluated: `run(**config)` returns the report's path and its elements."""
+
+  def make(names=None, metrics=(), **config):
+    config = configs.Config(**{'data_dir': str(tmp_path / 'data'), **config})
+    settings = dataclasses.replace(tiny.settings(), config=config, text='Config.far = 1 # <b>')
+    of = dataclasses.replace(scene, names=names or scene.names)
+    (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in metrics))
+    render = eval_render_test.fake_render
+    eval_program.evaluate(
+      settings, of, [0, 4], render, {'w': np.ones(5, np.float32)}, 70, str(tmp_path)
+    )
+    path = tmp_path / 'eval' / 'report.html'
+    return path, Elements(path.read_text())
+
+  return make
+
+
+def test_nothing_is_fetched_from_anywhere(run):
+  _, page = run()
+  addresses = [a[k] for _, a in page.found for k in ('src', 'href') if k in a]
+  assert len(addresses) == 2 * 6  # Truth, prediction, depth, error, opacity, normals.
+  assert all(address.startswith('data:image/webp;base64,') for address in addresses)
+  assert not page.all('link')
+  assert all('src' not in a for a in page.all('script'))
+  assert not re.search(r'@import|url\(|https?://', (''.join(page.text)))
+
+
+def test_the_worst_image_comes_first(run):
+  path, page = run()
+  per_image = results.read(str(path.parent / 'results.json'))['per_image']
+  order = [a['data-name'] for a in page.all('article')]
+  assert order == [r['name'] for r in sorted(per_image, key=lambda row: row['psnr'])]
+  assert len(set(order)) == 2
+
+
+def test_names_are_text_whatever_they_are(run):
+  _, page = run(names=(NASTY, 'b.png', 'c.png', 'd.png', 'e.png'))
+  assert NASTY in [a['data-name'] for a in page.all('article')]
+  assert len(page.all('script')) == 1
+  assert 'Config.far = 1 # <b>' in ''.join(page.text)
+
+
+def test_curves_of_what_was_logged(run):
+  _, page = run()
+  assert not page.all('svg')
+  rows = [
+    {
+      'step': k,
+      'psnr': 10.0 + k,
+      'loss': 1 / k,
+      'loss_data': 0.5 / k,
+      'rays_per_sec': 1e4,
+      'train_seconds': k,
+    }
+    for k in range(1, 9)
+  ]
+  _, page = run(metrics=[*rows, {'step': 8, 'test_psnr': 15.0, 'train_seconds': 8}])
+  assert len(page.all('svg')) == 2
+  assert len(page.all('polyline')) == 3
+  assert len(page.all('circle')) == 1
+  assert {'training rays', 'test images', 'sum', 'data'} <= set(page.text)
+  assert any('10,000 rays/s' in text for text in page.text)
+
+
+def test_without_pictures_it_says_so(run):
+  _, page = run(eval_save_output=False)
+  assert not page.all('img')
+  assert len(page.all('article')) == 2
+  assert any('2 of 2 test images are listed without pictures' in text for text in page.text)
+
+
+def picture_width(address):
+  with Image.open(io.BytesIO(base64.b64decode(address.partition(',')[2]))) as picture:
+    return picture.width
+
+
+@pytest.mark.parametrize(
+  ('budget', 'width', 'images'), [(10**6, 20, 2), (2000, 4, 2), (600, 4, 1), (10, 4, 0)]
+)
+def test_pictures_become_smaller_then_fewer(run, monkeypatch, budget, width, images):
+  monkeypatch.setattr(html_report, '_WIDTHS', (20, 4))
+  monkeypatch.setattr(html_report, '_PICTURE_BYTES', budget)
+  _, page = run()
+  shown = [picture_width(a['src']) for a in page.all('img')]
+  assert shown == [width] * (6 * images)
+  told = [t for t in page.text if f'{2 - images} of 2 test images are listed without' in t]
+  assert bool(told) == (images < 2)
+
+
+def test_videos_where_they_are_and_small_enough(run, tmp_path, monkeypatch):
+  (tmp_path / 'render').mkdir()
+  (tmp_path / 'render' / 'color.mp4').write_bytes(b'moving')
+  _, page = run()
+  assert [a['src'] for a in page.all('video')] == ['data:video/mp4;base64,bW92aW5n']
+  monkeypatch.setattr(html_report, '_VIDEO_BYTES', 3)
+  _, page = run()
+  assert not page.all('video')
+  assert any('color.mp4 is too large' in text for text in page.text)
+
+
+def test_published_numbers_stand_beside_ours_only_where_they_may(run, tmp_path):
+  path, page = run()
+  assert not any('published' in text for text in page.text)
+  found = results.read(str(path.parent / 'results.json'))
+  benchmark = benchmarks.load('360')
+  facts = benchmark.scenes['bonsai']
+  known = {**found, 'scene': 'bonsai'}
+  told = html_report._published(known, 'r.json')
+  assert 'differ in' in told['reason']
+  assert told['rows'] == []
+  width, height = (round(side) for side in facts.used_size)
+  fit = {**known, 'factor': facts.factor, 'num_images': facts.test, 'dataset_loader': 'llff'}
+  fit['image_sizes'] = {f'{width}x{height}': facts.test}
+  told = html_report._published(fit, 'r.json')
+  assert told['reason'] is None
+  ours = [row for row in told['rows'] if row[2]]
+  assert [row[0] for row in ours] == ['this run']
+  assert ours[0][1]['psnr'] == found['mean']['psnr']
+  theirs = benchmark.published[0]
+  assert told['rows'][0][:2] == (
+    theirs.method, {m: theirs.values[m].get('bonsai') for m in told['metrics']}
+  )  # fmt: skip
+
+
+_ACTS = """
+<script>
+const errors = [];
+addEventListener('error', e => errors.push(e.message));
+addEventListener('load', () => {
+  const names = () => [...document.querySelectorAll('article')].map(a => a.dataset.name);
+  const told = {before: names()};
+  const input = document.querySelector('.pair input'), over = document.querySelector('.over');
+  input.value = 80;
+  input.dispatchEvent(new Event('input'));
+  told.clip = getComputedStyle(over).clipPath;
+  const own = over.src, map = document.querySelector('.maps button');
+  map.click();
+  told.swapped = over.src === map.querySelector('img').src && over.src !== own;
+  map.click();
+  told.back = over.src === own;
+  document.getElementById('order').click();
+  told.best = names();
+  const key = document.getElementById('key');
+  key.value = 'name';
+  key.dispatchEvent(new Event('change'));
+  told.named = names();
+  told.loaded = [...document.images].every(i => i.complete && i.naturalWidth > 0);
+  told.wide = document.documentElement.scrollWidth > innerWidth;
+  told.errors = errors;
+  document.body.dataset.told = JSON.stringify(told);
+});
+</script>
+</head>"""
+
+
+@pytest.mark.parametrize('width', [1200, 500])
+def test_it_is_alive_in_a_browser(run, tmp_path, width):
+  browser = shutil.which('chromium') or shutil.which('google-chrome')
+  if not browser:
+    pytest.skip('no Chromium here: the page was not tried in a browser')
+  path, _ = run(names=(NASTY, 'b.png', 'c.png', 'd.png', 'e.png'))
+  acted = tmp_path / 'acted.html'
+  acted.write_text(path.read_text().replace('</head>', _ACTS))
+  done = subprocess.run(
+    [browser, '--headless=new', '--no-sandbox', '--disable-gpu', f'--window-size={width},900',
+     f'--user-data-dir={tmp_path}/profile', '--virtual-time-budget=4000', '--dump-dom',
+     f'file://{acted}'],
+    capture_output=True, text=True, check=True, timeout=100,
+  )  # fmt: skip
+  told = json.loads(Elements(done.stdout).all('body')[0]['data-told'])
+  assert told['errors'] == []
+  assert told['clip'] == 'inset(0px 0px 0px 80%)'
+  assert told['swapped']
+  assert told['back']
+  assert told['best'] == told['before'][::-1]
+  assert told['named'] == sorted(told['before'])[::-1]  # From Z, as the best were first.
+  assert told['loaded']
+  assert not told['wide']

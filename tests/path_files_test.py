@@ -1,0 +1,112 @@
+"""Camera paths from files: each form, and what damaged ones are answered with."""
+
+import json
+
+import captures
+import numpy as np
+import paths_test
+import pytest
+
+from internal import colmap, path_files, paths, structs
+
+
+def write(tmp_path, drop=(), frame=None, **more):
+  """A camera path of three frames as nerfstudio's viewer saves it; returns file and poses."""
+  poses = captures.circle_poses(3)
+  frames = [
+    {'camera_to_world': paths.pad_poses(p).ravel().tolist(), 'fov': 50.0 + i, 'aspect': 1.5}
+    for i, p in enumerate(poses)
+  ]
+  frames[1] |= frame or {}
+  table = {
+    'camera_type': 'perspective', 'render_width': 30, 'render_height': 20, 'fps': 24,
+    'seconds': 3, 'camera_path': frames, 'keyframes': [], **more,
+  }  # fmt: skip
+  path = tmp_path / 'camera_path.json'
+  path.write_text(json.dumps({k: v for k, v in table.items() if k not in drop}))
+  return str(path), poses
+
+
+def test_a_camera_path(tmp_path):
+  path, poses = write(tmp_path)
+  found = path_files.read(path)
+  np.testing.assert_allclose(found.poses, poses)
+  np.testing.assert_allclose(np.degrees(found.fov), [50, 51, 52])
+  assert (found.size, found.lens, found.fps) == ((30, 20), structs.PERSPECTIVE, 24)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'lens'), [('fisheye', structs.FISHEYE), ('equirectangular', structs.PANORAMA)]
+)
+def test_other_lenses(kind, lens, tmp_path):
+  found = path_files.read(write(tmp_path, camera_type=kind, drop=['fps'])[0])
+  assert found.lens == lens
+  assert (found.fov is None) == (lens == structs.PANORAMA)
+  assert found.fps is None
+
+
+def test_nerfstudios_own_world_is_left_again(tmp_path):
+  path, poses = write(tmp_path)
+  similarity = paths_test.similarity(1)
+  scale = np.cbrt(np.linalg.det(similarity[:3, :3]))
+  rigid = similarity[:3] / scale  # nerfstudio moves first and scales then.
+  (tmp_path / 'dataparser_transforms.json').write_text(
+    json.dumps({'transform': rigid.tolist(), 'scale': scale})
+  )
+  found = path_files.read(path).poses
+  np.testing.assert_allclose(paths_test.apply(similarity, found), poses, atol=1e-9)
+  paths_test.assert_are_poses(found)
+
+
+def test_a_colmap_model_gives_its_images_poses_by_name(tmp_path):
+  poses = captures.circle_poses(4)
+  model = captures.make_model(['d.png', 'a.png', 'c.png', 'b.png'], poses)
+  colmap.write_model(str(tmp_path), model)
+  np.testing.assert_allclose(path_files.read(str(tmp_path)).poses, poses[[1, 3, 2, 0]], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+  ('how', 'message'),
+  [
+    ({'drop': ['camera_path']}, "no list 'camera_path'"),
+    ({'camera_path': []}, "no list 'camera_path'"),
+    ({'camera_type': 'vr180_l'}, r"camera_type 'vr180_l' cannot be rendered.*equirectangular"),
+    ({'camera_type': ['fisheye']}, 'cannot be rendered'),
+    ({'drop': ['render_width']}, 'render_width must be a finite number'),
+    ({'render_height': 0}, 'must be pixels'),
+    ({'fps': -1}, 'fps must be in 0 to 1000, got -1'),
+    ({'frame': {'camera_to_world': [1, 2, 3]}}, r'camera_to_world of frame 1 must be 16 finite'),
+    ({'frame': {'camera_to_world': (2 * np.eye(4)).tolist()}}, 'pose 1 is no rotation'),
+    ({'frame': {'fov': 180}}, 'fov of frame 1 must be in 0 to 180 degrees, got 180'),
+    ({'frame': {'fov': 'wide'}}, "fov of frame 1 must be a finite number, got 'wide'"),
+  ],
+)
+def test_bad_camera_paths_are_named(how, message, tmp_path):
+  with pytest.raises(path_files.PathFileError, match=rf'camera_path\.json.*{message}'):
+    path_files.read(write(tmp_path, **how)[0])
+
+
+@pytest.mark.parametrize('text', ['{"half', '[1, 2]', '[' * 100_000, 'NaN'])
+def test_what_is_no_json_object(text, tmp_path):
+  (tmp_path / 'p.json').write_text(text)
+  with pytest.raises(path_files.PathFileError, match=r'p\.json: (is not valid|must be a) JSON'):
+    path_files.read(str(tmp_path / 'p.json'))
+
+
+def test_a_bad_account_of_nerfstudios_world(tmp_path):
+  path, _ = write(tmp_path)
+  account = {'transform': np.eye(4)[:3].tolist(), 'scale': 0}
+  (tmp_path / 'dataparser_transforms.json').write_text(json.dumps(account))
+  with pytest.raises(path_files.PathFileError, match=r'dataparser_transforms\.json.*positive'):
+    path_files.read(path)
+
+
+def test_a_folder_without_a_model(tmp_path):
+  with pytest.raises(path_files.PathFileError, match='No sparse model'):
+    path_files.read(str(tmp_path))
+
+
+def test_mirrored_poses_of_an_array(tmp_path):
+  np.save(tmp_path / 'p.npy', np.diag([1.0, -1, 1, 1])[None])
+  with pytest.raises(path_files.PathFileError, match=r'p\.npy: pose 0 .*camera-to-world'):
+    path_files.read(str(tmp_path / 'p.npy'))

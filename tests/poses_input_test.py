@@ -1,0 +1,172 @@
+"""Photographs and videos that become pictures of a capture."""
+
+import numpy as np
+import pytest
+import scipy.ndimage
+from PIL import Image
+from rooms import texture
+
+from internal import poses, video, vis
+from internal.poses import diagnosis, film, gather
+
+
+def save_turned(path, pixels, orientation, **exif_tags):
+  """As a camera writes it that was held askew."""
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  details = exif.get_ifd(0x8769)
+  for tag, value in exif_tags.items():
+    details[{'taken': 0x9003, 'focal': 0xA405}[tag]] = value
+  exif[0x0110] = 'Phone 5'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(pixels).save(path, exif=exif, quality=95)
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_photographs_stand_upright_and_originals_are_untouched(tmp_path, orientation):
+  upright = np.zeros((48, 64, 3), np.uint8)
+  upright[:24, :32] = (250, 20, 20)  # Top left.
+  upright[:24, 32:] = (20, 250, 20)
+  stored = {
+    1: upright,
+    2: upright[:, ::-1],
+    3: upright[::-1, ::-1],
+    4: upright[::-1],
+    5: upright.swapaxes(0, 1),
+    6: np.rot90(upright),
+    7: upright[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90(upright, -1),
+  }[orientation]
+  source = tmp_path / 'photos' / 'a.jpg'
+  save_turned(source, np.ascontiguousarray(stored), orientation, focal=28)
+  before = source.read_bytes()
+  photo = gather.take_photos(str(tmp_path / 'photos'), str(tmp_path / 'scene'))[0]
+  assert source.read_bytes() == before
+  with Image.open(tmp_path / 'scene' / 'images' / 'a.jpg') as taken:
+    assert taken.getexif().get(0x0112, 1) == 1
+    assert taken.getexif().get_ifd(0x8769)[0xA405] == 28  # COLMAP's first guess of the focal.
+    assert abs(np.asarray(taken, int) - upright).mean() < 3  # It is a JPEG.
+  assert photo.camera == 'Phone 5 28 64x48'
+
+
+def test_upright_photographs_are_copied_and_odd_ones_become_png(tmp_path):
+  photos, scene = tmp_path / 'photos', tmp_path / 'scene'
+  pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+  save_turned(photos / 'sub' / 'a.jpg', pixels, 1)
+  Image.fromarray(pixels).save(photos / 'b.webp', lossless=True)
+  Image.fromarray(pixels).save(photos / 'c ä (1).png')  # COLMAP's lists part names by spaces.
+  names = [photo.name for photo in gather.take_photos(str(photos), str(scene))]
+  assert names == ['b.png', 'c_ä_(1).png', 'sub/a.jpg']
+  assert (scene / 'images/sub/a.jpg').read_bytes() == (photos / 'sub/a.jpg').read_bytes()
+  np.testing.assert_array_equal(np.asarray(Image.open(scene / 'images/b.png')), pixels)
+
+
+def test_names_sort_as_people_count():
+  names = ['IMG_10.jpg', 'IMG_9.jpg', 'a².jpg', '2.jpg', 'img_1.jpg']
+  assert sorted(names, key=gather.natural) == [
+    '2.jpg',
+    'a².jpg',
+    'img_1.jpg',
+    'IMG_9.jpg',
+    'IMG_10.jpg',
+  ]
+
+
+def test_order_is_that_of_the_times_else_of_the_numbers(tmp_path):
+  pixels = np.zeros((8, 8, 3), np.uint8)
+  for name, taken in (('IMG_10', '2024:01:01 10:00:00'), ('IMG_9', '2024:01:01 11:00:00')):
+    save_turned(tmp_path / 'timed' / f'{name}.jpg', pixels, 1, taken=taken)
+    save_turned(tmp_path / 'plain' / f'{name}.jpg', pixels, 1)
+  order = [
+    [
+      photo.name
+      for photo in gather.take_photos(str(tmp_path / kind), str(tmp_path / f'{kind}_scene'))
+    ]
+    for kind in ('timed', 'plain')
+  ]
+  assert order == [['IMG_10.jpg', 'IMG_9.jpg'], ['IMG_9.jpg', 'IMG_10.jpg']]
+
+
+def test_masks_are_turned_with_their_photographs(tmp_path):
+  stored = np.zeros((30, 20, 3), np.uint8)
+  save_turned(tmp_path / 'photos/a.jpg', stored, 6)
+  save_turned(tmp_path / 'photos/b.jpg', np.zeros((20, 30, 3), np.uint8), 1)
+  mask = np.zeros((30, 20), np.uint8)
+  mask[:5] = 255
+  (tmp_path / 'masks').mkdir()
+  Image.fromarray(mask).save(tmp_path / 'masks/a.png')
+  gather.take_photos(str(tmp_path / 'photos'), str(tmp_path / 'scene'), str(tmp_path / 'masks'))
+  upright = np.asarray(Image.open(tmp_path / 'scene/masks/a.jpg.png'))
+  np.testing.assert_array_equal(upright, np.rot90(mask, -1))
+  Image.fromarray(mask[:-1]).save(tmp_path / 'masks/b.png')
+  with pytest.raises(ValueError, match=r'b\.png: is 20x29 pixels, but its photograph has 30x20'):
+    gather.take_photos(str(tmp_path / 'photos'), str(tmp_path / 'other'), str(tmp_path / 'masks'))
+
+
+def test_photographs_may_lie_in_the_capture_but_are_not_turned_there(tmp_path):
+  folder = tmp_path / 'scene' / 'images'
+  save_turned(folder / 'a.jpg', np.zeros((8, 12, 3), np.uint8), 1)
+  before = (folder / 'a.jpg').stat().st_mtime_ns
+  assert len(gather.take_photos(str(folder), str(tmp_path / 'scene'))) == 1
+  assert (folder / 'a.jpg').stat().st_mtime_ns == before
+  save_turned(folder / 'b.jpg', np.zeros((8, 12, 3), np.uint8), 6)
+  with pytest.raises(
+    poses.PosesError, match=r'b\.jpg: must be turned, .* no photograph is changed'
+  ):
+    gather.take_photos(str(folder), str(tmp_path / 'scene'))
+
+
+# Videos.
+
+
+def write_film(path, sharp, frames=24):
+  """A film of which only the frames in `sharp` are; all have the number as a grey stripe."""
+  rng = np.random.default_rng(0)
+  base = scipy.ndimage.gaussian_filter(rng.uniform(0, 255, (96, 128, 3)), (1, 1, 0))
+  base = (base - base.min()) / np.ptp(base)
+  names = []
+  for k in range(frames):
+    img = base if k in sharp else scipy.ndimage.gaussian_filter(base, (3, 3, 0))
+    img = img.copy()
+    img[:16] = k / frames
+    names.append(str(path.parent / f'{k:03d}.png'))
+    vis.write_png(names[-1], img)
+  video.write_video(names, str(path), fps=8, crf=10)
+
+
+def test_the_sharpest_frame_of_each_window_is_taken(tmp_path):
+  sharp = (2, 11, 12, 23)
+  write_film(tmp_path / 'film.mp4', sharp)
+  photos = film.take_frames(str(tmp_path / 'film.mp4'), str(tmp_path / 'scene'), 4)
+  assert [photo.source for photo in photos] == [str(k) for k in sharp]
+  assert [photo.name for photo in photos] == [f'frame_{k:04d}.jpg' for k in range(4)]
+  for photo, number in zip(photos, sharp):
+    with Image.open(tmp_path / 'scene' / 'images' / photo.name) as frame:
+      assert frame.size == (128, 96)
+      assert abs(np.asarray(frame)[2:12].mean() - 255 * number / 24) < 5
+  with pytest.raises(poses.PosesError, match='has 2 frames, too few'):
+    film.take_frames(str(tmp_path / 'film.mp4'), str(tmp_path / 'other'), 2)
+
+
+def test_windows_cover_all_frames_evenly():
+  for frames, count in ((24, 4), (100, 7), (5, 9), (1, 1)):
+    found = film.windows(frames, count)
+    assert [k for window in found for k in window] == list(range(frames))
+    lengths = [len(window) for window in found]
+    assert len(found) == min(frames, count)
+    assert max(lengths) - min(lengths) <= 1 <= min(lengths)
+  assert film.sensible_count(3000, 100.0) == 200
+  assert film.sensible_count(3000, 10.0) == 100
+  assert film.sensible_count(60, 10.0) == 60
+  assert film.sensible_count(90_000, 3000.0) == 300
+
+
+def test_sharpness_falls_with_blur_and_not_with_light():
+  img = texture(5, 200).astype(np.uint8)
+  blurred = [vis.to_uint8(scipy.ndimage.gaussian_filter(img, (s, s, 0)) / 255.0) for s in (1, 2, 4)]
+  scores = [gather.sharpness(i) for i in (img, *blurred)]
+  assert scores == sorted(scores, reverse=True)
+  assert scores[2] < diagnosis.BLURRED * scores[0]
+  assert abs(gather.sharpness((img * 0.5).astype(np.uint8)) / scores[0] - 1) < 0.05
+  assert gather.sharpness(np.full((9, 9, 3), 7, np.uint8)) == 0
+  assert gather.sharpness(np.zeros((2, 2, 3), np.uint8)) == 0

@@ -1,0 +1,249 @@
+"""What is said of a posed capture: its errors, what failed and why, and the picture of it."""
+
+import json
+
+import captures
+import numpy as np
+import pytest
+import scipy.sparse
+from PIL import Image
+from rooms import VIEWS, room_pose, true_model, turns
+
+from internal import colmap
+from internal.poses import align, diagnosis, picture, preflight
+from scripts import compare_poses
+
+
+def test_an_alignment_takes_back_a_similarity():
+  rng = np.random.default_rng(0)
+  points = rng.normal(size=(20, 3))
+  turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+  turn *= np.sign(np.linalg.det(turn))
+  found = align.fit(points, 2.5 * points @ turn.T + [1, -2, 3])
+  np.testing.assert_allclose(found.rotation, turn, atol=1e-12)
+  np.testing.assert_allclose(found.shift, [1, -2, 3], atol=1e-12)
+  assert abs(found.scale - 2.5) < 1e-12
+  mirrored = align.fit(points, points * [1, 1, -1])
+  assert np.linalg.det(mirrored.rotation) == pytest.approx(1)  # Never itself a mirror.
+  flat = points * [1, 1, 0]  # Cameras in a plane: no mirror image of it either.
+  assert np.linalg.det(align.fit(flat, flat @ turn.T).rotation) > 0.99
+  np.testing.assert_allclose(align.fit(flat, flat @ turn.T)(flat), flat @ turn.T, atol=1e-12)
+
+
+def test_errors_of_poses_are_in_degrees_and_shares_of_the_radius():
+  truth = true_model()
+  images = dict(truth.images)
+  pose = room_pose(turns(VIEWS)[3])
+  angle = np.radians(2)
+  about_x = [[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]]
+  pose[:, :3] = pose[:, :3] @ np.array(about_x)
+  images[4] = colmap.Image(4, *captures.to_colmap(pose), 1, images[4].name)
+  del images[9]
+  found = align.compare(colmap.Model(truth.cameras, images, truth.points), truth)
+  assert found.only_second == ('view_8.png',)
+  assert not found.only_first
+  worst = found.names[int(found.rotation.argmax())]
+  assert worst == 'view_3.png'
+  assert abs(found.rotation.max() - 2) < 1e-6
+  assert np.median(found.rotation) < 1e-5
+  assert found.position.max() < 1e-6
+  assert '| rotation, degrees | 0.000 | 0.400 | 2.000 |' in align.table(found)
+  assert align.as_json(found)['photographs'][0].keys() >= {'name', 'rotation_degrees'}
+
+
+def test_models_of_other_pictures_cannot_be_compared():
+  truth = true_model()
+  two = {k: truth.images[k] for k in (1, 2)}
+  with pytest.raises(ValueError, match='share 2 photographs'):
+    align.compare(colmap.Model(truth.cameras, two, truth.points), truth)
+
+
+def test_compare_poses_prints_a_table(tmp_path, capsys):
+  folders = [str(tmp_path / name) for name in 'ab']
+  for folder in folders:
+    colmap.write_model(folder, true_model())
+  compare_poses.main([*folders, '--json', str(tmp_path / 'out.json')])
+  said = capsys.readouterr().out
+  assert '10 photographs in both' in said
+  assert '| position, % of the radius | 0.000 |' in said
+  assert json.loads((tmp_path / 'out.json').read_text())['scale'] == pytest.approx(1)
+
+
+# The report.
+
+
+def row(**kwargs):
+  given = {'name': 'a', 'model': None, 'features': 3000, 'partners': 5, 'matches': 80}
+  return diagnosis.Row(**{**given, **kwargs})
+
+
+@pytest.mark.parametrize(
+  ('photo', 'words'),
+  [
+    (row(model=0), None),
+    (row(model=2), 'in another model, of 7 photographs'),
+    (row(sharpness=0.1, features=20), 'blurred: 10%'),
+    (row(features=20, matches=3), 'too few features: 20'),
+    (row(matches=3), 'too few matches: at most 3'),
+    (row(), 'fit no one place'),
+  ],
+)
+def test_failures_are_explained(photo, words):
+  said = diagnosis.explain(photo, (40, 9, 7))
+  assert said is words or words in said
+
+
+def ring(n=24, reach=360.0, outwards=False, tilt=0.3):
+  """Cameras on a part of a circle, camera to world [n, 3, 4]."""
+  result = []
+  for turn in np.radians(np.arange(n) * reach / n):
+    position = np.array([3 * np.cos(turn), 3 * np.sin(turn), 1.0])
+    back = np.array([np.cos(turn), np.sin(turn), 0]) * (-1 if outwards else 1) + [0, 0, tilt]
+    back /= np.linalg.norm(back)
+    right = np.cross([0, 0, 1], back)
+    right /= np.linalg.norm(right)
+    result.append(np.stack([right, np.cross(back, right), back, position], 1))
+  return np.array(result)
+
+
+def test_the_spread_of_a_capture_is_told():
+  assert diagnosis.describe_spread(ring()) == {
+    'kind': 'around',
+    'directions': 360,
+    'largest_gap': 15,
+    'tilt': [-17, -17],
+  }
+  assert diagnosis.describe_spread(ring(outwards=True))['kind'] == 'outwards'
+  half = diagnosis.describe_spread(ring(reach=150))
+  assert half['kind'] == 'arc'
+  assert half['largest_gap'] == 216
+  assert half['directions'] == 144
+  assert diagnosis.describe_spread(ring(reach=40))['kind'] == 'forward'
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_the_world_is_levelled(seed):
+  turn = np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))[0]
+  turn *= np.sign(np.linalg.det(turn))
+  poses_in = ring()
+  tilted = np.concatenate([turn @ poses_in[:, :, :3], turn @ poses_in[:, :, 3:] + 5], -1)
+  level, move = diagnosis._level(tilted)
+  np.testing.assert_allclose(level[:, 2, 3], level[0, 2, 3], atol=1e-9)
+  np.testing.assert_allclose(level[:, 2, 1], poses_in[:, 2, 1], atol=1e-9)  # Up is up.
+  np.testing.assert_allclose(level[:, :2, 3].mean(0), 0, atol=1e-9)
+  np.testing.assert_allclose(move[:3, :3] @ move[:3, :3].T, np.eye(3), atol=1e-12)
+  wall = np.repeat(np.eye(3, 4)[None], 5, 0)  # All look one way, side by side.
+  wall[:, 0, 3] = np.arange(5)
+  level, _ = diagnosis._level(wall)
+  np.testing.assert_allclose(level[:, :, 1], [[0, 0, 1]] * 5, atol=1e-9)
+
+
+def weakest(shared):
+  return diagnosis.weakest_link(scipy.sparse.csr_matrix(shared))
+
+
+def test_the_weakest_link_is_where_a_model_tears():
+  shared = np.zeros((20, 20), int)
+  for part in (range(8), range(8, 20)):
+    for i in part:
+      for j in part:
+        shared[i, j] = 500 - 20 * abs(i - j)
+  shared[7, 8] = shared[8, 7] = 40
+  shared[3, 12] = shared[12, 3] = 25
+  count, link, side = weakest(shared)
+  assert count == 40
+  assert sorted(link) == [7, 8]
+  assert sorted([side.sum(), (~side).sum()]) == [8, 12]
+  shared[19, :] = shared[:, 19] = 0
+  shared[19, 18] = shared[18, 19] = 3  # One photograph that hangs on by little tears nothing.
+  assert weakest(shared)[0] == 40
+  assert weakest(np.zeros((1, 1), int)) is None
+
+
+def findings(**kwargs):
+  level = ring()
+  rows = tuple(row(name=f'{k}.jpg', model=0, points=900, error=0.5) for k in range(24))
+  camera = {
+    'model': 'OPENCV',
+    'photographs': 24,
+    'size': [4000, 3000],
+    'focal': [3000.0, 3000.0],
+    'view_degrees': 67.0,
+    'exif_focal': 2950.0,
+  }
+  given = {
+    'rows': rows,
+    'model_sizes': (24,),
+    'poses': level,
+    'xyz': np.random.default_rng(0).normal(size=(500, 3)),
+    'rgb': np.full((500, 3), 200, np.uint8),
+    'error': 1.1,
+    'track_length': 5.0,
+    'cameras': (camera,),
+    'spread': diagnosis.describe_spread(level),
+    'weakest_link': {'shared_points': 400, 'between': ['a', 'b'], 'photographs': [12, 12]},
+    'factor': 4,
+  }
+  return diagnosis.Findings(**{**given, **kwargs})
+
+
+def graded(name, **kwargs):
+  checks = preflight.all_checks(findings(**kwargs))
+  return next(c for c in checks if c.name == name)
+
+
+def test_a_good_capture_passes_all_checks():
+  assert {check.status for check in preflight.all_checks(findings())} == {preflight.GOOD}
+
+
+def test_each_check_can_fail():
+  camera = findings().cameras[0]
+  lost = tuple(row(name=f'{k}', reason='x') for k in range(30))
+  assert graded('posed', rows=findings().rows + lost).status == preflight.BAD
+  assert graded('reprojection error', error=9.0).status == preflight.BAD
+  assert graded('reprojection error', error=4.0, factor=4).status == preflight.DOUBTFUL
+  poor = tuple(row(name=f'{k}', model=0, points=40) for k in range(24))
+  assert graded('points', rows=poor).status == preflight.BAD
+  assert graded('focal length', cameras=({**camera, 'view_degrees': 5},)).status == preflight.BAD
+  square = {**camera, 'focal': [3000.0, 2800.0]}
+  assert 'stretched' in graded('focal length', cameras=(square,)).text
+  odd = graded('focal length', cameras=({**camera, 'exif_focal': 2000.0},))
+  assert odd.status == preflight.BAD
+  assert 'EXIF says 2000' in odd.text
+  arc = diagnosis.describe_spread(ring(reach=150))
+  assert graded('spread', spread=arc).status == preflight.DOUBTFUL
+  link = {'shared_points': 20, 'between': ['a', 'b'], 'photographs': [12, 12]}
+  torn = graded('weakest link', weakest_link=link)
+  assert torn.status == preflight.BAD
+  assert 'torn' in torn.text
+  soft = tuple(row(name=f'{k}', model=0, points=900, sharpness=0.2) for k in range(24))
+  assert graded('sharpness', rows=soft).status == preflight.BAD
+
+
+def test_the_factor_is_that_of_the_published_scenes():
+  sizes = {(4946, 3286): 4, (3118, 2078): 2, (1600, 900): 0, (1080, 1920): 2, (12000, 9000): 8}
+  assert {size: diagnosis.recommend_factor(size) for size in sizes} == sizes
+
+
+def test_the_picture_shows_points_cameras_and_failures(tmp_path):
+  (tmp_path / 'images').mkdir()
+  Image.fromarray(np.full((30, 40, 3), (10, 200, 30), np.uint8)).save(tmp_path / 'images/lost.png')
+  red = np.full((500, 3), (255, 0, 0), np.uint8)
+  drawn = {}
+  for name, rows in (('all', findings().rows), ('one lost', (*findings().rows, row(
+    name='lost.png', reason='too few matches')))):  # fmt: skip
+    found = findings(rows=rows, rgb=red)
+    drawn[name] = picture.draw(str(tmp_path), found, preflight.all_checks(found)).astype(int)
+  whole = drawn['all']
+  from_above = whole[110:750, 28:988]
+  # The points are at the middle of the ring, so of the picture.
+  at_points = (from_above[..., 0] > 120) & (from_above[..., 1] < 60) & (from_above[..., 2] < 60)
+  y, x = np.argwhere(at_points).mean(0)
+  assert at_points.sum() > 200
+  assert abs(y - 320) < 25
+  assert abs(x - 480) < 25
+  lost = drawn['one lost']
+  assert len(lost) > len(whole)
+  green = (lost[..., 1] > 180) & (lost[..., 0] < 40) & (lost[..., 2] < 60)
+  assert green[len(whole) :].sum() > 250
+  assert not green[: len(whole) - 60].any()

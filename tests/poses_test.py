@@ -1,0 +1,328 @@
+"""From pictures of a textured room, whose cameras are known, to poses."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.ndimage
+from PIL import Image
+from rooms import FOCAL, SIZE, VIEWS, render_room, room_pose, true_model, turns
+
+from internal import colmap, configs, datasets, poses
+from internal.poses import align, gather, pairs, sfm
+
+
+@pytest.fixture(scope='session')
+def room(tmp_path_factory):
+  """A folder of photographs of the room: ten that go together, a blurred one, one of nothing."""
+  folder = tmp_path_factory.mktemp('room')
+  for k, turn in enumerate(turns(VIEWS)):
+    Image.fromarray(render_room(room_pose(turn))).save(folder / f'view_{k}.png')
+  blurred = scipy.ndimage.gaussian_filter(render_room(room_pose(0.8)), (7, 7, 0))
+  Image.fromarray(blurred).save(folder / 'view_10.png')
+  Image.fromarray(np.full((SIZE[1], SIZE[0], 3), 90, np.uint8)).save(folder / 'view_11.png')
+  return folder
+
+
+def make_until(source, scene, module, name, after):
+  """Poses until the call of a function after so many is made, where the process kills itself."""
+  module = {'gather': gather, 'pycolmap': sfm.colmap(), 'sfm': sfm}[module]
+  original, calls = getattr(module, name), []
+
+  def patched(*args, **kwargs):
+    calls.append(1)
+    if len(calls) > after:
+      os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+  setattr(module, name, patched)
+  pairs.BLOCK, sfm._SNAPSHOT_SECONDS = 4, 0
+  poses.make(str(source), str(scene))
+
+
+@pytest.fixture(scope='session')
+def scene(room, tmp_path_factory):
+  """The room posed, after four runs that were killed, one a stage; and what each had done."""
+  folder = tmp_path_factory.mktemp('scene') / 'room'
+  had = {}
+  context = multiprocessing.get_context('forkserver')
+  context.set_forkserver_preload(['internal.poses', 'poses_test'])  # Imported but once.
+
+  def kill(*where):
+    life = context.Process(target=make_until, args=(room, folder, *where))
+    life.start()
+    life.join()
+    assert life.exitcode == -signal.SIGKILL
+
+  kill('gather', '_copy', 5)
+  had['photographs'] = sorted(os.listdir(folder / 'images'))
+  kill('pycolmap', 'extract_features', 1)
+  with sfm.database(folder) as db:
+    had['features'] = db.num_keypoints()
+  kill('pycolmap', 'match_image_pairs', 1)
+  with sfm.database(folder) as db:
+    had['pairs'] = db.num_matched_image_pairs()
+  kill('sfm', '_save_snapshot', 7)
+  newest, found = sfm._newest_snapshot, []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sfm, '_newest_snapshot', lambda *args: found.append(newest(*args)) or found[-1])
+    had['told'] = poses.make(str(room), str(folder))
+  had['gone on with'] = found
+  return folder, had
+
+
+def test_poses_are_those_of_the_cameras(scene):
+  folder, _ = scene
+  found = align.compare(colmap.read_model(str(folder / 'sparse' / '0')), true_model())
+  assert len(found.names) == VIEWS
+  assert not found.only_first
+  assert found.rotation.max() < 0.3
+  assert found.position.max() < 0.02
+  camera = next(iter(colmap.read_model(str(folder / 'sparse' / '0')).cameras.values()))
+  assert camera.model == 'SIMPLE_RADIAL'
+  assert abs(camera.params[0] / FOCAL - 1) < 0.03
+
+
+def test_a_killed_run_is_gone_on_with_at_each_stage(scene):
+  folder, had = scene
+  assert 0 < len(had['photographs']) < VIEWS + 2  # None of them half-written:
+  assert all(name.startswith('view_') and name.endswith('.png') for name in had['photographs'])
+  with sfm.database(folder) as db:
+    assert 0 < had['features'] < db.num_keypoints()
+    assert 0 < had['pairs'] < db.num_matched_image_pairs()
+  assert had['gone on with'] == [str(folder / '.mapping' / '000006')]
+  assert not (folder / '.mapping').exists()
+
+
+def test_what_is_done_is_not_done_again(scene, room, monkeypatch):
+  folder, _ = scene
+  before = {path: path.stat().st_mtime_ns for path in folder.rglob('*.bin')}
+
+  def never(*_, **__):
+    raise AssertionError('done already')
+
+  monkeypatch.setattr(gather, '_take', never)
+  for name in ('extract_features', 'match_image_pairs', 'IncrementalPipeline'):
+    monkeypatch.setattr(sfm.colmap(), name, never)
+  poses.make(str(room), str(folder))
+  assert before
+  assert {p: p.stat().st_mtime_ns for p in folder.rglob('*.bin')} == before
+
+
+def test_training_finds_all_that_it_needs(scene):
+  folder, _ = scene
+  for factor, width in ((0, 256), (2, 128), (4, 64), (8, 32)):
+    loaded = datasets.load_dataset(configs.Config(data_dir=str(folder), factor=factor), True)
+    assert loaded.report['folder_to_be_made'] is None
+    assert loaded.cameras.size[0].tolist() == [width, width * 3 // 4]
+
+
+def test_the_report_names_the_failed_and_why(scene):
+  folder, had = scene
+  told = json.loads((folder / 'preflight.json').read_text())
+  assert told == had['told']
+  assert (told['photographs'], told['posed'], told['factor']) == (12, VIEWS, 0)
+  assert set(told['failed']) == {'view_10.png', 'view_11.png'}
+  assert 'blurred' in told['failed']['view_10.png']
+  assert told['reprojection_error'] < 0.8
+  errors = [one['error'] for one in told['per_photograph'] if one['model'] == 0]
+  assert np.mean(errors) == pytest.approx(told['reprojection_error'], rel=0.2)
+  assert told['capture']['images_unregistered'] == ['images/view_10.png', 'images/view_11.png']
+  assert {check['name'] for check in told['checks']} >= {'posed', 'focal length', 'spread'}
+  picture_file = Image.open(folder / 'preflight.png')
+  assert picture_file.format == 'PNG'
+  assert picture_file.width == 1600
+
+
+def test_the_largest_model_comes_first(monkeypatch, tmp_path):
+  class FakeModel:
+    def __init__(self, images):
+      self._images = images
+
+    def num_reg_images(self):
+      return self._images
+
+    def num_points3D(self):
+      return 1
+
+    def write_binary(self, folder):
+      Path(folder, 'images.bin').write_text(str(self._images))
+
+  manager = type('Manager', (), {'size': lambda _: 3, 'get': lambda _, k: FakeModel((4, 9, 6)[k])})
+  pipeline = type(
+    'Pipeline', (), {'__init__': lambda *_: None, 'add_callback': lambda *_: 0, 'run': lambda _: 0}
+  )
+  monkeypatch.setattr(sfm.colmap(), 'ReconstructionManager', manager)
+  monkeypatch.setattr(sfm.colmap(), 'IncrementalPipeline', pipeline)
+  sfm.database(tmp_path).close()
+  poses._reconstruct(str(tmp_path), ['a', 'b'], 1)
+  written = [(tmp_path / 'sparse' / str(k) / 'images.bin').read_text() for k in range(3)]
+  assert written == ['9', '6', '4']
+
+
+def test_without_colmap_it_says_what_to_install(monkeypatch, room, tmp_path):
+  monkeypatch.setitem(sys.modules, 'pycolmap', None)
+  with pytest.raises(poses.PosesError, match=r'pip install -r requirements-poses\.txt'):
+    poses.make(str(room), str(tmp_path / 'scene'))
+  assert not (tmp_path / 'scene').exists()
+
+
+def test_two_runs_do_not_work_on_one_capture(scene, room):
+  folder, _ = scene
+  with poses._alone(str(folder)), pytest.raises(poses.PosesError, match='another run is making'):
+    poses.make(str(room), str(folder))
+  assert not (folder / '.incoming').exists()
+
+
+def test_photographs_added_later_are_taken_in(tmp_path, scene, room):
+  folder, photos = tmp_path / 'scene', tmp_path / 'photos'
+  shutil.copytree(scene[0], folder)
+  shutil.copytree(room, photos)
+  state = json.loads((folder / 'poses.json').read_text())
+  state['asked']['source'] = os.path.realpath(photos)
+  (folder / 'poses.json').write_text(json.dumps(state))
+  Image.fromarray(render_room(room_pose(np.radians(43)))).save(photos / 'view_12.png')
+  told = poses.make(str(photos), str(folder))
+  assert (told['photographs'], told['posed']) == (13, VIEWS + 1)
+  assert len(os.listdir(folder / 'images_2')) == 13
+  with sfm.database(folder) as db:
+    assert db.num_cameras() == 1  # The new one was taken by the same camera.
+  (photos / 'view_3.png').unlink()
+  with pytest.raises(poses.PosesError, match=r'view_3\.png: has been changed or removed'):
+    poses.make(str(photos), str(folder))
+
+
+def test_pictures_that_share_nothing_are_an_error_with_a_report(tmp_path):
+  (tmp_path / 'photos').mkdir()
+  for k in range(3):
+    noise = np.random.default_rng(k).integers(0, 256, (64, 80, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / 'photos' / f'{k} ö.png')
+  with pytest.raises(poses.PosesError, match='None of the 3 photographs could be placed'):
+    poses.make(str(tmp_path / 'photos'), str(tmp_path / 'scene'))
+  told = json.loads((tmp_path / 'scene' / 'preflight.json').read_text())
+  assert told['posed'] == 0
+  assert len(told['failed']) == 3
+  assert (tmp_path / 'scene' / 'preflight.png').is_file()
+
+
+def test_features_are_not_found_where_masked(tmp_path, room):
+  photos, masks = tmp_path / 'photos', tmp_path / 'masks'
+  photos.mkdir()
+  masks.mkdir()
+  for k in range(2):
+    shutil.copy(room / f'view_{k}.png', photos)
+  mask = np.full((SIZE[1], SIZE[0]), 255, np.uint8)
+  mask[:, :128] = 0
+  Image.fromarray(mask).save(masks / 'view_0.png')
+  taken = gather.take_photos(str(photos), str(tmp_path / 'scene'), str(masks))
+  sfm.extract(str(tmp_path / 'scene'), taken, None)
+  ids = sfm.image_ids(str(tmp_path / 'scene'))
+  with sfm.database(tmp_path / 'scene') as db:
+    across = [db.read_keypoints(ids[f'view_{k}.png'])[:, 0] for k in range(2)]
+  assert across[0].min() >= 127
+  assert len(across[0]) > 50
+  assert across[1].min() < 60  # It has no mask.
+
+
+def test_bad_input_is_one_line_that_says_what_to_do(tmp_path, room):
+  def fails(source, scene, words, **kwargs):
+    with pytest.raises((poses.PosesError, OSError, ValueError), match=words) as error:
+      poses.make(str(source), str(scene), poses.Options(**kwargs))
+    assert '\n' not in str(error.value)
+
+  new = tmp_path / 'new'
+  fails(tmp_path / 'nothing', new, 'no such video or folder')
+  (tmp_path / 'empty').mkdir()
+  fails(tmp_path / 'empty', new / '1', 'has no photographs')
+  (tmp_path / 'empty' / 'a.HEIC').write_bytes(b'x')
+  fails(tmp_path / 'empty', new / '2', r'a\.HEIC, which cannot be read here\. Export')
+  shutil.copytree(room, tmp_path / 'twins')
+  shutil.copy(room / 'view_1.png', tmp_path / 'twins' / 'VIEW_1.jpg')
+  fails(tmp_path / 'twins', new / '3', 'have one name')
+  shutil.copytree(room, tmp_path / 'cut')
+  whole = (room / 'view_4.png').read_bytes()
+  (tmp_path / 'cut' / 'view_4.png').write_bytes(whole[: len(whole) // 2])
+  fails(tmp_path / 'cut', new / '4', r'view_4\.png: cannot be read as an image')
+  (tmp_path / 'film.mp4').write_bytes(b'no film')
+  fails(tmp_path / 'film.mp4', new / '5', 'cannot be read as a video')
+  fails(room, new / '5', 'begun with source')
+  fails(room, new / '7', 'is a folder, and --frames is for a video', frames=9)
+  fails(tmp_path / 'film.mp4', new / '7', '--frames 2: to pose pictures takes 3', frames=2)
+  fails(room, new / '7', 'no such folder of masks', masks=str(new / 'no'))
+  fails(room, new / '7', '--camera_model FOV: training knows', camera_model='FOV')
+  fails(tmp_path / 'film.mp4', new / '7', 'Masks are for photographs', masks='m')
+  fails(room, room / 'scene', 'lies in the folder of the photographs')
+  (tmp_path / 'mine' / 'sparse').mkdir(parents=True)
+  fails(room, tmp_path / 'mine', 'was not made by this command')
+  (tmp_path / 'two').mkdir()
+  for k in range(2):
+    shutil.copy(room / f'view_{k}.png', tmp_path / 'two')
+  fails(tmp_path / 'two', new / '6', 'has 2 photographs')
+
+
+# Pairs.
+
+
+def walk_descriptors(n, seed=0):
+  """Descriptors of `n` places along a closed walk: neighbours share most of what they see."""
+  rng = np.random.default_rng(seed)
+  landmarks = rng.integers(0, 200, (n * 12, 128)).astype(np.uint8)
+
+  def read(i):
+    seen = (np.arange(120) + 12 * i) % len(landmarks)
+    noise = np.random.default_rng(i).integers(0, 6, (120, 128))
+    return np.clip(landmarks[seen] + noise, 0, 255).astype(np.uint8)
+
+  return read
+
+
+def test_loops_are_closed_by_what_looks_alike():
+  n = 60
+  similarity = pairs.similarities(walk_descriptors(n), n)
+  np.testing.assert_allclose(np.diagonal(similarity), 1, atol=1e-5)
+  assert pairs.is_ordered(similarity)
+  closing = pairs.alike(similarity, 6)
+  assert (0, n - 1) in closing
+  assert (1, n - 1) in closing
+  assert (0, n - 1) not in pairs.sequential(n)
+  shuffled = np.random.default_rng(1).permutation(n)
+  assert not pairs.is_ordered(similarity[np.ix_(shuffled, shuffled)])
+
+
+def test_pairs_are_all_or_the_near_ones():
+  assert pairs.exhaustive(4) == {(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)}
+  near = pairs.sequential(300)
+  assert {(0, 1), (0, 10), (0, 16), (0, 32), (0, 64), (0, 128), (289, 299)} <= near
+  assert not {(0, 11), (0, 129), (0, 299)} & near
+  assert all(0 <= i < j < 300 for i, j in near)
+  blocks = pairs.blocks(near)
+  assert sorted(p for block in blocks for p in block) == sorted(near)
+  assert max(len({k for p in block for k in p}) for block in blocks) <= 2 * pairs.BLOCK
+
+
+@pytest.mark.parametrize(
+  ('n', 'matching', 'ordered', 'expected'),
+  [
+    (200, 'auto', False, 'all'),
+    (201, 'auto', True, 'near'),
+    (201, 'auto', False, 'alike'),  # Descriptors of no order.
+    (80, 'sequential', False, 'near'),
+    (80, 'alike', True, 'alike'),
+    (201, 'exhaustive', True, 'all'),
+  ],
+)
+def test_which_pairs_are_matched(monkeypatch, tmp_path, n, matching, ordered, expected):
+  rng = np.random.default_rng(0)
+  similarity = rng.uniform(size=(n, n))
+  monkeypatch.setattr(pairs, 'similarities', lambda *_: similarity + similarity.T)
+  names = [str(k) for k in range(n)]
+  found = sfm.choose_pairs(str(tmp_path), names, matching, ordered)
+  neighbours = {(k, k + 1) for k in range(n - 1)}
+  assert (len(found) == n * (n - 1) // 2) == (expected == 'all')
+  assert (neighbours <= found) == (expected in ('all', 'near'))

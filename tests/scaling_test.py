@@ -1,0 +1,105 @@
+"""The scaling script: which rows there are, what is said of them, and a whole small run."""
+
+import json
+import types
+
+import jax
+import pytest
+import tiny
+
+from internal import configs
+from scripts import benchmark_programs, scaling
+
+SMALLER = ('Model.num_levels = 2', 'PropMLP.net_depth = 1', 'NerfMLP.net_depth = 1')
+
+
+def test_rows_are_each_batch_on_all_counts_and_the_smallest_grown():
+  assert scaling.points([16, 128], [1, 2, 4, 8]) == [
+    (16, 1), (16, 2), (16, 4), (16, 8), (32, 2), (64, 4), (128, 1), (128, 2), (128, 4), (128, 8),
+  ]  # fmt: skip
+
+
+def test_speedups_are_to_one_device_of_the_same_batch_and_to_that_of_the_smallest():
+  rows = [
+    {'kind': 'train', 'batch': b, 'devices': n, 'rays_per_second': r}
+    for b, n, r in ((16, 1, 100.0), (16, 2, 150.0), (32, 1, 110.0), (32, 2, 198.0))
+  ]
+  rows.append({'kind': 'render', 'batch': 32, 'devices': 2, 'rays_per_second': 7.0})
+  scaling.add_speedups(rows, 16)
+  assert [row.get('speedup') for row in rows] == [1.0, 1.5, 1.0, pytest.approx(1.8), None]
+  grown = [row.get('growing_speedup') for row in rows]
+  assert grown == [1.0, None, None, pytest.approx(1.98), None]
+
+
+@pytest.mark.parametrize(
+  ('flags', 'said'),
+  [(['--devices', '1', '16'], 'there are 8'), (['--batches', '12'], 'must be a multiple')],
+)
+def test_what_cannot_be_measured_is_refused(monkeypatch, flags, said):
+  monkeypatch.setattr(scaling, 'probe', lambda: ('cpu', 'cpu', 8))
+  with pytest.raises(scaling.ScalingError, match=said):
+    scaling.parse(['--out', 'x', *flags])
+
+
+def test_names_of_collectives_on_gpus_and_cpus():
+  for name in (
+    'ncclDevKernel_AllReduce_Sum_f32_RING_LL',
+    'all-reduce.3',
+    'all_reduce_fusion',
+    'psum.7',
+  ):
+    assert scaling._COLLECTIVE.search(name)
+  for name in ('loop_add_fusion_3', 'gemm_fusion', 'input_reduce_fusion'):
+    assert not scaling._COLLECTIVE.search(name)
+
+
+def test_devices_of_a_program_of_its_own():
+  assert scaling.visible('gpu', 3) == {'CUDA_VISIBLE_DEVICES': '0,1,2'}
+  assert scaling.visible('cpu', 3) == {'XLA_FLAGS': '--xla_force_host_platform_device_count=3'}
+
+
+def test_a_whole_small_run(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(scaling, 'probe', lambda: ('cpu', 'cpu', 8))
+  load, cams_and_pixels = configs.load_config, benchmark_programs.synthetic()
+  monkeypatch.setattr(
+    configs, 'load_config', lambda paths, told: load([], [*tiny.TINY, *SMALLER, *told])
+  )
+  monkeypatch.setattr(benchmark_programs, 'synthetic', lambda: cams_and_pixels)
+  monkeypatch.setattr(scaling, 'points', lambda *_: [(32, 1), (64, 2)])
+  flags = ['--devices', '1', '2', '--batches', '32', '--seconds', '0.01', '--steps', '3']
+  out = tmp_path / 'out'
+  scaling.main(['--out', str(out), *flags, '--only', 'rates', 'losses', '--gin_configs', 'a.gin'])
+  found = json.loads((out / 'scaling.json').read_text())
+  assert found['jax'] == jax.__version__
+  told = found['configs']['a.gin']
+  rows = {(r['kind'], r['batch'], r['devices']): r for r in told['rates']}
+  assert set(rows) == {(kind, *at) for kind in ('train', 'render') for at in ((32, 1), (64, 2))}
+  assert all(r['rays_per_second'] > 0 and r['collective_ms'] >= 0 for r in rows.values())
+  alone, two = (rows['train', *at]['collective_ms'] for at in ((32, 1), (64, 2)))
+  assert two > 2 * alone  # The gradients' all-reduce, which one device has nothing to do in.
+  assert len(told['losses']['one']) == 3
+  assert told['losses']['one'] != told['losses']['one'][::-1]
+  assert told['losses']['largest_difference'] < 1e-5
+  table = (out / 'scaling.md').read_text()
+  assert '| train | 64 | 2 |' in table
+  assert table in capsys.readouterr().out
+  picture = (out / 'scaling.svg').read_text()
+  assert 'a.gin, training' in picture
+
+
+def test_scenes_are_started_with_devices_of_their_own(tmp_path, monkeypatch):
+  seen = []
+  monkeypatch.setattr(
+    scaling.subprocess, 'run', lambda command, **how: seen.append((list(map(str, command)), how))
+  )
+  names = scaling.make_scenes(str(tmp_path), 3)
+  assert len(names) == 3
+  assert all((tmp_path / name).is_symlink() for name in names)
+  args = types.SimpleNamespace(platform='gpu', gin_bindings=['Config.near = 1'], scene_steps=7)
+  assert scaling.dataset_seconds('a.gin', str(tmp_path), names, args) >= 0
+  command, how = seen[-1]
+  assert how['env']['CUDA_VISIBLE_DEVICES'] == '0,1,2'
+  assert [command[command.index('--scenes') + k] for k in (1, 2, 3)] == names
+  assert {'Config.near = 1', 'Config.max_steps = 7'} <= set(command)
+  with pytest.raises(scaling.ScalingError, match='there are 9 scenes'):
+    scaling.make_scenes(str(tmp_path), 10)
