@@ -55,11 +55,7 @@ def to_capture(poses: np.ndarray, world_transform: np.ndarray) -> np.ndarray:
 
   `world_transform` [4, 4] is the similarity from the capture's world to the normalised one.
   """
-  linear, shift = world_transform[:3, :3], world_transform[:3, 3]
-  scale = np.cbrt(np.linalg.det(linear))
-  back = linear.T / scale  # The inverse of its rotation.
-  positions = (poses[:, :, 3] - shift) @ back.T / scale
-  return np.concatenate([back @ poses[:, :, :3], positions[..., None]], -1)
+  return paths.transform_poses(np.linalg.inv(world_transform), poses)
 
 
 def document(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from internal import keyframes, paths
+from internal import keyframes, path_files, paths
 
 
 def keys(n=4, seed=0):
@@ -102,3 +102,13 @@ def test_free_name_takes_no_files_place(tmp_path):
     path = keyframes.free_name(str(tmp_path), 'a', '.json')
     assert path == str(tmp_path / wanted)
     (tmp_path / wanted).touch()
+
+
+def test_render_reads_what_is_saved(tmp_path):
+  wanted, path = keys(), str(tmp_path / 'a.json')
+  keyframes.save(path, keyframes.document(wanted, similarity(), (640, 480), 24, 0.5))
+  found = path_files.read(path)
+  poses = paths.transform_poses(similarity(), found.poses)
+  np.testing.assert_allclose(poses[[0, -1]], [wanted[0].pose, wanted[-1].pose], atol=1e-6)
+  np.testing.assert_allclose(found.fov[[0, -1]], [wanted[0].fov, wanted[-1].fov])
+  assert (found.size, found.fps) == ((640, 480), 24)
