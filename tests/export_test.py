@@ -76,12 +76,22 @@ def test_points_lie_on_the_ball_and_have_its_colours(views):
 
 
 def test_points_that_float_are_left_out(views):
-  # Two views from one place see a wall right before them, which all others see through.
-  flat = np.full((80, 120), 0.3)
-  wall = {**views.images[0], 'distance_median': flat, 'acc': np.ones((80, 120))}
-  wall['distance_percentiles'] = flat[..., None] * np.ones(3)
-  twice = export.Views(views.cams.take(np.array([0, *range(11)])), [wall, wall, *views.images[1:]])
-  assert (export.support(np.array([[0.45, 0.45, 0.08]]), twice).through > 2).all()
+  # Two views from one place see a patch before the ball, through which most others look.
+  origins, directions = surface_points.pixel_rays(views.cams, 0)
+  t = 0.45 / np.linalg.norm(directions, axis=-1)
+  at = origins + directions * t[..., None]
+  patch = np.linalg.norm(at - 0.55 * origins / np.linalg.norm(origins[0, 0]), axis=-1) < 0.04
+  assert patch.sum() > 100
+  fooled = dict(views.images[0])
+  fooled['distance_median'] = np.where(patch, t, fooled['distance_median'])
+  fooled['acc'] = np.where(patch, 1, fooled['acc'])
+  spread = fooled['distance_percentiles']
+  fooled['distance_percentiles'] = np.where(patch[..., None], t[..., None], spread)
+  rows, images = np.array([0, *range(11)]), [fooled, fooled, *views.images[1:]]
+  twice = export.Views(views.cams.take(rows), images)
+  told = export.support(at[patch], twice)
+  assert (told.seen == 2).all()
+  assert (told.through > 2).all()
   xyz, _ = export.point_cloud(twice, CUBE, 10**6)
   assert len(xyz) > 1000
   np.testing.assert_allclose(np.linalg.norm(xyz, axis=-1), RADIUS, atol=1e-5)
