@@ -26,18 +26,16 @@ from internal import (
   cli,
   evaluation,
   html_report,
+  preview,
   progress,
   report,
   sharding,
   structs,
-  surface_points,
   train_step,
   trajectory,
   video,
   vis,
 )
-from internal import preview as preview_lib
-from internal.datasets import sparse_points
 
 _KINDS = ('color', 'depth', 'normals')
 _SURVEY_FRAMES, _SURVEY_SIDE = 8, 96  # Frames and pixels that the depth's scale is taken from.
@@ -115,34 +113,6 @@ def picture(kind: str, frame: dict, depth_range: tuple[float, float]) -> np.ndar
   return frame['rgb']
 
 
-def scene_points(settings, scene, run: str):
-  """Points of the scene for a preview, and what they are; rendered ones where none are stored."""
-  points = sparse_points.load(run)
-  if points is not None:
-    return points, f'{len(points[0]):,} sparse points of the capture'
-  if scene.cameras.pixtocam_ndc is not None or checkpoints.newest(run) is None:
-    return None, 'none are stored with this run'
-  progress.say('No sparse points are stored with this run: rendering a few small views instead.')
-  mesh = sharding.make_mesh()
-  params, step = checkpoints.restore_params(run, settings, mesh=mesh)
-  rows = np.array(scene.train)[np.linspace(0, len(scene.train) - 1, _SURVEY_FRAMES).astype(int)]
-  fraction = float(train_step.train_fraction(step, settings.config.max_steps))
-  views = trajectory.shrink(scene.cameras.take(np.unique(rows)), _SURVEY_SIDE)
-  render_image = evaluation.make_image_renderer(settings, mesh)
-  points = surface_points.from_views(render_image, params, views, range(len(views.size)), fraction)
-  return points, f'median distances at step {step:,}'
-
-
-def preview(settings, scene, run: str, folder: str) -> None:
-  """Draws the path into <folder>/preview.png."""
-  config, path = settings.config, os.path.join(folder, 'preview.png')
-  cams = trajectory.make_cameras(config, scene)
-  points, origin = scene_points(settings, scene, run)
-  fps = trajectory.frames_per_second(config)
-  vis.write_png(path, preview_lib.draw(scene, cams, fps, points, origin))
-  progress.summary({'preview': path})
-
-
 def frame_path(folder: str, kind: str, k: int) -> str:
   return os.path.join(folder, kind, f'{k:05d}.png')
 
@@ -158,7 +128,8 @@ def main(argv: list[str] | None = None) -> None:
   config = settings.config
   folder = config.render_dir or os.path.join(run, 'render')
   if args.preview:
-    return preview(settings, scene, run, folder)
+    progress.summary({'preview': preview.write(settings, scene, run, folder)})
+    return
   cams = trajectory.make_cameras(config, scene)
   sharding.initialize()
   cli.show_notices(settings)

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from internal import orbits, paths, structs, vis
+from internal import (
+  checkpoints,
+  configs,
+  evaluation,
+  orbits,
+  paths,
+  progress,
+  sharding,
+  structs,
+  surface_points,
+  train_step,
+  trajectory,
+  vis,
+)
 from internal.datasets import scene as scene_lib
+from internal.datasets import sparse_points
 
 _SIDE, _MARGIN, _FOOT = 800, 20, 150  # Pixels: a panel, around it, the lines below.
 _FINE = 2  # Drawn larger by this and shrunk, for smooth lines.
 _FRUSTUMS = 9
+_VIEWS, _VIEW_SIDE = 8, 96  # Rendered for their points where none are stored: how many, pixels.
 _INK, _GREY, _PALE = (30, 30, 30), (120, 120, 120), (225, 225, 225)
 
 
@@ -233,3 +249,37 @@ def _draw_foot(pen, lines: list[str]) -> None:
   _write(pen, (left + 415 * _FINE, top - 4 * _FINE), 'time: from start to end', 18)
   for k, line in enumerate(lines):
     _write(pen, (left, top + (28 + 34 * k) * _FINE), line, 21)
+
+
+def _points(
+  settings: configs.Settings, scene: scene_lib.Scene, run: str
+) -> tuple[tuple[np.ndarray, np.ndarray] | None, str]:
+  """Points of the scene for a preview, and what they are; rendered ones where none are stored."""
+  points = sparse_points.load(run)
+  if points is not None:
+    return points, f'{len(points[0]):,} sparse points of the capture'
+  if scene.cameras.pixtocam_ndc is not None or checkpoints.newest(run) is None:
+    return None, 'none are stored with this run'
+  progress.say('No sparse points are stored with this run: rendering a few small views instead.')
+  mesh = sharding.make_mesh()
+  params, step = checkpoints.restore_params(run, settings, mesh=mesh)
+  rows = np.array(scene.train)[np.linspace(0, len(scene.train) - 1, _VIEWS).astype(int)]
+  fraction = float(train_step.train_fraction(step, settings.config.max_steps))
+  views = trajectory.shrink(scene.cameras.take(np.unique(rows)), _VIEW_SIDE)
+  render_image = evaluation.make_image_renderer(settings, mesh)
+  points = surface_points.from_views(render_image, params, views, range(len(views.size)), fraction)
+  return points, f'median distances at step {step:,}'
+
+
+def write(settings: configs.Settings, scene: scene_lib.Scene, run: str, folder: str) -> str:
+  """Draws the path that the settings ask for into <folder>/preview.png; returns its path.
+
+  Raises:
+    TrajectoryError, PathFileError: there is no such path.
+  """
+  cams = trajectory.make_cameras(settings.config, scene)
+  points, origin = _points(settings, scene, run)
+  fps = trajectory.frames_per_second(settings.config)
+  path = os.path.join(folder, 'preview.png')
+  vis.write_png(path, draw(scene, cams, fps, points, origin))
+  return path

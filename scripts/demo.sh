@@ -41,6 +41,7 @@ print(f"test images  {results['num_images']}, mean PSNR {mean['psnr']:.2f} dB, S
 END
 cat <<END
 metrics      $run/eval/results.json
+report       $run/eval/report.html, to open in a browser
 pictures     $run/eval/contact_sheet.png, and beside it those of each test image
 video        $run/render/color.mp4 (and depth.mp4)
 training     $run/metrics.jsonl, tensorboard --logdir $run/tensorboard
