@@ -27,6 +27,8 @@ def set_quiet() -> None:
 
 def is_live() -> bool:
   """Whether there is a terminal, for nothing else, that a changing line can be on."""
+  if _bars:
+    return True  # While one is on show rich stands in for stdout and stderr.
   return sys.stderr.isatty() and sys.stdout.isatty() and not _quiet
 
 
@@ -86,22 +88,26 @@ class Bar:
   def __enter__(self) -> Bar:
     self._began = self._told = time.monotonic()
     if self._enabled and is_live():
-      columns = '{task.description}', rich.progress.BarColumn(24), '{task.fields[text]}'
-      self._shown = rich.progress.Progress(
-        *columns,
-        console=_bars[-1]._shown.console if _bars else rich.console.Console(stderr=True),
-        transient=True,
-      )
+      self._shown = _bars[-1]._shown if _bars else self._start()  # One below the other.
       self._task = self._shown.add_task(self.label, total=self.total, text='')
-      self._shown.start()
-      self._shown.console.show_cursor(True)  # A kill would leave the terminal without.
       _bars.append(self)
     return self
+
+  def _start(self) -> rich.progress.Progress:
+    columns = '{task.description}', rich.progress.BarColumn(24), '{task.fields[text]}'
+    shown = rich.progress.Progress(
+      *columns, console=rich.console.Console(stderr=True), transient=True
+    )
+    shown.start()
+    shown.console.show_cursor(True)  # A kill would leave the terminal without.
+    return shown
 
   def __exit__(self, *_) -> None:
     if self._shown:
       _bars.remove(self)
-      self._shown.stop()
+      self._shown.remove_task(self._task)
+      if not _bars:
+        self._shown.stop()
       self._shown = None
 
   def advance(self, count: float = 1) -> None:
