@@ -175,8 +175,8 @@ def main(args: argparse.Namespace) -> None:
   if args.replay_step is not None:
     replay.replay(settings, scene, mesh, args.replay_step)
   else:
-    look = viewer_ui.live(args, settings, scene, mesh) if args.viewer else None
-    train(settings, scene, mesh, *filter(None, [look]))
+    look = [viewer_ui.live(args, settings, scene, mesh)] if args.viewer else []
+    train(settings, scene, mesh, *look)
 
 
 def parse(argv=None) -> argparse.Namespace:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from internal import cameras, configs, evaluation, structs, trajectory, vis
+from internal import cameras, configs, evaluation, structs, surface_points, trajectory, vis
 from internal.datasets import scene as scene_lib
 
 MODES = ('colour', 'depth', 'opacity', 'normals', 'spread of distance')
@@ -149,12 +149,10 @@ class Renderer:
     places, colours = [], []
     for row in rows.tolist():
       seen = self._program(plain)(params, table, row, train_frac)
-      width, height = table.size[row]
-      y, x = np.mgrid[:height, :width]
-      rays = cameras.pixels_to_rays(table, np.full(x.shape, row), x, y)
-      place = rays.origins + rays.directions * seen['distance_median'][..., None]
+      origins, directions = surface_points.pixel_rays(table, row)
+      place = origins + directions * seen['distance_median'][..., None]
       kept = (seen['acc'] > 0.5) & (np.linalg.norm(place, axis=-1) < 10)
-      places.append(np.asarray(place)[kept])
+      places.append(place[kept])
       colours.append(vis.to_uint8(seen['rgb'])[kept])
     return np.concatenate(places), np.concatenate(colours)
 

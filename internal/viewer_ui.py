@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from internal import configs, paths, progress, train_step, viewer, viewer_page
+from internal import configs, orbits, paths, progress, train_step, viewer, viewer_page
 from internal.datasets import scene as scene_lib
 from internal.viewer_page import ViewerError
 
@@ -115,8 +115,7 @@ def _place(server, capture: viewer_page.Capture) -> None:
   pose = poses[row]
   focus = paths.focus_point(poses[list(scene.train)])
   ahead = max(float((pose[:, 3] - focus) @ pose[:, 2]), 0.3)
-  up = poses[:, :, 1].mean(0)
-  up /= np.linalg.norm(up) or 1
+  up = orbits.mean_up(poses)
   server.scene.set_up_direction(tuple(up))
   server.initial_camera.position = tuple(pose[:, 3])
   server.initial_camera.look_at = tuple(pose[:, 3] - ahead * pose[:, 2])
