@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -317,16 +317,3 @@ class Live:
     ended = time.monotonic()
     self._again = ended + (ended - began) * (1 / SHARE - 1)
     return ended - began
-
-
-def sparse_points(data_dir: str | None, transform: np.ndarray) -> Sequence[np.ndarray] | None:
-  """COLMAP's points [n, 3] of a capture in the normalised world, and colours; None if none."""
-  from internal import colmap
-
-  try:
-    found = colmap.read_model(f'{data_dir}/sparse/0').points
-  except (OSError, ValueError):
-    return None
-  if not len(found.xyz):
-    return None
-  return found.xyz @ transform[:3, :3].T + transform[:3, 3], found.rgb

@@ -13,6 +13,7 @@ import numpy as np
 
 from internal import configs, orbits, paths, progress, train_step, viewer, viewer_page
 from internal.datasets import scene as scene_lib
+from internal.datasets import sparse_points
 from internal.viewer_page import ViewerError
 
 _LOCAL = ('localhost', '127.0.0.1', '::1')
@@ -42,7 +43,7 @@ def open_page(
       'scripts/view.py.'
     )
   config = settings.config
-  points = viewer.sparse_points(config.data_dir, scene.world_transform)
+  points = sparse_points.read(config.data_dir, scene.world_transform)
   capture = viewer_page.Capture(config.checkpoint_dir, scene, points, config.last_step)
   watched = viewer.Viewer(viewer.Renderer(settings, scene, mesh))
   server = _open_server(args.host, args.port)

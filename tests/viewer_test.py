@@ -9,6 +9,7 @@ import tiny
 
 from internal import cameras, evaluation, models, viewer
 from internal.datasets import scene as scene_lib
+from internal.datasets import sparse_points
 
 POSE = np.concatenate([np.eye(3), [[0.1], [0.2], [0.3]]], -1)
 
@@ -364,10 +365,10 @@ class TestRenderer:
 def test_sparse_points_are_moved_to_the_normalised_world(tmp_path):
   from internal import colmap
 
-  assert viewer.sparse_points(None, np.eye(4)) is None
-  assert viewer.sparse_points(str(tmp_path), np.eye(4)) is None
+  assert sparse_points.read(None, np.eye(4)) is None
+  assert sparse_points.read(str(tmp_path), np.eye(4)) is None
   points = colmap.make_points([[1, 2, 3], [4, 5, 6]])
   colmap.write_model(str(tmp_path / 'sparse' / '0'), colmap.Model({}, {}, points))
   transform = np.array([[0, 2.0, 0, 1], [-2, 0, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]])
-  places, _ = viewer.sparse_points(str(tmp_path), transform)
+  places, _ = sparse_points.read(str(tmp_path), transform)
   np.testing.assert_allclose(places, [[5, -2, 6], [11, -8, 12]])

@@ -13,22 +13,34 @@ FILE = 'points.npy'  # [m, 6] float32: position in the normalised world, colour 
 _MOST = 50_000
 
 
+def read(data_dir: str | None, transform: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+  """COLMAP's points [m, 3] of a capture and their colours, uint8; None if there are none.
+
+  `transform` [4, 4] leads from the capture's world to the one that they are wanted in.
+  """
+  try:
+    points = colmap.read_model(llff.find_model(data_dir or '')).points
+  except (OSError, ValueError):
+    return None  # Poses may come from elsewhere (poses_bounds.npy).
+  if not len(points.xyz):
+    return None
+  return points.xyz @ transform[:3, :3].T + transform[:3, 3], points.rgb
+
+
 def save(checkpoint_dir: str, config: configs.Config, capture: scene.Scene) -> None:
   """Writes the points of a COLMAP-posed capture into the run's folder; others have none."""
   if capture.loader != 'llff':
     return
-  try:
-    points = colmap.read_model(llff.find_model(config.data_dir or '')).points
-  except (colmap.ModelError, colmap.ModelNotFoundError):
-    return  # Poses may come from elsewhere (poses_bounds.npy).
-  transform = capture.world_transform
-  xyz = points.xyz @ transform[:3, :3].T + transform[:3, 3]
+  points = read(config.data_dir, capture.world_transform)
+  if points is None:
+    return
+  xyz, rgb = points
   rows = np.flatnonzero((np.abs(xyz) < 1e6).all(-1))
   if not len(rows):
     return
   if len(rows) > _MOST:
     rows = np.random.default_rng(0).choice(rows, _MOST, replace=False)
-  table = np.concatenate([xyz, points.rgb], -1)[rows].astype(np.float32)
+  table = np.concatenate([xyz, rgb], -1)[rows].astype(np.float32)
   with files.whole(os.path.join(checkpoint_dir, FILE)) as path:
     np.save(path, table)
 
