@@ -121,13 +121,14 @@ class HashGrid(nn.Module):
   @nn.compact
   def __call__(self, gaussians: structs.Gaussians) -> Array:
     x, scale = grid.in_cube(gaussians.mean, gaussians.cov)
-    of_levels = []
+    of_levels, features = [], None
     for i, n in enumerate(grid.resolutions(self.levels, self.min_resolution, self.max_resolution)):
       shape = grid.table_size(n, self.log2_size), self.features
       table = self.param(f'table_{i}', _small_uniform, shape)
-      features = grid.lookup(table, x, n, self.deterministic)
-      features *= grid.fading(scale, n)[..., None]
-      of_levels.append(jnp.mean(features, -2) if self.multisampled else features)
+      features = grid.lookup(table, x, n, self.deterministic, features)
+      faded = features * grid.fading(scale, n)[..., None]
+      # Where levels are joined, neighbouring threads of a GPU would each do another one's sums.
+      of_levels.append(grid.apart(jnp.mean(faded, -2) if self.multisampled else faded))
     return jnp.concatenate(of_levels, -1)
 
   def arrange(self, rows: Array) -> Array:

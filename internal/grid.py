@@ -83,6 +83,15 @@ def fading(scale: Array, resolution: int) -> Array:
   return jax.scipy.special.erf(1 / (8**0.5 * resolution * scale))
 
 
+@jax.custom_vjp
+def apart(x: Array) -> Array:
+  """The same, computed before anything that is made of it begins; gradients pass as they are."""
+  return jax.lax.optimization_barrier(x)
+
+
+apart.defvjp(lambda x: (apart(x), None), lambda _, d_out: (d_out,))
+
+
 def _corner(x: Array, resolution: int, size: int, corner: np.ndarray) -> tuple[Array, Array]:
   """Row of the table, and trilinear weight, of a corner of the cells that hold x [..., 3].
 
@@ -114,7 +123,9 @@ def _interpolate(table: Array, x: Array, resolution: int) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def lookup(table: Array, x: Array, resolution: int, deterministic: bool = False) -> Array:
+def lookup(
+  table: Array, x: Array, resolution: int, deterministic: bool = False, after: Array | None = None
+) -> Array:
   """Trilinear interpolation of a level's features.
 
   Args:
@@ -124,16 +135,18 @@ def lookup(table: Array, x: Array, resolution: int, deterministic: bool = False)
     deterministic: sum the table's gradient in an order of its own, so that it repeats to the bit:
       a GPU adds in the order that its threads come in. Costs a sort of eight rows a point and
       a scan over them, several times the other way's time and memory.
+    after: what has to be there first, such as another level's features.
 
   Returns:
     [..., f]
   """
-  # Joined with what becomes of several levels, lookups take a GPU four times as long.
+  # One kernel of several levels, or of what becomes of them, takes a GPU longer than many small.
+  x, _ = jax.lax.optimization_barrier((x, after))
   return jax.lax.optimization_barrier(_interpolate(table, x, resolution))
 
 
-def _forward(table, x, resolution, deterministic):
-  return lookup(table, x, resolution, deterministic), (table, x)
+def _forward(table, x, resolution, deterministic, after):
+  return lookup(table, x, resolution, deterministic, after), (table, x)
 
 
 def _backward(resolution, deterministic, residuals, d_out):
@@ -150,7 +163,7 @@ def _backward(resolution, deterministic, residuals, d_out):
     d_table = scatter_add(jnp.zeros_like(table), rows, updates, copies)
   # Removed by the compiler unless somebody asks for it.
   (d_x,) = jax.vjp(lambda x: _interpolate(table, x, resolution), x)[1](d_out)
-  return d_table, d_x
+  return d_table, d_x, None
 
 
 lookup.defvjp(_forward, _backward)

@@ -104,6 +104,14 @@ class TestLookup:
     np.testing.assert_array_equal(nested.reshape(24, 3), flat)
 
 
+def test_levels_are_computed_apart_and_their_gradients_are_not():
+  x = _points()
+  f = lambda x: jnp.sum(grid.apart(x) ** 2)  # noqa: E731
+  np.testing.assert_array_equal(jax.grad(f)(x), 2 * x)
+  assert jax.jit(f).lower(x).as_text().count('optimization_barrier') == 1
+  assert jax.jit(jax.grad(f)).lower(x).as_text().count('optimization_barrier') == 1
+
+
 class TestGradient:
   @pytest.mark.parametrize('deterministic', [False, True])
   @pytest.mark.parametrize(('resolution', 'size'), LEVELS, ids=IDS)
