@@ -21,6 +21,7 @@ from internal import signals
 AXIS = 'rays'
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec(AXIS)  # What each device has of an array.
 
+_LARGE = 2**23  # Bytes of an array that is not joined with others, as tables of hash grids are.
 _SHARE = 0.9  # Of a device's free memory: what is free need not be in one piece.
 
 # What Gloo (CPU), NCCL (GPU) and JAX's coordination service say of processes that are gone.
@@ -147,9 +148,16 @@ def per_device(fn: Callable, mesh: Mesh, in_specs, out_specs) -> Callable:
 
 
 def mean_over_devices(tree):
-  """Inside `per_device`: the mean of each float32 array over all devices, by one all-reduce."""
-  flat, restore = jax.flatten_util.ravel_pytree(tree)
-  return restore(jax.lax.pmean(flat, AXIS))
+  """Inside `per_device`: the mean of each float32 array over all devices, by few all-reduces.
+
+  One has the small arrays joined. Large ones, which joining would copy there and back, go by
+  themselves: XLA starts each as soon as it is there, while others are still computed.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  joined, split = jax.flatten_util.ravel_pytree([x for x in leaves if x.nbytes < _LARGE])
+  large, joined = jax.lax.pmean(([x for x in leaves if x.nbytes >= _LARGE], joined), AXIS)
+  large, small = iter(large), iter(split(joined))
+  return structure.unflatten([next(large if x.nbytes >= _LARGE else small) for x in leaves])
 
 
 def to_host(array: jax.Array) -> np.ndarray:

@@ -42,10 +42,12 @@ def test_rays_are_split_and_the_rest_is_whole():
   assert {s.data.shape for s in split.addressable_shards} == {(2, 3)}
 
 
-def test_a_gradient_taken_by_each_device_is_averaged_once():
+@pytest.mark.parametrize('large', [2**23, 32])
+def test_a_gradient_taken_by_each_device_is_averaged_once(monkeypatch, large):
+  monkeypatch.setattr(sharding, '_LARGE', large)
   mesh = sharding.make_mesh()
   x = jnp.arange(16.0)
-  loss = lambda w, x: jnp.mean((w['a'] * x - w['b']) ** 2)  # noqa: E731
+  loss = lambda w, x: jnp.mean((w['a'] * x - w['b'] + jnp.sum(w['c'])) ** 2)  # noqa: E731
 
   def gradient(w, x):
     return sharding.mean_over_devices(jax.value_and_grad(loss)(w, x))
@@ -53,8 +55,10 @@ def test_a_gradient_taken_by_each_device_is_averaged_once():
   spread = sharding.per_device(
     gradient, mesh, (sharding.WHOLE, sharding.SPLIT), (sharding.WHOLE, sharding.WHOLE)
   )
-  w = {'a': jnp.float32(2), 'b': jnp.float32(3)}
+  w = {'a': jnp.float32(2), 'b': jnp.full(1, 3.0), 'c': jnp.full((2, 4), 5.0)}
   got, wanted = jax.jit(spread)(w, x), jax.value_and_grad(loss)(w, x)
+  # One for the small arrays, one for each of the others.
+  assert jax.jit(spread).lower(w, x).as_text().count('"stablehlo.all_reduce"') == 1 + (large == 32)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, wanted)
 
 
