@@ -48,8 +48,13 @@ def number(value: float) -> str:
   return f'{value:.4g}'
 
 
-def line_chart(series: Sequence[Series], unit: str, log: bool = False) -> str:
-  """An SVG of the series over steps; '' where there is nothing to draw.
+def line_chart(
+  series: Sequence[Series],
+  unit: str,
+  log: bool = False,
+  x_ticks: Sequence[tuple[float, str]] | None = None,
+) -> str:
+  """An SVG of the series over x, such as steps; '' where there is nothing to draw.
 
   Colours are the page's CSS variables --c0, --c1, ...; names are not written, since a legend in
   HTML wraps better.
@@ -58,6 +63,7 @@ def line_chart(series: Sequence[Series], unit: str, log: bool = False) -> str:
     series: points that are not finite, and with `log` those that are not above 0, are left out.
     unit: of the ordinate.
     log: whether the ordinate is logarithmic.
+    x_ticks: where the abscissa has which labels, instead of round numbers.
   """
   lines = []
   for s in series:
@@ -77,9 +83,9 @@ def line_chart(series: Sequence[Series], unit: str, log: bool = False) -> str:
     parts.append(_grid(_LEFT, to_y(y), _WIDTH - _RIGHT, to_y(y)))
     label = number(10**y) if log else number(y)
     parts.append(_label(_LEFT - 6, to_y(y) + 4, label, 'end'))
-  for x in ticks(left, right, 6):
+  for x, label in x_ticks or [(x, number(x)) for x in ticks(left, right, 6)]:
     parts.append(_grid(to_x(x), _TOP, to_x(x), _HEIGHT - _BOTTOM))
-    parts.append(_label(to_x(x), _HEIGHT - 10, number(x), 'middle'))
+    parts.append(_label(to_x(x), _HEIGHT - 10, label, 'middle'))
   parts.append(_label(_LEFT + 6, _TOP + 12, unit, 'start'))
   for k, (s, points) in enumerate(zip(series, lines)):
     spots = [(f'{to_x(x):.1f}', f'{to_y(y):.1f}') for x, y in points]
@@ -95,23 +101,28 @@ def line_chart(series: Sequence[Series], unit: str, log: bool = False) -> str:
 _COLOURS = ('#7f8c8d', '#00798c', '#d1495b', '#edae49', '#66a182', '#8d6a9f')
 
 
-def standalone(series: Sequence[Series], unit: str) -> str:
-  """The chart as a file of its own, with a legend below it and a white ground."""
-  height = _HEIGHT + 18 * len(series) + 8
+def standalone(
+  series: Sequence[Series], title: str, x_ticks: Sequence[tuple[float, str]] | None = None
+) -> str:
+  """The chart as a file of its own, below a title and above a legend, on white."""
+  head, line = 28, 18
+  height = head + _HEIGHT + line * len(series) + 8
   colours = ''.join(f'--c{k}:{c};' for k, c in enumerate(_COLOURS))
   style = (
     f'<style>svg{{{colours}font:12px sans-serif}}text{{fill:#444}}'
     '.grid{stroke:#ddd}polyline{stroke-width:2}</style>'
   )
   legend = ''.join(
-    f'<circle cx="{_LEFT + 5}" cy="{_HEIGHT + 18 * k}" r="5" fill="var(--c{k})"/>'
-    + _label(_LEFT + 16, _HEIGHT + 18 * k + 4, html.escape(s.name), 'start')
+    f'<circle cx="{_LEFT + 5}" cy="{_HEIGHT + 6 + line * k}" r="5" fill="var(--c{k})"/>'
+    + _label(_LEFT + 16, _HEIGHT + 10 + line * k, html.escape(s.name), 'start')
     for k, s in enumerate(series)
   )
-  inner = line_chart(series, unit).partition('>')[2].removesuffix('</svg>')
+  inner = line_chart(series, '', x_ticks=x_ticks).partition('>')[2].removesuffix('</svg>')
   return (
     f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}">{style}'
-    f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>{inner}{legend}</svg>\n'
+    f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>'
+    + _label(_LEFT, head - 8, html.escape(title), 'start')
+    + f'<g transform="translate(0,{head})">{inner}{legend}</g></svg>\n'
   )
 
 

@@ -189,6 +189,16 @@ def op_names(hlo: str) -> dict[str, str]:
   return {re.sub(r'\W', '_', name): source for name, source in names.items()} | names
 
 
+def _newest_events(folder: str) -> Iterator[tuple[str, object, dict]]:
+  """`_kernel_events` of the newest trace in a folder, without those that enclose others."""
+  paths = glob.glob(os.path.join(folder, '**', '*.xplane.pb'), recursive=True)
+  if paths:
+    data = jax.profiler.ProfileData.from_file(max(paths, key=os.path.getmtime))
+    for device, event, stats in _kernel_events(list(data.planes)):
+      if not _ENCLOSING.match(event.name):
+        yield device, event, stats
+
+
 def kernels(folder: str, steps: int, names: Mapping[str, str] | None = None) -> list[Kernel]:
   """The newest trace's kernels, slowest first, per step and device.
 
@@ -197,15 +207,9 @@ def kernels(folder: str, steps: int, names: Mapping[str, str] | None = None) -> 
     steps: how many steps ran meanwhile.
     names: `op_names` of the program, to tell the kernels' sources.
   """
-  paths = glob.glob(os.path.join(folder, '**', '*.xplane.pb'), recursive=True)
-  if not paths:
-    return []
-  data = jax.profiler.ProfileData.from_file(max(paths, key=os.path.getmtime))
   ns, count, devices = collections.Counter(), collections.Counter(), set()
   sources = collections.defaultdict(collections.Counter)
-  for device, event, stats in _kernel_events(list(data.planes)):
-    if _ENCLOSING.match(event.name):
-      continue
+  for device, event, stats in _newest_events(folder):
     devices.add(device)
     ns[event.name] += event.duration_ns
     count[event.name] += 1
@@ -216,3 +220,11 @@ def kernels(folder: str, steps: int, names: Mapping[str, str] | None = None) -> 
     Kernel(name, total / per / 1e6, count[name] / per, sources[name].most_common(1)[0][0])
     for name, total in ns.most_common()
   ]
+
+
+def kernel_ms(folder: str, steps: int) -> dict[str, dict[str, float]]:
+  """Milliseconds a step in each device's kernels, by device and name; arguments as of `kernels`."""
+  found = collections.defaultdict(collections.Counter)
+  for device, event, _ in _newest_events(folder):
+    found[device][event.name] += event.duration_ns / steps / 1e6
+  return {device: dict(names) for device, names in sorted(found.items())}

@@ -127,7 +127,7 @@ class Benchmark:
     """Makes and times a program, prints its row and its profile."""
     gc.collect()  # What earlier programs left would count against this one's memory.
     program = make()
-    timed = profiling.time_groups(program.call, self.args.seconds)
+    timed = program.time(self.args.seconds)
     parts = program.facts.get('micro_batches', 1)
     name += f', in {parts} parts' if parts > 1 else ''
     tflops = program.rays * profiling.ray_flops(settings)[kind] / timed['ms'] / 1e9
@@ -136,9 +136,7 @@ class Benchmark:
       'name': name,
       'devices': mesh.size,
       'rays': program.rays,
-      **program.facts,
       **timed,
-      'rays_per_second': program.rays / timed['ms'] * 1e3,
       'tflops': tflops,
       'fraction_of_chip': tflops / (chip * mesh.size) if chip else None,
       'peak_bytes': profiling.peak_bytes(mesh.devices.flat),

@@ -56,19 +56,20 @@ def synthetic() -> tuple[structs.Cameras, batches.PixelStore]:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """Something to be timed."""
+  """Something to be timed, compiled and not yet run."""
 
   call: Callable  # Starts the next step or chunk and returns what to wait for.
   rays: int  # Of one call.
   facts: dict  # Of compiling it.
   hlo: str
 
-  @classmethod
-  def start(cls, call: Callable, rays: int, facts: dict, hlo: str) -> Program:
-    """The program after its first call, the seconds of which are a fact too."""
+  def time(self, seconds: float) -> dict:
+    """Facts and milliseconds (`profiling.time_groups`), after a first call that is a fact too."""
     began = time.perf_counter()
-    jax.block_until_ready(call())
-    return cls(call, rays, {**facts, 'first_call_seconds': time.perf_counter() - began}, hlo)
+    jax.block_until_ready(self.call())
+    first = {'first_call_seconds': time.perf_counter() - began}
+    timed = profiling.time_groups(self.call, seconds)
+    return {**self.facts, **first, **timed, 'rays_per_second': self.rays / timed['ms'] * 1e3}
 
 
 def train_program(settings, mesh, cams, pixels) -> Program:
@@ -90,7 +91,7 @@ def train_program(settings, mesh, cams, pixels) -> Program:
 
   facts, hlo = profiling.compile_first(step_fn, state, table, source())
   facts['micro_batches'] = getattr(step_fn, 'micro_batches', 1)
-  return Program.start(call, settings.config.batch_size, facts, hlo)
+  return Program(call, settings.config.batch_size, facts, hlo)
 
 
 def render_program(settings, mesh, cams) -> Program:
@@ -107,4 +108,4 @@ def render_program(settings, mesh, cams) -> Program:
   def call():
     return render_chunk(params, table, *where(next(starts)))
 
-  return Program.start(call, chunk, facts, hlo)
+  return Program(call, chunk, facts, hlo)

@@ -59,19 +59,32 @@ def at(settings: configs.Settings, batch: int) -> configs.Settings:
   return benchmark.change(settings, 'config', batch_size=batch, render_chunk_size=batch)
 
 
-def collective_ms(program: programs.Program) -> float:
-  """Milliseconds a step in which a device is in a collective, waiting for others included."""
+def traced_ms(program: programs.Program) -> dict:
+  """Milliseconds a step in collectives, waiting for others included, and in other kernels.
+
+  Of the former the devices' mean; of the latter that of the fastest and of the slowest device.
+  """
   with tempfile.TemporaryDirectory() as folder:
     with profiling.trace(folder):
       for _ in range(_TRACED_STEPS):
         last = program.call()
       jax.block_until_ready(last)
-    found = profiling.kernels(folder, _TRACED_STEPS)
-  return sum(kernel.ms for kernel in found if _COLLECTIVE.search(kernel.name))
+    found = profiling.kernel_ms(folder, _TRACED_STEPS).values()
+  if not found:
+    raise ScalingError('the trace has no kernels')
+  together, own = [], []
+  for names in found:
+    together.append(sum(ms for name, ms in names.items() if _COLLECTIVE.search(name)))
+    own.append(sum(names.values()) - together[-1])
+  return {
+    'collective_ms': float(np.mean(together)),
+    'own_ms_fastest': min(own),
+    'own_ms_slowest': max(own),
+  }
 
 
-def rates(settings: configs.Settings, args: argparse.Namespace) -> list[dict]:
-  """Rows of training and rendering; programs are compiled side by side and run one by one."""
+def rates(settings: configs.Settings, args: argparse.Namespace, keep: Callable) -> None:
+  """Keeps rows of training and rendering; programs are compiled side by side, run one by one."""
   cams, store = programs.synthetic()
   rows = []
   for kind in ('train', 'render'):
@@ -87,13 +100,15 @@ def rates(settings: configs.Settings, args: argparse.Namespace) -> list[dict]:
     todo = points(args.batches, args.devices)
     with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
       waiting = {point: pool.submit(make, point) for point in todo}
-      concurrent.futures.wait(waiting.values())
+      concurrent.futures.wait(waiting.values())  # Collectives of two at a time could wait for ever.
     for batch, n in todo:
       row = {'kind': kind, 'batch': batch, 'devices': n}
       name = f'{kind}, {batch:,} rays on {n}'
       program = waiting.pop((batch, n))
       row |= benchmark.attempt(name, lambda made=program: measure(made.result(), args))
       rows.append(row)
+      add_speedups(rows, min(args.batches))
+      keep('rates', rows)
       if 'ms' in row:
         progress.say(
           f'{name}: {row["ms"]:.2f} ms, {row["rays_per_second"]:,.0f} rays/s, '
@@ -101,18 +116,10 @@ def rates(settings: configs.Settings, args: argparse.Namespace) -> list[dict]:
         )
       del program  # And with it its parameters.
       gc.collect()
-  return rows
 
 
 def measure(program: programs.Program, args: argparse.Namespace) -> dict:
-  timed = profiling.time_groups(program.call, args.seconds)
-  return {
-    **program.facts,
-    **timed,
-    'rays_per_second': program.rays / timed['ms'] * 1e3,
-    'collective_ms': collective_ms(program),
-    'peak_bytes': profiling.peak_bytes(jax.devices()),
-  }
+  return {**program.time(args.seconds), **traced_ms(program)}
 
 
 def add_speedups(rows: Sequence[dict], base: int) -> None:
@@ -232,14 +239,14 @@ def markdown(results: Mapping) -> str:
   """All that was measured, as tables."""
   parts = []
   for gin, found in results['configs'].items():
-    parts.append(f'## {gin}\n')
+    parts.append(f'## {os.path.basename(gin)}\n')
     if 'rates' in found:
       heads = ['', 'rays', 'devices', 'ms', 'rays/s', 'to one, same batch', 'to one, grown']
-      heads += ['ms in collectives', 'temporary GiB']
+      heads += ['ms in collectives', 'in other kernels: fastest device', 'slowest', 'temporary GiB']
       forms = {
         'batch': '{:,}', 'devices': '{}', 'ms': '{:.2f}', 'rays_per_second': '{:,.0f}',
         'speedup': '{:.2f}', 'growing_speedup': '{:.2f}', 'collective_ms': '{:.2f}',
-        'temp_bytes': '{:.2f}',
+        'own_ms_fastest': '{:.2f}', 'own_ms_slowest': '{:.2f}', 'temp_bytes': '{:.2f}',
       }  # fmt: skip
       cell = benchmark_tables.cell
       rows = [[r['kind'], *(cell(r, k, form) for k, form in forms.items())] for r in found['rates']]
@@ -264,15 +271,19 @@ def markdown(results: Mapping) -> str:
 
 
 def picture(results: Mapping) -> str:
-  """Speed-ups over devices as SVG; '' where there are none."""
-  series = [charts.Series('linear', [(n, float(n)) for n in results['devices']])]
+  """Speed-ups with batches that grow, as SVG; '' where they were not measured."""
+  series = []
   for gin, found in results['configs'].items():
     for kind in ('train', 'render'):
       rows = [r for r in found.get('rates', ()) if r['kind'] == kind and 'growing_speedup' in r]
+      points = [(np.log2(r['devices']), 100 * r['growing_speedup'] / r['devices']) for r in rows]
       name = f'{os.path.basename(gin)}, {"training" if kind == "train" else "rendering"}'
-      series.append(charts.Series(name, [(r['devices'], r['growing_speedup']) for r in rows]))
-  drawn = [s for s in series[1:] if s.points]
-  return charts.standalone([series[0], *drawn], 'times one device') if drawn else ''
+      series += [charts.Series(name, points)] if points else []
+  if not series:
+    return ''
+  counts = [(float(np.log2(n)), str(n)) for n in results['devices']]
+  title = 'speed-up in % of linear, over devices, with as many rays on each'
+  return charts.standalone(series, title, counts)
 
 
 class Results:
@@ -313,7 +324,7 @@ def parse(argv=None) -> argparse.Namespace:
   parser.add_argument('--only', nargs='+', choices=PARTS, default=PARTS, help='these parts')
   parser.add_argument('--seconds', type=float, default=3.0, help='to time each program for')
   parser.add_argument('--steps', type=int, default=100, help='of the losses that are compared')
-  parser.add_argument('--scene_steps', type=int, default=1000, help="of the dataset's scenes")
+  parser.add_argument('--scene_steps', type=int, default=300, help="of the dataset's scenes")
   parser.add_argument('--threads', type=int, default=4, help='programs compiled at a time')
   args = parser.parse_args(argv)
   args.gin_configs = args.gin_configs or [str(ROOT / name) for name in _CONFIGS]
@@ -330,10 +341,10 @@ def parse(argv=None) -> argparse.Namespace:
 def measure_inside(gin: str, args: argparse.Namespace, keep: Callable) -> None:
   """The parts that this process does itself."""
   settings = configs.load_config([gin], args.gin_bindings)
+  mesh = sharding.make_mesh(jax.devices()[: args.devices[-1]])
+  keep('facts', benchmark.describe(settings, mesh))
   if 'rates' in args.only:
-    rows = rates(settings, args)
-    add_speedups(rows, min(args.batches))
-    keep('rates', rows)
+    rates(settings, args, keep)
   if 'losses' in args.only:
     keep('losses', losses(settings, args))
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+import xml.etree.ElementTree
 
 import pytest
 
@@ -52,6 +53,17 @@ def test_a_line_is_straight_where_the_numbers_are():
   assert y0 > y1 > y2  # Downwards in SVG.
   assert x1 == pytest.approx((x0 + x2) / 2, abs=0.11)
   assert y1 == pytest.approx((y0 + y2) / 2, abs=0.11)
+
+
+def test_a_file_of_its_own_has_title_names_and_the_ticks_it_is_told():
+  lines = [charts.Series('a & b', [(0, 1), (1, 2)]), charts.Series('c', [(0, 1), (1, 3)])]
+  root = xml.etree.ElementTree.fromstring(
+    charts.standalone(lines, 'x < y', [(0, 'one'), (1, 'two')])
+  )
+  texts = [t.text for t in root.iter('{http://www.w3.org/2000/svg}text')]
+  assert texts[0] == 'x < y'
+  assert texts[-2:] == ['a & b', 'c']
+  assert [t for t in texts if t in ('one', 'two', '0.5')] == ['one', 'two']
 
 
 def test_powers_of_ten_are_evenly_spaced_on_a_logarithmic_scale():

@@ -75,6 +75,7 @@ def test_a_whole_small_run(tmp_path, monkeypatch, capsys):
   rows = {(r['kind'], r['batch'], r['devices']): r for r in told['rates']}
   assert set(rows) == {(kind, *at) for kind in ('train', 'render') for at in ((32, 1), (64, 2))}
   assert all(r['rays_per_second'] > 0 and r['collective_ms'] >= 0 for r in rows.values())
+  assert all(0 < r['own_ms_fastest'] <= r['own_ms_slowest'] for r in rows.values())
   alone, two = (rows['train', *at]['collective_ms'] for at in ((32, 1), (64, 2)))
   assert two > 2 * alone  # The gradients' all-reduce, which one device has nothing to do in.
   assert len(told['losses']['one']) == 3
