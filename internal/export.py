@@ -153,8 +153,7 @@ def point_cloud(
 
 def to_capture(scene: scene_lib.Scene, xyz: np.ndarray) -> np.ndarray:
   """World points [m, 3] in the capture's own frame and units."""
-  inverse = np.linalg.inv(scene.world_transform)
-  return xyz @ inverse[:3, :3].T + inverse[:3, 3]
+  return paths.transform_points(np.linalg.inv(scene.world_transform), xyz)
 
 
 def write_depth_folder(folder: str, scene: scene_lib.Scene, views: Views) -> None:

@@ -96,6 +96,11 @@ def transform_poses(transform: np.ndarray, poses: np.ndarray) -> np.ndarray:
   return np.concatenate([moved[..., :3] / scale, moved[..., 3:]], -1)
 
 
+def transform_points(transform: np.ndarray, points: np.ndarray) -> np.ndarray:
+  """Points [m, 3] in the world after a similarity [4, 4]."""
+  return points @ transform[:3, :3].T + transform[:3, 3]
+
+
 def are_rigid(poses: np.ndarray) -> np.ndarray:
   """[n] whether poses [n, 3, 4] turn and shift; false if they scale, shear or mirror."""
   rotation = poses[:, :, :3]

@@ -62,8 +62,7 @@ def read_box(args, scene) -> np.ndarray:
   if args.box_units == 'normalized':
     return box
   corners = np.stack(np.meshgrid(*box.T, indexing='ij'), -1).reshape(-1, 3)
-  transform = scene.world_transform
-  corners = corners @ transform[:3, :3].T + transform[:3, 3]
+  corners = paths.transform_points(scene.world_transform, corners)
   return np.stack([corners.min(0), corners.max(0)])
 
 

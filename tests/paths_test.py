@@ -77,6 +77,12 @@ def test_pca_normalises(seed):
   assert new[:, 2, 1].mean() > 0.9  # These cameras stand upright on the plane they move in.
 
 
+def test_points_move_as_poses_do():
+  poses, transform = orbit()[0], similarity(5)
+  points = paths.transform_points(transform, poses[:, :, 3])
+  np.testing.assert_allclose(points, paths.transform_poses(transform, poses)[:, :, 3], atol=1e-12)
+
+
 def test_pca_of_a_normalised_world_changes_nothing():
   new, _ = paths.transform_poses_pca(apply(similarity(3), orbit(seed=3)[0]))
   again, transform = paths.transform_poses_pca(new)

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from internal import colmap, configs, files
+from internal import colmap, configs, files, paths
 from internal.datasets import llff, scene
 
 FILE = 'points.npy'  # [m, 6] float32: position in the normalised world, colour 0 to 255.
@@ -24,7 +24,7 @@ def read(data_dir: str | None, transform: np.ndarray) -> tuple[np.ndarray, np.nd
     return None  # Poses may come from elsewhere (poses_bounds.npy).
   if not len(points.xyz):
     return None
-  return points.xyz @ transform[:3, :3].T + transform[:3, 3], points.rgb
+  return paths.transform_points(transform, points.xyz), points.rgb
 
 
 def save(checkpoint_dir: str, config: configs.Config, capture: scene.Scene) -> None:

@@ -77,7 +77,7 @@ def examine(scene_dir: str, photos: Sequence[gather.Photo]) -> Findings:
     by_name = {image.name: colmap.camera_to_world(image) for image in kept.images.values()}
     poses = np.stack([by_name[row.name] for row in rows if row.model == 0])
     poses, move = _level(poses)
-    xyz, rgb = kept.points.xyz @ move[:3, :3].T + move[:3, 3], kept.points.rgb
+    xyz, rgb = paths.transform_points(move, kept.points.xyz), kept.points.rgb
   return Findings(
     rows=tuple(rows),
     model_sizes=tuple(model.num_reg_images() for model in models),
