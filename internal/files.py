@@ -34,6 +34,11 @@ def read_array(path: str) -> np.ndarray:
     ValueError: the file is none, cannot be opened, or is shorter than its header says.
   """
   try:
+    with open(path, 'rb') as f:
+      start = f.read(12)
+    header = int.from_bytes(start[8:], 'little') if start[6:7] > b'\1' else 0  # Since version 2.
+    if header > os.path.getsize(path):
+      raise ValueError('its header says that it is longer than the file')
     # Mapped, so that the header's shape is held against the file's size.
     array = np.load(path, mmap_mode='r', allow_pickle=False)
   except Exception as e:  # The parser of the header raises nearly anything.

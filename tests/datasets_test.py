@@ -206,6 +206,8 @@ def test_forward_facing_with_bounds_file(tmp_path):
   assert found.report['world_scale'] == pytest.approx(scale)
   np.save(tmp_path / 'poses_bounds.npy', table[:, :5])
   assert 'poses_bounds.npy' in refused(tmp_path, forward_facing=True)
+  np.save(tmp_path / 'poses_bounds.npy', table[:0])
+  assert 'one picture or more, has [0, 17]' in refused(tmp_path, forward_facing=True)
   np.save(tmp_path / 'poses_bounds.npy', -table)
   assert '0 < near <= far' in refused(tmp_path, forward_facing=True)
 

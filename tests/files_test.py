@@ -1,5 +1,7 @@
 """A file is there whole or not at all."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -53,6 +55,25 @@ def test_arrays_that_are_not_there(tmp_path, shape):
   path.write_bytes(path.read_bytes().replace(b'(6,)', shape.encode()))
   with pytest.raises(ValueError, match=r'no whole \.npy file'):
     files.read_array(str(path))
+
+
+@pytest.mark.parametrize('version', [1, 2, 3])
+def test_headers_of_all_versions_and_no_longer_than_the_file(tmp_path, version):
+  path = tmp_path / 'a.npy'
+  with open(path, 'wb') as f:
+    np.lib.format.write_array(f, np.arange(6.0), (min(version, 2), 0))
+  content = path.read_bytes()
+  content = content[:6] + bytes([version]) + content[7:]  # The third is laid out as the second.
+  path.write_bytes(content)
+  np.testing.assert_array_equal(files.read_array(str(path)), np.arange(6.0))
+  path.write_bytes(content[:10] + b'\xff\xff' + content[12:])
+  tracemalloc.start()
+  try:
+    with pytest.raises(ValueError, match=r'no whole \.npy file'):
+      files.read_array(str(path))
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+  finally:
+    tracemalloc.stop()
 
 
 def test_neither_pickles_nor_archives_nor_words(tmp_path):

@@ -359,7 +359,10 @@ def test_damaged_checkpoints(run, data):
     damage |= corruption.of_json(content)
   step = pathlib.Path(folder, 'checkpoints', '3')
   manifest = step / 'manifest.json'
-  with replaced(path, data.draw(damage)), replaced(str(manifest), manifest.read_bytes()):
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(replaced(path, data.draw(damage)))
+    for sealed in (manifest, step / 'notes.json'):  # Are written anew here.
+      stack.enter_context(replaced(str(sealed), sealed.read_bytes()))
     if path != str(manifest) and data.draw(st.booleans()):
       manifest.unlink()
       checkpoints._seal(str(step), {})  # So that orbax gets to read it.

@@ -1,5 +1,6 @@
 """Decoding: every kind of picture becomes the right uint8 RGB, or is refused by name."""
 
+import contextlib
 import os
 import pathlib
 import struct
@@ -161,7 +162,25 @@ def test_damaged_files_are_named(tmp_path, name):
     images.decode(str(tmp_path / 'nothing.png'))
 
 
+def test_no_room_is_made_for_what_a_file_only_claims(tmp_path):
+  path = str(tmp_path / 'a.png')
+  captures.save_image(path, captures.pixels(0))
+  content = pathlib.Path(path).read_bytes()
+  at = content.index(b'IDAT') - 4
+  pathlib.Path(path).write_bytes(content[:at] + b'\x10' + content[at + 1 :])  # 2^28 bytes more.
+  tracemalloc.start()
+  try:
+    with contextlib.suppress(images.DataError):
+      images.decode(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+  finally:
+    tracemalloc.stop()
+
+
 def test_what_is_no_file_is_not_opened(tmp_path):
+  with pytest.raises(images.DataNotFoundError, match='no such image') as caught:
+    images.read_header('y' * 10**5)  # As a damaged list of frames may have it.
+  assert len(str(caught.value)) < 5000
   (tmp_path / 'folder.png').mkdir()
   os.mkfifo(tmp_path / 'pipe.png')  # To open it would wait for ever.
   for name in ('folder.png', 'pipe.png'):

@@ -15,9 +15,10 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,7 @@ from internal import progress
 
 EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
 
+_LONGEST = 4096  # Characters of a path that there could be.
 _ORIENTATION = 0x0112  # The EXIF tag.
 _GREY_16 = ('I;16', 'I;16B', 'I;16L', 'I;16N')
 # By content, whatever the ending; Pillow's readers of documents and films are left out.
@@ -140,7 +142,7 @@ def _readable(function: Callable) -> Callable:
   @functools.wraps(function)
   def wrapped(path: str, *args, **kwargs):
     if not os.path.isfile(path):  # To open a pipe would wait for ever.
-      raise DataNotFoundError(f'{path}: no such image.')
+      raise DataNotFoundError(f'{path[:_LONGEST]}: no such image.')
     try:
       return function(path, *args, **kwargs)
     except DataError:
@@ -163,6 +165,15 @@ def read_header(path: str) -> Header:
   """
   with Image.open(path, formats=_FORMATS) as image:
     return _header(image)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+  """A picture, all of its file read: from disk, room would be made for as much as it claims."""
+  with open(path, 'rb') as f:
+    content = io.BytesIO(f.read())
+  with Image.open(content, formats=_FORMATS) as image:
+    yield image
 
 
 def _header(image: Image.Image) -> Header:
@@ -192,7 +203,7 @@ def decode(path: str, background: str = 'none', size: tuple[int, int] | None = N
     DataError, DataNotFoundError: the file is missing, damaged, of another size or of a kind that
       would be misread.
   """
-  with Image.open(path, formats=_FORMATS) as image:
+  with _opened(path) as image:
     header = _header(image)
     pixels = _composite(path, _decode_channels(path, image), background)
   if size is None or (header.width, header.height) == tuple(size):
@@ -232,7 +243,7 @@ def _decode_16_bits(path: str, image: Image.Image, raw_mode: str) -> np.ndarray:
       'Convert it to 8 bits, or to an RGB PNG.'
     )
   high = np.asarray(image).astype(np.uint16)
-  with Image.open(path, formats=_FORMATS) as again:
+  with _opened(path) as again:
     # Told that the bytes are the other way round, the decoder gives the low one.
     again.tile = [tile._replace(args=raw_mode.replace('16B', '16L')) for tile in again.tile]
     low = np.asarray(again)

@@ -26,10 +26,10 @@ def read_table(path: str) -> np.ndarray:
   """
   with frames_lib.named(path):
     table = files.read_array(path)
-  if table.ndim != 2 or table.shape[1] != 17 or not np.isfinite(table).all():
+  if table.ndim != 2 or table.shape[1] != 17 or not table.size or not np.isfinite(table).all():
     raise images.DataError(
-      f'{path}: must be finite numbers [n, 17], has {list(table.shape)}. Make it again, or pose '
-      'the pictures with COLMAP.'
+      f'{path}: must be finite numbers [n, 17] of one picture or more, has {list(table.shape)}. '
+      'Make it again, or pose the pictures with COLMAP.'
     )
   return table
 
