@@ -112,6 +112,23 @@ class TestTimeGroups:
     assert timed['ms'] == pytest.approx(250)
     assert timed['ms_10'] == pytest.approx(130)
 
+  def test_few_calls_are_under_way_at_a_time(self):
+    class Started:
+      def block_until_ready(self):
+        waiting.discard(self)
+
+    waiting, counts = set(), []
+
+    def call():
+      waiting.add(started := Started())
+      counts.append(len(waiting))
+      return started
+
+    timed = profiling.time_groups(call, 0.0)
+    assert timed['calls_per_group'] == 100
+    assert max(counts) == 9
+    assert not waiting
+
 
 class TestParts:
   def parts(self, *argv):
