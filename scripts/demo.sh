@@ -2,7 +2,7 @@
 # The whole system on a scene made on the spot: scripts/demo.sh [OUT_DIR]
 #
 # Sets up (once), makes the scene, trains configs/demo.gin on it, evaluates, renders the video.
-# Under 10 minutes on two CPU cores. A second run goes on from whatever the first one reached.
+# 3 to 4 minutes on two CPU cores. A second run goes on from whatever the first one reached.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 setup_env requirements.lock
