@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
   if args.preview:
     progress.summary({'preview': preview.write(settings, scene, run, folder)})
     return
-  cams = trajectory.make_cameras(config, scene)
+  cams, fps = trajectory.make_cameras(config, scene), trajectory.frames_per_second(config)
   sharding.initialize()
   cli.show_notices(settings)
   mesh = sharding.make_mesh()
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         vis.write_png(frame_path(folder, kind, k), shown)
 
   if sharding.is_main():
-    left, fps = {}, trajectory.frames_per_second(config)
+    left = {}
     for kind in kinds:
       frames = [frame_path(folder, kind, k) for k in range(count)]
       path = os.path.join(folder, f'{kind}.mp4')
