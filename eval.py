@@ -145,6 +145,7 @@ def evaluate(
     return
   results = report.make_results(
     settings,
+    report.test_split(config, scene),
     per_image,
     step,
     models.num_params(params),

@@ -73,12 +73,15 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh, look=lambda 
   Raises:
     signals.Stopped: SIGTERM or SIGINT came; the step that it came in is done and saved.
     BadNumbersError: a part has not been updated for too long.
+    CheckpointError: the run in the folder cannot be gone on with.
   """
   config, last = settings.config, settings.config.last_step
   start = checkpoints.start_step(config.checkpoint_dir)
   if start >= last:
     print(f'Nothing to do: {config.checkpoint_dir} has step {start:,} of {last:,}.')
     return
+  if start:
+    checkpoints.check_same_scene(config.checkpoint_dir, scene)
   state, recent, micro_batches = checkpoints.start_run(settings, mesh, start)
   step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches)
   test_renders = train_renders.TestRenders(settings, scene, mesh)
@@ -146,7 +149,7 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh, look=lambda 
         log.close()
         sharding.leave()
         raise signals.Stopped(signum)
-      if step % config.gc_every == 0:
+      if config.gc_every and step % config.gc_every == 0:
         gc.collect()
       if render_now or save_now:
         pause_clock()

@@ -25,8 +25,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from internal import configs, files, sharding, structs, train_step
+from internal.datasets import images, sparse_points
 from internal.datasets import scene as scene_lib
-from internal.datasets import sparse_points
 
 _CONFIG = 'config.gin'
 _SCENE = 'scene.json'
@@ -35,6 +35,9 @@ _NOTES = 'notes.json'
 _MANIFEST = 'manifest.json'
 _PARTIAL = '.partial'  # Not finished, or half deleted.
 _DAMAGED = '.damaged'
+# Fields of Config that say what scene.json holds: after training nothing else can come of them.
+_OF_THE_SCENE = ('dataset_loader', 'factor', 'llffhold', 'load_alphabetical', 'dtu_light_cond')
+_MOVED = 1e-3  # Of a camera, in the normalised world: more than rounding.
 
 
 def _folder(checkpoint_dir: str) -> str:
@@ -62,7 +65,7 @@ def open_run(
   """Reads what a run was told and what it saw; bindings change the config on top.
 
   Raises:
-    CheckpointError: no such run.
+    CheckpointError: no such run; a binding that would have it see other pictures.
     ConfigError: a binding that cannot be used.
   """
   paths = [os.path.join(checkpoint_dir, name) for name in (_CONFIG, _SCENE)]
@@ -74,7 +77,45 @@ def open_run(
       )
   here = f'Config.checkpoint_dir = {checkpoint_dir!r}'  # The folder may have been moved.
   settings = configs.load_config([paths[0]], [*gin_bindings, here])
+  trained = configs.load_config([paths[0]]).config
+  for name in _OF_THE_SCENE:
+    told, was = (getattr(config, name) for config in (settings.config, trained))
+    if told != was:
+      raise CheckpointError(
+        f'Config.{name} is {told!r}, but {checkpoint_dir} was trained with {was!r}, and has its '
+        'pictures and their split from there. Leave that binding out, or train another run.'
+      )
   return settings, scene_lib.load_scene(paths[1])
+
+
+def check_same_scene(checkpoint_dir: str, scene: scene_lib.Scene) -> None:
+  """Before training goes on: it must see the pictures, and the world, that it saw.
+
+  Else test images would be among those that were trained on, or cameras have moved.
+
+  Raises:
+    CheckpointError: it would not; the first picture that differs is named.
+  """
+  try:
+    before = scene_lib.load_scene(os.path.join(checkpoint_dir, _SCENE))
+  except (images.DataError, images.DataNotFoundError):
+    return  # It is about to be written anew.
+  way_out = f'Set Config.data_dir and llffhold as in {checkpoint_dir}/{_CONFIG}, or another '
+  way_out += 'Config.checkpoint_dir to train anew.'
+  poses = [{s.names[row]: s.cameras.camtoworld[row] for row in s.train} for s in (before, scene)]
+  others = sorted(poses[0].keys() ^ poses[1].keys())
+  if others:
+    raise CheckpointError(
+      f'{checkpoint_dir} was trained on other pictures: {others[0]!r} was '
+      f'{"one of them and is not now" if others[0] in poses[0] else "none of them and is one now"}'
+      f' ({len(others)} such). {way_out}'
+    )
+  moved = [n for n, pose in poses[0].items() if np.abs(pose - poses[1][n]).max() > _MOVED]
+  if moved:
+    raise CheckpointError(
+      f'{checkpoint_dir} was trained with other poses: the camera of {moved[0]!r} has moved '
+      f'({len(moved)} such). {way_out}'
+    )
 
 
 def all_steps(checkpoint_dir: str) -> list[int]:

@@ -110,7 +110,9 @@ def is_finished(plan: Plan) -> bool:
   except lpips.LpipsUnavailableError:
     more = False
   same = found['config_hash'] == wanted and found['step'] == plan.settings.config.last_step
-  protocols = found['protocol'], report.protocol(plan.settings.config)
+  # How images were split is in the hash.
+  split = found['protocol']['test_split']
+  protocols = found['protocol'], report.protocol(plan.settings.config, split)
   for protocol in protocols:
     protocol.pop('description')  # Which may be put in other words.
   return same and protocols[0] == protocols[1] and not more

@@ -21,15 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from internal import configs, files, image, lpips, models
+from internal.datasets import scene as scene_lib
 
 SCHEMA_VERSION = 2  # Of results.json.
 METRICS = ('psnr', 'ssim', 'cc_psnr', 'cc_ssim')
+OWN_SPLIT = "the capture's own"
 
 # Fields of Config by which two runs of one method may differ: where things are, how the run tells
 # of itself, and what is rendered of it later. (What evaluation does is told under 'protocol'.)
 # And early_exit_steps, since results tell their step.
 _NOT_THE_METHOD = (
-  'data_dir', 'checkpoint_dir', 'factor', 'pixels_on', 'micro_batches', 'early_exit_steps'
+  'data_dir', 'checkpoint_dir', 'factor', 'pixels_on', 'pixel_cache_dir', 'micro_batches',
+  'early_exit_steps',
 )  # fmt: skip
 _NEITHER = ('eval_', 'render_', 'train_render_', 'z_', 'vis_', 'print_', 'checkpoint_', 'gc_')
 
@@ -85,8 +88,24 @@ def _as_float(img: np.ndarray) -> jax.Array:
   return jnp.clip(jnp.asarray(img, jnp.float32), 0, 1)
 
 
-def protocol(config: configs.Config) -> dict[str, Any]:
-  """How the numbers were made: name, description, settings, and the config's departures."""
+def test_split(config: configs.Config, scene: scene_lib.Scene) -> str:
+  """How the scene's test images were chosen, in words for tables to compare."""
+  if scene.test != tuple(range(0, len(scene.names), config.llffhold)):
+    return OWN_SPLIT
+  by_name = list(scene.names) == sorted(scene.names)
+  return every(config.llffhold) if by_name else f'every {config.llffhold}th image, not by name'
+
+
+def every(hold: int) -> str:
+  """The split that has each so many-th image for testing."""
+  return f'every {hold}th image by name'
+
+
+def protocol(config: configs.Config, split: str) -> dict[str, Any]:
+  """How the numbers were made: name, description, settings, and the config's departures.
+
+  `split` is that of `test_split`.
+  """
   departures = []
   if not config.eval_quantize_metrics:
     departures.append('predictions are not quantised')
@@ -96,16 +115,15 @@ def protocol(config: configs.Config) -> dict[str, Any]:
     departures.append(f'one in {config.eval_render_interval} test images')
   if config.eval_dataset_limit is not None:
     departures.append(f'at most {config.eval_dataset_limit} test images')
-  if config.dataset_loader == 'llff' and config.llffhold != 8:
-    departures.append(f'every {config.llffhold}th image is a test image, not every 8th')
-  hold = config.llffhold if config.dataset_loader == 'llff' else None
+  if split not in (every(8), OWN_SPLIT):
+    departures.append(f'test images: {split}; published: {every(8)}')
   return {
     'name': 'mip-NeRF 360' + (', modified' if departures else ''),
     'description': _DESCRIPTION,
     'departures': departures,
     'quantized': config.eval_quantize_metrics,
     'crop_borders': config.eval_crop_borders,
-    'test_split': f'every {hold}th image by name' if hold else "the capture's own",
+    'test_split': split,
     'render_interval': config.eval_render_interval,
     'lpips': dict(lpips.METRICS),
   }
@@ -130,11 +148,14 @@ def config_hash(settings: configs.Settings) -> str:
   parts = settings.config, settings.model, settings.prop_mlp, settings.nerf_mlp
   for part, default in zip(parts, defaults):
     for name in (field.name for field in dataclasses.fields(part)):
-      if name in _NOT_THE_METHOD or (part is settings.config and name.startswith(_NEITHER)):
+      full = f'{type(part).__name__}.{name}'
+      if name in _NOT_THE_METHOD or full in configs.ACCEPTED:
+        continue
+      if part is settings.config and name.startswith(_NEITHER):
         continue
       value = _plain(getattr(part, name))
       if value != _plain(getattr(default, name)):
-        told[f'{type(part).__name__}.{name}'] = value
+        told[full] = value
   return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -144,6 +165,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def make_results(
   settings: configs.Settings,
+  split: str,
   per_image: Sequence[Mapping[str, Any]],
   step: int,
   num_params: int,
@@ -154,6 +176,7 @@ def make_results(
 
   Args:
     settings: of the evaluation.
+    split: `test_split` of the scene.
     per_image: name, width, height, masked, the METRICS, those of LPIPS where measured, and seconds
       of each image.
     step: the checkpoint's.
@@ -167,7 +190,7 @@ def make_results(
   sizes = collections.Counter(f'{row["width"]}x{row["height"]}' for row in rows)
   return {
     'schema_version': SCHEMA_VERSION,
-    'protocol': protocol(config),
+    'protocol': protocol(config, split),
     'scene': os.path.basename(os.path.abspath(config.data_dir)) if config.data_dir else None,
     'dataset_loader': config.dataset_loader,
     'factor': config.factor,

@@ -135,7 +135,7 @@ def check_published(runs: Iterable[Run], benchmark: benchmarks.Benchmark) -> Non
   Raises:
     TablesError: a results.json that departs from how the published numbers were made.
   """
-  split = f'every {benchmark.hold}th image by name' if benchmark.hold else "the capture's own"
+  split = report.every(benchmark.hold) if benchmark.hold else report.OWN_SPLIT
   for run in runs:
     facts = benchmark.scenes[run.scene]
     wanted = {

@@ -1,5 +1,6 @@
 """What a run leaves on disk comes back, on any devices, or says why not."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -7,12 +8,13 @@ import pickle
 import shutil
 from pathlib import Path
 
+import captures
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from internal import checkpoints, sharding, train_step
+from internal import checkpoints, datasets, sharding, train_step
 
 
 @pytest.fixture(scope='module')
@@ -228,3 +230,43 @@ def test_another_architecture_names_the_first_difference(saved, binding, words):
   folder, _, _ = saved
   with pytest.raises(checkpoints.CheckpointError, match=words):
     checkpoints.restore_params(folder, tiny.settings(binding))
+
+
+class TestScene:
+  @pytest.fixture
+  def run(self, tmp_path):
+    """A run's folder, with what it was trained on."""
+    folder = tmp_path / 'capture'
+    captures.write_colmap(folder, n=6, camera=('PINHOLE', (20.0, 20.0, 8.0, 8.0)), size=(16, 16))
+    settings = tiny.settings(f'Config.data_dir = {str(folder)!r}', 'Config.llffhold = 3')
+    checkpoints.write_run(str(tmp_path / 'run'), settings, datasets.load_dataset(settings.config))
+    return str(tmp_path / 'run'), settings.config
+
+  def test_opens_with_bindings_that_leave_it_as_it_is(self, run):
+    bindings = ['Config.llffhold = 3', 'Config.factor = 0', 'Config.eval_crop_borders = 2']
+    settings, scene = checkpoints.open_run(run[0], bindings)
+    assert settings.config.eval_crop_borders == 2
+    assert scene.test == (0, 3)
+
+  @pytest.mark.parametrize(
+    ('name', 'value', 'was'),
+    [('llffhold', 8, 3), ('factor', 4, 0), ('dataset_loader', 'blender', 'llff')],
+  )
+  def test_other_bindings_are_refused(self, run, name, value, was):
+    with pytest.raises(checkpoints.CheckpointError) as caught:
+      checkpoints.open_run(run[0], [f'Config.{name} = {value!r}'])
+    assert f'Config.{name} is {value!r}, but {run[0]} was trained with {was!r}' in str(caught.value)
+
+  def test_training_goes_on_with_the_same_pictures_and_poses(self, run):
+    folder, config = run
+    scene = datasets.load_dataset(config)
+    checkpoints.check_same_scene(folder, scene)
+    checkpoints.check_same_scene(folder + 'another', scene)
+    other = datasets.load_dataset(dataclasses.replace(config, llffhold=4))
+    with pytest.raises(checkpoints.CheckpointError, match=r'other pictures: .* \(2 such\)'):
+      checkpoints.check_same_scene(folder, other)
+    poses = scene.cameras.camtoworld.copy()
+    poses[1, 0, 3] += 0.01
+    moved = dataclasses.replace(scene, cameras=scene.cameras.replace(camtoworld=poses))
+    with pytest.raises(checkpoints.CheckpointError, match=r'other poses: .* \(1 such\)'):
+      checkpoints.check_same_scene(folder, moved)

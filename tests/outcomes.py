@@ -19,7 +19,9 @@ def outcome(scene, psnr=25.0, ssim=0.75, lpips=None, factor=4, n=3, size=(40, 30
   here = (f"Config.data_dir = 'captures/{scene}'", f'Config.factor = {factor}')
   settings = tiny.settings(*here, *bindings)
   absent = 'not installed' if lpips is None else None
-  return report.make_results(settings, rows, 250_000, 9_007_493, absent, 3600.0)
+  own = settings.config.dataset_loader != 'llff'
+  split = report.OWN_SPLIT if own else report.every(settings.config.llffhold)
+  return report.make_results(settings, split, rows, 250_000, 9_007_493, absent, 3600.0)
 
 
 def published_scene(scene, dataset='360', **change):

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ class TestImageMetrics:
 
 class TestProtocol:
   def test_the_published_one_has_no_departures(self):
-    got = report.protocol(configs.Config(dataset_loader='llff', factor=4))
+    got = report.protocol(configs.Config(dataset_loader='llff', factor=4), report.every(8))
     assert got['name'] == 'mip-NeRF 360'
     assert got['departures'] == []
 
@@ -101,23 +102,37 @@ class TestProtocol:
       ({'eval_crop_borders': 2}, '2 pixels'),
       ({'eval_render_interval': 12}, 'one in 12'),
       ({'eval_dataset_limit': 4}, 'at most 4'),
-      ({'llffhold': 10}, '10th'),
     ],
   )
   def test_every_departure_is_named(self, change, word):
-    got = report.protocol(configs.Config(**change))
+    got = report.protocol(configs.Config(**change), report.OWN_SPLIT)
     assert got['name'] == 'mip-NeRF 360, modified'
     assert len(got['departures']) == 1
     assert word in got['departures'][0]
 
+  @pytest.mark.parametrize('split', [report.every(10), 'every 8th image, not by name'])
+  def test_another_split_is_a_departure(self, split):
+    got = report.protocol(configs.Config(), split)
+    assert got['departures'] == [f'test images: {split}; published: every 8th image by name']
+
   def test_what_tables_compare(self):
-    got = report.protocol(configs.Config(llffhold=10, eval_crop_borders=3))
+    got = report.protocol(configs.Config(eval_crop_borders=3), report.every(10))
     assert (got['quantized'], got['crop_borders'], got['render_interval']) == (True, 3, 1)
     assert got['test_split'] == 'every 10th image by name'
-    assert report.protocol(configs.Config(dataset_loader='blender'))['test_split'] == (
-      "the capture's own"
-    )
     assert set(got['lpips']) == {'lpips_paper', 'lpips_vgg'}
+
+  @pytest.mark.parametrize(
+    ('names', 'test', 'split'),
+    [
+      ('abcdefgh', (0, 3, 6), 'every 3th image by name'),
+      ('bacdefgh', (0, 3, 6), 'every 3th image, not by name'),
+      ('abcdefgh', (6, 7), "the capture's own"),
+      ('abcdefgh', (0, 4), "the capture's own"),
+    ],
+  )
+  def test_splits_are_told_by_what_they_are(self, names, test, split):
+    scene = SimpleNamespace(names=tuple(names), test=test)
+    assert report.test_split(configs.Config(llffhold=3), scene) == split
 
 
 class TestConfigHash:
@@ -134,12 +149,14 @@ class TestConfigHash:
     assert hashed('Config.early_exit_steps = 1000') == here
     assert hashed('Config.far = 1000000', 'Config.adam_beta1 = 0.9') == here
     assert hashed('Model.bg_intensity_range = [1, 1]') == here
+    assert hashed("Config.pixel_cache_dir = 'a'", 'Model.use_gpu_resampling = True') == here
+    assert hashed('NerfMLP.disable_density_normals = True') == here
     others = [
       hashed(binding)
       for binding in (
         'Config.seed = 1',
         'Config.max_steps = 9',
-        'Config.charb_padding = 0.0',
+        'Config.charb_padding = 0.1',
         'Model.num_prop_samples = 8',
         'NerfMLP.net_width = 8',
         'PropMLP.net_width = 8',
@@ -160,7 +177,9 @@ class TestResults:
 
   def test_says_all_that_is_asked_of_it(self):
     settings = tiny.settings("Config.data_dir = '/captures/bonsai/'", 'Config.factor = 2')
-    got = report.make_results(settings, self.rows(), 5000, 9_007_493, 'no weights', 77.5)
+    got = report.make_results(
+      settings, report.every(8), self.rows(), 5000, 9_007_493, 'no weights', 77.5
+    )
     mean = {'psnr': 25, 'ssim': 0.5, 'cc_psnr': 21, 'cc_ssim': 0.6}
     assert got['mean'] == pytest.approx({**mean, 'lpips_paper': None, 'lpips_vgg': None})
     assert got['lpips']['absent'] == 'no weights'
@@ -182,14 +201,14 @@ class TestResults:
     rows = self.rows()
     for k, row in enumerate(rows):
       row |= {'lpips_paper': 0.1 * k, 'lpips_vgg': 0.2 * k}
-    got = report.make_results(tiny.settings(), rows, 1, 2)
+    got = report.make_results(tiny.settings(), report.every(8), rows, 1, 2)
     assert got['mean']['lpips_paper'] == pytest.approx(0.1)
     assert got['mean']['lpips_vgg'] == pytest.approx(0.2)
     assert got['lpips']['absent'] is None
 
   @pytest.mark.parametrize('value', [np.inf, -np.inf, np.nan, np.float32(np.nan)])
   def test_json_stays_valid_whatever_the_numbers(self, tmp_path, value):
-    got = report.make_results(tiny.settings(), self.rows(psnr=value), 1, 2)
+    got = report.make_results(tiny.settings(), report.every(8), self.rows(psnr=value), 1, 2)
     path = tmp_path / 'new' / 'results.json'
     report.write_json(str(path), got)
 
