@@ -40,7 +40,37 @@ _CHOICES = {
   'render_camtype': (None, 'perspective', 'fisheye', 'panorama'),
   'render_path_type': (None, 'ellipse', 'spiral', 'orbit', 'dolly'),
   'render_path_space': ('capture', 'normalized'),
+  'weight_init': tuple(
+    f'{name}_{law}'
+    for name in ('he', 'kaiming', 'glorot', 'xavier', 'lecun')
+    for law in ('uniform', 'normal')
+  ),
 }
+# The least and the most (None: any) that whole numbers may be, where they are not None.
+_RANGES = {
+  **dict.fromkeys(
+    (
+      'batch_size', 'max_steps', 'early_exit_steps', 'llffhold', 'render_chunk_size', 'print_every',
+      'checkpoint_every', 'eval_render_interval', 'render_path_frames', 'render_video_fps',
+      'render_spline_n_interp', 'render_spline_degree', 'net_depth', 'net_width', 'skip_layer',
+      'net_width_viewdirs', 'num_levels', 'num_prop_samples', 'num_nerf_samples',
+      'num_glo_embeddings',
+    ),
+    (1, None),
+  ),
+  **dict.fromkeys(
+    (
+      'factor', 'micro_batches', 'checkpoint_keep', 'max_skipped_updates', 'gc_every',
+      'train_render_every', 'train_render_images', 'eval_dataset_limit', 'eval_crop_borders',
+      'vis_num_rays', 'bottleneck_width', 'net_depth_viewdirs', 'deg_view', 'num_glo_features',
+    ),
+    (0, None),
+  ),
+  'dtu_light_cond': (0, 7),
+  'render_video_crf': (0, 51),
+}  # fmt: skip
+_POSITIVE = ('charb_padding', 'interlevel_blur', 'lr_init', 'lr_final', 'near_anneal_rate')
+_FARTHEST = 1e8
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -48,10 +78,14 @@ def _fits(value: Any, hint: Any) -> bool:
   origin = typing.get_origin(hint)
   if origin in (typing.Union, types.UnionType):
     return any(_fits(value, h) for h in typing.get_args(hint))
-  if origin in (tuple, list, Sequence):
-    return isinstance(value, (tuple, list))
+  if origin is Sequence:
+    (each,) = typing.get_args(hint)
+    return isinstance(value, (tuple, list)) and all(_fits(v, each) for v in value)
   if origin is dict:
-    return isinstance(value, dict)
+    key, of_key = typing.get_args(hint)
+    return isinstance(value, dict) and all(
+      _fits(k, key) and _fits(v, of_key) for k, v in value.items()
+    )
   if hint is float:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
   if hint is int:
@@ -87,6 +121,13 @@ class _Checked:
         raise ConfigError(f'{where} must be {field.type}, got {value!r}.')
       if not _finite(value):
         raise ConfigError(f'{where} must be finite, got {value!r}.')
+      low, high = _RANGES.get(field.name, (None, None))
+      if value is not None and low is not None and not low <= value <= (high or math.inf):
+        rule = f'at least {low}' if high is None else f'{low} to {high}'
+        raise ConfigError(f'{where} must be {rule}, got {value}.')
+      numbers = value if isinstance(value, (tuple, list)) else () if value is None else (value,)
+      if field.name in _POSITIVE and not all(v > 0 for v in numbers):
+        raise ConfigError(f'{where} must be positive, got {value}.')
 
 
 @gin.configurable
@@ -121,7 +162,7 @@ class Config(_Checked):
   print_every: int = 100
   train_render_every: int = 5000  # Render test images while training (0: never).
   train_render_images: int = 1  # How many, spread over the test set.
-  gc_every: int = 10000
+  gc_every: int = 10000  # Look for Python's garbage (0: never).
   randomized: bool = True
   data_loss_type: str = 'charb'
   charb_padding: float = 0.001
@@ -186,19 +227,11 @@ class Config(_Checked):
     super().__post_init__()
     if not 0 <= self.near < self.far:
       raise ConfigError(f'Config.near must be in [0, far), got near {self.near}, far {self.far}.')
-    for name in ('batch_size', 'max_steps', 'llffhold', 'render_chunk_size', 'print_every',
-                 'checkpoint_every', 'eval_render_interval', 'render_path_frames'):  # fmt: skip
-      if getattr(self, name) < 1:
-        raise ConfigError(f'Config.{name} must be at least 1, got {getattr(self, name)}.')
-    if any(r <= 0 for r in self.interlevel_blur):
-      raise ConfigError(f'Config.interlevel_blur must be positive, got {self.interlevel_blur}.')
-    for name in ('micro_batches', 'checkpoint_keep', 'max_skipped_updates'):
-      if getattr(self, name) < 0:
-        raise ConfigError(f'Config.{name} must not be negative, got {getattr(self, name)}.')
-    if not 0 <= self.dtu_light_cond <= 7:
-      raise ConfigError(f'Config.dtu_light_cond must be 0 to 7, got {self.dtu_light_cond}.')
-    if self.factor < 0:
-      raise ConfigError(f'Config.factor must be 0 or a downsampling factor, got {self.factor}.')
+    if self.far > _FARTHEST:
+      raise ConfigError(
+        f'Config.far must be at most {_FARTHEST:g}, got {self.far:g}: squares of that '
+        'overflow float32. 1e6 is far enough for any sky.'
+      )
 
   @property
   def last_step(self) -> int:
@@ -244,6 +277,11 @@ class MLP(_Checked):
       raise ConfigError(
         f"{type(self).__name__}.warp_fn = 'inverted_sphere' has four axes, which grids have not; "
         "use 'contract'."
+      )
+    if not self.min_deg_point < self.max_deg_point:
+      where = f'{type(self).__name__}.min_deg_point'
+      raise ConfigError(
+        f'{where} must be below max_deg_point, got {self.min_deg_point} and {self.max_deg_point}.'
       )
     for name in _GRID:
       values = getattr(self, name)
@@ -327,6 +365,10 @@ class Model(_Checked):
 
   def __post_init__(self):
     super().__post_init__()
+    if len(self.bg_intensity_range) != 2 or self.bg_intensity_range[0] > self.bg_intensity_range[1]:
+      raise ConfigError(
+        f'Model.bg_intensity_range must be (low, high), got {self.bg_intensity_range}.'
+      )
     if self.single_mlp and self.separate_prop_mlps:
       raise ConfigError('Model.single_mlp and Model.separate_prop_mlps exclude each other.')
     if self.outside_mlps and (self.separate_prop_mlps or self.num_multisamples):
@@ -426,12 +468,21 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
         gin.parse_config_file(path)
     with _gin_errors('Bad gin config'):
       gin.parse_config(list(gin_bindings))
+    _refuse_scopes()
     with _gin_errors(f'Bad gin config ({", ".join(gin_configs) or "no file"})'):
       gin.finalize()
       settings = Config(), Model(), PropMLP(), NerfMLP()
       return Settings(*settings, text=gin.operative_config_str())
   finally:
     gin.clear_config()  # Else a `NerfMLP()` made by hand would have this file's values.
+
+
+def _refuse_scopes() -> None:
+  """Such as `train/Config.factor = 8`, which gin would keep for a scope that nobody enters."""
+  scoped = re.search(r'^(?:[\w.]+/)+(\w+\.\w+) =', gin.config_str(), re.MULTILINE)
+  if scoped:
+    written = scoped[0].removesuffix(' =')
+    raise ConfigError(f'{written}: settings have no scopes. Write {scoped[1]} to set it.')
 
 
 @contextlib.contextmanager

@@ -236,7 +236,7 @@ def integrated_pos_enc(mean: Array, var: Array, min_deg: int, max_deg: int) -> A
   turns = hi * scale
   turns = turns - jnp.round(turns) + lo * scale
   features = jnp.exp(fade * scale**2) * _sin_turns(turns + phase)  # [..., 2, deg, b]
-  return features.reshape(*mean.shape[:-1], -1)
+  return features.reshape(*mean.shape[:-1], 2 * (max_deg - min_deg) * mean.shape[-1])
 
 
 def _sincos_turns(turns: Array) -> tuple[Array, Array]:
@@ -290,7 +290,7 @@ def packed_pos_enc(mean: Array, var: Array, min_deg: int, max_deg: int, width: i
   ]
   with jax.enable_x64(True):
     word = sum(_bits(f) << jnp.uint64(16 * i) for i, f in enumerate(features))
-    word = word.reshape(*mean.shape[:-1], -1)
+    word = word.reshape(*mean.shape[:-1], pairs * mean.shape[-1])
     padding = [(0, 0)] * (mean.ndim - 1) + [(0, width // 4 - word.shape[-1])]
     word = jnp.pad(word, padding)
     out = jax.lax.bitcast_convert_type(word, jnp.bfloat16)

@@ -107,7 +107,8 @@ def total(
   """The training loss and its terms, each times its multiplier.
 
   Raises:
-    ValueError: a coarse data loss is asked for where proposals have no colour.
+    ValueError: the last level has no colour, or proposals have none and a coarse data loss is asked
+      for.
   """
 
   def data_loss(r: structs.Rendering) -> Array:
@@ -115,6 +116,8 @@ def total(
       return squared_error(r.rgb, batch.rgb, batch.weight)
     return charbonnier(r.rgb, batch.rgb, config.charb_padding, batch.weight)
 
+  if renderings[-1] is None:
+    raise ValueError('Training on pictures needs NerfMLP.disable_rgb = False.')
   terms = {'data': config.data_loss_mult * data_loss(renderings[-1])}
   if config.data_coarse_loss_mult > 0:
     if any(r is None for r in renderings):

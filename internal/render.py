@@ -159,7 +159,9 @@ def compute_alpha_weights(
   Returns:
     [..., n] weights that sum to at most one; to exactly one with an opaque background.
   """
-  length = jnp.diff(tdist) * jnp.linalg.norm(directions[..., None, :], axis=-1)
+  norm_sq = jnp.sum(directions**2, -1, keepdims=True)
+  norm = jnp.sqrt(jnp.where(norm_sq > 0, norm_sq, 1))  # Of which 0 has no gradient.
+  length = jnp.where(norm_sq > 0, jnp.diff(tdist) * norm, 0)
   depth = density * length  # Optical depth of each interval.
   before = jnp.cumsum(depth[..., :-1], -1)
   transmitted = jnp.exp(-jnp.concatenate([jnp.zeros_like(depth[..., :1]), before], -1))

@@ -85,7 +85,7 @@ def _lens_and_size(
     size = np.array(told.size)
   if config.render_resolution is not None:
     sides = tuple(config.render_resolution)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+    if len(sides) != 2 or min(sides) < 1:
       raise TrajectoryError(f'Config.render_resolution must be (width, height), got {sides}.')
     size = np.array(sides)
   return lens, size

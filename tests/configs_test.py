@@ -188,11 +188,31 @@ def test_misspelt_name_is_answered_with_the_nearest(binding, suggestion):
     ('Model.num_multisamples = 4', '0, 6'),
     ("NerfMLP.encoding = 'hash'", "'ipe', 'grid'"),
     ('PropMLP.grid_levels = 0', 'PropMLP.grid_levels must be at least 1'),
-    ('PropMLP.grid_levels = (5, 6.5)', 'PropMLP.grid_levels must be at least 1'),
+    ('PropMLP.grid_levels = (5, 6.5)', 'PropMLP.grid_levels must be int | Sequence[int]'),
     ("Config.interlevel_loss_type = 'spline'", "'bound', 'blur'"),
     ('Config.interlevel_blur = (0.03, 0)', 'Config.interlevel_blur must be positive'),
     ('Model.raydist_fn = @jnp.sqrt', 'jnp.sqrt'),
     ("NerfMLP.warp_fn = 'fold'", "'contract'"),
+    ("NerfMLP.weight_init = 'zeros'", "'he_uniform', 'he_normal'"),
+    ('NerfMLP.skip_layer = 0', 'NerfMLP.skip_layer must be at least 1, got 0'),
+    ('PropMLP.net_depth = 0', 'PropMLP.net_depth must be at least 1'),
+    ('NerfMLP.deg_view = -1', 'NerfMLP.deg_view must be at least 0'),
+    ('NerfMLP.min_deg_point = 12', 'min_deg_point must be below max_deg_point, got 12 and 12'),
+    ('Model.num_levels = 0', 'Model.num_levels must be at least 1'),
+    ('Model.near_anneal_rate = 0.0', 'Model.near_anneal_rate must be positive'),
+    ('Model.num_glo_embeddings = 0', 'Model.num_glo_embeddings must be at least 1'),
+    ('Model.bg_intensity_range = (1,)', 'Model.bg_intensity_range must be (low, high)'),
+    ('Model.bg_intensity_range = (1, 0)', 'Model.bg_intensity_range must be (low, high)'),
+    ("Config.weight_decay_mults = {'nerf_mlp': 'x'}", 'must be dict[str, float]'),
+    ('Config.gc_every = -1', 'Config.gc_every must be at least 0'),
+    ('Config.early_exit_steps = 0', 'Config.early_exit_steps must be at least 1'),
+    ('Config.render_video_fps = 0', 'Config.render_video_fps must be at least 1'),
+    ('Config.render_resolution = (10.5, 10)', 'Config.render_resolution must be Sequence[int]'),
+    ('Config.render_video_crf = 52', 'Config.render_video_crf must be 0 to 51'),
+    ('Config.charb_padding = 0', 'Config.charb_padding must be positive'),
+    ('Config.far = 1e10', 'Config.far must be at most 1e+08'),
+    ('train/Config.factor = 8', 'train/Config.factor: settings have no scopes'),
+    ('a/b/NerfMLP.net_width = 8', 'Write NerfMLP.net_width'),
     ('Config.batch_size = ', ''),
     ('Config.batch_size 3', ''),
   ],
@@ -202,6 +222,15 @@ def test_bad_value_is_told_in_one_line(binding, rule):
     configs.load_config((), [binding])
   assert rule in str(e.value)
   assert '\n' not in str(e.value)
+
+
+def test_macros_and_text_that_looks_like_a_scope():
+  path = 'x' * 80 + '\ntrain/Config.factor = 8'
+  settings = configs.load_config(
+    [], ['LR = 0.5', 'Config.lr_init = %LR', f'Config.data_dir={path!r}']
+  )
+  assert settings.config.lr_init == 0.5
+  assert settings.config.data_dir == path
 
 
 def test_int_stands_for_float_and_function_for_its_name():

@@ -201,6 +201,11 @@ class TestProjection:
 
 
 class TestEncodings:
+  def test_of_nothing_is_nothing(self):
+    none = jnp.zeros((0, 2, 21))
+    assert coord.integrated_pos_enc(none, none, 0, 12).shape == (0, 2, 504)
+    assert coord.pos_enc(none[..., :3], 0, 4).shape == (0, 2, 27)
+
   def test_matches_the_integral(self):
     # E[sin(2^l x)] for x ~ N(m, v), by the trapezoid rule over +- 10 standard deviations.
     mean, var = np.array([0.3, -1.7, 1.9]), np.array([0.2, 0.01, 1e-4])

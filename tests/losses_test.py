@@ -205,6 +205,8 @@ class TestTotal:
     np.testing.assert_allclose(terms['data_coarse'], 2 * (0.01 + 0.04), rtol=1e-4)
     with pytest.raises(ValueError, match=r'PropMLP\.disable_rgb = False'):
       self._total(data_coarse_loss_mult=0.1)
+    with pytest.raises(ValueError, match=r'NerfMLP\.disable_rgb = False'):
+      self._total([*three[:2], None])
 
   def test_weight_decay_joins_when_asked_for(self):
     loss, terms = self._total(params=PARAMS, weight_decay_mults={'prop_mlp': 0.1})

@@ -118,6 +118,16 @@ AWKWARD_TDIST = [[0.2, 0.2, 1.0, 1e6, 1e6], [0, 0, 0, 0, 0], [0.0, 1.0, 2.0, 3.0
 
 
 class TestAlphaWeights:
+  def test_a_ray_that_goes_nowhere_has_none_and_no_gradient(self):
+    def total(directions):
+      return jnp.sum(
+        render.compute_alpha_weights(jnp.ones((1, 4)), jnp.arange(5.0)[None], directions)
+      )
+
+    value, gradient = jax.value_and_grad(total)(jnp.zeros((1, 3)))
+    assert value == 0
+    np.testing.assert_array_equal(gradient, 0)
+
   @pytest.mark.parametrize('opaque', [False, True])
   def test_matches_a_loop(self, opaque):
     rng = np.random.default_rng(2)
