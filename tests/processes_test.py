@@ -1,5 +1,6 @@
 """Several processes, of which one ends: the others do too, and the run goes on to the same bits."""
 
+import json
 import os
 import shutil
 import signal
@@ -19,9 +20,9 @@ HEARTBEAT = 10  # In its place, where they do not.
 
 @pytest.fixture
 def start_all(start_training):
-  """Starts processes of one training run."""
+  """Starts processes of one run, which train unless `start_one` starts another program."""
 
-  def start(run, count, *bindings, only_the_first_writes=False, **kwargs):
+  def start(run, count, *bindings, start_one=start_training, only_the_first_writes=False, **kwargs):
     with socket.socket() as s:
       s.bind(('localhost', 0))
       where = f'localhost:{s.getsockname()[1]}'
@@ -31,7 +32,7 @@ def start_all(start_training):
       writes = i == 0 or not only_the_first_writes
       said = f'{run}.{i}' if writes else os.devnull
       told['JAX_PROCESS_ID'] = str(i)
-      begun.append(start_training(run, *bindings, said=said, writes=writes, **told, **kwargs))
+      begun.append(start_one(run, *bindings, said=said, writes=writes, **told, **kwargs))
     return begun
 
   return start
@@ -43,10 +44,14 @@ def until_saved(run, lives_of_run):
   assert lives_of_run[0].until(lambda: (checkpoints.latest_step(str(run)) or 0) > before)
 
 
+def devices(count):
+  """The variable that gives a life so many."""
+  return {'XLA_FLAGS': lives.ONE_DEVICE.replace('device_count=1', f'device_count={count}')}
+
+
 def one_process(start_training, run, count, *bindings):
   """The same run by one process with as many devices."""
-  flags = lives.ONE_DEVICE.replace('device_count=1', f'device_count={count}')
-  life = start_training(run, *bindings, XLA_FLAGS=flags)
+  life = start_training(run, *bindings, **devices(count))
   assert life.wait() == 0, life.text()
   assert f'{count} x cpu' in life.text()
   return run
@@ -110,11 +115,37 @@ def test_of_four_one_is_killed(start_all, start_training, tmp_path):
   assert resume_test.same_state(run, aside, 60)
   rows = resume_test.metrics(run)
   assert rows == resume_test.metrics(aside)[: len(rows)]
-  # Processes add up in another order than devices of one, so bits may differ.
-  by_one = resume_test.metrics(one_process(start_training, tmp_path / 'one', 4, once))
-  assert len(by_one) == len(rows) == 10
-  for row, other in zip(rows, by_one):
+  by_one = one_process(start_training, tmp_path / 'one', 4, once)
+  assert len(rows) == 10
+  nearly_same_metrics(by_one, run)
+
+
+def nearly_same_metrics(a, b):
+  """Processes add up in another order than devices of one, so bits may differ."""
+  a, b = resume_test.metrics(a), resume_test.metrics(b)
+  assert len(a) == len(b)
+  for row, other in zip(a, b):
     np.testing.assert_allclose([*row.values()], [*other.values()], rtol=1e-3, atol=1e-5)
+
+
+def test_two_with_two_devices_each_train_and_evaluate_as_one_with_four(
+  start_all, start_training, nursery, tmp_path
+):
+  def start_eval(run, **kwargs):
+    return nursery.start('eval', ('--checkpoint_dir', str(run)), **kwargs)
+
+  one, two, short = tmp_path / 'one', tmp_path / 'two', 'Config.early_exit_steps = 30'
+  one_process(start_training, one, 4, short)
+  for start_one, bindings in ((start_training, [short]), (start_eval, [])):
+    processes = start_all(two, 2, *bindings, start_one=start_one, **devices(2))
+    assert [life.wait() for life in processes] == [0, 0], processes[0].text()
+  nearly_same_metrics(one, two)
+  life = start_eval(one, said=tmp_path / 'said')
+  assert life.wait() == 0, life.text()
+  psnrs = [
+    json.loads((run / 'eval' / 'results.json').read_text())['mean']['psnr'] for run in (one, two)
+  ]
+  assert abs(psnrs[0] - psnrs[1]) < 0.05
 
 
 def test_one_hangs(start_all, tmp_path):

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -186,42 +185,3 @@ def test_errors_of_users_are_one_line(capture, run, tmp_path):
 def test_a_batch_that_devices_do_not_divide(capture, tmp_path):
   bindings = _train_bindings(capture, tmp_path / 'r', 'Config.batch_size = 62')
   _one_line(_run('train.py', *bindings, code=1, env=_env(4)), '62', '4', 'multiple')
-
-
-def _free_port():
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    return s.getsockname()[1]
-
-
-def test_two_processes_train_and_evaluate_as_one(capture, tmp_path):
-  """Two processes of two devices each, joined by jax.distributed, against one of four."""
-  single, joined = tmp_path / 'single', tmp_path / 'joined'
-  _run('train.py', *_train_bindings(capture, single), env=_env(4))
-  port = _free_port()
-  for program, config in (('train.py', 'configs/360.gin'), ('eval.py', None)):
-    bindings = (
-      _train_bindings(capture, joined) if config else (f"Config.checkpoint_dir = '{joined}'",)
-    )
-    processes = []
-    for i in range(2):
-      env = _env(2, JAX_COORDINATOR_ADDRESS=f'localhost:{port}', JAX_NUM_PROCESSES='2',
-                 JAX_PROCESS_ID=str(i))  # fmt: skip
-      processes.append(
-        subprocess.Popen(
-          _command(program, *bindings, config=config), cwd=ROOT, env=env, text=True,
-          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-      )  # fmt: skip
-    said = [p.communicate(timeout=400)[0] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], said
-    port = _free_port()
-  for a, b in zip(_metrics(single), _metrics(joined)):
-    assert a['step'] == b['step']
-    np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-4)
-  assert len(_metrics(joined)) == len(_metrics(single))
-  assert (joined / 'eval' / 'results.json').exists()
-  _run('eval.py', f"Config.checkpoint_dir = '{single}'", config=None)
-  psnrs = [json.loads((r / 'eval' / 'results.json').read_text())['mean']['psnr']
-           for r in (single, joined)]  # fmt: skip
-  assert abs(psnrs[0] - psnrs[1]) < 0.05
