@@ -96,10 +96,13 @@ def is_finished(plan: Plan) -> bool:
   """
   wanted = report.config_hash(plan.settings)
   config = os.path.join(plan.folder, 'config.gin')
-  if os.path.exists(config) and report.config_hash(configs.load_config([config])) != wanted:
-    raise benchmarks.BenchmarkError(
-      f'{plan.folder} is of a run with other settings ({config}): choose another --out.'
-    )
+  if os.path.exists(config):
+    there = configs.load_config([config])
+    same_size = there.config.factor == plan.settings.config.factor
+    if not same_size or report.config_hash(there) != wanted:
+      raise benchmarks.BenchmarkError(
+        f'{plan.folder} is of a run with other settings ({config}): choose another --out.'
+      )
   try:
     found = results.read(plan.results)
   except results.ResultsError:

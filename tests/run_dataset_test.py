@@ -154,8 +154,9 @@ class TestIsFinished:
     with open(os.path.join(made.folder, 'config.gin'), 'w') as f:
       f.write(made.settings.text)
     assert not dataset_runs.is_finished(made)
-    with pytest.raises(benchmarks.BenchmarkError, match=r'other settings.*choose another --out'):
-      dataset_runs.is_finished(plan())
+    for other in (plan(), plan('garden', 'Config.seed = 5', 'Config.factor = 2')):
+      with pytest.raises(benchmarks.BenchmarkError, match=r'other settings.*choose another --out'):
+        dataset_runs.is_finished(other)
 
 
 class TestSlurm:
