@@ -114,6 +114,7 @@ def train(settings: configs.Settings, scene: scene_lib.Scene, mesh, look=lambda 
       if place != 'device':
         source = train_step.host_pixels(draw, step - 1, pixels, cams.size, mesh)
       state, stats = step_fn(state, cams_on_device, source)
+      stats.numbers.copy_to_host_async()  # While the device is busy with steps to come.
       recent.append(stats)
       timed += 1
       clock += look(state.params, step)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.struct
@@ -117,3 +118,25 @@ class TrainState:
   params: Any  # {'prop_mlp': ..., 'nerf_mlp': ..., ...}
   opt_state: Any  # Of each part by itself, by the same names.
   skipped: Any  # {'prop_mlp': [] int32, ...}, updates in a row that the part was not given.
+
+
+@flax.struct.dataclass
+class Stats(Mapping):
+  """What is told of a training step: scalars by their names.
+
+  They are one array, since fetching a scalar takes a host as long as fetching many.
+  """
+
+  numbers: Array  # [k] float32.
+  names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+  def __getitem__(self, name: str) -> Array:
+    if name not in self.names:
+      raise KeyError(name)
+    return self.numbers[self.names.index(name)]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self.names)
+
+  def __len__(self) -> int:
+    return len(self.names)

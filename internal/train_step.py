@@ -204,7 +204,7 @@ def make_train_step(
 
   `cams` is the table of training cameras; `pixels` a PixelStore of their images on the device,
   or the [batch_size, 3] uint8 colours that `make_draw`'s pixels have, looked up by the host. The
-  state's buffers are donated. `stats` are replicated scalars: loss, psnr, each loss term, the
+  state's buffers are donated. `stats` are replicated structs.Stats: loss, psnr, each loss term, the
   gradient norm of each part, learning rate, and how many updates in a row each part was not given
   (`update_finite`).
 
@@ -246,7 +246,7 @@ def make_train_step(
         **{f'grad_norm_{name}': optax.tree.norm(part) for name, part in grads.items()},
         **{f'skipped_{name}': count for name, count in after.skipped.items()},
       }
-      return after, stats
+      return after, structs.Stats(jnp.stack([*stats.values()], dtype=jnp.float32), tuple(stats))
 
     whole = sharding.replicated(mesh)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))

@@ -175,7 +175,7 @@ def training(settings, folder):
   config = dataclasses.replace(settings.config, checkpoint_dir=place)
   settings = dataclasses.replace(settings, config=config)
   scene = dataclasses.replace(trajectory_test.make_scene(), test=(0, 1, 2))
-  stats = {'loss': np.float32(1), 'psnr': np.float32(1), 'learning_rate': np.float32(1)}
+  stats = structs.Stats(jnp.ones(3), ('loss', 'psnr', 'learning_rate'))
 
   class Step:
     micro_batches = 1

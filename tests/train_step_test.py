@@ -172,6 +172,9 @@ def test_stats_add_up():
   assert len(terms) == 3
   np.testing.assert_allclose(stats['loss'], sum(terms), rtol=1e-5)
   assert all(np.isfinite(v) for v in stats.values())
+  assert len(jax.tree.leaves(stats)) == 1, 'each array takes a host as long to fetch'
+  with pytest.raises(KeyError, match='loss_of_nothing'):
+    stats['loss_of_nothing']
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused():
