@@ -8,16 +8,10 @@
 #   PYTHON       the interpreter to build on (default: the newest of 3.11 to 3.13 found)
 #   VENV         where the environment goes (default: .venv beside train.py)
 #   JAX_BACKEND  cpu, cuda12, cuda13 or tpu (default: what this machine has)
-#
-# It exports GLIBC_TUNABLES, unless that is set, for what is run afterwards.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$ROOT/.venv}
 [[ $VENV = /* ]] || VENV=$PWD/$VENV
-
-# On CPUs XLA's buffers come from malloc. In huge pages the system has far less to do for each; glibc
-# only, others and GPUs do not mind.
-export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
 
 _fail() {
   echo "error: $*" >&2
