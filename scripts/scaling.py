@@ -147,8 +147,8 @@ def losses(settings: configs.Settings, args: argparse.Namespace) -> dict:
     seen = []
     for _ in range(args.steps):
       state, stats = step_fn(state, table, pixels)
-      seen.append(stats['loss'])
-    curves[n] = np.array(jax.device_get(seen), np.float64)
+      seen.append(stats)
+    curves[n] = np.array([row['loss'] for row in jax.device_get(seen)], np.float64)
     del state
     gc.collect()
   one, many = curves[1], curves[max(args.devices)]
