@@ -41,7 +41,7 @@ from internal.datasets import scene as scene_lib
 
 def preflight(settings: configs.Settings, scene: scene_lib.Scene, mesh) -> dict:
   """What a run would work on: the capture's report, the model's size and the devices."""
-  shapes = jax.eval_shape(lambda: train_step.create_state(settings).params)
+  shapes = train_step.abstract_state(settings).params
   return {
     **scene.report,
     'num_params': models.num_params(shapes),

@@ -267,14 +267,15 @@ def save(
 ) -> None:
   """Saves the state under its step, with notes (what JSON can hold), and removes old ones.
 
-  The newest `keep` stay, with 0 all of them. The main process alone writes; others do not wait.
+  The newest `keep` stay, with 0 all of them. All processes bring together what each has of the
+  state; then the main process alone writes, and others do not wait.
 
   Raises:
     CheckpointError: it could not be written; those before it stay as they are.
   """
+  state = jax.tree.map(sharding.to_host, state)
   if not sharding.is_main():
     return
-  state = jax.tree.map(sharding.to_host, state)
   step = int(state.step)
   folder, final = _folder(checkpoint_dir), folder_of(checkpoint_dir, step)
   try:
@@ -300,9 +301,9 @@ def notes(checkpoint_dir: str, step: int) -> dict[str, Any]:
 
 
 def _abstract_state(settings: configs.Settings, mesh) -> structs.TrainState:
-  state = jax.eval_shape(lambda: train_step.create_state(settings))
-  where = sharding.replicated(mesh)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state)
+  state = train_step.abstract_state(settings)
+  at = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+  return jax.tree.map(at, state, sharding.placement(state, mesh))
 
 
 def _named_shapes(tree) -> dict[str, tuple[int, ...]]:
@@ -325,7 +326,7 @@ def _check_same_architecture(folder: str, saved, wanted: structs.TrainState) -> 
 
 
 def restore(checkpoint_dir: str, settings: configs.Settings, mesh, step: int) -> structs.TrainState:
-  """Reads a checkpoint onto the mesh's devices, whatever devices it was saved from.
+  """Reads a checkpoint to where it lives on the mesh's devices, whatever it was saved from.
 
   Raises:
     CheckpointError: damaged, or of another architecture; the first parameter that differs is named.
@@ -353,7 +354,7 @@ def restore(checkpoint_dir: str, settings: configs.Settings, mesh, step: int) ->
 def restore_params(
   checkpoint_dir: str, settings: configs.Settings, step: int | None = None, mesh=None
 ) -> tuple[dict, int]:
-  """The parameters of a run's newest whole checkpoint (or of `step`), and their step.
+  """All parameters of a run's newest whole checkpoint (or of `step`) on each device; their step.
 
   Raises:
     CheckpointError: no checkpoint yet, no such step, damaged, or another architecture.
@@ -366,7 +367,8 @@ def restore_params(
       f'{_folder(checkpoint_dir)} (there: {steps or "none"}). Train first, or wait for '
       'Config.checkpoint_every steps.'
     )
-  return restore(checkpoint_dir, settings, mesh or sharding.make_mesh(), step).params, step
+  mesh = mesh or sharding.make_mesh()
+  return sharding.whole(restore(checkpoint_dir, settings, mesh, step).params, mesh), step
 
 
 def start_run(settings: configs.Settings, mesh: Mesh, step: int):
@@ -377,7 +379,7 @@ def start_run(settings: configs.Settings, mesh: Mesh, step: int):
   """
   folder = settings.config.checkpoint_dir
   if step == 0:
-    return sharding.replicate(train_step.create_state(settings), mesh), [], 1
+    return sharding.place(train_step.create_state(settings), mesh), [], 1
   state = restore(folder, settings, mesh, step)
   noted = notes(folder, step)
   window = [{name: np.float32(value) for name, value in row.items()} for row in noted['window']]

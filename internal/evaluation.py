@@ -92,7 +92,7 @@ def make_image_renderer(
   ) -> dict[str, np.ndarray]:
     width, height = (int(v) for v in np.asarray(cams.size)[i])
     total = width * height
-    table = sharding.replicate(cams, mesh)
+    table, params = sharding.replicate(cams, mesh), sharding.whole(params, mesh)
     parts, pending = [], []
 
     def fetch():
@@ -141,7 +141,7 @@ def make_ray_probe(settings: configs.Settings, mesh: Mesh) -> Callable:
   probe = jax.jit(each, out_shardings=sharding.replicated(mesh))
 
   def probe_rays(params, cams: structs.Cameras, i: int, train_frac: float = 1.0):
-    history = probe(params, sharding.replicate(cams, mesh), i, train_frac)
+    history = probe(sharding.whole(params, mesh), sharding.replicate(cams, mesh), i, train_frac)
     history = jax.tree.map(sharding.to_host, history)
     return tuple([getattr(h, name) for h in history] for name in ('sdist', 'weights', 'rgb'))
 

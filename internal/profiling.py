@@ -56,7 +56,7 @@ def ray_flops(settings: configs.Settings) -> dict[str, int]:
   nor do colours of proposal levels that no loss looks at.
   """
   cfg = settings.model
-  params = jax.eval_shape(lambda: train_step.create_state(settings).params)
+  params = train_step.abstract_state(settings).params
   nerf = params['nerf_mlp'], settings.nerf_mlp
   coarse_colour = settings.config.data_coarse_loss_mult > 0
   last = _sample_flops(*nerf, settings, True)

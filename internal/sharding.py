@@ -1,7 +1,9 @@
 """The one place that knows of devices, their memory, and processes.
 
-One global program runs over all devices of all hosts: rays are sharded over a 1-D mesh,
-parameters are replicated, and each device runs the model on its own rays.
+One global program runs over all devices of all hosts: rays are sharded over a 1-D mesh, and each
+device runs the model on its own rays. Parameters and the optimizer's state are replicated, but for
+large arrays, of which each device keeps and updates some rows and gathers the others for a step
+(arXiv:1910.02054, section 5).
 """
 
 import glob
@@ -21,7 +23,7 @@ from internal import signals
 AXIS = 'rays'
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec(AXIS)  # What each device has of an array.
 
-_LARGE = 2**23  # Bytes of an array that is not joined with others, as tables of hash grids are.
+_LARGE = 2**23  # Bytes of an array that goes by itself, as tables of hash grids do.
 _SHARE = 0.9  # Of a device's free memory: what is free need not be in one piece.
 
 # What Gloo (CPU), NCCL (GPU) and JAX's coordination service say of processes that are gone.
@@ -124,11 +126,54 @@ def sharded(mesh: Mesh) -> NamedSharding:
 
 def replicate(tree, mesh: Mesh):
   """Puts the same host values (or key arrays) on every device of every process."""
-  where = replicated(mesh)
+  return _put(tree, jax.tree.map(lambda _: replicated(mesh), tree))
+
+
+def _put(tree, where):
+  """Host values, which all processes have, where a tree of shardings says."""
   if jax.process_count() == 1:
     return jax.device_put(tree, where)
-  put = lambda x: jax.make_array_from_callback(np.shape(x), where, lambda idx: np.asarray(x)[idx])  # noqa: E731
-  return jax.tree.map(put, tree)
+  put = lambda x, s: jax.make_array_from_callback(np.shape(x), s, lambda idx: np.asarray(x)[idx])  # noqa: E731
+  return jax.tree.map(put, tree, where)
+
+
+def _is_large(x) -> bool:
+  return x.size * x.dtype.itemsize >= _LARGE
+
+
+def _spec(x, devices: int) -> PartitionSpec:
+  """What each of so many devices keeps of an array: some rows of a large one, if they divide it."""
+  return SPLIT if devices > 1 and _is_large(x) and x.shape[0] % devices == 0 else WHOLE
+
+
+def specs(tree, mesh: Mesh):
+  """For each array of a training state, or of gradients, what a device has of it."""
+  return jax.tree.map(lambda x: _spec(x, mesh.size), tree)
+
+
+def placement(tree, mesh: Mesh):
+  """`specs` as shardings."""
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh))
+
+
+def place(tree, mesh: Mesh):
+  """Puts a training state, the same on every host, where it lives between steps."""
+  return _put(tree, placement(tree, mesh))
+
+
+def whole(tree, mesh: Mesh):
+  """All of each array on every device, of those that were placed; inside of jit and outside.
+
+  Outside, where arrays have to be gathered, all processes call it together.
+  """
+  where = replicated(mesh)
+
+  def one(x):
+    if getattr(x, 'sharding', None) == where:
+      return x  # A constraint outside of jit would copy it.
+    return jax.lax.with_sharding_constraint(x, where)
+
+  return jax.tree.map(one, tree)
 
 
 def shard_rays(tree, mesh: Mesh):
@@ -148,20 +193,31 @@ def per_device(fn: Callable, mesh: Mesh, in_specs, out_specs) -> Callable:
 
 
 def mean_over_devices(tree):
-  """Inside `per_device`: the mean of each float32 array over all devices, by few all-reduces.
+  """Inside `per_device`: of the mean of each float32 array over all devices, what a device keeps.
 
-  One has the small arrays joined. Large ones, which joining would copy there and back, go by
-  themselves: XLA starts each as soon as it is there, while others are still computed.
+  One all-reduce has the small arrays joined. Large ones, which joining would copy there and back,
+  go by themselves, each device's rows to it alone: XLA starts each as soon as it is there, while
+  others are still computed.
   """
+  devices = jax.lax.axis_size(AXIS)
   leaves, structure = jax.tree.flatten(tree)
-  joined, split = jax.flatten_util.ravel_pytree([x for x in leaves if x.nbytes < _LARGE])
-  large, joined = jax.lax.pmean(([x for x in leaves if x.nbytes >= _LARGE], joined), AXIS)
-  large, small = iter(large), iter(split(joined))
-  return structure.unflatten([next(large if x.nbytes >= _LARGE else small) for x in leaves])
+  joined, split = jax.flatten_util.ravel_pytree([x for x in leaves if not _is_large(x)])
+  small = iter(split(jax.lax.pmean(joined, AXIS)))
+
+  def mean(x):
+    if not _is_large(x):
+      return next(small)
+    if _spec(x, devices) == WHOLE:
+      return jax.lax.pmean(x, AXIS)
+    return jax.lax.psum_scatter(x, AXIS, tiled=True) / devices
+
+  return structure.unflatten(map(mean, leaves))
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-  """A replicated array's value, as numpy."""
+  """An array's value, as numpy; of one whose rows are split, all processes ask together."""
+  if not array.is_fully_replicated:
+    array = whole(array, array.sharding.mesh)
   return np.asarray(array.addressable_data(0))
 
 

@@ -92,6 +92,11 @@ def create_state(settings: configs.Settings) -> structs.TrainState:
   return structs.TrainState(jnp.zeros((), jnp.int32), params, opt_state, skipped)
 
 
+def abstract_state(settings: configs.Settings) -> structs.TrainState:
+  """The shapes and types of `create_state`."""
+  return jax.eval_shape(lambda: create_state(settings))
+
+
 def train_fraction(step: Array, max_steps: int) -> Array:
   """The fraction of training done before this step, 0 at the first and 1 at the last."""
   return jnp.clip(step / max(max_steps - 1, 1), 0, 1)
@@ -170,9 +175,10 @@ def make_loss_gradient(settings: configs.Settings) -> Callable:
 
 
 def _make_gradient(settings: configs.Settings, mesh: Mesh, micro_batches: int) -> Callable:
-  """`make_loss_gradient` of the rays of all devices.
+  """`make_loss_gradient` of the rays of all devices, of whole parameters.
 
-  Each device takes the gradient on its own rays, in as many parts one after the other.
+  Each device takes the gradient on its own rays, in as many parts one after the other, and has of
+  the mean over devices what `sharding.specs` gives it.
   """
   loss_gradient = make_loss_gradient(settings)
 
@@ -182,7 +188,8 @@ def _make_gradient(settings: configs.Settings, mesh: Mesh, micro_batches: int) -
     return sharding.mean_over_devices(own)
 
   whole, split = sharding.WHOLE, sharding.SPLIT
-  return sharding.per_device(gradient, mesh, (whole, split, split, whole), whole)
+  grads = sharding.specs(abstract_state(settings).params, mesh)
+  return sharding.per_device(gradient, mesh, (whole, split, split, whole), (grads, whole))
 
 
 class TrainStep(sharding.FirstFit):
@@ -204,9 +211,9 @@ def make_train_step(
 
   `cams` is the table of training cameras; `pixels` a PixelStore of their images on the device,
   or the [batch_size, 3] uint8 colours that `make_draw`'s pixels have, looked up by the host. The
-  state's buffers are donated. `stats` are replicated structs.Stats: loss, psnr, each loss term, the
-  gradient norm of each part, learning rate, and how many updates in a row each part was not given
-  (`update_finite`).
+  state is placed as by `sharding.place`, and its buffers are donated. `stats` are replicated
+  structs.Stats: loss, psnr, each loss term, the gradient norm of each part, learning rate, and how
+  many updates in a row each part was not given (`update_finite`).
 
   Each device takes its rays in Config.micro_batches parts, or in the fewest that fit in the
   memory which `free_memory(mesh)` says is free, from `fewest` on: sums in other parts differ in
@@ -235,7 +242,7 @@ def make_train_step(
       batch = batches.make_batch(cams, *ids, rgb)
       keys = ray_keys if config.randomized else None
       frac = train_fraction(state.step, config.max_steps)
-      grads, seen = gradient(state.params, keys, batch, frac)
+      grads, seen = gradient(sharding.whole(state.params, mesh), keys, batch, frac)
       rate = schedule(state.step)
       after = update_finite(optimizer, rate, state, grads, seen['loss'])
       stats = {
@@ -248,8 +255,13 @@ def make_train_step(
       }
       return after, structs.Stats(jnp.stack([*stats.values()], dtype=jnp.float32), tuple(stats))
 
-    whole = sharding.replicated(mesh)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))
+    where = sharding.placement(abstract_state(settings), mesh)
+    return jax.jit(
+      train_step,
+      donate_argnums=0,
+      in_shardings=(where, None, None),
+      out_shardings=(where, sharding.replicated(mesh)),
+    )
 
   return TrainStep(variant, _micro_batch_choices(config, mesh, fewest), lambda: free_memory(mesh))
 

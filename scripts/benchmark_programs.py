@@ -75,7 +75,7 @@ class Program:
 def train_program(settings, mesh, cams, pixels) -> Program:
   """Takes training steps as train.py does."""
   step_fn = train_step.make_train_step(settings, mesh)
-  state = sharding.replicate(train_step.create_state(settings), mesh)
+  state = sharding.place(train_step.create_state(settings), mesh)
   table = sharding.replicate(cams, mesh)
   draw, counter = train_step.make_draw(settings.config, mesh), itertools.count()
 

@@ -142,7 +142,7 @@ def losses(settings: configs.Settings, args: argparse.Namespace) -> dict:
   for n in (1, max(args.devices)):
     mesh = sharding.make_mesh(jax.devices()[:n])
     step_fn = train_step_lib.make_train_step(settings, mesh)
-    state = sharding.replicate(train_step_lib.create_state(settings), mesh)
+    state = sharding.place(train_step_lib.create_state(settings), mesh)
     table, pixels = sharding.replicate(cams, mesh), sharding.replicate(store, mesh)
     seen = []
     for _ in range(args.steps):

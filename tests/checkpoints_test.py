@@ -49,6 +49,23 @@ def test_a_state_comes_back_exactly_on_another_number_of_devices(saved):
   assert checkpoints.notes(folder, 8) == {'window': [8]}
 
 
+def test_a_state_shared_out_among_devices_is_saved_whole(tmp_path, monkeypatch):
+  monkeypatch.setattr(sharding, '_LARGE', 512)
+  settings, folder = tiny.settings(), str(tmp_path)
+  state = train_step.create_state(settings)
+  state = state.replace(opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
+  placed = sharding.place(state, tiny.mesh(8))
+  checkpoints.save(folder, placed)
+  for mesh in (tiny.mesh(8), tiny.mesh(2), tiny.mesh(1)):
+    back = checkpoints.restore(folder, settings, mesh, 0)
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+    where = jax.tree.map(lambda x: x.sharding.is_fully_replicated, back)
+    assert all(jax.tree.leaves(where)) == (mesh.size == 1)
+    params, _ = checkpoints.restore_params(folder, settings, 0, mesh)
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(params))
+    jax.tree.map(np.testing.assert_array_equal, params, state.params)
+
+
 def test_the_newest_are_kept_and_found(saved):
   folder, settings, _ = saved
   assert checkpoints.all_steps(folder) == [5, 8]

@@ -8,8 +8,12 @@ import tiny
 from internal import cameras, evaluation, models, sharding, structs, train_step
 
 
-def test_a_whole_image_is_rendered_in_chunks_of_any_fit():
-  """Chunks that do not fit the image, on one device and on eight, give the same picture."""
+def test_a_whole_image_is_rendered_in_chunks_of_any_fit(monkeypatch):
+  """Chunks that do not fit the image, on one device and on eight, give the same picture.
+
+  So they do of parameters as they are during training, some of them shared out among devices.
+  """
+  monkeypatch.setattr(sharding, '_LARGE', 512)
   settings = tiny.settings()
   cams, _ = tiny.capture()
   params = train_step.create_state(settings).params
@@ -20,7 +24,7 @@ def test_a_whole_image_is_rendered_in_chunks_of_any_fit():
     render_image = evaluation.make_image_renderer(told, mesh)
     calls = []
     out = render_image(
-      sharding.replicate(params, mesh), cams, 1, progress=lambda *a, calls=calls: calls.append(a)
+      sharding.place(params, mesh), cams, 1, progress=lambda *a, calls=calls: calls.append(a)
     )
     assert out['rgb'].shape == (8, 13, 3)
     assert out['distance_median'].shape == out['acc'].shape == (8, 13)
@@ -62,8 +66,8 @@ def test_the_ray_probe_gives_each_level_of_the_diagonals_rays():
   settings = tiny.settings('Config.vis_num_rays = 5')
   cams, _ = tiny.capture()
   params = train_step.create_state(settings).params
-  probe = evaluation.make_ray_probe(settings, tiny.mesh(1))
-  sdist, weights, rgb = probe(params, cams, 2)
+  probe = evaluation.make_ray_probe(settings, tiny.mesh(2))
+  sdist, weights, rgb = probe(sharding.place(params, tiny.mesh(2)), cams, 2)
   assert [s.shape for s in sdist] == [(5, 9), (5, 9), (5, 5)]
   assert [w.shape for w in weights] == [(5, 8), (5, 8), (5, 4)]
   assert rgb[:2] == [None, None]

@@ -95,14 +95,14 @@ class Nursery:
       self._process.stdin.flush()
       return json.loads(self._process.stdout.readline())
 
-  def start(self, program: str, args, said, heartbeat=None, writes=True, **env) -> Life:
+  def start(self, program: str, args, said, constants=None, writes=True, **env) -> Life:
     """Begins a life with these arguments and variables of its environment.
 
-    `heartbeat` stands for sharding.HEARTBEAT; a life that does not write ends in an error where it
-    tries to.
+    `constants` are values for names in internal/sharding.py; a life that does not write ends in an
+    error where it tries to.
     """
     start = {'program': program, 'args': list(args), 'said': str(said), 'env': env}
-    start |= {'heartbeat': heartbeat, 'writes': writes}
+    start |= {'constants': constants or {}, 'writes': writes}
     return Life(self, self.ask({'start': start}), said)
 
   def close(self) -> None:
@@ -126,11 +126,11 @@ def _keep_own_programs() -> None:
   compiler._cache_write = keep
 
 
-def _live(program, args, said, env, heartbeat, writes) -> None:
+def _live(program, args, said, env, constants, writes) -> None:
   os.environ.update(env)
   _keep_own_programs()
-  if heartbeat:
-    importlib.import_module('internal.sharding').HEARTBEAT = heartbeat
+  for name, value in constants.items():
+    setattr(importlib.import_module('internal.sharding'), name, value)
   if not writes:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
   where = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -1,5 +1,6 @@
 """Several processes, of which one ends: the others do too, and the run goes on to the same bits."""
 
+import functools
 import json
 import os
 import shutil
@@ -15,7 +16,8 @@ import resume_test
 from internal import checkpoints
 
 SECONDS = 20  # In which the others end where connections break: less than sharding.HEARTBEAT.
-HEARTBEAT = 10  # In its place, where they do not.
+HEARTBEAT = {'HEARTBEAT': 10}  # In its place, where they do not.
+SPLIT = {'_LARGE': 512}  # Bytes: most of a small model's arrays are shared out among the devices.
 
 
 @pytest.fixture
@@ -49,9 +51,9 @@ def devices(count):
   return {'XLA_FLAGS': lives.ONE_DEVICE.replace('device_count=1', f'device_count={count}')}
 
 
-def one_process(start_training, run, count, *bindings):
+def one_process(start_training, run, count, *bindings, **kwargs):
   """The same run by one process with as many devices."""
-  life = start_training(run, *bindings, **devices(count))
+  life = start_training(run, *bindings, **devices(count), **kwargs)
   assert life.wait() == 0, life.text()
   assert f'{count} x cpu' in life.text()
   return run
@@ -75,15 +77,15 @@ def told_of_the_end(text):
 
 def test_of_two_one_is_signalled_then_the_first_is_killed(start_all, start_training, tmp_path):
   """And the run ends with the bits of one process with two devices."""
-  run = tmp_path / 'run'
-  processes = start_all(run, 2)
+  run, start = tmp_path / 'run', functools.partial(start_all, constants=SPLIT)
+  processes = start(run, 2)
   until_saved(run, processes)
   processes[1].kill(signal.SIGTERM)
   assert [life.wait() for life in processes] == [143, 143], processes[0].text()
   step = checkpoints.newest(str(run))
   assert step % 7 == 0
   assert f'step {step:,} is saved' in processes[0].text()
-  processes = start_all(run, 2)
+  processes = start(run, 2)
   until_saved(run, processes)
   processes[0].kill()
   (code,), (text,) = others_end(processes, 0, SECONDS)
@@ -91,9 +93,10 @@ def test_of_two_one_is_signalled_then_the_first_is_killed(start_all, start_train
   assert told_of_the_end(text), text
   assert processes[0].wait() == -signal.SIGKILL
   assert checkpoints.newest(str(run)) < lives.STEPS
-  processes = start_all(run, 2, only_the_first_writes=True)
+  processes = start(run, 2, only_the_first_writes=True)
   assert [life.wait() for life in processes] == [0, 0], processes[0].text()
-  assert resume_test.same(run, one_process(start_training, tmp_path / 'one', 2))
+  one = one_process(start_training, tmp_path / 'one', 2, constants=SPLIT)
+  assert resume_test.same(run, one)
 
 
 def test_of_four_one_is_killed(start_all, start_training, tmp_path):
@@ -137,7 +140,8 @@ def test_two_with_two_devices_each_train_and_evaluate_as_one_with_four(
   one, two, short = tmp_path / 'one', tmp_path / 'two', 'Config.early_exit_steps = 30'
   one_process(start_training, one, 4, short)
   for start_one, bindings in ((start_training, [short]), (start_eval, [])):
-    processes = start_all(two, 2, *bindings, start_one=start_one, **devices(2))
+    told = {**devices(2), 'constants': SPLIT}
+    processes = start_all(two, 2, *bindings, start_one=start_one, **told)
     assert [life.wait() for life in processes] == [0, 0], processes[0].text()
   nearly_same_metrics(one, two)
   life = start_eval(one, said=tmp_path / 'said')
@@ -149,11 +153,11 @@ def test_two_with_two_devices_each_train_and_evaluate_as_one_with_four(
 
 
 def test_one_hangs(start_all, tmp_path):
-  processes = start_all(tmp_path / 'run', 2, heartbeat=HEARTBEAT)
+  processes = start_all(tmp_path / 'run', 2, constants=HEARTBEAT)
   assert processes[0].until(lambda: 'first step' in processes[0].text())
   processes[1].kill(signal.SIGSTOP)
   try:
-    (code,), (text,) = others_end(processes, 1, 2 * HEARTBEAT)
+    (code,), (text,) = others_end(processes, 1, 2 * HEARTBEAT['HEARTBEAT'])
   finally:
     processes[1].kill()
   assert code == -signal.SIGABRT, text

@@ -42,23 +42,54 @@ def test_rays_are_split_and_the_rest_is_whole():
   assert {s.data.shape for s in split.addressable_shards} == {(2, 3)}
 
 
+def test_large_arrays_are_shared_out_where_devices_divide_their_rows(monkeypatch):
+  monkeypatch.setattr(sharding, '_LARGE', 128)
+  tree = {
+    'large': np.arange(32, dtype=np.float32).reshape(16, 2),
+    'odd': np.zeros((33, 1), np.float32),
+    'small': np.zeros((16, 1), np.float32),
+    'step': np.int32(7),
+  }
+  mesh = sharding.make_mesh()
+  split = {name for name, spec in sharding.specs(tree, mesh).items() if spec == sharding.SPLIT}
+  assert split == {'large'}
+  assert sharding.specs(tree, tiny.mesh(1))['large'] == sharding.WHOLE
+  placed = sharding.place(tree, mesh)
+  assert {s.data.shape for s in placed['large'].addressable_shards} == {(2, 2)}
+  for whole in (sharding.whole(placed, mesh), jax.jit(lambda t: sharding.whole(t, mesh))(placed)):
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(whole))
+    jax.tree.map(np.testing.assert_array_equal, whole, tree)
+  jax.tree.map(np.testing.assert_array_equal, jax.tree.map(sharding.to_host, placed), tree)
+  # Nothing is done for what is whole.
+  assert sharding.whole(placed, mesh)['step'] is placed['step']
+
+
 @pytest.mark.parametrize('large', [2**23, 32])
 def test_a_gradient_taken_by_each_device_is_averaged_once(monkeypatch, large):
   monkeypatch.setattr(sharding, '_LARGE', large)
   mesh = sharding.make_mesh()
   x = jnp.arange(16.0)
-  loss = lambda w, x: jnp.mean((w['a'] * x - w['b'] + jnp.sum(w['c'])) ** 2)  # noqa: E731
+
+  def loss(w, x):
+    return jnp.mean((w['a'] * x - w['b'] + jnp.sum(w['c'] ** 2) + jnp.sum(w['d'])) ** 2)
 
   def gradient(w, x):
     return sharding.mean_over_devices(jax.value_and_grad(loss)(w, x))
 
-  spread = sharding.per_device(
-    gradient, mesh, (sharding.WHOLE, sharding.SPLIT), (sharding.WHOLE, sharding.WHOLE)
-  )
-  w = {'a': jnp.float32(2), 'b': jnp.full(1, 3.0), 'c': jnp.full((2, 4), 5.0)}
-  got, wanted = jax.jit(spread)(w, x), jax.value_and_grad(loss)(w, x)
-  # One for the small arrays, one for each of the others.
-  assert jax.jit(spread).lower(w, x).as_text().count('"stablehlo.all_reduce"') == 1 + (large == 32)
+  w = {
+    'a': jnp.float32(2),
+    'b': jnp.full(1, 3.0),
+    'c': jnp.arange(16.0).reshape(8, 2) / 9,
+    'd': jnp.ones((3, 4)),
+  }
+  out = sharding.WHOLE, sharding.specs(w, mesh)
+  spread = jax.jit(sharding.per_device(gradient, mesh, (sharding.WHOLE, sharding.SPLIT), out))
+  got, wanted = spread(w, x), jax.value_and_grad(loss)(w, x)
+  # One for the small arrays, one for a large one that cannot be shared out, none for the other.
+  text = spread.lower(w, x).as_text()
+  assert text.count('"stablehlo.all_reduce"') == 1 + (large == 32)
+  assert text.count('"stablehlo.reduce_scatter"') == (large == 32)
+  assert got[1]['c'].sharding.is_fully_replicated == (large != 32)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, wanted)
 
 

@@ -17,7 +17,7 @@ def _run(settings, mesh, steps, on_device=True):
   cams, images = tiny.capture()
   store = batches.make_store(images)
   step_fn = train_step.make_train_step(settings, mesh)
-  state = sharding.replicate(train_step.create_state(settings), mesh)
+  state = sharding.place(train_step.create_state(settings), mesh)
   draw = train_step.make_draw(settings.config, mesh)
   table = sharding.replicate(cams, mesh)
   pixels = sharding.replicate(store, mesh) if on_device else None
@@ -31,7 +31,7 @@ def _run(settings, mesh, steps, on_device=True):
 
 def _lower(settings, mesh):
   cams, images = tiny.capture()
-  state = sharding.replicate(train_step.create_state(settings), mesh)
+  state = sharding.place(train_step.create_state(settings), mesh)
   step_fn = train_step.make_train_step(settings, mesh)
   store = sharding.replicate(batches.make_store(images), mesh)
   return step_fn.lower(state, sharding.replicate(cams, mesh), store)
@@ -117,7 +117,7 @@ def test_micro_batches_are_as_few_as_fit():
 
   def first_step(free):
     cams, images = tiny.capture()
-    state = sharding.replicate(train_step.create_state(settings), mesh)
+    state = sharding.place(train_step.create_state(settings), mesh)
     store = sharding.replicate(batches.make_store(images), mesh)
     step_fn = train_step.make_train_step(settings, mesh, lambda mesh: free)
     step_fn(state, sharding.replicate(cams, mesh), store)
@@ -246,6 +246,26 @@ def test_grids_split_over_devices_and_micro_batches():
       np.testing.assert_allclose(a, b, atol=1e-3 * largest)
 
 
+def test_tables_shared_out_among_devices_are_updated_alike(monkeypatch):
+  settings = tiny.settings(*GRID, 'Config.grad_max_norm = 0.01')
+  one, stats_one = _run(settings, tiny.mesh(1), 3)
+  monkeypatch.setattr(sharding, '_LARGE', 1024)
+  mesh = tiny.mesh(8)
+  eight, stats_eight = _run(settings, mesh, 3)
+  for a, b in zip(stats_one, stats_eight):
+    for name in a:
+      np.testing.assert_allclose(a[name], b[name], rtol=2e-4, err_msg=name)
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).ravel(), one.params, eight.params)
+  assert np.quantile(np.concatenate(jax.tree.leaves(moved)), 0.99) < 1e-5
+  placed = sharding.specs(eight, mesh)
+  table = placed.params['nerf_mlp']['grid']['table_1']
+  assert table == _adam(placed.opt_state['nerf_mlp']).nu['grid']['table_1'] == sharding.SPLIT
+  text = _lower(settings, mesh).compile().as_text()
+  for collective in ('all-gather', 'reduce-scatter'):
+    count = len(re.findall(rf'= .* {collective}(?:-start)?\(', text))
+    assert count == jax.tree.leaves(placed.params).count(sharding.SPLIT)
+
+
 def test_grids_learn_and_repeat_to_the_bit():
   settings = tiny.settings(*GRID, 'Config.lr_init = 0.01', 'Config.lr_delay_steps = 0')
   a, stats = _run(settings, tiny.mesh(1), 40)
@@ -275,7 +295,7 @@ def test_training_and_rendering_lower_for_tpu_cuda_and_cpu(name, binding):
   settings = configs.load_config([f'configs/{name}.gin'], [binding])
   mesh = Mesh(np.array(jax.devices()), (sharding.AXIS,))
   cams, images = tiny.capture()
-  state = jax.eval_shape(lambda: train_step.create_state(settings))
+  state = train_step.abstract_state(settings)
   args = (state, _abstract(cams), _abstract(batches.make_store(images)))
   step_fn = train_step.make_train_step(settings, mesh)
   exported = jax.export.export(step_fn.variant(1), platforms=PLATFORMS)(*args)
