@@ -69,11 +69,24 @@ def ray_flops(settings: configs.Settings) -> dict[str, int]:
   return {'train': train, 'render': render}
 
 
-def time_groups(call: Callable, seconds: float) -> dict:
-  """Milliseconds of `call`, which returns arrays to wait for: the median over groups of calls.
+def in_turn(call: Callable, count: int) -> Iterator:
+  """What so many calls return, once it is there; `call` returns arrays to wait for.
 
-  A group takes a third of a second or so, for the wait at its end not to count. Few calls are under
-  way at a time: of a hundred, virtual devices of a CPU would run different ones and wait for ever.
+  Few calls are under way at a time: of a hundred, virtual devices of a CPU would run different ones
+  and wait for ever.
+  """
+  under_way = collections.deque()
+  for _ in range(count):
+    under_way.append(call())
+    if len(under_way) > _UNDER_WAY:
+      yield jax.block_until_ready(under_way.popleft())
+  yield from map(jax.block_until_ready, under_way)
+
+
+def time_groups(call: Callable, seconds: float) -> dict:
+  """Milliseconds of `call` as in `in_turn`: the median over groups of calls.
+
+  A group takes a third of a second or so, for the wait at its end not to count.
   """
   jax.block_until_ready(call())
   began = time.perf_counter()
@@ -82,12 +95,7 @@ def time_groups(call: Callable, seconds: float) -> dict:
   times, end = [], time.perf_counter() + seconds
   while time.perf_counter() < end or len(times) < 3:
     began = time.perf_counter()
-    under_way = []
-    for _ in range(size):
-      under_way.append(call())
-      if len(under_way) > _UNDER_WAY:
-        jax.block_until_ready(under_way.pop(0))
-    jax.block_until_ready(under_way)
+    collections.deque(in_turn(call, size), maxlen=0)
     times.append((time.perf_counter() - began) / size * 1e3)
   low, middle, high = (float(v) for v in np.percentile(times, [10, 50, 90]))
   return {

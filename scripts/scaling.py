@@ -5,10 +5,10 @@
         --gin_configs configs/360.gin --batches 16384
 
 Rates are of synthetic rays: batches of one size on 1, 2, 4, ... devices, and the smallest batch
-grown with them; with the time that a trace shows in collectives, and memory. Then the loss of the
-first steps on one device and on all, how long train.py takes to its first step, and
+grown with them; with the time that a trace shows in collectives, and memory, and the losses of the
+first steps on one device and on all. Then how long train.py takes to its first step, and
 run_dataset.py on as many short scenes as devices. OUT/scaling.json has what is done so far,
-OUT/scaling.md the tables, OUT/scaling.svg a picture.
+OUT/scaling.md the tables, OUT/scaling.svg a picture; the same command again goes on from there.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ import jax
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from internal import benchmarks, charts, cli, configs, files, profiling, progress, sharding
-from internal import train_step as train_step_lib
+from internal import benchmarks, charts, cli, configs, files, jobs, profiling, progress, sharding
 from scripts import benchmark, benchmark_tables
 from scripts import benchmark_programs as programs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PARTS = ('rates', 'losses', 'start', 'dataset')
+PARTS = ('rates', 'start', 'dataset')
 _CONFIGS = ('configs/360.gin', 'configs/360_grid.gin')
 _COLLECTIVE = re.compile(
   r'nccl|all.?reduce|all.?gather|reduce.?scatter|collective|psum|pmean', re.IGNORECASE
@@ -83,43 +82,50 @@ def traced_ms(program: programs.Program) -> dict:
   }
 
 
-def rates(settings: configs.Settings, args: argparse.Namespace, keep: Callable) -> None:
-  """Keeps rows of training and rendering; programs are compiled side by side, run one by one."""
+def rates(settings: configs.Settings, args: argparse.Namespace, rows: list, keep: Callable) -> None:
+  """Adds to the rows of training and rendering those that are missing, and keeps them.
+
+  Programs are compiled side by side, run one by one.
+  """
   cams, store = programs.synthetic()
-  rows = []
-  for kind in ('train', 'render'):
 
-    def make(point, kind=kind):
-      batch, n = point
-      mesh = sharding.make_mesh(jax.devices()[:n])
-      if kind == 'render':
-        return programs.render_program(at(settings, batch), mesh, cams)
-      pixels = sharding.replicate(store, mesh)
-      return programs.train_program(at(settings, batch), mesh, cams, pixels)
+  def make(kind, batch, n):
+    mesh = sharding.make_mesh(jax.devices()[:n])
+    if kind == 'render':
+      return programs.render_program(at(settings, batch), mesh, cams)
+    pixels = sharding.replicate(store, mesh)
+    return programs.train_program(at(settings, batch), mesh, cams, pixels)
 
-    todo = points(args.batches, args.devices)
-    with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
-      waiting = {point: pool.submit(make, point) for point in todo}
-      concurrent.futures.wait(waiting.values())  # Collectives of two at a time could wait for ever.
-    for batch, n in todo:
-      row = {'kind': kind, 'batch': batch, 'devices': n}
-      name = f'{kind}, {batch:,} rays on {n}'
-      program = waiting.pop((batch, n))
-      row |= benchmark.attempt(name, lambda made=program: measure(made.result(), args))
-      rows.append(row)
-      add_speedups(rows, min(args.batches))
-      keep('rates', rows)
-      if 'ms' in row:
-        progress.say(
-          f'{name}: {row["ms"]:.2f} ms, {row["rays_per_second"]:,.0f} rays/s, '
-          f'{row["collective_ms"]:.2f} ms in collectives'
-        )
-      del program  # And with it its parameters.
-      gc.collect()
+  rows[:] = [row for row in rows if 'error' not in row]
+  done = {(row['kind'], row['batch'], row['devices']) for row in rows}
+  todo = [(kind, *at) for kind in ('train', 'render') for at in points(args.batches, args.devices)]
+  todo = [point for point in todo if point not in done]
+  with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
+    waiting = {point: pool.submit(make, *point) for point in todo}
+    concurrent.futures.wait(waiting.values())  # Collectives of two at a time could wait for ever.
+  for kind, batch, n in todo:
+    name = f'{kind}, {batch:,} rays on {n}'
+    program = waiting.pop((kind, batch, n))
+    compared = kind == 'train' and batch == min(args.batches) and n in (1, args.devices[-1])
+    steps = args.steps if compared else 0
+    row = benchmark.attempt(name, lambda p=program, k=steps: measure(p.result(), args.seconds, k))
+    rows.append({'kind': kind, 'batch': batch, 'devices': n, **row})
+    add_speedups(rows, min(args.batches))
+    keep(rows)
+    if 'ms' in row:
+      progress.say(
+        f'{name}: {row["ms"]:.2f} ms, {row["rays_per_second"]:,.0f} rays/s, '
+        f'{row["collective_ms"]:.2f} ms in collectives'
+      )
+    del program  # And with it its parameters.
+    gc.collect()
 
 
-def measure(program: programs.Program, args: argparse.Namespace) -> dict:
-  return {**program.time(args.seconds), **traced_ms(program)}
+def measure(program: programs.Program, seconds: float, steps: int) -> dict:
+  """A row's numbers, and the losses of so many steps before, if there are any."""
+  seen = [float(jax.device_get(row)['loss']) for row in profiling.in_turn(program.call, steps)]
+  losses = {'losses': seen} if seen else {}
+  return {**losses, **program.time(seconds), **traced_ms(program)}
 
 
 def add_speedups(rows: Sequence[dict], base: int) -> None:
@@ -132,30 +138,18 @@ def add_speedups(rows: Sequence[dict], base: int) -> None:
         continue
       if one and 'rays_per_second' in row:
         row[key] = row['rays_per_second'] / one
+    if 'growing_speedup' in row:
+      row['of_linear'] = row['growing_speedup'] / row['devices']
 
 
-def losses(settings: configs.Settings, args: argparse.Namespace) -> dict:
-  """The loss of the first steps on one device and on all, and how far they are apart."""
-  cams, store = programs.synthetic()
-  settings = at(settings, min(args.batches))
-  curves = {}
-  for n in (1, max(args.devices)):
-    mesh = sharding.make_mesh(jax.devices()[:n])
-    step_fn = train_step_lib.make_train_step(settings, mesh)
-    state = sharding.place(train_step_lib.create_state(settings), mesh)
-    table, pixels = sharding.replicate(cams, mesh), sharding.replicate(store, mesh)
-    seen = []
-    for _ in range(args.steps):
-      state, stats = step_fn(state, table, pixels)
-      seen.append(stats)
-    curves[n] = np.array([row['loss'] for row in jax.device_get(seen)], np.float64)
-    del state
-    gc.collect()
-  one, many = curves[1], curves[max(args.devices)]
+def loss_difference(rows: Sequence[dict]) -> tuple[int, float, float] | None:
+  """Of losses on one device and on all: how many, how far they are apart in the mean, at most."""
+  curves = {row['devices']: np.array(row['losses']) for row in rows if 'losses' in row}
+  if len(curves) < 2:
+    return None
+  one, many = curves[1], curves[max(curves)]
   apart = np.abs(many - one) / np.abs(one)
-  told = {'one': one.tolist(), 'all': many.tolist()}
-  progress.say(f'loss on {max(args.devices)} devices: off by {apart.max():.2e} of it at most')
-  return {**told, 'largest_difference': float(apart.max()), 'mean_difference': float(apart.mean())}
+  return len(one), float(apart.mean()), float(apart.max())
 
 
 def make_scenes(folder: str, count: int) -> list[str]:
@@ -214,7 +208,7 @@ def probe() -> tuple[str, str, int]:
 def visible(platform: str, count: int) -> dict[str, str]:
   """What lets a program see so many devices: GPUs of this machine, or virtual ones of its CPU."""
   if platform == 'gpu':
-    return {'CUDA_VISIBLE_DEVICES': ','.join(map(str, range(count)))}
+    return {'CUDA_VISIBLE_DEVICES': ','.join(jobs.visible_gpus()[:count])}
   return {'XLA_FLAGS': f'--xla_force_host_platform_device_count={count}'}
 
 
@@ -242,21 +236,22 @@ def markdown(results: Mapping) -> str:
     parts.append(f'## {os.path.basename(gin)}\n')
     if 'rates' in found:
       heads = ['', 'rays', 'devices', 'ms', 'rays/s', 'to one, same batch', 'to one, grown']
-      heads += ['ms in collectives', 'in other kernels: fastest device', 'slowest', 'temporary GiB']
+      heads += ['of linear', 'ms in collectives', 'in other kernels: fastest device', 'slowest']
+      heads += ['temporary GiB', 'micro-batches', 's to compile']
       forms = {
         'batch': '{:,}', 'devices': '{}', 'ms': '{:.2f}', 'rays_per_second': '{:,.0f}',
-        'speedup': '{:.2f}', 'growing_speedup': '{:.2f}', 'collective_ms': '{:.2f}',
-        'own_ms_fastest': '{:.2f}', 'own_ms_slowest': '{:.2f}', 'temp_bytes': '{:.2f}',
+        'speedup': '{:.2f}', 'growing_speedup': '{:.2f}', 'of_linear': '{:.3f}',
+        'collective_ms': '{:.2f}', 'own_ms_fastest': '{:.2f}', 'own_ms_slowest': '{:.2f}',
+        'temp_bytes': '{:.2f}', 'micro_batches': '{}', 'compile_seconds': '{:.0f}',
       }  # fmt: skip
       cell = benchmark_tables.cell
       rows = [[r['kind'], *(cell(r, k, form) for k, form in forms.items())] for r in found['rates']]
       parts.append(benchmark_tables.markdown(heads, rows) + '\n')
-    if 'losses' in found:
-      told = found['losses']
+    if apart := loss_difference(found.get('rates', ())):
+      steps, mean, most = apart
       parts.append(
-        f'Loss of the first {len(told["one"])} steps on all devices and on one: apart by '
-        f'{told["mean_difference"]:.1e} of it in the mean, {told["largest_difference"]:.1e} at '
-        'most.\n'
+        f'Loss of the first {steps} steps on all devices and on one: apart by {mean:.1e} of it in '
+        f'the mean, {most:.1e} at most.\n'
       )
     for count, took in found.get('start', {}).items():
       told = f'First step on {count} devices after {took["first"]:.1f} s, the second time after'
@@ -287,26 +282,41 @@ def picture(results: Mapping) -> str:
 
 
 class Results:
-  """What was measured so far, kept on disk after each piece."""
+  """What was measured so far, kept on disk after each piece, and read again by the next start."""
 
   def __init__(self, args: argparse.Namespace):
+    """Raises ScalingError where the folder has what was measured otherwise."""
     self.folder = args.out
-    self.found = {
-      'jax': jax.__version__,
-      'device_kind': args.kind,
-      'devices': args.devices,
-      'configs': {},
-    }
+    names = ('devices', 'batches', 'seconds', 'steps', 'scene_steps', 'gin_bindings')
+    asked = {name: getattr(args, name) for name in names}
+    asked |= {'jax': jax.__version__, 'device_kind': args.kind}
+    self.found = {**asked, 'configs': {}}
+    path = self._path('json')
+    if os.path.exists(path):
+      self.found = json.loads(pathlib.Path(path).read_text())
+      for name, value in asked.items():
+        if self.found.get(name) != value:
+          raise ScalingError(
+            f'{path} was measured with {name} {self.found.get(name)!r}, not {value!r}: go on as it '
+            'began, or choose another --out.'
+          )
+
+  def _path(self, ending: str) -> str:
+    return os.path.join(self.folder, f'scaling.{ending}')
+
+  def of(self, gin: str) -> dict:
+    """What there is of a config, by part."""
+    return self.found['configs'].setdefault(gin, {})
 
   def keep(self, gin: str, part: str, value) -> None:
-    self.found['configs'].setdefault(gin, {})[part] = value
+    self.of(gin)[part] = value
     texts = {
       'json': json.dumps(self.found, indent=2),
       'md': markdown(self.found),
       'svg': picture(self.found),
     }
     for ending, text in texts.items():
-      with files.whole(os.path.join(self.folder, f'scaling.{ending}')) as path:
+      with files.whole(self._path(ending)) as path:
         pathlib.Path(path).write_text(text)
 
 
@@ -325,7 +335,10 @@ def parse(argv=None) -> argparse.Namespace:
   parser.add_argument('--seconds', type=float, default=3.0, help='to time each program for')
   parser.add_argument('--steps', type=int, default=100, help='of the losses that are compared')
   parser.add_argument('--scene_steps', type=int, default=300, help="of the dataset's scenes")
-  parser.add_argument('--threads', type=int, default=4, help='programs compiled at a time')
+  parser.add_argument(
+    '--threads', type=int, default=max(2, (os.cpu_count() or 1) // 4),
+    help='programs compiled at a time',
+  )  # fmt: skip
   args = parser.parse_args(argv)
   args.gin_configs = args.gin_configs or [str(ROOT / name) for name in _CONFIGS]
   args.platform, args.kind, count = probe()
@@ -338,39 +351,42 @@ def parse(argv=None) -> argparse.Namespace:
   return args
 
 
-def measure_inside(gin: str, args: argparse.Namespace, keep: Callable) -> None:
-  """The parts that this process does itself."""
+def measure_rates(gin: str, args: argparse.Namespace, results: Results) -> None:
+  """The part that this process does itself."""
   settings = configs.load_config([gin], args.gin_bindings)
   mesh = sharding.make_mesh(jax.devices()[: args.devices[-1]])
-  keep('facts', benchmark.describe(settings, mesh))
-  if 'rates' in args.only:
-    rates(settings, args, keep)
-  if 'losses' in args.only:
-    keep('losses', losses(settings, args))
+  results.keep(gin, 'facts', benchmark.describe(settings, mesh))
+  rows = results.of(gin).get('rates', [])
+  rates(settings, args, rows, lambda rows: results.keep(gin, 'rates', rows))
 
 
-def measure_programs(gin: str, args: argparse.Namespace, keep: Callable) -> None:
+def measure_programs(gin: str, args: argparse.Namespace, results: Results) -> None:
   """The parts that are programs of their own, which want the devices for themselves."""
-  if not {'start', 'dataset'} & set(args.only):
-    return
-  most = args.devices[-1]
+  most, found = args.devices[-1], results.of(gin)
   folder = os.path.join(os.path.abspath(args.out), 'scenes')
   names = make_scenes(folder, most)
-  if 'start' in args.only:
-    keep('start', {most: start_seconds(gin, os.path.join(folder, 'capture'), args)})
-  if 'dataset' in args.only:
+  if 'start' in args.only and 'start' not in found:
+    took = start_seconds(gin, os.path.join(folder, 'capture'), args)
+    results.keep(gin, 'start', {most: took})
+  if 'dataset' in args.only and 'dataset' not in found:
     one = dataset_seconds(gin, folder, names[:1], args)
     many = dataset_seconds(gin, folder, names, args)
-    keep('dataset', {'scenes': most, 'one_seconds': one, 'seconds': many})
+    results.keep(gin, 'dataset', {'scenes': most, 'one_seconds': one, 'seconds': many})
 
 
 def main(argv=None) -> None:
+  argv = sys.argv[1:] if argv is None else argv
   args = parse(argv)
+  others = {'start', 'dataset'} & set(args.only)
+  if 'rates' in args.only and others:  # JAX keeps devices once it has them.
+    subprocess.run([sys.executable, __file__, *argv, '--only', 'rates'], check=True)
   results = Results(args)
-  for measure_parts in (measure_programs, measure_inside):  # JAX keeps devices once it has them.
-    for gin in args.gin_configs:
-      progress.say(f'== {gin}')
-      measure_parts(gin, args, lambda part, value, gin=gin: results.keep(gin, part, value))
+  for gin in args.gin_configs:
+    progress.say(f'== {gin}')
+    if others:
+      measure_programs(gin, args, results)
+    else:
+      measure_rates(gin, args, results)
   print(markdown(results.found))
   progress.summary(
     {ending: os.path.join(args.out, f'scaling.{ending}') for ending in ('json', 'md', 'svg')}

@@ -7,7 +7,6 @@ import jax
 import pytest
 import tiny
 
-from internal import configs
 from scripts import benchmark_programs, scaling
 
 SMALLER = ('Model.num_levels = 2', 'PropMLP.net_depth = 1', 'NerfMLP.net_depth = 1')
@@ -29,6 +28,7 @@ def test_speedups_are_to_one_device_of_the_same_batch_and_to_that_of_the_smalles
   assert [row.get('speedup') for row in rows] == [1.0, 1.5, 1.0, pytest.approx(1.8), None]
   grown = [row.get('growing_speedup') for row in rows]
   assert grown == [1.0, None, None, pytest.approx(1.98), None]
+  assert rows[3]['of_linear'] == pytest.approx(0.99)
 
 
 @pytest.mark.parametrize(
@@ -53,43 +53,86 @@ def test_names_of_collectives_on_gpus_and_cpus():
     assert not scaling._COLLECTIVE.search(name)
 
 
-def test_devices_of_a_program_of_its_own():
-  assert scaling.visible('gpu', 3) == {'CUDA_VISIBLE_DEVICES': '0,1,2'}
+def test_devices_of_a_program_of_its_own(monkeypatch):
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5,6,7')
+  assert scaling.visible('gpu', 3) == {'CUDA_VISIBLE_DEVICES': '4,5,6'}
   assert scaling.visible('cpu', 3) == {'XLA_FLAGS': '--xla_force_host_platform_device_count=3'}
 
 
-def test_a_whole_small_run(tmp_path, monkeypatch, capsys):
+def test_losses_on_one_device_and_on_all_are_compared():
+  rows = [
+    {'devices': 1, 'losses': [2.0, 1.0]},
+    {'devices': 2},
+    {'devices': 8, 'losses': [2.0, 1.1]},
+  ]
+  assert scaling.loss_difference(rows) == (2, pytest.approx(0.05), pytest.approx(0.1))
+  assert scaling.loss_difference(rows[:2]) is None
+
+
+def test_a_small_run_that_goes_on(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(scaling, 'probe', lambda: ('cpu', 'cpu', 8))
-  load, cams_and_pixels = configs.load_config, benchmark_programs.synthetic()
-  monkeypatch.setattr(
-    configs, 'load_config', lambda paths, told: load([], [*tiny.TINY, *SMALLER, *told])
-  )
+  cams_and_pixels = benchmark_programs.synthetic()
   monkeypatch.setattr(benchmark_programs, 'synthetic', lambda: cams_and_pixels)
-  monkeypatch.setattr(scaling, 'points', lambda *_: [(32, 1), (64, 2)])
-  flags = ['--devices', '1', '2', '--batches', '32', '--seconds', '0.01', '--steps', '3']
+  gin = tmp_path / 'a.gin'
+  gin.write_text('\n'.join([*tiny.TINY, *SMALLER]))
   out = tmp_path / 'out'
-  scaling.main(['--out', str(out), *flags, '--only', 'rates', 'losses', '--gin_configs', 'a.gin'])
+  flags = ['--out', str(out), '--gin_configs', str(gin), '--only', 'rates', '--batches', '32']
+  flags += ['--seconds', '0.01', '--steps', '3', '--devices', '1', '2']
+  measure, measured = scaling.measure, []
+
+  def measure_but_for_the_last(program, *args):
+    measured.append(program.rays)
+    if len(measured) == 6:
+      raise KeyboardInterrupt
+    return measure(program, *args)
+
+  monkeypatch.setattr(scaling, 'measure', measure_but_for_the_last)
+  with pytest.raises(KeyboardInterrupt):
+    scaling.main(flags)
+  begun = json.loads((out / 'scaling.json').read_text())['configs'][str(gin)]['rates']
+  assert [r['kind'] for r in begun] == ['train'] * 3 + ['render'] * 2
+  scaling.main(flags)
+  assert measured == [32, 32, 64] * 2 + [64]  # The last once more, and nothing else.
   found = json.loads((out / 'scaling.json').read_text())
   assert found['jax'] == jax.__version__
-  told = found['configs']['a.gin']
-  rows = {(r['kind'], r['batch'], r['devices']): r for r in told['rates']}
-  assert set(rows) == {(kind, *at) for kind in ('train', 'render') for at in ((32, 1), (64, 2))}
+  told = found['configs'][str(gin)]['rates']
+  assert told[:5] == begun
+  rows = {(r['kind'], r['batch'], r['devices']): r for r in told}
+  points = ((32, 1), (32, 2), (64, 2))
+  assert set(rows) == {(kind, *point) for kind in ('train', 'render') for point in points}
   assert all(r['rays_per_second'] > 0 and r['collective_ms'] >= 0 for r in rows.values())
   assert all(0 < r['own_ms_fastest'] <= r['own_ms_slowest'] for r in rows.values())
-  alone, two = (rows['train', *at]['collective_ms'] for at in ((32, 1), (64, 2)))
-  assert two > 2 * alone  # The gradients' all-reduce, which one device has nothing to do in.
-  assert len(told['losses']['one']) == 3
-  assert told['losses']['one'] != told['losses']['one'][::-1]
-  assert told['losses']['largest_difference'] < 1e-5
+  assert rows['render', 64, 2]['of_linear'] == rows['render', 64, 2]['growing_speedup'] / 2
+  alone, two = rows['train', 32, 1], rows['train', 64, 2]
+  assert two['collective_ms'] > 2 * alone['collective_ms']  # One has nothing to do in it.
+  assert len(set(alone['losses'])) == 3
+  assert scaling.loss_difference(told)[2] < 1e-5
   table = (out / 'scaling.md').read_text()
   assert '| train | 64 | 2 |' in table
+  assert 'Loss of the first 3 steps' in table
   assert table in capsys.readouterr().out
   picture = (out / 'scaling.svg').read_text()
   assert 'a.gin, training' in picture
+  with pytest.raises(scaling.ScalingError, match=r'measured with seconds 0\.01, not 0\.02'):
+    scaling.main([*flags, '--seconds', '0.02'])
+
+
+def test_rates_are_measured_by_a_process_that_lets_go_of_the_devices(tmp_path, monkeypatch):
+  monkeypatch.setattr(scaling, 'probe', lambda: ('cpu', 'cpu', 8))
+  seen = []
+  monkeypatch.setattr(scaling.subprocess, 'run', lambda command, **_: seen.append(command))
+  monkeypatch.setattr(scaling, 'measure_programs', lambda *_: seen.append('programs'))
+  monkeypatch.setattr(scaling, 'measure_rates', lambda *_: seen.append('rates'))
+  scaling.main(['--out', str(tmp_path / 'out'), '--gin_configs', 'a.gin', '--devices', '1'])
+  command, *rest = seen
+  assert command[2:] == ['--out', str(tmp_path / 'out'), '--gin_configs', 'a.gin', '--devices', '1',
+                         '--only', 'rates']  # fmt: skip
+  assert rest == ['programs']
 
 
 def test_scenes_are_started_with_devices_of_their_own(tmp_path, monkeypatch):
   seen = []
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0,1,2,3')
   monkeypatch.setattr(
     scaling.subprocess, 'run', lambda command, **how: seen.append((list(map(str, command)), how))
   )
