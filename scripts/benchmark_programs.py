@@ -17,10 +17,10 @@ def on_cpu() -> bool:
   return jax.default_backend() == 'cpu'
 
 
-def matmul_row(dtype: str, seconds: float) -> dict:
-  """TFLOP/s of one device in large matrix products, several in one program."""
+def matmul_row(dtype: str, seconds: float, device=None) -> dict:
+  """TFLOP/s of a device (None: the first) in large matrix products, several in one program."""
   side, chained = (512, 4) if on_cpu() else (8192, 8)
-  keys = jax.random.split(jax.random.key(0))
+  keys = jax.device_put(jax.random.split(jax.random.key(0)), device)
   x, w = (jax.random.normal(k, (side, side), dtype) for k in keys)
   w = w / side**0.5  # The products keep their size.
 

@@ -24,15 +24,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from internal import benchmarks, charts, cli, configs, files, jobs, profiling, progress, sharding
-from scripts import benchmark, benchmark_tables
+from internal import benchmarks, cli, configs, files, jobs, profiling, progress, sharding
+from scripts import benchmark
 from scripts import benchmark_programs as programs
+from scripts import scaling_tables as tables
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PARTS = ('rates', 'start', 'dataset')
@@ -85,7 +86,7 @@ def traced_ms(program: programs.Program) -> dict:
 def rates(settings: configs.Settings, args: argparse.Namespace, rows: list, keep: Callable) -> None:
   """Adds to the rows of training and rendering those that are missing, and keeps them.
 
-  Programs are compiled side by side, run one by one.
+  Some programs are compiled side by side and then run one by one, before the next ones.
   """
   cams, store = programs.synthetic()
 
@@ -96,29 +97,46 @@ def rates(settings: configs.Settings, args: argparse.Namespace, rows: list, keep
     pixels = sharding.replicate(store, mesh)
     return programs.train_program(at(settings, batch), mesh, cams, pixels)
 
+  def measure_all(todo):
+    with concurrent.futures.ThreadPoolExecutor(len(todo)) as pool:
+      waiting = {point: pool.submit(make, *point) for point in todo}
+      concurrent.futures.wait(waiting.values())  # Collectives of two at a time could wait for ever.
+    for kind, batch, n in todo:
+      name = f'{kind}, {batch:,} rays on {n}'
+      program = waiting.pop((kind, batch, n))
+      compared = kind == 'train' and batch == min(args.batches) and n in (1, args.devices[-1])
+      steps = args.steps if compared else 0
+      row = benchmark.attempt(name, lambda p=program, k=steps: measure(p.result(), args.seconds, k))
+      rows.append({'kind': kind, 'batch': batch, 'devices': n, **row})
+      tables.add_speedups(rows, min(args.batches))
+      keep(rows)
+      if 'ms' in row:
+        progress.say(
+          f'{name}: {row["ms"]:.2f} ms, {row["rays_per_second"]:,.0f} rays/s, '
+          f'{row["collective_ms"]:.2f} ms in collectives'
+        )
+      del program  # And with it its parameters.
+      gc.collect()
+
   rows[:] = [row for row in rows if 'error' not in row]
   done = {(row['kind'], row['batch'], row['devices']) for row in rows}
-  todo = [(kind, *at) for kind in ('train', 'render') for at in points(args.batches, args.devices)]
-  todo = [point for point in todo if point not in done]
-  with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
-    waiting = {point: pool.submit(make, *point) for point in todo}
-    concurrent.futures.wait(waiting.values())  # Collectives of two at a time could wait for ever.
-  for kind, batch, n in todo:
-    name = f'{kind}, {batch:,} rays on {n}'
-    program = waiting.pop((kind, batch, n))
-    compared = kind == 'train' and batch == min(args.batches) and n in (1, args.devices[-1])
-    steps = args.steps if compared else 0
-    row = benchmark.attempt(name, lambda p=program, k=steps: measure(p.result(), args.seconds, k))
-    rows.append({'kind': kind, 'batch': batch, 'devices': n, **row})
-    add_speedups(rows, min(args.batches))
-    keep(rows)
-    if 'ms' in row:
-      progress.say(
-        f'{name}: {row["ms"]:.2f} ms, {row["rays_per_second"]:,.0f} rays/s, '
-        f'{row["collective_ms"]:.2f} ms in collectives'
-      )
-    del program  # And with it its parameters.
-    gc.collect()
+  both = [(kind, *point) for point in points(args.batches, args.devices) for kind in tables.KINDS]
+  both.sort(key=lambda point: point[1] != min(args.batches) * point[2])  # First what tells most.
+  todo = [point for point in both if point not in done]
+  for first in range(0, len(todo), args.threads):
+    measure_all(todo[first : first + args.threads])
+
+
+def products(devices: Sequence, seconds: float) -> dict[str, list[float]]:
+  """TFLOP/s in large products of the first device by itself, and of each with all at work.
+
+  Devices differ, and in a step all wait for the slowest: what linear would be is read off these.
+  """
+  dtype = 'float32' if programs.on_cpu() else 'bfloat16'
+  alone = [programs.matmul_row(dtype, seconds, devices[0])['tflops']]
+  with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
+    rows = pool.map(lambda device: programs.matmul_row(dtype, seconds, device), devices)
+    return {'alone': alone, 'together': [row['tflops'] for row in rows]}
 
 
 def measure(program: programs.Program, seconds: float, steps: int) -> dict:
@@ -126,30 +144,6 @@ def measure(program: programs.Program, seconds: float, steps: int) -> dict:
   seen = [float(jax.device_get(row)['loss']) for row in profiling.in_turn(program.call, steps)]
   losses = {'losses': seen} if seen else {}
   return {**losses, **program.time(seconds), **traced_ms(program)}
-
-
-def add_speedups(rows: Sequence[dict], base: int) -> None:
-  """To each row its rate over that of one device: of the same batch, and of `base` rays."""
-  alone = {(r['kind'], r['batch']): r.get('rays_per_second') for r in rows if r['devices'] == 1}
-  for row in rows:
-    for key, batch in (('speedup', row['batch']), ('growing_speedup', base)):
-      one = alone.get((row['kind'], batch))
-      if key == 'growing_speedup' and row['batch'] != base * row['devices']:
-        continue
-      if one and 'rays_per_second' in row:
-        row[key] = row['rays_per_second'] / one
-    if 'growing_speedup' in row:
-      row['of_linear'] = row['growing_speedup'] / row['devices']
-
-
-def loss_difference(rows: Sequence[dict]) -> tuple[int, float, float] | None:
-  """Of losses on one device and on all: how many, how far they are apart in the mean, at most."""
-  curves = {row['devices']: np.array(row['losses']) for row in rows if 'losses' in row}
-  if len(curves) < 2:
-    return None
-  one, many = curves[1], curves[max(curves)]
-  apart = np.abs(many - one) / np.abs(one)
-  return len(one), float(apart.mean()), float(apart.max())
 
 
 def make_scenes(folder: str, count: int) -> list[str]:
@@ -169,7 +163,7 @@ def make_scenes(folder: str, count: int) -> list[str]:
 def start_seconds(gin: str, capture: str, args: argparse.Namespace) -> dict[str, float]:
   """From the command to the end of train.py's first step, compiling and when it is kept."""
   took, count = {}, args.devices[-1]
-  with tempfile.TemporaryDirectory() as folder:
+  with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
     env = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': os.path.join(folder, 'cache')}
     env |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1', **visible(args.platform, count)}
     for name in ('first', 'second'):
@@ -214,7 +208,7 @@ def visible(platform: str, count: int) -> dict[str, str]:
 
 def dataset_seconds(gin: str, folder: str, names: Sequence[str], args: argparse.Namespace) -> float:
   """How long run_dataset.py takes for these scenes, a device for each, all compiled anew."""
-  with tempfile.TemporaryDirectory() as out:
+  with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as out:  # Where it was interrupted.
     env = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': os.path.join(out, 'cache')}
     env |= visible(args.platform, len(names))
     command = [
@@ -227,58 +221,6 @@ def dataset_seconds(gin: str, folder: str, names: Sequence[str], args: argparse.
     began = time.monotonic()
     subprocess.run(command, env=env, check=True)
     return time.monotonic() - began
-
-
-def markdown(results: Mapping) -> str:
-  """All that was measured, as tables."""
-  parts = []
-  for gin, found in results['configs'].items():
-    parts.append(f'## {os.path.basename(gin)}\n')
-    if 'rates' in found:
-      heads = ['', 'rays', 'devices', 'ms', 'rays/s', 'to one, same batch', 'to one, grown']
-      heads += ['of linear', 'ms in collectives', 'in other kernels: fastest device', 'slowest']
-      heads += ['temporary GiB', 'micro-batches', 's to compile']
-      forms = {
-        'batch': '{:,}', 'devices': '{}', 'ms': '{:.2f}', 'rays_per_second': '{:,.0f}',
-        'speedup': '{:.2f}', 'growing_speedup': '{:.2f}', 'of_linear': '{:.3f}',
-        'collective_ms': '{:.2f}', 'own_ms_fastest': '{:.2f}', 'own_ms_slowest': '{:.2f}',
-        'temp_bytes': '{:.2f}', 'micro_batches': '{}', 'compile_seconds': '{:.0f}',
-      }  # fmt: skip
-      cell = benchmark_tables.cell
-      rows = [[r['kind'], *(cell(r, k, form) for k, form in forms.items())] for r in found['rates']]
-      parts.append(benchmark_tables.markdown(heads, rows) + '\n')
-    if apart := loss_difference(found.get('rates', ())):
-      steps, mean, most = apart
-      parts.append(
-        f'Loss of the first {steps} steps on all devices and on one: apart by {mean:.1e} of it in '
-        f'the mean, {most:.1e} at most.\n'
-      )
-    for count, took in found.get('start', {}).items():
-      told = f'First step on {count} devices after {took["first"]:.1f} s, the second time after'
-      parts.append(f'{told} {took["second"]:.1f} s.\n')
-    if 'dataset' in found:
-      told = found['dataset']
-      parts.append(
-        f'{told["scenes"]} scenes on as many devices: {told["seconds"]:.0f} s; one scene on one: '
-        f'{told["one_seconds"]:.0f} s ({told["one_seconds"] / told["seconds"]:.2f} of linear).\n'
-      )
-  return '\n'.join(parts)
-
-
-def picture(results: Mapping) -> str:
-  """Speed-ups with batches that grow, as SVG; '' where they were not measured."""
-  series = []
-  for gin, found in results['configs'].items():
-    for kind in ('train', 'render'):
-      rows = [r for r in found.get('rates', ()) if r['kind'] == kind and 'growing_speedup' in r]
-      points = [(np.log2(r['devices']), 100 * r['growing_speedup'] / r['devices']) for r in rows]
-      name = f'{os.path.basename(gin)}, {"training" if kind == "train" else "rendering"}'
-      series += [charts.Series(name, points)] if points else []
-  if not series:
-    return ''
-  counts = [(float(np.log2(n)), str(n)) for n in results['devices']]
-  title = 'speed-up in % of linear, over devices, with as many rays on each'
-  return charts.standalone(series, title, counts)
 
 
 class Results:
@@ -312,8 +254,8 @@ class Results:
     self.of(gin)[part] = value
     texts = {
       'json': json.dumps(self.found, indent=2),
-      'md': markdown(self.found),
-      'svg': picture(self.found),
+      'md': tables.markdown(self.found),
+      'svg': tables.picture(self.found),
     }
     for ending, text in texts.items():
       with files.whole(self._path(ending)) as path:
@@ -335,10 +277,7 @@ def parse(argv=None) -> argparse.Namespace:
   parser.add_argument('--seconds', type=float, default=3.0, help='to time each program for')
   parser.add_argument('--steps', type=int, default=100, help='of the losses that are compared')
   parser.add_argument('--scene_steps', type=int, default=300, help="of the dataset's scenes")
-  parser.add_argument(
-    '--threads', type=int, default=max(2, (os.cpu_count() or 1) // 4),
-    help='programs compiled at a time',
-  )  # fmt: skip
+  parser.add_argument('--threads', type=int, default=8, help='programs compiled at a time')
   args = parser.parse_args(argv)
   args.gin_configs = args.gin_configs or [str(ROOT / name) for name in _CONFIGS]
   args.platform, args.kind, count = probe()
@@ -356,6 +295,8 @@ def measure_rates(gin: str, args: argparse.Namespace, results: Results) -> None:
   settings = configs.load_config([gin], args.gin_bindings)
   mesh = sharding.make_mesh(jax.devices()[: args.devices[-1]])
   results.keep(gin, 'facts', benchmark.describe(settings, mesh))
+  if 'products' not in results.of(gin):
+    results.keep(gin, 'products', products(list(mesh.devices.flat), args.seconds))
   rows = results.of(gin).get('rates', [])
   rates(settings, args, rows, lambda rows: results.keep(gin, 'rates', rows))
 
@@ -387,7 +328,7 @@ def main(argv=None) -> None:
       measure_programs(gin, args, results)
     else:
       measure_rates(gin, args, results)
-  print(markdown(results.found))
+  print(tables.markdown(results.found))
   progress.summary(
     {ending: os.path.join(args.out, f'scaling.{ending}') for ending in ('json', 'md', 'svg')}
   )

@@ -7,7 +7,7 @@ import jax
 import pytest
 import tiny
 
-from scripts import benchmark_programs, scaling
+from scripts import benchmark_programs, scaling, scaling_tables
 
 SMALLER = ('Model.num_levels = 2', 'PropMLP.net_depth = 1', 'NerfMLP.net_depth = 1')
 
@@ -24,7 +24,7 @@ def test_speedups_are_to_one_device_of_the_same_batch_and_to_that_of_the_smalles
     for b, n, r in ((16, 1, 100.0), (16, 2, 150.0), (32, 1, 110.0), (32, 2, 198.0))
   ]
   rows.append({'kind': 'render', 'batch': 32, 'devices': 2, 'rays_per_second': 7.0})
-  scaling.add_speedups(rows, 16)
+  scaling_tables.add_speedups(rows, 16)
   assert [row.get('speedup') for row in rows] == [1.0, 1.5, 1.0, pytest.approx(1.8), None]
   grown = [row.get('growing_speedup') for row in rows]
   assert grown == [1.0, None, None, pytest.approx(1.98), None]
@@ -65,8 +65,8 @@ def test_losses_on_one_device_and_on_all_are_compared():
     {'devices': 2},
     {'devices': 8, 'losses': [2.0, 1.1]},
   ]
-  assert scaling.loss_difference(rows) == (2, pytest.approx(0.05), pytest.approx(0.1))
-  assert scaling.loss_difference(rows[:2]) is None
+  assert scaling_tables.loss_difference(rows) == (2, pytest.approx(0.05), pytest.approx(0.1))
+  assert scaling_tables.loss_difference(rows[:2]) is None
 
 
 def test_a_small_run_that_goes_on(tmp_path, monkeypatch, capsys):
@@ -77,7 +77,7 @@ def test_a_small_run_that_goes_on(tmp_path, monkeypatch, capsys):
   gin.write_text('\n'.join([*tiny.TINY, *SMALLER]))
   out = tmp_path / 'out'
   flags = ['--out', str(out), '--gin_configs', str(gin), '--only', 'rates', '--batches', '32']
-  flags += ['--seconds', '0.01', '--steps', '3', '--devices', '1', '2']
+  flags += ['--seconds', '0.01', '--steps', '3', '--devices', '1', '2', '--threads', '4']
   measure, measured = scaling.measure, []
 
   def measure_but_for_the_last(program, *args):
@@ -90,26 +90,30 @@ def test_a_small_run_that_goes_on(tmp_path, monkeypatch, capsys):
   with pytest.raises(KeyboardInterrupt):
     scaling.main(flags)
   begun = json.loads((out / 'scaling.json').read_text())['configs'][str(gin)]['rates']
-  assert [r['kind'] for r in begun] == ['train'] * 3 + ['render'] * 2
+  grown = [('train', 32, 1), ('render', 32, 1), ('train', 64, 2), ('render', 64, 2)]
+  same = [('train', 32, 2), ('render', 32, 2)]
+  assert [(r['kind'], r['batch'], r['devices']) for r in begun] == [*grown, same[0]]
   scaling.main(flags)
-  assert measured == [32, 32, 64] * 2 + [64]  # The last once more, and nothing else.
+  assert measured == [32, 32, 64, 64, 32, 32, 32]  # The last once more, and nothing else.
   found = json.loads((out / 'scaling.json').read_text())
   assert found['jax'] == jax.__version__
   told = found['configs'][str(gin)]['rates']
   assert told[:5] == begun
   rows = {(r['kind'], r['batch'], r['devices']): r for r in told}
-  points = ((32, 1), (32, 2), (64, 2))
-  assert set(rows) == {(kind, *point) for kind in ('train', 'render') for point in points}
+  assert rows.keys() == {*grown, *same}
   assert all(r['rays_per_second'] > 0 and r['collective_ms'] >= 0 for r in rows.values())
   assert all(0 < r['own_ms_fastest'] <= r['own_ms_slowest'] for r in rows.values())
   assert rows['render', 64, 2]['of_linear'] == rows['render', 64, 2]['growing_speedup'] / 2
   alone, two = rows['train', 32, 1], rows['train', 64, 2]
   assert two['collective_ms'] > 2 * alone['collective_ms']  # One has nothing to do in it.
   assert len(set(alone['losses'])) == 3
-  assert scaling.loss_difference(told)[2] < 1e-5
+  assert scaling_tables.loss_difference(told)[2] < 1e-5
   table = (out / 'scaling.md').read_text()
   assert '| train | 64 | 2 |' in table
   assert 'Loss of the first 3 steps' in table
+  products = found['configs'][str(gin)]['products']
+  assert len(products['alone']) == 1
+  assert len(products['together']) == 2
   assert table in capsys.readouterr().out
   picture = (out / 'scaling.svg').read_text()
   assert 'a.gin, training' in picture
