@@ -146,11 +146,13 @@ def lookup(
 
 
 def _forward(table, x, resolution, deterministic, after):
-  return lookup(table, x, resolution, deterministic, after), (table, x)
+  after = None if after is None else after.value
+  out = lookup(table.value, x.value, resolution, deterministic, after)
+  return out, (table.value, x.value, x.value if x.perturbed else None)
 
 
 def _backward(resolution, deterministic, residuals, d_out):
-  table, x = residuals
+  table, x, moving = residuals
   flat, d_rows = x.reshape(-1, 1, 3), d_out.reshape(-1, 1, table.shape[-1])
   rows, weights = _corner(flat, resolution, len(table), _CORNERS[None])  # [m, 8]
   updates = weights[..., None] * d_rows
@@ -161,12 +163,13 @@ def _backward(resolution, deterministic, residuals, d_out):
   else:
     copies = _copies(len(table)) if jax.default_backend() == 'gpu' else 1
     d_table = scatter_add(jnp.zeros_like(table), rows, updates, copies)
-  # Removed by the compiler unless somebody asks for it.
-  (d_x,) = jax.vjp(lambda x: _interpolate(table, x, resolution), x)[1](d_out)
+  d_x = None  # Half of all there is to trace, where positions do not depend on parameters.
+  if moving is not None:
+    (d_x,) = jax.vjp(lambda x: _interpolate(table, x, resolution), moving)[1](d_out)
   return d_table, d_x, None
 
 
-lookup.defvjp(_forward, _backward)
+lookup.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def scatter_add(table: Array, rows: Array, updates: Array, copies: int = 1) -> Array:

@@ -148,6 +148,16 @@ class TestGradient:
       difference = total(table, x + to) - total(table, x - to)
       np.testing.assert_allclose(np.sum(slopes[1] * to), difference / 2, rtol=1e-2, atol=1e-3)
 
+  def test_of_positions_is_not_even_traced_unless_asked_for(self):
+    table, x = jnp.ones((125, 2)), _points()
+    total = lambda table, x: jnp.sum(grid.lookup(table, x, 4))  # noqa: E731
+    gathers = [
+      str(jax.make_jaxpr(f)(table, x)).count(' gather[')
+      for f in (total, jax.grad(total), jax.grad(total, (0, 1)))
+    ]
+    assert gathers[0] == gathers[1] == 8
+    assert gathers[2] > 8
+
   def test_one_row_gathers_all_that_share_it(self):
     # A table of one row: every corner of every point adds to it.
     x = _points()
