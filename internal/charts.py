@@ -107,10 +107,9 @@ def standalone(
   """The chart as a file of its own, below a title and above a legend, on white."""
   head, line = 28, 18
   height = head + _HEIGHT + line * len(series) + 8
-  colours = ''.join(f'--c{k}:{c};' for k, c in enumerate(_COLOURS))
   style = (
-    f'<style>svg{{{colours}font:12px sans-serif}}text{{fill:#444}}'
-    '.grid{stroke:#ddd}polyline{stroke-width:2}</style>'
+    '<style>svg{font:12px sans-serif}text{fill:#444}.grid{stroke:#ddd}polyline{stroke-width:2}'
+    '</style>'
   )
   legend = ''.join(
     f'<circle cx="{_LEFT + 5}" cy="{_HEIGHT + 6 + line * k}" r="5" fill="var(--c{k})"/>'
@@ -118,11 +117,14 @@ def standalone(
     for k, s in enumerate(series)
   )
   inner = line_chart(series, '', x_ticks=x_ticks).partition('>')[2].removesuffix('</svg>')
+  drawn = f'<g transform="translate(0,{head})">{inner}{legend}</g>'
+  for k, colour in enumerate(_COLOURS):  # Not every viewer of pictures knows variables.
+    drawn = drawn.replace(f'var(--c{k})', colour)
   return (
     f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}">{style}'
     f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>'
     + _label(_LEFT, head - 8, html.escape(title), 'start')
-    + f'<g transform="translate(0,{head})">{inner}{legend}</g></svg>\n'
+    + f'{drawn}</svg>\n'
   )
 
 

@@ -304,12 +304,15 @@ def measure_rates(gin: str, args: argparse.Namespace, results: Results) -> None:
 def measure_programs(gin: str, args: argparse.Namespace, results: Results) -> None:
   """The parts that are programs of their own, which want the devices for themselves."""
   most, found = args.devices[-1], results.of(gin)
+  todo = {'start', 'dataset'} & set(args.only) - found.keys()
+  if not todo:
+    return
   folder = os.path.join(os.path.abspath(args.out), 'scenes')
   names = make_scenes(folder, most)
-  if 'start' in args.only and 'start' not in found:
+  if 'start' in todo:
     took = start_seconds(gin, os.path.join(folder, 'capture'), args)
     results.keep(gin, 'start', {most: took})
-  if 'dataset' in args.only and 'dataset' not in found:
+  if 'dataset' in todo:
     one = dataset_seconds(gin, folder, names[:1], args)
     many = dataset_seconds(gin, folder, names, args)
     results.keep(gin, 'dataset', {'scenes': most, 'one_seconds': one, 'seconds': many})
