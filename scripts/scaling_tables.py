@@ -59,7 +59,7 @@ def markdown(results: Mapping) -> str:
       rows = [[r['kind'], *(cell(r, k, form) for k, form in forms.items())] for r in in_order]
       parts.append(benchmark_tables.markdown(heads, rows) + '\n')
     if 'products' in found:
-      alone, each = ([f'{v:.0f}' for v in values] for values in found['products'].values())
+      alone, each = ([f'{v:.3g}' for v in values] for values in found['products'].values())
       parts.append(
         f'Large products: {alone[0]} TFLOP/s on one device, {", ".join(each)} with all at work.\n'
       )

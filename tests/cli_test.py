@@ -14,7 +14,12 @@ from PIL import Image
 from internal import cli, configs, image
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / 'scripts'
-NO_PROGRAMS = ('scripts.benchmark_programs', 'scripts.benchmark_tables', 'scripts.demo_world')
+NO_PROGRAMS = (
+  'scripts.benchmark_programs',
+  'scripts.benchmark_tables',
+  'scripts.demo_world',
+  'scripts.scaling_tables',
+)
 
 
 class TestArguments:
