@@ -92,22 +92,28 @@ def apart(x: Array) -> Array:
 apart.defvjp(lambda x: (apart(x), None), lambda _, d_out: (d_out,))
 
 
-def _corner(x: Array, resolution: int, size: int, corner: np.ndarray) -> tuple[Array, Array]:
-  """Row of the table, and trilinear weight, of a corner of the cells that hold x [..., 3].
+def _cells(x: Array, resolution: int) -> list[tuple[Array, Array]]:
+  """For each axis: the cells that hold x [..., 3], counted from 0, and where in them it is."""
+  cells = []
+  for axis in range(3):
+    position = x[..., axis] * resolution
+    cell = jnp.clip(jnp.floor(jax.lax.stop_gradient(position)), 0, resolution - 1)
+    cells.append((cell.astype(jnp.uint32), position - cell))
+  return cells
+
+
+def _corner(cells, resolution: int, size: int, corner: np.ndarray) -> tuple[Array, Array]:
+  """Row of the table, and trilinear weight, of a corner of `_cells`.
 
   Corners are numbered 0 to 7, a bit for each axis; several broadcast with [...].
   """
   dense = (resolution + 1) ** 3 <= size
   strides = (1, resolution + 1, (resolution + 1) ** 2) if dense else _PRIMES
   row, weight = jnp.uint32(0), 1.0
-  for axis, stride in enumerate(strides):
+  for axis, ((cell, high), stride) in enumerate(zip(cells, strides)):
     upper = corner >> axis & 1
-    position = x[..., axis] * resolution
-    cell = jnp.clip(jnp.floor(jax.lax.stop_gradient(position)), 0, resolution - 1)
-    # Modulo 2^32, as the hash would have it.
-    along = (cell.astype(jnp.uint32) + upper) * np.uint32(stride)
+    along = (cell + upper) * np.uint32(stride)  # Modulo 2^32, as the hash would have it.
     row = row + along if dense else row ^ along
-    high = position - cell
     weight *= jnp.where(upper, high, 1 - high)
   return (row if dense else row & np.uint32(size - 1)), weight
 
@@ -115,9 +121,9 @@ def _corner(x: Array, resolution: int, size: int, corner: np.ndarray) -> tuple[A
 def _interpolate(table: Array, x: Array, resolution: int) -> Array:
   """`lookup`, for autodiff in x alone."""
   # Eight small lookups: a compiler joins them with their sum and stores nothing in between.
-  total = 0.0
+  cells, total = _cells(x, resolution), 0.0
   for corner in _CORNERS:
-    row, weight = _corner(x, resolution, len(table), corner)
+    row, weight = _corner(cells, resolution, len(table), corner)
     total += weight[..., None] * table.at[row].get(mode='promise_in_bounds')
   return total
 
@@ -154,7 +160,9 @@ def _forward(table, x, resolution, deterministic, after):
 def _backward(resolution, deterministic, residuals, d_out):
   table, x, moving = residuals
   flat, d_rows = x.reshape(-1, 1, 3), d_out.reshape(-1, 1, table.shape[-1])
-  rows, weights = _corner(flat, resolution, len(table), _CORNERS[None])  # [m, 8]
+  rows, weights = _corner(
+    _cells(flat, resolution), resolution, len(table), _CORNERS[None]
+  )  # [m, 8]
   updates = weights[..., None] * d_rows
   if deterministic:
     d_table = sorted_add(
