@@ -160,9 +160,8 @@ def _forward(table, x, resolution, deterministic, after):
 def _backward(resolution, deterministic, residuals, d_out):
   table, x, moving = residuals
   flat, d_rows = x.reshape(-1, 1, 3), d_out.reshape(-1, 1, table.shape[-1])
-  rows, weights = _corner(
-    _cells(flat, resolution), resolution, len(table), _CORNERS[None]
-  )  # [m, 8]
+  cells = _cells(flat, resolution)
+  rows, weights = _corner(cells, resolution, len(table), _CORNERS[None])  # [m, 8]
   updates = weights[..., None] * d_rows
   if deterministic:
     d_table = sorted_add(

@@ -83,6 +83,14 @@ def traced_ms(program: programs.Program) -> dict:
   }
 
 
+def missing(rows: Sequence[dict], args: argparse.Namespace) -> list[tuple[str, int, int]]:
+  """(kind, rays, devices) of rows that are not there yet, those that tell most first."""
+  done = {(row['kind'], row['batch'], row['devices']) for row in rows}
+  both = [(kind, *point) for point in points(args.batches, args.devices) for kind in tables.KINDS]
+  both.sort(key=lambda point: point[1] != min(args.batches) * point[2])
+  return [point for point in both if point not in done]
+
+
 def rates(settings: configs.Settings, args: argparse.Namespace, rows: list, keep: Callable) -> None:
   """Adds to the rows of training and rendering those that are missing, and keeps them.
 
@@ -97,34 +105,32 @@ def rates(settings: configs.Settings, args: argparse.Namespace, rows: list, keep
     pixels = sharding.replicate(store, mesh)
     return programs.train_program(at(settings, batch), mesh, cams, pixels)
 
-  def measure_all(todo):
-    with concurrent.futures.ThreadPoolExecutor(len(todo)) as pool:
-      waiting = {point: pool.submit(make, *point) for point in todo}
-      concurrent.futures.wait(waiting.values())  # Collectives of two at a time could wait for ever.
-    for kind, batch, n in todo:
-      name = f'{kind}, {batch:,} rays on {n}'
-      program = waiting.pop((kind, batch, n))
-      compared = kind == 'train' and batch == min(args.batches) and n in (1, args.devices[-1])
-      steps = args.steps if compared else 0
-      row = benchmark.attempt(name, lambda p=program, k=steps: measure(p.result(), args.seconds, k))
-      rows.append({'kind': kind, 'batch': batch, 'devices': n, **row})
+  rows[:] = [row for row in rows if 'error' not in row]
+  todo = missing(rows, args)
+  while todo:
+    now, todo = todo[: args.threads], todo[args.threads :]
+    with concurrent.futures.ThreadPoolExecutor(len(now)) as pool:
+      made = [pool.submit(make, *point) for point in now]
+      concurrent.futures.wait(made)  # Collectives of two at a time could wait for ever.
+    for point in now:
+      rows.append(make_row(point, made.pop(0), args))
       tables.add_speedups(rows, min(args.batches))
       keep(rows)
-      if 'ms' in row:
-        progress.say(
-          f'{name}: {row["ms"]:.2f} ms, {row["rays_per_second"]:,.0f} rays/s, '
-          f'{row["collective_ms"]:.2f} ms in collectives'
-        )
-      del program  # And with it its parameters.
-      gc.collect()
+      gc.collect()  # The program, and with it its parameters.
 
-  rows[:] = [row for row in rows if 'error' not in row]
-  done = {(row['kind'], row['batch'], row['devices']) for row in rows}
-  both = [(kind, *point) for point in points(args.batches, args.devices) for kind in tables.KINDS]
-  both.sort(key=lambda point: point[1] != min(args.batches) * point[2])  # First what tells most.
-  todo = [point for point in both if point not in done]
-  for first in range(0, len(todo), args.threads):
-    measure_all(todo[first : first + args.threads])
+
+def make_row(point: tuple[str, int, int], made: concurrent.futures.Future, args) -> dict:
+  """The row of a program that has been compiled, or what went wrong."""
+  kind, batch, n = point
+  compared = kind == 'train' and batch == min(args.batches) and n in (1, args.devices[-1])
+  name, steps = f'{kind}, {batch:,} rays on {n}', args.steps if compared else 0
+  row = benchmark.attempt(name, lambda: measure(made.result(), args.seconds, steps))
+  if 'ms' in row:
+    progress.say(
+      f'{name}: {row["ms"]:.2f} ms, {row["rays_per_second"]:,.0f} rays/s, '
+      f'{row["collective_ms"]:.2f} ms in collectives'
+    )
+  return {'kind': kind, 'batch': batch, 'devices': n, **row}
 
 
 def products(devices: Sequence, seconds: float) -> dict[str, list[float]]:

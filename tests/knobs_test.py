@@ -131,7 +131,7 @@ def step(settings, _):
   """The training step as a whole."""
   cams, images = tiny.capture()
   traced = train_step.make_train_step(settings, tiny.mesh(1))
-  state = jax.eval_shape(lambda: train_step.create_state(settings))
+  state = train_step.abstract_state(settings)
   store = batches.make_store(images)
   return text_of(traced.variant(traced.choices[0]).trace(state, cams, store).jaxpr)
 

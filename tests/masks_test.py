@@ -178,7 +178,7 @@ class TestTraining:
     monkeypatch.setattr(batches, 'draw_pixels', lambda *a: seen.append(a[4]) or real_draw(*a))
     monkeypatch.setattr(losses, 'total', lambda *a: seen.append(a[4].weight) or real_total(*a))
     step = train_step.make_train_step(settings, tiny.mesh(1)).variant(1)
-    state = jax.eval_shape(lambda: train_step.create_state(settings))
+    state = train_step.abstract_state(settings)
     store = batches.make_store(images)
     jax.eval_shape(step, state, cams.replace(supervision=supervision), store)
     assert seen[0].run_start.shape == supervision.run_start.shape

@@ -657,7 +657,7 @@ class TestGpuKernels:
     def abstract(tree):
       return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.asarray(x).dtype), tree)
 
-    state = jax.eval_shape(lambda: train_step.create_state(settings))
+    state = train_step.abstract_state(settings)
     args = state, abstract(cams), abstract(batches.make_store(images))
     text = lower_for_cuda(train_step.make_train_step(settings, mesh).variant(1), *args)
     assert 6 < len(set(kernels(text))) <= 9

@@ -74,7 +74,7 @@ def test_a_balls_normals_point_outwards(monkeypatch):
 def test_images_have_them_where_asked_for(bindings):
   cams, _ = tiny.capture()
   settings = tiny.settings('Config.render_chunk_size = 64', *bindings)
-  params = jax.eval_shape(lambda: train_step.create_state(settings).params)
+  params = train_step.abstract_state(settings).params
   for asked in (False, True):
     chunk = evaluation.make_chunk_renderer(settings, tiny.mesh(1), with_normals=asked).variant(64)
     shapes = jax.eval_shape(chunk, params, cams, 1, 0, 1.0)
