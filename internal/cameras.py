@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from internal import structs
+from . import structs
+from .errors import UserError
 
 Array = jax.Array
 
@@ -43,7 +44,7 @@ def pixtocam_from_intrinsics(fx, fy, cx, cy) -> np.ndarray:
   """
   fx, fy, cx, cy = np.broadcast_arrays(*(np.asarray(v, np.float64) for v in (fx, fy, cx, cy)))
   if not (np.all(fx > 0) and np.all(fy > 0)):
-    raise ValueError(f'Focal lengths must be positive, got fx {fx.min()}, fy {fy.min()}.')
+    raise UserError(f'Focal lengths must be positive, got fx {fx.min()}, fy {fy.min()}.')
   zero, one = np.zeros_like(fx), np.ones_like(fx)
   rows = [[1 / fx, zero, -cx / fx], [zero, 1 / fy, -cy / fy], [zero, zero, one]]
   return np.stack([np.stack(row, -1) for row in rows], -2)
@@ -69,14 +70,14 @@ def make_cameras(
   """
   camtoworld = np.asarray(camtoworld, np.float32)
   if camtoworld.ndim != 3 or camtoworld.shape[1:] != (3, 4) or not len(camtoworld):
-    raise ValueError(f'camtoworld must be [n, 3, 4] with n > 0, got {list(camtoworld.shape)}.')
+    raise UserError(f'camtoworld must be [n, 3, 4] with n > 0, got {list(camtoworld.shape)}.')
   n = len(camtoworld)
   distortion = _rows('distortion', 0 if distortion is None else distortion, (n, 6), np.float32)
   lens = _rows('lens', structs.PERSPECTIVE if lens is None else lens, (n,), np.int32)
   lenses = tuple(int(code) for code in np.unique(lens))
   known = range(len(structs.LENS_NAMES))
   if not set(lenses) <= set(known):
-    raise ValueError(f'Lens codes are {list(known)} for {structs.LENS_NAMES}, got {list(lenses)}.')
+    raise UserError(f'Lens codes are {list(known)} for {structs.LENS_NAMES}, got {list(lenses)}.')
   if pixtocam_ndc is not None:
     pixtocam_ndc = _rows('pixtocam_ndc', pixtocam_ndc, (3, 3), np.float32)
   return structs.Cameras(
@@ -96,7 +97,7 @@ def _rows(name: str, value, shape: tuple[int, ...], dtype) -> np.ndarray:
   try:
     return np.array(np.broadcast_to(value, shape), dtype)
   except ValueError:
-    raise ValueError(f'{name} must be {list(shape)}, got {list(value.shape)}.') from None
+    raise UserError(f'{name} must be {list(shape)}, got {list(value.shape)}.') from None
 
 
 def pixels_to_rays(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -12,9 +13,11 @@ from collections.abc import Callable
 
 import jax
 
-from internal import configs, progress, sharding, signals
+from . import configs
+from .devices import processes
+from .errors import UserError
+from .system import installation, progress, signals
 
-_ROOMS = os.path.dirname(os.path.abspath(__file__))
 _CACHE = 'mipnerf360-jax'
 _PROCESS_COUNTS = ('JAX_NUM_PROCESSES', 'SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
 
@@ -39,8 +42,11 @@ class _Switch(argparse.Action):
 def make_parser(description: str) -> argparse.ArgumentParser:
   """A program's flags: those that all programs have, to begin with.
 
-  The description is shown as it is written: what the program does, and examples.
+  The description is shown as it is written: what the program does, and examples. Installed by pip,
+  examples name the console command.
   """
+  if not installation.is_checkout():
+    description = re.sub(r'\bpython (?:scripts/)?(\w+)\.py\b', r'mipnerf360 \1', description)
   parser = argparse.ArgumentParser(
     description=description, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -85,7 +91,7 @@ def make_run_parser(description: str) -> argparse.ArgumentParser:
 
 def show_notices(settings: configs.Settings) -> None:
   """Says on stderr, by the main process, what of the settings has no effect."""
-  if sharding.is_main():
+  if processes.is_main():
     for line in configs.notices(settings):
       print(f'Note: {line}', file=sys.stderr)
 
@@ -105,19 +111,8 @@ def run_folder(args: argparse.Namespace) -> str:
 
 
 def _is_for_the_user(error: Exception) -> bool:
-  """Whether a person can mend what an error tells of, so that no traceback is wanted.
-
-  By this program's custom those are the ValueErrors that its own modules raise (not those that a
-  library raises inside, which are bugs of ours), and what the operating system says of a file.
-  """
-  if isinstance(error, OSError) and error.errno is not None:
-    return True
-  raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-  folder = os.path.dirname(os.path.abspath(raised_in))
-  top = os.path.dirname(_ROOMS)
-  programs = (top, os.path.join(top, 'scripts'))
-  ours = folder in programs or (folder + os.sep).startswith(_ROOMS + os.sep)
-  return ours and isinstance(error, (ValueError, OSError))
+  """Whether a person can fix the cause: a UserError, or a file that the system refuses."""
+  return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno is not None)
 
 
 def _cache_folder() -> str:
@@ -168,7 +163,7 @@ def _end(code: int) -> None:
 
   Else it would wait for them at its exit, and they for it.
   """
-  if not sharding.is_joined():
+  if not processes.is_joined():
     sys.exit(code)
   sys.stdout.flush()
   sys.stderr.flush()
@@ -196,8 +191,8 @@ def run(main: Callable[[], None]) -> None:
     progress.close()
     said = ' '.join(str(error).split())
     for_the_user = _is_for_the_user(error)
-    of_another = sharding.is_of_another_process(error)
-    if not (for_the_user or of_another or sharding.is_joined()):
+    of_another = processes.is_of_another_process(error)
+    if not (for_the_user or of_another or processes.is_joined()):
       raise
     if _debug or not (for_the_user or of_another):
       traceback.print_exc()

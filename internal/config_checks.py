@@ -9,8 +9,10 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from .errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
   """A config file, binding or value that cannot be used; the message says what to do."""
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import importlib.util  # noqa: F401  gin's search for included files uses it unimported.
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 
 import gin
 
-from internal.config_checks import Checked, ConfigError, fits
+from .config_checks import Checked, ConfigError, fits
+from .system import installation
 
 _FARTHEST = 1e8
 
@@ -322,6 +322,10 @@ def _refuse_import(_, statement) -> None:
 
 
 gin.config.ParseContext.process_import = _refuse_import
+# `include` looks for files, beside the working folder in the program's own; gin would also import
+# Python packages to look inside them.
+gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
+gin.add_config_file_search_path(installation.DATA)
 for _name in ('reciprocal', 'log'):
   _register('jnp', _name)
 for _name in ('contract', 'donerf', 'inverted_sphere'):
@@ -353,10 +357,10 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
   gin.clear_config()
   try:
     for path in gin_configs:
-      if not os.path.isfile(path):
+      if not os.path.isfile(_found(path)):
         raise ConfigError(f'No such gin file: {path!r}. --gin_configs takes paths to .gin files.')
       with _gin_errors(f'{path}: bad gin config'):
-        gin.parse_config_file(path)
+        gin.parse_config_file(_found(path))
     with _gin_errors('Bad gin config'):
       gin.parse_config(list(gin_bindings))
     _refuse_scopes()
@@ -366,6 +370,11 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
       return Settings(*settings, text=gin.operative_config_str())
   finally:
     gin.clear_config()  # Else a `NerfMLP()` made by hand would have this file's values.
+
+
+def _found(path: str) -> str:
+  """The file of that name, or else the program's own: 'configs/360.gin' works in any folder."""
+  return path if os.path.exists(path) else os.path.join(installation.DATA, path)
 
 
 def _refuse_scopes() -> None:

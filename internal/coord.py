@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internal import math
+from . import math
+from .errors import UserError
 
 Array = jax.Array
 
@@ -130,12 +131,12 @@ def ray_warps(
   """
   name = name or 'identity'
   if name not in _CURVES:
-    raise ValueError(f'ray warp must be one of {", ".join(_CURVES)}, got {name!r}.')
+    raise UserError(f'ray warp must be one of {", ".join(_CURVES)}, got {name!r}.')
   known = not isinstance(near, Array) and not isinstance(far, Array)
   if known and not 0 <= near < far:
-    raise ValueError(f'ray warp needs 0 <= near < far, got near {near}, far {far}.')
+    raise UserError(f'ray warp needs 0 <= near < far, got near {near}, far {far}.')
   if known and near == 0 and name in ('reciprocal', 'log'):
-    raise ValueError(f'ray warp {name!r} needs near > 0; set Config.near, say to 0.1.')
+    raise UserError(f'ray warp {name!r} needs near > 0; set Config.near, say to 0.1.')
   fwd, inv = _CURVES[name]
   g_near, g_far = fwd(jnp.float32(near)), fwd(jnp.float32(far))
 

@@ -4,6 +4,8 @@ import itertools
 
 import numpy as np
 
+from .errors import UserError
+
 _GOLDEN = (1 + np.sqrt(5)) / 2
 
 
@@ -20,7 +22,7 @@ def _vertices(shape: str) -> np.ndarray:
   elif shape == 'tetrahedron':
     points = [(1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)]
   else:
-    raise ValueError(f'basis shape must be icosahedron, octahedron or tetrahedron, got {shape!r}.')
+    raise UserError(f'basis shape must be icosahedron, octahedron or tetrahedron, got {shape!r}.')
   points = np.array(points, np.float64)
   return points / np.linalg.norm(points, axis=-1, keepdims=True)
 
@@ -78,5 +80,5 @@ def generate_basis(shape: str, subdivisions: int) -> np.ndarray:
     ValueError: an unknown shape, or fewer than one subdivision.
   """
   if subdivisions < 1:
-    raise ValueError(f'basis subdivisions must be at least 1, got {subdivisions}.')
+    raise UserError(f'basis subdivisions must be at least 1, got {subdivisions}.')
   return _half_sphere(_tessellate(_vertices(shape), subdivisions)).T

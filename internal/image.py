@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .errors import UserError
+
 Array = jax.Array
 
 _SSIM_WINDOW = 11
@@ -53,7 +55,7 @@ def crop(img: Array, border: int) -> Array:
   """
   height, width = img.shape[-3:-1]
   if border < 0 or 2 * border >= min(height, width):
-    raise ValueError(f'Cannot crop {border} pixels off each side of a {width}x{height} image.')
+    raise UserError(f'Cannot crop {border} pixels off each side of a {width}x{height} image.')
   return img[..., border : height - border, border : width - border, :]
 
 
@@ -83,12 +85,10 @@ def ssim(a: Array, b: Array, mask: Array | None = None) -> Array:
     ValueError: the shapes differ, or the image is smaller than the window.
   """
   if a.shape != b.shape:
-    raise ValueError(f'SSIM compares images of one shape, got {a.shape} and {b.shape}.')
+    raise UserError(f'SSIM compares images of one shape, got {a.shape} and {b.shape}.')
   if min(a.shape[-3:-1]) < _SSIM_WINDOW:
     height, width = a.shape[-3:-1]
-    raise ValueError(
-      f'SSIM needs {_SSIM_WINDOW} pixels each way, got an image of {width}x{height}.'
-    )
+    raise UserError(f'SSIM needs {_SSIM_WINDOW} pixels each way, got an image of {width}x{height}.')
   mean_a, mean_b = _blur(a), _blur(b)
   # Rounding can push a variance below zero, and a covariance above what the variances allow.
   # The root is kept off zero, where its gradient is infinite.

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from internal import configs, stepfun, structs
+from . import configs, stepfun, structs
+from .errors import UserError
 
 Array = jax.Array
 
@@ -51,7 +52,7 @@ def interlevel_blur(history: Sequence[structs.RayHistory], half_widths: Sequence
     ValueError: not as many half-widths as proposal levels.
   """
   if len(half_widths) != len(history) - 1:
-    raise ValueError(
+    raise UserError(
       f'Config.interlevel_blur must have a half-width for each proposal level, got '
       f'{tuple(half_widths)} for {len(history) - 1}.'
     )
@@ -81,7 +82,7 @@ def weight_decay(params, mults: dict[str, float]) -> Array:
     for piece in name.split('/'):
       if not isinstance(part, dict) or piece not in part:
         known = ', '.join(part) if isinstance(part, dict) else 'nothing below'
-        raise ValueError(f'Config.weight_decay_mults names {name!r}; known here: {known}.')
+        raise UserError(f'Config.weight_decay_mults names {name!r}; known here: {known}.')
       part = part[piece]
     total_decay += mult * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(part))
   return total_decay
@@ -117,11 +118,11 @@ def total(
     return charbonnier(r.rgb, batch.rgb, config.charb_padding, batch.weight)
 
   if renderings[-1] is None:
-    raise ValueError('Training on pictures needs NerfMLP.disable_rgb = False.')
+    raise UserError('Training on pictures needs NerfMLP.disable_rgb = False.')
   terms = {'data': config.data_loss_mult * data_loss(renderings[-1])}
   if config.data_coarse_loss_mult > 0:
     if any(r is None for r in renderings):
-      raise ValueError('Config.data_coarse_loss_mult needs PropMLP.disable_rgb = False.')
+      raise UserError('Config.data_coarse_loss_mult needs PropMLP.disable_rgb = False.')
     coarse = sum(map(data_loss, renderings[:-1]))
     terms['data_coarse'] = config.data_coarse_loss_mult * coarse
   if config.interlevel_loss_mult > 0:

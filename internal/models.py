@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from internal import configs, coord, dense, encodings, hopper, math, render, stepfun, structs
+from . import configs, coord, math, render, stepfun, structs
+from .fields import dense, encodings, hopper
 
 Array = jax.Array
 

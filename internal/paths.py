@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .errors import UserError
+
 _PARALLEL = 1e-6  # Mean sin^2 of the axes' angles below which they have no common point.
 
 
@@ -61,7 +63,7 @@ def transform_poses_pca(poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   mean = positions.mean(0)
   centred = positions - mean
   if np.abs(centred).max() <= 1e-9 * np.abs(positions).max():
-    raise ValueError(
+    raise UserError(
       f'All {len(poses)} cameras stand at {np.round(mean, 6).tolist()}: the scene has no scale. '
       'Use photographs from at least two places.'
     )
@@ -114,7 +116,7 @@ def average_pose(poses: np.ndarray) -> np.ndarray:
   poses = checked(poses)
   _, up, back, position = poses.mean(0).T
   if np.linalg.norm(back) < 1e-9:
-    raise ValueError('The cameras look in opposite directions: they have no average pose.')
+    raise UserError('The cameras look in opposite directions: they have no average pose.')
   return viewmatrix(back, up, position)
 
 
@@ -265,7 +267,7 @@ def generate_spiral_path(
   check_frames(n_frames)
   near, far = float(np.min(bounds)), float(np.max(bounds))
   if not near > 0:
-    raise ValueError(f'A spiral needs bounds with 0 < near <= far, got {near} and {far}.')
+    raise UserError(f'A spiral needs bounds with 0 < near <= far, got {near} and {far}.')
   # A harmonic mean: what matters is the parallax, which goes by the inverse distance.
   focus_distance = 1 / (0.25 / (0.9 * near) + 0.75 / (5 * far))
   centre = average_pose(poses)
@@ -311,9 +313,9 @@ def generate_spline_path(
   poses = checked(poses_keyframes)
   check_frames(n_interp)
   if len(poses) < 2:
-    raise ValueError('A spline path needs at least two keyframes, got 1.')
+    raise UserError('A spline path needs at least two keyframes, got 1.')
   if not 1 <= degree <= 5:
-    raise ValueError(f'The degree of a spline path must be 1 to 5, got {degree}.')
+    raise UserError(f'The degree of a spline path must be 1 to 5, got {degree}.')
   pose_at = _spline(poses, degree, smoothness, rot_weight, closed)
   count = n_interp * (len(poses) - (not closed))
   if const_speed:
@@ -337,7 +339,7 @@ def _spline(poses: np.ndarray, degree: int, smoothness: float, rot_weight: float
   gaps = np.linalg.norm(np.diff(triples, axis=0), axis=-1)
   if np.any(gaps < 1e-9):
     first = np.argmin(gaps)
-    raise ValueError(
+    raise UserError(
       f'Keyframes {first} and {(first + 1) % count} of the spline path are the same camera: drop '
       'one.'
     )
@@ -372,13 +374,13 @@ def checked(poses: np.ndarray) -> np.ndarray:
   """
   poses = np.asarray(poses, np.float64)
   if poses.ndim != 3 or poses.shape[1:] != (3, 4) or not len(poses):
-    raise ValueError(f'Poses must be [n, 3, 4] with n > 0, got {list(poses.shape)}.')
+    raise UserError(f'Poses must be [n, 3, 4] with n > 0, got {list(poses.shape)}.')
   if not np.all(np.isfinite(poses)):
-    raise ValueError(f'Pose {np.argmin(np.isfinite(poses).all((1, 2)))} has a NaN or inf in it.')
+    raise UserError(f'Pose {np.argmin(np.isfinite(poses).all((1, 2)))} has a NaN or inf in it.')
   return poses
 
 
 def check_frames(n: int) -> None:
   """Raises a ValueError if a path would have no frame."""
   if n < 1:
-    raise ValueError(f'A camera path needs at least one frame, got {n}.')
+    raise UserError(f'A camera path needs at least one frame, got {n}.')

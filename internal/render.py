@@ -7,7 +7,8 @@
 import jax
 import jax.numpy as jnp
 
-from internal import math, stepfun, structs
+from . import math, stepfun, structs
+from .errors import UserError
 
 Array = jax.Array
 
@@ -38,7 +39,7 @@ _SHAPES = {'cone': _conical_frustum, 'cylinder': _cylinder}
 def _moments(tdist: Array, radii: Array, ray_shape: str) -> tuple[Array, Array, Array]:
   """Means along, and variances along and across the axis, of each interval: [..., n] each."""
   if ray_shape not in _SHAPES:
-    raise ValueError(f'ray_shape must be one of {", ".join(_SHAPES)}, got {ray_shape!r}.')
+    raise UserError(f'ray_shape must be one of {", ".join(_SHAPES)}, got {ray_shape!r}.')
   return _SHAPES[ray_shape](tdist[..., :-1], tdist[..., 1:], radii)
 
 

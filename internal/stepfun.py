@@ -8,7 +8,7 @@ zero.
 import jax
 import jax.numpy as jnp
 
-from internal import math
+from . import math
 
 Array = jax.Array
 

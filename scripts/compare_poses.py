@@ -12,8 +12,9 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from internal import cli, colmap, report
-from internal.poses import align
+from internal import cli, colmap
+from internal.evaluation import metrics
+from internal.sfm import align
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
   comparison = align.compare(colmap.read_model(args.first), colmap.read_model(args.second))
   print(align.table(comparison))
   if args.json:
-    report.write_json(args.json, align.as_json(comparison))
+    metrics.write_json(args.json, align.as_json(comparison))
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ import PIL.Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from internal import cli, colmap
-from scripts import make_demo_scene
+from internal.commands import demo_scene
 
 DISTINCT = 8
 
@@ -42,9 +42,9 @@ def make(folder: pathlib.Path, count: int, width: int, height: int) -> None:
       picture(width, height, i).save(path, quality=90)
     else:
       os.link(folder / 'images' / names[i % DISTINCT], path)
-  poses = make_demo_scene.camera_poses(count, seed=0)
+  poses = demo_scene.camera_poses(count, seed=0)
   images = {
-    i: colmap.Image(i, make_demo_scene.qvec(p[:, :3]), tuple(map(float, p[:, 3])), 1, name)
+    i: colmap.Image(i, demo_scene.qvec(p[:, :3]), tuple(map(float, p[:, 3])), 1, name)
     for i, (p, name) in enumerate(zip(poses, names), 1)
   }
   camera = colmap.Camera(1, 'PINHOLE', width, height, (width, width, width / 2, height / 2))

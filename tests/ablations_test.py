@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -13,11 +12,11 @@ import numpy as np
 import pytest
 import tiny
 
-from internal import configs, coord, encodings, losses, models, stepfun, structs
+from internal import configs, coord, losses, models, stepfun, structs
+from internal.commands import ablate
+from internal.fields import encodings
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / 'scripts'))
-import ablate  # noqa: E402
 
 UNTRAINED_PROPOSALS = {'config.interlevel_loss_mult': 0}
 AXES = {'basis_shape': 'octahedron', 'basis_subdivisions': 1}

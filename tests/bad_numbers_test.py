@@ -9,17 +9,10 @@ import pytest
 import tiny
 import train_step_test
 
-import train
-from internal import (
-  bad_numbers,
-  checkpoints,
-  configs,
-  losses,
-  runlog,
-  sharding,
-  structs,
-  train_step,
-)
+from internal import configs, losses, structs
+from internal.commands import train
+from internal.devices import sharding
+from internal.training import checkpoints, nonfinite, runlog, train_step
 
 RUN = train_step_test._run
 MODEL = [line for line in lives.SMALLEST if not line.startswith('Config.')]
@@ -106,23 +99,23 @@ def rows(*counts, **values):
 
 
 def test_lines_tell_of_the_first_few():
-  assert bad_numbers.lines(7, rows(0, 0)) == []
-  assert bad_numbers.lines(7, rows(0, 1, 0)) == [
+  assert nonfinite.lines(7, rows(0, 0)) == []
+  assert nonfinite.lines(7, rows(0, 1, 0)) == [
     'step 6: no update of a, not finite: loss nan, gradient of a inf; '
     '--replay_step 6 shows the rays'
   ]
-  told = bad_numbers.lines(100, rows(*range(1, 101)))
+  told = nonfinite.lines(100, rows(*range(1, 101)))
   assert len(told) == 6
   assert told[-1] == 'and 95 more such steps up to step 100'
 
 
 def test_a_run_ends_at_the_limit(tmp_path):
-  bad_numbers.check(str(tmp_path), 5, 9, rows(1, 2, 3, 4, 0, 1))
-  bad_numbers.check(str(tmp_path), 0, 9, rows(8, 9))
+  nonfinite.check(str(tmp_path), 5, 9, rows(1, 2, 3, 4, 0, 1))
+  nonfinite.check(str(tmp_path), 0, 9, rows(8, 9))
   with pytest.raises(
-    bad_numbers.BadNumbersError, match=r'a in 5 steps, 5 to 9: .*good checkpoint: none.*step 5 '
+    nonfinite.BadNumbersError, match=r'a in 5 steps, 5 to 9: .*good checkpoint: none.*step 5 '
   ):
-    bad_numbers.check(str(tmp_path), 5, 10, rows(4, 5, 6))
+    nonfinite.check(str(tmp_path), 5, 10, rows(4, 5, 6))
 
 
 MESH = tiny.mesh(1)
@@ -148,7 +141,7 @@ class TestPrograms:
     def run(*bindings, flags=()):
       here = f"Config.data_dir = '{tmp_path}/capture'", f"Config.checkpoint_dir = '{tmp_path}/run'"
       told = ('--gin_configs=configs/360.gin', '--gin_bindings', *SMALL, *here, *bindings)
-      train.main(train.parse([*told, *flags]))
+      train.main([*told, *flags])
 
     return run
 
@@ -192,7 +185,7 @@ class TestPrograms:
     bindings = ('Config.lr_init = 1e30', 'Config.lr_final = 1e30', 'Config.max_skipped_updates = 5')
     for _ in range(2):
       with pytest.raises(
-        bad_numbers.BadNumbersError, match=r'in 5 steps, \d to \d: .*checkpoint: .*replay_step \d '
+        nonfinite.BadNumbersError, match=r'in 5 steps, \d to \d: .*checkpoint: .*replay_step \d '
       ):
         program(*bindings)
       assert checkpoints.newest(str(tmp_path / 'run')) == 4

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from internal import batches, cameras
+from internal import cameras
+from internal.training import batches
 
 
 def test_draws_are_uniform_over_pixels_of_images_of_any_size():

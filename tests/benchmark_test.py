@@ -6,14 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from internal import configs, profiling
-from scripts import benchmark, benchmark_programs, benchmark_tables
+from internal import configs
+from internal.commands import benchmark
+from internal.profiling import benchmark_tables, costs, programs
 from tests import captures, tiny
 
 
 class TestRayFlops:
   def test_of_the_published_config(self):
-    flops = profiling.ray_flops(configs.load_config(['configs/360.gin']))
+    flops = costs.ray_flops(configs.load_config(['configs/360.gin']))
     assert flops['train'] == pytest.approx(1.82e9, rel=5e-3)
     assert flops['train'] * 16384 == pytest.approx(29.8e12, rel=5e-3)
     assert flops['render'] == pytest.approx(0.64e9, rel=5e-3)
@@ -24,11 +25,11 @@ class TestRayFlops:
     nerf = [(encoding, 16, 0), (16, 16, 16), (16, 1, 16), (16, 8, 16), (8 + view, 6, 8), (6, 3, 6)]
     prop = [(encoding, 16, 0), (16, 16, 16), (16, 1, 16)]
     cost = lambda layers: sum(2 * o * (2 * i + needing) for i, o, needing in layers)  # noqa: E731
-    assert profiling.ray_flops(settings)['train'] == 4 * cost(nerf) + 2 * 8 * cost(prop)
+    assert costs.ray_flops(settings)['train'] == 4 * cost(nerf) + 2 * 8 * cost(prop)
 
   def test_what_a_skip_joins_needs_no_gradient(self):
     deep = 'NerfMLP.net_depth = 4'
-    flops = [profiling.ray_flops(tiny.settings(deep, f'NerfMLP.skip_layer = {k}')) for k in (2, 8)]
+    flops = [costs.ray_flops(tiny.settings(deep, f'NerfMLP.skip_layer = {k}')) for k in (2, 8)]
     rows = 2 * 12 * 21 * 16 * 4  # Weights that see the encoding again, times samples.
     assert flops[0]['render'] - flops[1]['render'] == 2 * rows
     assert flops[0]['train'] - flops[1]['train'] == 4 * rows  # Forward and the kernel's gradient.
@@ -46,15 +47,15 @@ class TestRayFlops:
     nerf = [(12, 16, 12), (16, 1, 16), (16, 8, 16), (8 + view, 6, 8), (6, 3, 6)]
     prop = [(4, 16, 4), (16, 1, 16), (8, 16, 8), (16, 1, 16)]  # Of both proposal levels.
     cost = lambda layers: sum(2 * o * (2 * i + needing) for i, o, needing in layers)  # noqa: E731
-    assert profiling.ray_flops(settings)['train'] == 4 * cost(nerf) + 8 * cost(prop)
+    assert costs.ray_flops(settings)['train'] == 4 * cost(nerf) + 8 * cost(prop)
 
   def test_coarse_colours_count_only_where_a_loss_sees_them(self):
     coloured = ('PropMLP.disable_rgb = False',)
     unseen, seen = (
-      profiling.ray_flops(tiny.settings(*coloured, f'Config.data_coarse_loss_mult = {mult}'))
+      costs.ray_flops(tiny.settings(*coloured, f'Config.data_coarse_loss_mult = {mult}'))
       for mult in (0.0, 0.1)
     )
-    assert unseen == profiling.ray_flops(tiny.settings())
+    assert unseen == costs.ray_flops(tiny.settings())
     assert seen['train'] > unseen['train']
     assert seen['render'] == unseen['render']
 
@@ -86,27 +87,27 @@ class TestKernels:
     data = jax.profiler.ProfileData.text_proto_to_serialized_xspace(text)
     (tmp_path / 'host.xplane.pb').write_bytes(data)
     hlo = '  %dot.1 = f32[2] dot(a, b), metadata={op_name="jit(f)/trunk_0"}\n  dot.2 = f32[2] dot()'
-    found = profiling.kernels(str(tmp_path), 2, profiling.op_names(hlo))
+    found = costs.kernels(str(tmp_path), 2, costs.op_names(hlo))
     assert found == [
-      profiling.Kernel('gemm', 3.0, 1.0, 'jit(f)/trunk_0'),
-      profiling.Kernel('fusion_3', 0.5, 0.5, ''),
+      costs.Kernel('gemm', 3.0, 1.0, 'jit(f)/trunk_0'),
+      costs.Kernel('fusion_3', 0.5, 0.5, ''),
     ]
 
   def test_no_trace_no_kernels(self, tmp_path):
-    assert profiling.kernels(str(tmp_path), 1) == []
+    assert costs.kernels(str(tmp_path), 1) == []
 
 
 class TestTimeGroups:
   def test_of_a_call_that_takes_a_known_time(self, monkeypatch):
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(profiling, 'time', SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(costs, 'time', SimpleNamespace(perf_counter=lambda: clock.now))
     lengths = iter([9.0, 0.1, *[0.1] * 3, *[0.2] * 3, *[0.3] * 3, *[0.4] * 99])
 
     def call():
       clock.now += next(lengths)
       return np.zeros(1)
 
-    timed = profiling.time_groups(call, 3.0)
+    timed = costs.time_groups(call, 3.0)
     assert timed['calls_per_group'] == 3
     assert timed['groups'] == 4
     assert timed['ms'] == pytest.approx(250)
@@ -124,7 +125,7 @@ class TestTimeGroups:
       counts.append(len(waiting))
       return started
 
-    timed = profiling.time_groups(call, 0.0)
+    timed = costs.time_groups(call, 0.0)
     assert timed['calls_per_group'] == 100
     assert max(counts) == 9
     assert not waiting
@@ -195,12 +196,12 @@ def stand_ins(monkeypatch):
   def make(kind):
     def program(settings, mesh, cams, *_):
       made.append((kind, mesh.size, cams.size[0].tolist()))
-      return benchmark_programs.Program(lambda: np.zeros(1), 64, {'compile_seconds': 1.0}, '')
+      return programs.Program(lambda: np.zeros(1), 64, {'compile_seconds': 1.0}, '')
 
     return program
 
   for kind in ('train', 'render'):
-    monkeypatch.setattr(benchmark_programs, f'{kind}_program', make(kind))
+    monkeypatch.setattr(programs, f'{kind}_program', make(kind))
   return made
 
 
@@ -266,7 +267,7 @@ class TestOtherParts:
     def no_memory(*_):
       raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of\nmemory')
 
-    monkeypatch.setattr(benchmark_programs, 'train_program', no_memory)
+    monkeypatch.setattr(programs, 'train_program', no_memory)
     results = run(tmp_path, '--only', 'train,render', '--sweep', 'width', '--seconds', '0')
     assert 'Out of memory' in results['train']['error']
     assert results['render']['ms'] >= 0

@@ -6,7 +6,7 @@ import xml.etree.ElementTree
 
 import pytest
 
-from internal import charts
+from internal.vis import charts
 
 
 @pytest.mark.parametrize(

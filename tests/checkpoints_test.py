@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import tiny
 
-from internal import checkpoints, datasets, sharding, train_step
+from internal import datasets
+from internal.devices import sharding
+from internal.training import checkpoints, train_step
 
 
 @pytest.fixture(scope='module')

@@ -12,14 +12,11 @@ import pytest
 from PIL import Image
 
 from internal import cli, configs, image
+from internal.__main__ import COMMANDS
+from internal.system import installation
 
-SCRIPTS = pathlib.Path(__file__).parents[1] / 'scripts'
-NO_PROGRAMS = (
-  'scripts.benchmark_programs',
-  'scripts.benchmark_tables',
-  'scripts.demo_world',
-  'scripts.scaling_tables',
-)
+ROOT = pathlib.Path(__file__).parents[1]
+OTHERS = {'compare_poses', 'make_large_capture'}  # Scripts that are no commands.
 
 
 class TestArguments:
@@ -249,10 +246,16 @@ def test_lines_come_as_they_are_said_where_nobody_watches():
   assert done.stdout == 'said\n'
 
 
-PROGRAMS = ['train', 'eval', 'render', *sorted(f'scripts.{p.stem}' for p in SCRIPTS.glob('*.py'))]
+def test_each_script_starts_a_command_and_each_command_has_a_script():
+  scripts = {p.stem for p in (ROOT / 'scripts').glob('*.py')} - OTHERS
+  found = {pathlib.Path(installation.command(name)[1]) for name in COMMANDS}
+  top = {ROOT / f'{name}.py' for name in ('train', 'eval', 'render')}
+  assert found == top | {ROOT / 'scripts' / f'{name}.py' for name in scripts}
+  for name in COMMANDS:
+    assert f"main(['{name}'])" in pathlib.Path(installation.command(name)[1]).read_text()
 
 
-@pytest.mark.parametrize('name', [name for name in PROGRAMS if name not in NO_PROGRAMS])
+@pytest.mark.parametrize('name', [*COMMANDS, *sorted(OTHERS)])
 def test_help_is_complete_with_an_example(name, monkeypatch):
   parsers = []
 
@@ -261,9 +264,11 @@ def test_help_is_complete_with_an_example(name, monkeypatch):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse)
-  module = importlib.import_module(name)
+  where = 'scripts' if name in OTHERS else 'internal.commands'
+  module = importlib.import_module(f'{where}.{name}')
   with pytest.raises(KeyboardInterrupt):
-    module.parse() if name == 'train' else module.main()
+    module.main()
   (parser,) = parsers
-  assert f'python {name.replace(".", "/")}.py' in parser.format_help()
+  shown = f'python scripts/{name}.py' if name in OTHERS else installation.command_text(name)
+  assert shown in parser.format_help()
   assert [action.dest for action in parser._actions if not action.help] == []

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from internal import configs, models, train_step
+from internal import configs, models
+from internal.training import train_step
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHIPPED = sorted(glob.glob(os.path.join(ROOT, 'configs', '*.gin')))

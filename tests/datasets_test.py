@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from internal import cameras, colmap, configs, datasets, structs
-from internal.datasets import images, llff, scene
+from internal.datasets import images, llff, scenes
 
 ERRORS = (
   images.DataError,
@@ -23,7 +23,7 @@ ERRORS = (
 )
 
 
-def load(root, read_only=False, **kwargs) -> scene.Scene:
+def load(root, read_only=False, **kwargs) -> scenes.Scene:
   return datasets.load_dataset(configs.Config(data_dir=str(root), **kwargs), read_only)
 
 
@@ -35,7 +35,7 @@ def refused(root, **kwargs) -> str:
   return message
 
 
-def normalised(found: scene.Scene, poses: np.ndarray) -> np.ndarray:
+def normalised(found: scenes.Scene, poses: np.ndarray) -> np.ndarray:
   """What `world_transform` makes of the poses as written."""
   scale = np.cbrt(np.linalg.det(found.world_transform[:3, :3]))
   moved = found.world_transform[:3, :3] @ poses
@@ -44,7 +44,7 @@ def normalised(found: scene.Scene, poses: np.ndarray) -> np.ndarray:
   return moved
 
 
-def intrinsic_matrix(found: scene.Scene, i: int) -> np.ndarray:
+def intrinsic_matrix(found: scenes.Scene, i: int) -> np.ndarray:
   return np.linalg.inv(found.cameras.pixtocam[i].astype(np.float64))
 
 
@@ -70,7 +70,7 @@ def test_llff(tmp_path, ext):
   assert found.bounds is None
   assert isinstance(found.cameras.pixtocam, np.ndarray)
   for i in (0, 16):
-    np.testing.assert_array_equal(scene.read_image(tmp_path, found, i), captures.pixels(i))
+    np.testing.assert_array_equal(scenes.read_image(tmp_path, found, i), captures.pixels(i))
 
 
 def test_rays_pass_through_the_points(tmp_path):
@@ -113,7 +113,7 @@ def test_several_cameras_sizes_and_folders(tmp_path):
   assert found.cameras.lens.tolist() == [structs.PERSPECTIVE] * 2 + [structs.FISHEYE]
   np.testing.assert_allclose(found.cameras.distortion[2], [0.1, 0, 0, 0, 0, 0], atol=1e-7)
   for row, seed in ((0, 0), (1, 2)):
-    np.testing.assert_array_equal(scene.read_image(tmp_path, found, row), captures.pixels(seed))
+    np.testing.assert_array_equal(scenes.read_image(tmp_path, found, row), captures.pixels(seed))
   assert found.report['image_sizes'] == {'10x14': 1, '16x12': 2}
   assert found.report['camera_models'] == {'OPENCV_FISHEYE': 1, 'PINHOLE': 2}
   by_id = load(tmp_path, load_alphabetical=False)
@@ -150,7 +150,7 @@ def test_factor(tmp_path):
   np.testing.assert_allclose(
     intrinsic_matrix(found, 0), [[5, 0, 2], [0, 5.25, 1.5], [0, 0, 1]], atol=1e-4
   )
-  assert scene.read_image(tmp_path, found, 0).shape == (3, 4, 3)
+  assert scenes.read_image(tmp_path, found, 0).shape == (3, 4, 3)
   assert found.report['folder_to_be_made'] is None
 
 
@@ -184,10 +184,10 @@ def test_exif_rotation(tmp_path):
       found = load(root, factor=factor)
       assert tuple(found.cameras.size[0] * max(factor, 1)) == size
       assert found.report['images_turned_by_exif'] == (9 if size == (12, 16) else 0)
-      pixels = scene.read_image(root, found, 0)
+      pixels = scenes.read_image(root, found, 0)
       assert pixels.shape[1::-1] == tuple(found.cameras.size[0])
     expected = captures.pixels(0) if size == (16, 12) else np.rot90(captures.pixels(0), -1)
-    np.testing.assert_array_equal(scene.read_image(root, load(root), 0), expected)
+    np.testing.assert_array_equal(scenes.read_image(root, load(root), 0), expected)
 
 
 def test_forward_facing_with_bounds_file(tmp_path):
@@ -334,7 +334,7 @@ def test_folders_may_be_links(tmp_path):
   (tmp_path / 'link').symlink_to(capture)
   for factor in (0, 2):
     found = load(tmp_path / 'link', factor=factor)
-    pixels = scene.read_image(tmp_path / 'link', found, 3)
+    pixels = scenes.read_image(tmp_path / 'link', found, 3)
     assert pixels.shape[1::-1] == tuple(found.cameras.size[3])
 
 
@@ -398,7 +398,7 @@ def test_transforms(tmp_path, prefix, ext):
   np.testing.assert_allclose(
     found.cameras.distortion, [[0.1, 0.02, 0, 0, 0.003, 0.004]] * 9, atol=1e-7
   )
-  np.testing.assert_array_equal(scene.read_image(tmp_path, found, 2), captures.pixels(2))
+  np.testing.assert_array_equal(scenes.read_image(tmp_path, found, 2), captures.pixels(2))
 
 
 def test_same_capture_by_two_formats(tmp_path):
@@ -424,7 +424,7 @@ def test_transforms_per_frame_intrinsics_and_factor(tmp_path):
   assert found.cameras.lens.tolist() == [structs.FISHEYE] * 8 + [structs.PERSPECTIVE]
   np.testing.assert_allclose(found.cameras.distortion[:, 0], [0.1] * 8 + [0.2], atol=1e-7)
   assert found.files[0] == 'images_2/000.png'
-  assert scene.read_image(tmp_path, found, 0).shape == (6, 8, 3)
+  assert scenes.read_image(tmp_path, found, 0).shape == (6, 8, 3)
 
 
 def test_transforms_field_of_view(tmp_path):
@@ -463,7 +463,7 @@ def test_transforms_alpha_is_on_white(tmp_path):
   captures.save_image(str(tmp_path / 'images/000.png'), rgba)
   found = load(tmp_path, dataset_loader='transforms')
   assert found.background == 'white'
-  assert (scene.read_image(tmp_path, found, 0) == 255).all()
+  assert (scenes.read_image(tmp_path, found, 0) == 255).all()
 
 
 @pytest.mark.parametrize(
@@ -538,7 +538,7 @@ def test_blender(tmp_path):
   )
   rgba = captures.pixels(4, channels=4) / 255
   expected = 255 * (rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:])
-  assert np.abs(scene.read_image(tmp_path, found, 4) - expected).max() <= 0.5 + 1e-6
+  assert np.abs(scenes.read_image(tmp_path, found, 4) - expected).max() <= 0.5 + 1e-6
   half = load(tmp_path, dataset_loader='blender', factor=2)
   assert half.files[3] == 'test_2/r_0.png'
   assert half.cameras.size.tolist() == [[8, 6]] * 5
@@ -575,7 +575,7 @@ def test_tat(tmp_path):
   np.testing.assert_allclose(
     intrinsic_matrix(found, 3), [[20, 0, 8], [0, 21, 6], [0, 0, 1]], atol=1e-4
   )
-  np.testing.assert_array_equal(scene.read_image(tmp_path, found, 4), captures.pixels(4))
+  np.testing.assert_array_equal(scenes.read_image(tmp_path, found, 4), captures.pixels(4))
   small = load(tmp_path, dataset_loader='tat_nerfpp', factor=2)
   assert small.files[4] == 'test/rgb_2/00004.png'
   (tmp_path / 'train/pose/00001.txt').write_text('1 2 3')
@@ -599,6 +599,6 @@ def test_real_captures(name, total, test, size):
   assert len(found.test) == test
   assert found.cameras.size.tolist() == [list(size)] * total
   assert list(found.names) == sorted(found.names)
-  (pixels,) = scene.read_images(root, found, [found.test[1]], progress=False)
+  (pixels,) = scenes.read_images(root, found, [found.test[1]], progress=False)
   assert pixels.shape == (size[1], size[0], 3)
   assert 20 < pixels.mean() < 235

@@ -10,7 +10,10 @@ import PIL.Image
 import pytest
 
 from internal import colmap, configs, datasets
-from scripts import demo_world, make_demo_scene
+from internal.commands import demo_scene
+from internal.datasets import scenes
+from internal.demo import world
+from internal.system import installation
 
 SETTINGS = ['--width', '24', '--height', '16', '--images', '9', '--seed', '3']
 
@@ -19,7 +22,7 @@ IMPLICIT = {
   'ball': lambda p: np.linalg.norm(p, axis=-1) - 1,
   'box': lambda p: np.abs(p).max(-1) - 1,
   'cylinder': lambda p: np.maximum(np.hypot(p[..., 0], p[..., 1]), np.abs(p[..., 2])) - 1,
-  'ring': lambda p: np.hypot(np.hypot(p[..., 0], p[..., 1]) - 1, p[..., 2]) - demo_world.RING_TUBE,
+  'ring': lambda p: np.hypot(np.hypot(p[..., 0], p[..., 1]) - 1, p[..., 2]) - world.RING_TUBE,
 }
 
 
@@ -28,22 +31,22 @@ def white(p):
 
 
 def solid_of(shape):
-  return demo_world._solid(shape, white, [0.3, -0.2, 0.5], [0.7, 0.4, 0.5], turn=30, tilt=50)
+  return world._solid(shape, white, [0.3, -0.2, 0.5], [0.7, 0.4, 0.5], turn=30, tilt=50)
 
 
 def rays_at(solid, n=400, seed=0):
   """Rays from around towards and past a solid."""
   rng = np.random.default_rng(seed)
-  origins = solid.centre + 3 * demo_world.unit(rng.normal(size=(n, 3)))
+  origins = solid.centre + 3 * world.unit(rng.normal(size=(n, 3)))
   aims = solid.centre + solid.reach * rng.uniform(-0.8, 0.8, (n, 3))
-  return origins.astype(np.float32), demo_world.unit(aims - origins).astype(np.float32)
+  return origins.astype(np.float32), world.unit(aims - origins).astype(np.float32)
 
 
 @pytest.mark.parametrize('shape', IMPLICIT)
 def test_first_hit_is_where_marching_first_gets_inside(shape):
   solid = solid_of(shape)
   origins, dirs = rays_at(solid)
-  t, index = demo_world.trace([solid], origins, dirs)
+  t, index = world.trace([solid], origins, dirs)
   steps = np.linspace(0, 6, 3001)
   marched = solid.local(origins[:, None] + steps[:, None] * dirs[:, None])
   inside = IMPLICIT[shape](marched) < 0
@@ -58,10 +61,10 @@ def test_first_hit_is_where_marching_first_gets_inside(shape):
 def test_normals_are_those_of_the_implicit_surface(shape):
   solid = solid_of(shape)
   origins, dirs = rays_at(solid)
-  t, index = demo_world.trace([solid], origins, dirs)
+  t, index = world.trace([solid], origins, dirs)
   hit = index == 0
   points = (origins + t[:, None] * dirs)[hit].astype(np.float64)
-  normals = demo_world.unit(solid.normal(solid.local(points)) @ solid.to_local)
+  normals = world.unit(solid.normal(solid.local(points)) @ solid.to_local)
   assert ((normals * dirs[hit]).sum(-1) < 0.05).all()  # They face the ray.
   h = 1e-4 * np.eye(3)
   gradient = np.stack(
@@ -70,26 +73,26 @@ def test_normals_are_those_of_the_implicit_surface(shape):
     ],
     -1,
   )
-  agree = (normals * demo_world.unit(gradient)).sum(-1)
+  agree = (normals * world.unit(gradient)).sum(-1)
   assert np.median(agree) > 0.9999
   assert (agree > 0.99).mean() > 0.97  # But for points right on an edge.
 
 
 def test_the_nearest_of_several_solids_is_seen():
-  balls = [demo_world._solid('ball', white, [x, 0, 0], 0.5) for x in (4, 2, 6)]
-  t, index = demo_world.trace(balls, np.zeros((1, 3)), np.array([[1.0, 0, 0]]))
+  balls = [world._solid('ball', white, [x, 0, 0], 0.5) for x in (4, 2, 6)]
+  t, index = world.trace(balls, np.zeros((1, 3)), np.array([[1.0, 0, 0]]))
   assert index[0] == 1
   assert t[0] == pytest.approx(1.5)
 
 
 def test_still_life_casts_shadows():
-  solids, land = demo_world.build_solids(0), demo_world.Landscape(0)
-  toward_sun = np.append(demo_world.unit(demo_world.SUN[:2]), 0)
+  solids, land = world.build_solids(0), world.Landscape(0)
+  toward_sun = np.append(world.unit(world.SUN[:2]), 0)
   down = np.array([[0, 0, -1]], np.float32)
 
   def seen_from_above(along):
     eye = (along * toward_sun + np.array([0, 0, 0.3])).astype(np.float32)
-    return demo_world.render_rays(solids, land, eye, down, 0.5, demo_world.SUN)[0].mean()
+    return world.render_rays(solids, land, eye, down, 0.5, world.SUN)[0].mean()
 
   assert seen_from_above(-1.35) < 0.6 * seen_from_above(1.6)
 
@@ -97,22 +100,22 @@ def test_still_life_casts_shadows():
 @pytest.mark.parametrize('distance', [2.0, 6.0, 15.0])
 def test_ground_is_filtered_as_averaging_over_the_footprint_would(distance):
   """A filtered lookup is the mean of sharp lookups under a Gaussian spread of rays."""
-  land, spread = demo_world.Landscape(0), 0.004
+  land, spread = world.Landscape(0), 0.004
   eye = np.array([0.3, -0.2, 1.2])
   rng = np.random.default_rng(0)
   offset = spread * rng.normal(size=(3000, 2))
 
   def look(dirs, footprint):
-    dirs = demo_world.unit(dirs).astype(np.float32)
+    dirs = world.unit(dirs).astype(np.float32)
     t = (-eye[2] / dirs[:, 2]).astype(np.float32)
     return land.ground((eye + t[:, None] * dirs).astype(np.float32), dirs, t * footprint)
 
   means, filtered, sharp = [], [], []
   for azimuth in np.linspace(0, 6, 24):
-    forward = demo_world.unit(
+    forward = world.unit(
       np.array([distance * np.cos(azimuth), distance * np.sin(azimuth), -eye[2]])
     )
-    side = demo_world.unit(np.cross(forward, [0, 0, 1]))
+    side = world.unit(np.cross(forward, [0, 0, 1]))
     up = np.cross(side, forward)
     means.append(look(forward + offset[:, :1] * side + offset[:, 1:] * up, 0.0).mean(0))
     filtered.append(look(forward[None], spread)[0])
@@ -125,21 +128,21 @@ def test_ground_is_filtered_as_averaging_over_the_footprint_would(distance):
 
 
 def test_ground_has_no_detail_left_at_the_horizon():
-  land = demo_world.Landscape(0)
+  land = world.Landscape(0)
   angle = np.linspace(0, 0.1, 200)
   dirs = np.stack([np.cos(angle), np.sin(angle), np.full_like(angle, -0.002)], -1)
-  dirs = demo_world.unit(dirs).astype(np.float32)
+  dirs = world.unit(dirs).astype(np.float32)
   t = -1.0 / dirs[:, 2]
   albedo = land.ground(t[:, None] * dirs, dirs, -t * dirs[:, 2] / 0.002 * 0.003)
   assert albedo.std(0).max() < 0.05
 
 
 def test_quaternion_turns_as_the_matrix_does():
-  for pose in make_demo_scene.camera_poses(12, 0):
+  for pose in demo_scene.camera_poses(12, 0):
     rotation = pose[:, :3]
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-12)
     assert np.linalg.det(rotation) == pytest.approx(1)
-    w, x, y, z = make_demo_scene.qvec(rotation)
+    w, x, y, z = demo_scene.qvec(rotation)
     again = [
       [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
       [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
@@ -149,7 +152,7 @@ def test_quaternion_turns_as_the_matrix_does():
 
 
 def test_cameras_circle_at_two_heights_and_look_at_the_middle():
-  poses = make_demo_scene.camera_poses(72, 0)
+  poses = demo_scene.camera_poses(72, 0)
   eyes = -np.einsum('nij,ni->nj', poses[:, :, :3], poses[:, :, 3])
   heights = np.sort(eyes[:, 2])
   assert heights[36] - heights[35] > 0.5
@@ -161,7 +164,7 @@ def test_cameras_circle_at_two_heights_and_look_at_the_middle():
 @pytest.fixture(scope='module')
 def scene_folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('demo') / 'scene'
-  make_demo_scene.main([str(folder), *SETTINGS])
+  demo_scene.main([str(folder), *SETTINGS])
   return folder
 
 
@@ -170,7 +173,7 @@ def test_the_real_loader_reads_it(scene_folder):
   scene = datasets.load_dataset(config)
   assert len(scene.names) == 9
   assert scene.test == (0, 8)
-  image = datasets.scene.read_image(config.data_dir, scene, 0)
+  image = scenes.read_image(config.data_dir, scene, 0)
   assert image.shape == (16, 24, 3)
   assert image.std() > 20
 
@@ -179,7 +182,7 @@ def test_points_lie_under_pixels_of_their_colour(scene_folder):
   model = colmap.read_model(str(scene_folder / 'sparse' / '0'))
   assert len(model.points.xyz) >= 300
   focal = model.cameras[1].params[0]
-  poses = make_demo_scene.camera_poses(9, 3)
+  poses = demo_scene.camera_poses(9, 3)
   best = np.full(len(model.points.xyz), np.inf)
   for pose, image in zip(poses, model.images.values()):
     pixels = np.asarray(PIL.Image.open(scene_folder / 'images' / image.name)).astype(float)
@@ -193,8 +196,8 @@ def test_points_lie_under_pixels_of_their_colour(scene_folder):
 
 
 def test_same_seed_same_pixels_other_seed_other_pixels():
-  pose = make_demo_scene.camera_poses(5, 0)[2]
-  a, b, c = (make_demo_scene.render_view(pose, 12, 8, 10.0, seed)[0] for seed in (0, 0, 1))
+  pose = demo_scene.camera_poses(5, 0)[2]
+  a, b, c = (demo_scene.render_view(pose, 12, 8, 10.0, seed)[0] for seed in (0, 0, 1))
   assert (a == b).all()
   assert (a != c).any()
 
@@ -202,12 +205,12 @@ def test_same_seed_same_pixels_other_seed_other_pixels():
 def test_second_run_is_skipped_and_new_settings_replace(scene_folder, tmp_path, capsys):
   folder = tmp_path / 'scene'
   small = ['--width', '8', '--height', '8', '--images', '3']
-  make_demo_scene.main([str(folder), *small])
+  demo_scene.main([str(folder), *small])
   before = os.stat(folder / 'images' / 'view_000.png').st_mtime_ns
-  make_demo_scene.main([str(folder), *small])
+  demo_scene.main([str(folder), *small])
   assert 'there already' in capsys.readouterr().out
   assert os.stat(folder / 'images' / 'view_000.png').st_mtime_ns == before
-  make_demo_scene.main([str(folder), *small, '--seed', '1'])
+  demo_scene.main([str(folder), *small, '--seed', '1'])
   assert json.loads((folder / 'demo_scene.json').read_text())['seed'] == 1
   assert os.listdir(tmp_path) == ['scene']  # Nothing half-made is left.
 
@@ -216,22 +219,22 @@ def test_failure_leaves_nothing(tmp_path, monkeypatch):
   def fail(*args):
     raise RuntimeError('disk full')
 
-  monkeypatch.setattr(make_demo_scene, 'make_scene', fail)
+  monkeypatch.setattr(demo_scene, 'make_scene', fail)
   with pytest.raises(RuntimeError, match='disk full'):
-    make_demo_scene.main([str(tmp_path / 'scene')])
+    demo_scene.main([str(tmp_path / 'scene')])
   assert os.listdir(tmp_path) == []
 
 
 def test_a_users_folder_is_never_replaced(tmp_path):
   (tmp_path / 'photo.png').write_bytes(b'mine')
   with pytest.raises(SystemExit, match='is no demo scene'):
-    make_demo_scene.main([str(tmp_path)])
+    demo_scene.main([str(tmp_path)])
   assert (tmp_path / 'photo.png').read_bytes() == b'mine'
 
 
 def test_command_line_needs_no_jax(scene_folder):
   """A skipped run is quick, because JAX is not imported for it."""
-  script = make_demo_scene.__file__
+  script = installation.command('demo_scene')[1]
   code = (
     f'import runpy, sys; sys.argv = [{script!r}, {str(scene_folder)!r}, *{SETTINGS!r}];'
     f"runpy.run_path({script!r}, run_name='__main__'); assert 'jax' not in sys.modules"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hopper_test import INTERPRET, needs_interpreter
 
-from internal import dense, hopper
+from internal.fields import dense, hopper
 
 FULL, HALF = jnp.float32, jnp.bfloat16
 

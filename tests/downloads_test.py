@@ -13,8 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from internal import benchmarks, downloads
-from scripts import download as program
+from internal.commands import download as program
+from internal.datasets import downloads
+from internal.evaluation import benchmarks
 
 
 def zipped(entries, **kinds):

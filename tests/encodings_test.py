@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from internal import encodings, geopoly, structs
+from internal import geopoly, structs
+from internal.fields import encodings
 
 CASES = {  # min_deg, max_deg, basis.
   '360': (0, 12, ('icosahedron', 2)),

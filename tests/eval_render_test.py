@@ -11,11 +11,15 @@ import pytest
 import tiny
 from PIL import Image
 
-import eval as eval_program
-import render as render_program
-from internal import cameras, checkpoints, configs, evaluation, lpips, video
-from internal import results as results_lib
-from internal.datasets import scene as scene_lib
+from internal import cameras, configs
+from internal.commands import eval as eval_program
+from internal.commands import render as render_program
+from internal.datasets import scenes
+from internal.evaluation import lpips
+from internal.evaluation import results as results_lib
+from internal.rendering import renderer
+from internal.training import checkpoints
+from internal.vis import video
 
 
 def fake_render(params, cams, i, step_fraction=1.0, progress=None):
@@ -48,7 +52,7 @@ def scene(tmp_path):
   cams = cameras.make_cameras(
     cameras.pixtocam_from_intrinsics(20.0, 20.0, 10.0, 8.0), poses, size=[20, 16]
   )
-  return scene_lib.Scene(
+  return scenes.Scene(
     loader='llff', files=names, names=names, cameras=cams, train=(1, 2, 3), test=(0, 4),
     world_transform=np.eye(4), background='none', bounds=None, report={},
   )  # fmt: skip
@@ -183,7 +187,7 @@ def render(scene, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, 'open_run', lambda folder, bindings: (settings, scene))
     monkeypatch.setattr(checkpoints, 'restore_params', lambda *_, **__: (params, step))
     monkeypatch.setattr(
-      evaluation, 'make_image_renderer', lambda *_, **told: asked.append(told) or render_image
+      renderer, 'make_image_renderer', lambda *_, **told: asked.append(told) or render_image
     )
     monkeypatch.setattr(render_program, '_SURVEY_SIDE', 10)
     render_program.main(['--checkpoint_dir', str(run)])

@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 import tiny
 
-from internal import cameras, evaluation, models, sharding, structs, train_step
+from internal import cameras, models, structs
+from internal.devices import sharding
+from internal.rendering import renderer
+from internal.training import train_step
 
 
 def test_a_whole_image_is_rendered_in_chunks_of_any_fit(monkeypatch):
@@ -21,7 +24,7 @@ def test_a_whole_image_is_rendered_in_chunks_of_any_fit(monkeypatch):
   for chunk, devices in ((64, 1), (24, 8), (1024, 2)):
     told = tiny.settings(f'Config.render_chunk_size = {chunk}')
     mesh = tiny.mesh(devices)
-    render_image = evaluation.make_image_renderer(told, mesh)
+    render_image = renderer.make_image_renderer(told, mesh)
     calls = []
     out = render_image(
       sharding.place(params, mesh), cams, 1, progress=lambda *a, calls=calls: calls.append(a)
@@ -43,7 +46,7 @@ def test_a_whole_image_is_rendered_in_chunks_of_any_fit(monkeypatch):
 def test_a_chunk_that_the_devices_do_not_divide_is_refused():
   told = tiny.settings('Config.render_chunk_size = 30')
   with pytest.raises(ValueError, match=r'Config\.render_chunk_size.*got 30 on 8; nearest: 32'):
-    evaluation.make_chunk_renderer(told, tiny.mesh(8))
+    renderer.make_chunk_renderer(told, tiny.mesh(8))
 
 
 def test_chunks_are_halved_until_they_fit(capsys):
@@ -52,7 +55,7 @@ def test_chunks_are_halved_until_they_fit(capsys):
   params = sharding.replicate(train_step.create_state(told).params, mesh)
   pictures = []
   for free, chunk in ((10**9, 16), (1, 8)):
-    render_image = evaluation.make_image_renderer(told, mesh, lambda _, free=free: free)
+    render_image = renderer.make_image_renderer(told, mesh, lambda _, free=free: free)
     calls = []
     out = render_image(params, cams, 0, progress=lambda *a, calls=calls: calls.append(a))
     assert calls[:2] == [(chunk, 96), (2 * chunk, 96)]
@@ -66,7 +69,7 @@ def test_the_ray_probe_gives_each_level_of_the_diagonals_rays():
   settings = tiny.settings('Config.vis_num_rays = 5')
   cams, _ = tiny.capture()
   params = train_step.create_state(settings).params
-  probe = evaluation.make_ray_probe(settings, tiny.mesh(2))
+  probe = renderer.make_ray_probe(settings, tiny.mesh(2))
   sdist, weights, rgb = probe(sharding.place(params, tiny.mesh(2)), cams, 2)
   assert [s.shape for s in sdist] == [(5, 9), (5, 9), (5, 5)]
   assert [w.shape for w in weights] == [(5, 8), (5, 8), (5, 4)]

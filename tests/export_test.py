@@ -1,9 +1,7 @@
 """Exports of a world that is known: a ball before the cameras, in a capture's own frame."""
 
 import dataclasses
-import importlib.util
 import json
-import os
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +11,13 @@ import tiny
 import trajectory_test
 import trimesh
 
-from internal import (
-  checkpoints,
-  coord,
-  evaluation,
-  export,
-  export_mesh,
-  models,
-  paths,
-  structs,
-  surface_points,
-)
+from internal import coord, models, paths, structs
+from internal.commands import export
 from internal.datasets import transforms
+from internal.export import mesh as mesh_lib
+from internal.export import points
+from internal.rendering import renderer, surface_points
+from internal.training import checkpoints
 
 RADIUS = 0.4
 
@@ -58,21 +51,21 @@ def scene():
 
 @pytest.fixture(scope='module')
 def views(scene):
-  return export.render_views(render_ball, None, export.pinhole_views(scene, 11, 120), 1.0)
+  return points.render_views(render_ball, None, points.pinhole_views(scene, 11, 120), 1.0)
 
 
 CUBE = np.array([[-2.0] * 3, [2.0] * 3])
 
 
 def test_points_lie_on_the_ball_and_have_its_colours(views):
-  xyz, rgb = export.point_cloud(views, CUBE, 10_000)
+  xyz, rgb = points.point_cloud(views, CUBE, 10_000)
   assert len(xyz) == 10_000
   np.testing.assert_allclose(np.linalg.norm(xyz, axis=-1), RADIUS, atol=1e-5)
   np.testing.assert_allclose(rgb, 255 * (0.5 + xyz), atol=1.0)
   octants = np.unique((xyz > 0) @ [1, 2, 4])
   assert len(octants) == 8
   half = np.array([[0.0, -1, -1], [1, 1, 1]])
-  assert (export.point_cloud(views, half, 100)[0][:, 0] >= 0).all()
+  assert (points.point_cloud(views, half, 100)[0][:, 0] >= 0).all()
 
 
 def test_points_that_float_are_left_out(views):
@@ -88,11 +81,11 @@ def test_points_that_float_are_left_out(views):
   spread = fooled['distance_percentiles']
   fooled['distance_percentiles'] = np.where(patch[..., None], t[..., None], spread)
   rows, images = np.array([0, *range(11)]), [fooled, fooled, *views.images[1:]]
-  twice = export.Views(views.cams.take(rows), images)
-  told = export.support(at[patch], twice)
+  twice = points.Views(views.cams.take(rows), images)
+  told = points.support(at[patch], twice)
   assert (told.seen == 2).all()
   assert (told.through > 2).all()
-  xyz, _ = export.point_cloud(twice, CUBE, 10**6)
+  xyz, _ = points.point_cloud(twice, CUBE, 10**6)
   assert len(xyz) > 1000
   np.testing.assert_allclose(np.linalg.norm(xyz, axis=-1), RADIUS, atol=1e-5)
 
@@ -101,8 +94,8 @@ def test_fog_gives_no_points(views):
   fog = [
     {**v, 'distance_percentiles': v['distance_percentiles'] * [0.5, 1, 2]} for v in views.images
   ]
-  with pytest.raises(export.ExportError, match='No view shows a surface within the box'):
-    export.point_cloud(dataclasses.replace(views, images=fog), CUBE, 100)
+  with pytest.raises(points.ExportError, match='No view shows a surface within the box'):
+    points.point_cloud(dataclasses.replace(views, images=fog), CUBE, 100)
 
 
 def ball_field(params, z, width):
@@ -113,7 +106,7 @@ def ball_field(params, z, width):
 
 def extract(views, box=CUBE, level=50.0):
   space = coord.contract, coord.inv_contract
-  return export_mesh.extract(ball_field, None, space, box, 64, views, level)
+  return mesh_lib.extract(ball_field, None, space, box, 64, views, level)
 
 
 def test_mesh_is_the_ball_seen_from_outside(views):
@@ -134,21 +127,21 @@ def test_mesh_is_cropped_by_the_box(views):
 
 def test_what_no_view_sees_is_no_mesh(views):
   blind = [{**image, 'acc': 0 * image['acc']} for image in views.images]
-  with pytest.raises(export.ExportError, match=r'density 50 in the box'):
+  with pytest.raises(points.ExportError, match=r'density 50 in the box'):
     extract(dataclasses.replace(views, images=blind))
-  with pytest.raises(export.ExportError, match=r'density 1e\+06 in the box'):
+  with pytest.raises(points.ExportError, match=r'density 1e\+06 in the box'):
     extract(views, level=1e6)
 
 
 def test_files_come_back_in_the_captures_frame(scene, views, tmp_path):
   mesh = extract(views)
-  vertices = export.to_capture(scene, mesh.vertices)
+  vertices = points.to_capture(scene, mesh.vertices)
   np.testing.assert_allclose(vertices.mean(0), [-4, 2, -6], atol=0.02)  # Where (0, 0, 0) was.
   np.testing.assert_allclose(np.linalg.norm(vertices - [-4, 2, -6], axis=-1), 2 * RADIUS, atol=0.02)
   up = np.array([0.6, 0, 0.8])
   for name, faces in (('mesh', mesh.faces), ('points', None)):
     for ending in ('ply', 'glb'):
-      export_mesh.write(str(tmp_path / f'{name}.{ending}'), vertices, mesh.colors, faces, up)
+      mesh_lib.write(str(tmp_path / f'{name}.{ending}'), vertices, mesh.colors, faces, up)
     plain = trimesh.load(tmp_path / f'{name}.ply', process=False)
     np.testing.assert_allclose(plain.vertices, vertices, rtol=1e-5)
     place = trimesh.load(tmp_path / f'{name}.glb', process=False)
@@ -161,13 +154,13 @@ def test_files_come_back_in_the_captures_frame(scene, views, tmp_path):
   np.testing.assert_array_equal(
     trimesh.load(tmp_path / 'mesh.ply', process=False).visual.vertex_colors[:, :3], mesh.colors
   )
-  np.testing.assert_array_equal(export_mesh._linear(np.array([0, 188, 255])), [0, 128, 255])
+  np.testing.assert_array_equal(mesh_lib._linear(np.array([0, 188, 255])), [0, 128, 255])
 
 
 def test_a_picture_of_the_loaded_mesh_is_that_of_the_ball(scene, views, tmp_path):
   mesh = extract(views)
   path = str(tmp_path / 'mesh.ply')
-  export_mesh.write(path, export.to_capture(scene, mesh.vertices), mesh.colors, mesh.faces)
+  mesh_lib.write(path, points.to_capture(scene, mesh.vertices), mesh.colors, mesh.faces)
   shape = trimesh.load(path, process=False)
   inverse = np.linalg.inv(scene.world_transform)
   pose = paths.transform_poses(inverse, np.asarray(views.cams.camtoworld, np.float64))[4]
@@ -187,7 +180,7 @@ def test_a_picture_of_the_loaded_mesh_is_that_of_the_ball(scene, views, tmp_path
 
 
 def test_depth_folder_is_read_as_a_capture(scene, views, tmp_path):
-  export.write_depth_folder(str(tmp_path), scene, views)
+  points.write_depth_folder(str(tmp_path), scene, views)
   table = transforms.read_table(str(tmp_path / 'transforms.json'))
   frames = transforms.read_frames(str(tmp_path), str(tmp_path / 'transforms.json'), table)
   assert len(frames) == len(views.images)
@@ -204,11 +197,11 @@ def test_depth_folder_is_read_as_a_capture(scene, views, tmp_path):
 
 @pytest.mark.parametrize('more', [(), ('Model.num_multisamples = 6',)])
 def test_the_field_is_the_models(more, monkeypatch):
-  monkeypatch.setattr(export_mesh, '_CHUNK', 4)  # Several, the last one partly filled.
+  monkeypatch.setattr(mesh_lib, '_CHUNK', 4)  # Several, the last one partly filled.
   settings = tiny.settings('NerfMLP.max_deg_point = 4', *more)
   model = models.build(settings)
   params = models.init_params(model, jax.random.PRNGKey(0))
-  field = export_mesh.make_field(settings)
+  field = mesh_lib.make_field(settings)
   x = np.random.default_rng(0).normal(size=(9, 3)) * 2
   z = np.asarray(coord.contract(jnp.asarray(x, jnp.float32)))
   density = field(params, z, 1e-6)
@@ -225,35 +218,31 @@ def test_the_field_is_the_models(more, monkeypatch):
 
 def test_other_warps_are_refused():
   settings = tiny.settings("NerfMLP.warp_fn = 'donerf'")
-  with pytest.raises(export.ExportError, match=r"this run has 'donerf'.*--only points depth"):
-    export_mesh.make_field(settings)
+  with pytest.raises(points.ExportError, match=r"this run has 'donerf'.*--only points depth"):
+    mesh_lib.make_field(settings)
 
 
 def test_forward_facing_runs_are_refused():
   flat = trajectory_test.make_scene(pixtocam_ndc=np.eye(3))
-  with pytest.raises(export.ExportError, match='NDC'):
-    export.pinhole_views(flat, 3, 20)
+  with pytest.raises(points.ExportError, match='NDC'):
+    points.pinhole_views(flat, 3, 20)
 
 
 def test_the_program(scene, tmp_path, monkeypatch, capsys):
-  file = os.path.join(os.path.dirname(__file__), '..', 'scripts', 'export.py')
-  spec = importlib.util.spec_from_file_location('export_program', file)
-  program = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(program)
   settings = tiny.settings()
   monkeypatch.setattr(checkpoints, 'open_run', lambda _: (settings, scene))
   monkeypatch.setattr(checkpoints, 'restore_params', lambda *_, **__: ({}, 5))
-  monkeypatch.setattr(evaluation, 'make_image_renderer', lambda *_: render_ball)
-  monkeypatch.setattr(export_mesh, 'make_field', lambda _: ball_field)
+  monkeypatch.setattr(renderer, 'make_image_renderer', lambda *_: render_ball)
+  monkeypatch.setattr(mesh_lib, 'make_field', lambda _: ball_field)
   told = [str(tmp_path), '--views', '8', '--width', '60', '--resolution', '48']
   # About the ball, which is at (-4, 2, -6) there and of radius 0.8.
   box = ['--box_units', 'capture', '--box', '-6', '0', '-6', '-2', '4', '-4']
-  program.main([*told, *box])
+  export.main([*told, *box])
   assert 'mesh.glb' in capsys.readouterr().out
   for name in ('mesh', 'points'):
     vertices = trimesh.load(tmp_path / 'export' / f'{name}.ply', process=False).vertices
     assert vertices[:, 2].min() >= -6.001
     assert np.linalg.norm(vertices - [-4, 2, -6], axis=-1) == pytest.approx(0.8, abs=0.02)
   assert len(json.loads((tmp_path / 'export/depth/transforms.json').read_text())['frames']) == 8
-  with pytest.raises(export.ExportError, match='X0 < X1'):
-    program.main([*told, '--box', '1', '0', '0', '0', '1', '1'])
+  with pytest.raises(points.ExportError, match='X0 < X1'):
+    export.main([*told, '--box', '1', '0', '0', '0', '1', '1'])

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from internal import files
+from internal.system import files
 
 
 def test_the_file_appears_when_it_is_whole(tmp_path):

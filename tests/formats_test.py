@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from datasets_test import intrinsic_matrix, load, normalised, refused
 
-from internal.datasets import dtu, scene
+from internal.datasets import dtu, scenes
 
 K = np.array([[20.0, 0, 8], [0, 21, 6], [0, 0, 1]])
 
@@ -43,7 +43,7 @@ def test_tat_fvs(tmp_path):
   assert found.files[4] == 'dense/ibr3d_pw_0.50/im_00000004.png'  # The largest.
   np.testing.assert_allclose(found.cameras.camtoworld, normalised(found, poses), atol=1e-6)
   np.testing.assert_allclose(intrinsic_matrix(found, 3), K, atol=1e-4)
-  np.testing.assert_array_equal(scene.read_image(tmp_path, found, 4), captures.pixels(4))
+  np.testing.assert_array_equal(scenes.read_image(tmp_path, found, 4), captures.pixels(4))
   for _ in range(2):  # What the first call makes is no size of the capture's own.
     small = load(tmp_path, dataset_loader='tat_fvs', factor=2)
     assert small.files[4] == 'dense/ibr3d_pw_0.50_2/im_00000004.png'
@@ -89,9 +89,9 @@ def test_dtu(tmp_path, folder):
   assert found.files[1] == os.path.join(folder, 'rect_002_3_r5000.png')
   np.testing.assert_allclose(found.cameras.camtoworld, normalised(found, poses), atol=1e-6)
   np.testing.assert_allclose(intrinsic_matrix(found, 2), K, atol=1e-4)
-  np.testing.assert_array_equal(scene.read_image(scan, found, 4), captures.pixels(4))
+  np.testing.assert_array_equal(scenes.read_image(scan, found, 4), captures.pixels(4))
   all_lights = load(scan, dataset_loader='dtu', dtu_light_cond=7)
-  np.testing.assert_array_equal(scene.read_image(scan, all_lights, 0), captures.pixels(50))
+  np.testing.assert_array_equal(scenes.read_image(scan, all_lights, 0), captures.pixels(50))
   if folder:
     small = load(scan, dataset_loader='dtu', factor=2)
     assert small.files[1] == 'images_2/rect_002_3_r5000.png'
@@ -166,9 +166,9 @@ def test_multicam(tmp_path):
     np.testing.assert_allclose(intrinsic_matrix(found, i), wanted, atol=1e-4)
     rgba = captures.pixels(seed, size, channels=4) / 255
     wanted = 255 * (rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:])
-    assert np.abs(scene.read_image(tmp_path, found, i) - wanted).max() <= 0.5 + 1e-6
-  scene.save_scene(str(tmp_path / 'scene.json'), found)
-  assert scene.load_scene(str(tmp_path / 'scene.json')).weights == found.weights
+    assert np.abs(scenes.read_image(tmp_path, found, i) - wanted).max() <= 0.5 + 1e-6
+  scenes.save_scene(str(tmp_path / 'scene.json'), found)
+  assert scenes.load_scene(str(tmp_path / 'scene.json')).weights == found.weights
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_llff_without_a_model(tmp_path):
   )
   np.testing.assert_allclose(found.bounds, [1 / 0.75, 30 / 4 / 0.75])
   assert found.cameras.pixtocam_ndc is not None
-  np.testing.assert_array_equal(scene.read_image(tmp_path, found, 4), captures.pixels(4))
+  np.testing.assert_array_equal(scenes.read_image(tmp_path, found, 4), captures.pixels(4))
   np.save(tmp_path / 'poses_bounds.npy', table[:-1])
   assert '8 poses for 9 pictures' in refused(tmp_path, forward_facing=True)
   table[3, 4] = 12.5

@@ -29,8 +29,11 @@ import tiny
 from hypothesis import strategies as st
 from PIL import Image
 
-from internal import checkpoints, cli, colmap, configs, datasets, path_files, sharding, train_step
-from internal.datasets import images, scene
+from internal import cli, colmap, configs, datasets
+from internal.datasets import images, scenes
+from internal.devices import sharding
+from internal.rendering import path_files
+from internal.training import checkpoints, train_step
 
 CASES = int(os.environ.get('FUZZ_CASES', 0))
 SECONDS, MEGABYTES = 20, 150  # For one case.
@@ -106,7 +109,7 @@ def attempt(function, named: str, outside=None, traced=True):
   return None
 
 
-def assert_usable(found: scene.Scene, root: str, turned: bool = True) -> None:
+def assert_usable(found: scenes.Scene, root: str, turned: bool = True) -> None:
   n = len(found.names)
   table = found.cameras
   for values in (table.pixtocam, table.camtoworld, table.distortion, found.world_transform):
@@ -256,8 +259,8 @@ def test_damaged_captures(capture, outside, data):
     if found is not None:
       assert_usable(found, root)
       again = os.path.join(root, 'scene.json')
-      scene.save_scene(again, found)
-      assert_usable(scene.load_scene(again), root)
+      scenes.save_scene(again, found)
+      assert_usable(scenes.load_scene(again), root)
 
 
 @pytest.mark.parametrize('ext', ['.bin', '.txt'])
@@ -328,10 +331,10 @@ def test_damaged_scenes(tmp_path_factory, outside, data):
   if not os.path.isfile(path):
     root = str(tmp_path_factory.mktemp('good'))
     _colmap(root, '.bin')
-    scene.save_scene(path, load(root, {'forward_facing': True}))
+    scenes.save_scene(path, load(root, {'forward_facing': True}))
   content = pathlib.Path(path).read_bytes()
   with replaced(path, data.draw(corruption.of_file(path, content, corruption.names(str(outside))))):
-    found = attempt(lambda: scene.load_scene(path), re.escape(path))
+    found = attempt(lambda: scenes.load_scene(path), re.escape(path))
   if found is not None:
     # A number may become another one: only the capture's own reader can tell a turn from a bend.
     assert_usable(found, str(outside.parent / 'nowhere'), turned=False)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from finite import assert_finite
 
-from internal import coord, encodings, grid, structs
+from internal import coord, structs
+from internal.fields import encodings, grid
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from internal import dense, hopper
+from internal.fields import dense, hopper
 
 # Runs a kernel's blocks one after the other on the CPU, its warpgroups as threads.
 _HAS_INTERPRETER = hasattr(plgpu, 'InterpretGPUParams')

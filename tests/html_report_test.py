@@ -15,8 +15,10 @@ import pytest
 import tiny
 from PIL import Image
 
-import eval as eval_program
-from internal import benchmarks, configs, html_report, report, results
+from internal import configs
+from internal.commands import eval as eval_program
+from internal.evaluation import benchmarks, html_report, results
+from internal.evaluation import metrics as metrics_lib
 
 scene = eval_render_test.scene
 NASTY = 'a<script>x()</script>&".png'
@@ -155,7 +157,7 @@ def test_published_numbers_stand_beside_ours_only_where_they_may(run, tmp_path):
   width, height = (round(side) for side in facts.used_size)
   fit = {**known, 'factor': facts.factor, 'num_images': facts.test, 'dataset_loader': 'llff'}
   fit['image_sizes'] = {f'{width}x{height}': facts.test}
-  fit['protocol'] = {**found['protocol'], 'test_split': report.every(benchmark.hold)}
+  fit['protocol'] = {**found['protocol'], 'test_split': metrics_lib.every(benchmark.hold)}
   told = html_report._published(fit, 'r.json')
   assert told['reason'] is None
   ours = [row for row in told['rows'] if row[2]]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from internal import jobs, signals
+from internal.experiments import jobs
+from internal.system import signals
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,7 +89,7 @@ class TestRun:
 
   def test_a_folder_at_work_is_left_alone_even_if_its_starter_was_killed(self, tmp_path):
     program = (
-      'import sys; sys.path.insert(0, sys.argv[1]); from internal import jobs\n'
+      'import sys; sys.path.insert(0, sys.argv[1]); from internal.experiments import jobs\n'
       'work = ("/bin/sh", "-c", sys.argv[3])\n'
       'jobs.run([jobs.Job("a", (work,), sys.argv[2] + "/a")], [{}])\n'
     )

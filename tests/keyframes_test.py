@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from internal import keyframes, path_files, paths
+from internal import paths
+from internal.rendering import keyframes, path_files
 
 
 def keys(n=4, seed=0):

@@ -24,28 +24,22 @@ import pytest
 import tiny
 import trajectory_test
 
-import eval as eval_program
-import train as train_program
-from internal import (
-  bad_numbers,
+from internal import cli, configs, datasets, losses, models, structs
+from internal.commands import eval as eval_program
+from internal.commands import train as train_program
+from internal.datasets import scenes
+from internal.evaluation import metrics as metrics_lib
+from internal.fields import encodings
+from internal.rendering import renderer, trajectory
+from internal.training import (
   batches,
   checkpoints,
-  cli,
-  configs,
-  datasets,
-  encodings,
-  evaluation,
-  losses,
-  models,
-  pixels,
-  report,
+  nonfinite,  # fmt: skip
+  pixel_store,
   runlog,
-  structs,
   train_step,
-  trajectory,
-  vis,
-)  # fmt: skip
-from internal.datasets import scene as scene_lib
+)
+from internal.vis import pictures
 
 OWNERS = (configs.Config, configs.Model, configs.PropMLP, configs.NerfMLP)
 COLOURED = 'PropMLP.disable_rgb = False'
@@ -204,17 +198,17 @@ def training(settings, folder):
   with pytest.MonkeyPatch.context() as patch:
     for owner, name, stand_in in (
       (checkpoints, 'start_run', lambda *_: (types.SimpleNamespace(params={}), [], 1)),
-      (pixels, 'load', lambda *_: (store, 'device')),
+      (pixel_store, 'load', lambda *_: (store, 'device')),
       (train_step, 'make_train_step', lambda *_, **__: Step()),
-      (evaluation, 'make_image_renderer', lambda *_: rendered),
-      (evaluation, 'make_ray_probe', probed),
+      (renderer, 'make_image_renderer', lambda *_: rendered),
+      (renderer, 'make_ray_probe', probed),
       (runlog, 'RunLog', lambda *_: Log()),
       (checkpoints, 'save', lambda place, state, keep, notes: done.append((place, keep))),
       (checkpoints, 'write_run', lambda *_: None),
-      (scene_lib, 'read_image', lambda *_: np.zeros((40, 60, 3), np.uint8)),
-      (vis, 'write_png', lambda path, picture: done.append((path, picture.shape))),
+      (scenes, 'read_image', lambda *_: np.zeros((40, 60, 3), np.uint8)),
+      (pictures, 'write_png', lambda path, picture: done.append((path, picture.shape))),
       (train_program.gc, 'collect', lambda: done.append('collected')),
-      (report, 'image_metrics', lambda *_: {'psnr': 1.0, 'ssim': 1.0}),
+      (metrics_lib, 'image_metrics', lambda *_: {'psnr': 1.0, 'ssim': 1.0}),
     ):
       patch.setattr(owner, name, stand_in)
     train_program.train(settings, scene, tiny.mesh(1))
@@ -230,23 +224,23 @@ def place_of_pixels(settings, folder):
   config = dataclasses.replace(settings.config, data_dir=folder)
   if config.pixel_cache_dir:
     config = dataclasses.replace(config, pixel_cache_dir=os.path.join(folder, 'elsewhere'))
-  store = pixels.read(config, scene, progress=False)
+  store = pixel_store.read(config, scene, progress=False)
   made = sorted(glob.glob(os.path.join(folder, '**', '*.rgb'), recursive=True, include_hidden=True))
-  return pixels.keep_on_device(config, store), type(store.rgb), made
+  return pixel_store.keep_on_device(config, store), type(store.rgb), made
 
 
 def patience(settings, folder):
   rows = [{'loss': np.nan, 'grad_norm_a': np.nan, 'skipped_a': k} for k in range(1, 8)]
   try:
-    bad_numbers.check(folder, settings.config.max_skipped_updates, 7, rows)
-  except bad_numbers.BadNumbersError as e:
+    nonfinite.check(folder, settings.config.max_skipped_updates, 7, rows)
+  except nonfinite.BadNumbersError as e:
     return str(e)
   return 'went on'
 
 
 def metrics(settings, _):
   img, truth = np.random.default_rng(0).random((2, 24, 24, 3)).astype(np.float32)
-  return report.image_metrics(img, truth, settings.config)
+  return metrics_lib.image_metrics(img, truth, settings.config)
 
 
 def evaluating(settings, folder):
@@ -291,7 +285,7 @@ def path(settings, folder):
 
 def video(settings, folder):
   """Where render.py writes, what, and how its encoder is told."""
-  import render as render_program
+  from internal.commands import render as render_program
 
   done, config = [], settings.config
   config = dataclasses.replace(config, render_dir=os.path.join(folder, config.render_dir or 'r'))
@@ -309,16 +303,16 @@ def video(settings, folder):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(checkpoints, 'open_run', lambda *_: (told, scene))
     patch.setattr(checkpoints, 'restore_params', lambda *_, **__: ({}, 5))
-    patch.setattr(evaluation, 'make_image_renderer', make_renderer)
-    patch.setattr(render_program.vis, 'normal_picture', lambda *_: np.zeros((9, 9, 3)))
-    patch.setattr(render_program.vis, 'write_png', lambda path, _: done.append(path))
+    patch.setattr(renderer, 'make_image_renderer', make_renderer)
+    patch.setattr(render_program.pictures, 'normal_picture', lambda *_: np.zeros((9, 9, 3)))
+    patch.setattr(render_program.pictures, 'write_png', lambda path, _: done.append(path))
     patch.setattr(render_program.video, 'write_video', lambda _, *how: done.append(how))
     render_program.main(['--checkpoint_dir', folder])
   return done
 
 
 def chunk(settings, _):
-  return evaluation.make_chunk_renderer(settings, tiny.mesh(1)).choices
+  return renderer.make_chunk_renderer(settings, tiny.mesh(1)).choices
 
 
 # The base of a case: bindings that hold on both sides.

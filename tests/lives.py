@@ -98,7 +98,7 @@ class Nursery:
   def start(self, program: str, args, said, constants=None, writes=True, **env) -> Life:
     """Begins a life with these arguments and variables of its environment.
 
-    `constants` are values for names in internal/sharding.py; a life that does not write ends in an
+    `constants` are values for names in internal/devices; a life that does not write ends in an
     error where it tries to.
     """
     start = {'program': program, 'args': list(args), 'said': str(said), 'env': env}
@@ -129,18 +129,22 @@ def _keep_own_programs() -> None:
 def _live(program, args, said, env, constants, writes) -> None:
   os.environ.update(env)
   _keep_own_programs()
+  from internal.devices import processes, sharding
+
   for name, value in constants.items():
-    setattr(importlib.import_module('internal.sharding'), name, value)
+    for module in (processes, sharding):
+      if hasattr(module, name):
+        setattr(module, name, value)
   if not writes:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
   where = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
   for stream in (1, 2):
     os.dup2(where, stream)
   sys.argv = [program, *args]
-  module = importlib.import_module(program)
+  module = importlib.import_module(f'internal.commands.{program}')
   code = 1
   try:
-    module.cli.run(lambda: module.main(module.parse()) if program == 'train' else module.main())
+    module.cli.run(module.main)
     code = 0
   except SystemExit as e:
     code = e.code
@@ -155,7 +159,7 @@ def _live(program, args, said, env, constants, writes) -> None:
 def _serve() -> None:
   sys.path.insert(0, str(ROOT))
   for name in ('train', 'eval', 'render'):
-    importlib.import_module(name)
+    importlib.import_module(f'internal.commands.{name}')
   gc.disable()  # Lives are short, and looking for garbage takes a third of JAX's tracing.
 
   for line in sys.stdin:

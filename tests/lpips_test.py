@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import signal
 
-from internal import lpips
+from internal.evaluation import lpips
 
 WIDTHS = (3, 4, 4, 5, 5, 6, 6, 6, 4, 4, 4, 5, 5, 5)  # Of 13 small convolutions, input first.
 ENDS = (2, 4, 7, 10, 13)  # After so many of them a block is done.

@@ -9,8 +9,11 @@ import tiny
 from datasets_test import load, refused, write_ngp, write_transforms
 from scipy import ndimage
 
-from internal import batches, configs, image, losses, report, sharding, train_step
-from internal.datasets import masks, scene
+from internal import configs, image, losses
+from internal.datasets import masks, scenes
+from internal.devices import sharding
+from internal.evaluation import metrics
+from internal.training import batches, train_step
 
 
 def pattern(seed, size=captures.SIZE):
@@ -34,10 +37,10 @@ class TestFiles:
     found = load(tmp_path)
     assert found.masks == (None,) * 4 + (f'masks/{name}',) + (None,) * 4
     assert found.report['masks'] == 1
-    np.testing.assert_array_equal(scene.read_mask(tmp_path, found, 4), pattern(0))
-    assert scene.read_mask(tmp_path, found, 3) is None
-    scene.save_scene(str(tmp_path / 'scene.json'), found)
-    assert scene.load_scene(str(tmp_path / 'scene.json')).masks == found.masks
+    np.testing.assert_array_equal(scenes.read_mask(tmp_path, found, 4), pattern(0))
+    assert scenes.read_mask(tmp_path, found, 3) is None
+    scenes.save_scene(str(tmp_path / 'scene.json'), found)
+    assert scenes.load_scene(str(tmp_path / 'scene.json')).masks == found.masks
 
   def test_named_by_a_transforms_file(self, tmp_path):
     table, _ = write_ngp(tmp_path)
@@ -57,9 +60,9 @@ class TestFiles:
     save_mask(tmp_path / 'masks' / '004.png', pattern(1))
     found = load(tmp_path, factor=2)
     wanted = pattern(1).reshape(6, 2, 8, 2).all((1, 3))
-    np.testing.assert_array_equal(scene.read_mask(tmp_path, found, 4), wanted)
+    np.testing.assert_array_equal(scenes.read_mask(tmp_path, found, 4), wanted)
     save_mask(tmp_path / 'masks' / '004.png', wanted)  # A small one may be given, too.
-    np.testing.assert_array_equal(scene.read_mask(tmp_path, load(tmp_path, factor=2), 4), wanted)
+    np.testing.assert_array_equal(scenes.read_mask(tmp_path, load(tmp_path, factor=2), 4), wanted)
 
   def test_refusals(self, tmp_path):
     captures.write_colmap(tmp_path)
@@ -67,7 +70,7 @@ class TestFiles:
     assert '004.png: is 20x15 pixels, but its picture has 16x12' in refused(tmp_path)
     save_mask(tmp_path / 'masks' / '004.png', np.zeros((12, 16)))
     with pytest.raises(masks.images.DataError, match=r'004\.png: leaves nothing'):
-      scene.read_mask(tmp_path, load(tmp_path), 4)
+      scenes.read_mask(tmp_path, load(tmp_path), 4)
     with pytest.raises(masks.images.DataError, match='smaller than its picture'):
       masks.read(str(tmp_path / 'masks' / '004.png'), (17, 12))
 
@@ -210,18 +213,18 @@ class TestMetrics:
     img, truth, counts = pair
     spoiled = np.where(counts[..., None], img, 1 - img)
     config = configs.Config()
-    wanted = report.image_metrics(img, truth, config, counts)
-    assert report.image_metrics(spoiled, truth, config, counts) == wanted
-    assert report.image_metrics(spoiled, truth, config)['psnr'] < wanted['psnr'] - 3
+    wanted = metrics.image_metrics(img, truth, config, counts)
+    assert metrics.image_metrics(spoiled, truth, config, counts) == wanted
+    assert metrics.image_metrics(spoiled, truth, config)['psnr'] < wanted['psnr'] - 3
     cropped = configs.Config(eval_crop_borders=10)  # All that the mask leaves out, just.
-    same = report.image_metrics(img, truth, cropped, counts)
+    same = metrics.image_metrics(img, truth, cropped, counts)
     assert same['ssim'] == pytest.approx(
-      report.image_metrics(img, truth, cropped)['ssim'], rel=1e-5
+      metrics.image_metrics(img, truth, cropped)['ssim'], rel=1e-5
     )
 
   def test_psnr_is_of_the_valid_pixels_and_ssim_of_whole_windows(self, pair):
     img, truth, counts = pair
-    got = report.image_metrics(img, truth, configs.Config(), counts)
+    got = metrics.image_metrics(img, truth, configs.Config(), counts)
     error = (np.round(255 * np.clip(img, 0, 1)) / 255 - truth / 255.0)[counts]
     assert got['psnr'] == pytest.approx(-10 * np.log10(np.mean(error**2)), abs=1e-3)
     a, b = image.quantize(img), np.float32(truth / 255)
@@ -236,6 +239,6 @@ class TestMetrics:
   def test_no_whole_window_is_no_number(self, pair):
     img, truth, counts = pair
     scattered = np.random.default_rng(0).random(counts.shape) > 0.5
-    got = report.image_metrics(img, truth, configs.Config(), scattered)
+    got = metrics.image_metrics(img, truth, configs.Config(), scattered)
     assert np.isnan(got['ssim'])
     assert np.isfinite(got['psnr'])

@@ -15,20 +15,11 @@ from dense_test import product_in_xla, spy, weight_gradient_in_xla
 from hopper_test import kernels, lower_for_cuda
 from jax.sharding import Mesh
 
-from internal import (
-  batches,
-  configs,
-  coord,
-  encodings,
-  evaluation,
-  hopper,
-  losses,
-  models,
-  sharding,
-  stepfun,
-  structs,
-  train_step,
-)
+from internal import configs, coord, losses, models, stepfun, structs
+from internal.devices import sharding
+from internal.fields import encodings, hopper
+from internal.rendering import renderer
+from internal.training import batches, train_step
 
 SCENE_360 = (
   'Config.near = 0.2',
@@ -662,7 +653,7 @@ class TestGpuKernels:
     text = lower_for_cuda(train_step.make_train_step(settings, mesh).variant(1), *args)
     assert 6 < len(set(kernels(text))) <= 9
     scalar, frac = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, jnp.float32))
-    render = evaluation.make_chunk_renderer(settings, mesh).variant(16384)
+    render = renderer.make_chunk_renderer(settings, mesh).variant(16384)
     text = lower_for_cuda(render, state.params, args[1], scalar, scalar, frac)
     assert len(kernels(text)) == 1  # The layer that the encoding joins.
 

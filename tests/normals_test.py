@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
-from internal import cameras, evaluation, models, normals, structs, train_step, vis
+from internal import cameras, models, structs
+from internal.rendering import normals, renderer
+from internal.training import train_step
+from internal.vis import pictures
 
 IPE = (
   'NerfMLP.max_deg_point = 4',
@@ -76,7 +79,7 @@ def test_images_have_them_where_asked_for(bindings):
   settings = tiny.settings('Config.render_chunk_size = 64', *bindings)
   params = train_step.abstract_state(settings).params
   for asked in (False, True):
-    chunk = evaluation.make_chunk_renderer(settings, tiny.mesh(1), with_normals=asked).variant(64)
+    chunk = renderer.make_chunk_renderer(settings, tiny.mesh(1), with_normals=asked).variant(64)
     shapes = jax.eval_shape(chunk, params, cams, 1, 0, 1.0)
     assert ('normals' in shapes) == asked
   assert shapes['normals'].shape == (64, 3)
@@ -85,5 +88,5 @@ def test_images_have_them_where_asked_for(bindings):
 def test_pictures():
   normal = np.array([[[1.0, 0, -1], [0, 0.5, 0], [0, 0, 0]]])
   acc = np.array([[1.0, 0.5, 0]])
-  got = vis.normal_picture(normal, acc)
+  got = pictures.normal_picture(normal, acc)
   assert got.tolist() == [[[255, 128, 0], [191, 255, 191], [255, 255, 255]]]

@@ -4,7 +4,8 @@ import numpy as np
 import paths_test
 import pytest
 
-from internal import orbits, paths
+from internal import paths
+from internal.rendering import orbits
 
 
 @pytest.fixture(params=range(3))

@@ -7,7 +7,8 @@ import numpy as np
 import paths_test
 import pytest
 
-from internal import colmap, path_files, paths, structs
+from internal import colmap, paths, structs
+from internal.rendering import path_files
 
 
 def write(tmp_path, drop=(), frame=None, **more):

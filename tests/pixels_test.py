@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import tiny
 
-from internal import batches, configs, datasets, pixels
+from internal import configs, datasets
 from internal.datasets import images
+from internal.training import batches, pixel_store
 from scripts import make_large_capture
 
 
@@ -23,7 +24,7 @@ def capture(tmp_path):
 
 def read(capture, where='disk', **kwargs):
   config = configs.Config(data_dir=capture, pixels_on=where, **kwargs)
-  return pixels.read(config, datasets.load_dataset(config), progress=False)
+  return pixel_store.read(config, datasets.load_dataset(config), progress=False)
 
 
 def colors(store, n=7):
@@ -52,8 +53,12 @@ def test_on_disk_they_are_those_in_memory(capture):
   for where in ('host', 'disk', 'disk'):
     np.testing.assert_array_equal(colors(read(capture, where)), wanted)
   store = read(capture)
-  assert isinstance(store.rgb, pixels.MappedPixels)
-  assert pixels.stored_bytes(store) == pixels.stored_bytes(read(capture, 'host')) == wanted.nbytes
+  assert isinstance(store.rgb, pixel_store.MappedPixels)
+  assert (
+    pixel_store.stored_bytes(store)
+    == pixel_store.stored_bytes(read(capture, 'host'))
+    == wanted.nbytes
+  )
   np.testing.assert_array_equal(np.stack([*store.rgb.planes()], -1), wanted)
 
 
@@ -79,10 +84,10 @@ def test_they_get_from_the_file_to_the_device(capture, monkeypatch):
     [], [f"Config.data_dir = '{capture}'", "Config.pixels_on = 'disk'"]
   )
   found, mesh = datasets.load_dataset(settings.config), tiny.mesh(2)
-  store, place = pixels.load(settings, found, mesh)
+  store, place = pixel_store.load(settings, found, mesh)
   assert place == 'disk'
-  monkeypatch.setattr(pixels, 'keep_on_device', lambda *_: True)
-  on_device, place = pixels.load(settings, found, mesh)
+  monkeypatch.setattr(pixel_store, 'keep_on_device', lambda *_: True)
+  on_device, place = pixel_store.load(settings, found, mesh)
   assert place == 'device'
   assert len(on_device.rgb[0].devices()) == 2
   np.testing.assert_array_equal(colors(jax.device_get(on_device)), colors(store))
@@ -124,7 +129,8 @@ def test_what_was_never_finished_is_not_used_and_removed(capture, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(os, 'pwrite', full)
     with pytest.raises(
-      pixels.PixelCacheError, match=r'\.rgb: cannot be made \(No space.*Config\.pixel_cache_dir'
+      pixel_store.PixelCacheError,
+      match=r'\.rgb: cannot be made \(No space.*Config\.pixel_cache_dir',
     ):
       read(capture)
   assert tables(folder) == []
@@ -142,8 +148,12 @@ def test_short_writes_are_gone_on_with(capture, monkeypatch):
 
 
 def test_too_little_room_is_seen_before(capture, monkeypatch):
-  monkeypatch.setattr(pixels.shutil, 'disk_usage', lambda folder: type('Usage', (), {'free': 100}))
-  with pytest.raises(pixels.PixelCacheError, match=r'would take 0\.0 GB, of which 0\.0 GB are'):
+  monkeypatch.setattr(
+    pixel_store.shutil, 'disk_usage', lambda folder: type('Usage', (), {'free': 100})
+  )
+  with pytest.raises(
+    pixel_store.PixelCacheError, match=r'would take 0\.0 GB, of which 0\.0 GB are'
+  ):
     read(capture)
 
 
@@ -152,7 +162,7 @@ def test_the_folder_can_be_another(capture, tmp_path):
   read(capture, pixel_cache_dir=place)
   assert len(tables(place)) == 1
   assert not os.path.exists(os.path.join(capture, '.pixels'))
-  with pytest.raises(pixels.PixelCacheError, match='File exists'):
+  with pytest.raises(pixel_store.PixelCacheError, match='File exists'):
     read(capture, pixel_cache_dir=os.path.join(capture, 'images', '001.png'))
 
 
@@ -161,22 +171,22 @@ def test_a_missing_picture_is_named(capture):
   found = datasets.load_dataset(config)
   os.remove(os.path.join(capture, 'images', '004.png'))
   with pytest.raises(images.DataNotFoundError, match=r'004\.png: no such image'):
-    pixels.read(config, found, progress=False)
+    pixel_store.read(config, found, progress=False)
 
 
 @pytest.mark.parametrize(('free', 'mapped'), [(None, False), (9000, False), (8000, True)])
 def test_what_fills_half_of_the_memory_goes_to_the_disk(capture, monkeypatch, free, mapped):
-  monkeypatch.setattr(pixels, 'available_memory', lambda: free)
+  monkeypatch.setattr(pixel_store, 'available_memory', lambda: free)
   found = datasets.load_dataset(configs.Config(data_dir=capture))
-  assert pixels.num_bytes(found) == 7 * 16 * 12 * 3 == 4032
-  assert isinstance(read(capture, 'auto').rgb, pixels.MappedPixels) == mapped
-  assert not isinstance(read(capture, 'host').rgb, pixels.MappedPixels)
+  assert pixel_store.num_bytes(found) == 7 * 16 * 12 * 3 == 4032
+  assert isinstance(read(capture, 'auto').rgb, pixel_store.MappedPixels) == mapped
+  assert not isinstance(read(capture, 'host').rgb, pixel_store.MappedPixels)
 
 
 def test_memory_that_is_available():
-  free = pixels.available_memory()
+  free = pixel_store.available_memory()
   assert free is None or 2**20 < free < 2**50
-  assert pixels._number_in('/nowhere') is None
+  assert pixel_store._number_in('/nowhere') is None
 
 
 def test_more_pixels_than_32_bits_count_stay_off_the_device(monkeypatch):
@@ -196,10 +206,10 @@ def test_more_pixels_than_32_bits_count_stay_off_the_device(monkeypatch):
   assert batches.lookup(store, size, np.array([1]), np.array([2]), np.array([3])) == [
     2_500_000_000 + 3 * 4 + 2
   ]
-  monkeypatch.setattr(pixels, 'available_memory', lambda: 2**50)
-  assert not pixels.keep_on_device(configs.Config(), store)
+  monkeypatch.setattr(pixel_store, 'available_memory', lambda: 2**50)
+  assert not pixel_store.keep_on_device(configs.Config(), store)
   with pytest.raises(configs.ConfigError, match=r'less than 2\^31 training pixels'):
-    pixels.keep_on_device(configs.Config(pixels_on='device'), store)
+    pixel_store.keep_on_device(configs.Config(pixels_on='device'), store)
 
 
 def test_a_capture_made_for_measuring_is_read(tmp_path):

@@ -6,8 +6,9 @@ import scipy.ndimage
 from PIL import Image
 from rooms import texture
 
-from internal import poses, video, vis
-from internal.poses import diagnosis, film, gather
+from internal.sfm import diagnosis, pipeline, video_frames
+from internal.sfm import photos as photos_lib
+from internal.vis import pictures, video
 
 
 def save_turned(path, pixels, orientation, **exif_tags):
@@ -40,7 +41,7 @@ def test_photographs_stand_upright_and_originals_are_untouched(tmp_path, orienta
   source = tmp_path / 'photos' / 'a.jpg'
   save_turned(source, np.ascontiguousarray(stored), orientation, focal=28)
   before = source.read_bytes()
-  photo = gather.take_photos(str(tmp_path / 'photos'), str(tmp_path / 'scene'))[0]
+  photo = photos_lib.take_photos(str(tmp_path / 'photos'), str(tmp_path / 'scene'))[0]
   assert source.read_bytes() == before
   with Image.open(tmp_path / 'scene' / 'images' / 'a.jpg') as taken:
     assert taken.getexif().get(0x0112, 1) == 1
@@ -55,7 +56,7 @@ def test_upright_photographs_are_copied_and_odd_ones_become_png(tmp_path):
   save_turned(photos / 'sub' / 'a.jpg', pixels, 1)
   Image.fromarray(pixels).save(photos / 'b.webp', lossless=True)
   Image.fromarray(pixels).save(photos / 'c ä (1).png')  # COLMAP's lists part names by spaces.
-  names = [photo.name for photo in gather.take_photos(str(photos), str(scene))]
+  names = [photo.name for photo in photos_lib.take_photos(str(photos), str(scene))]
   assert names == ['b.png', 'c_ä_(1).png', 'sub/a.jpg']
   assert (scene / 'images/sub/a.jpg').read_bytes() == (photos / 'sub/a.jpg').read_bytes()
   np.testing.assert_array_equal(np.asarray(Image.open(scene / 'images/b.png')), pixels)
@@ -63,7 +64,7 @@ def test_upright_photographs_are_copied_and_odd_ones_become_png(tmp_path):
 
 def test_names_sort_as_people_count():
   names = ['IMG_10.jpg', 'IMG_9.jpg', 'a².jpg', '2.jpg', 'img_1.jpg']
-  assert sorted(names, key=gather.natural) == [
+  assert sorted(names, key=photos_lib.natural) == [
     '2.jpg',
     'a².jpg',
     'img_1.jpg',
@@ -80,7 +81,7 @@ def test_order_is_that_of_the_times_else_of_the_numbers(tmp_path):
   order = [
     [
       photo.name
-      for photo in gather.take_photos(str(tmp_path / kind), str(tmp_path / f'{kind}_scene'))
+      for photo in photos_lib.take_photos(str(tmp_path / kind), str(tmp_path / f'{kind}_scene'))
     ]
     for kind in ('timed', 'plain')
   ]
@@ -95,25 +96,27 @@ def test_masks_are_turned_with_their_photographs(tmp_path):
   mask[:5] = 255
   (tmp_path / 'masks').mkdir()
   Image.fromarray(mask).save(tmp_path / 'masks/a.png')
-  gather.take_photos(str(tmp_path / 'photos'), str(tmp_path / 'scene'), str(tmp_path / 'masks'))
+  photos_lib.take_photos(str(tmp_path / 'photos'), str(tmp_path / 'scene'), str(tmp_path / 'masks'))
   upright = np.asarray(Image.open(tmp_path / 'scene/masks/a.jpg.png'))
   np.testing.assert_array_equal(upright, np.rot90(mask, -1))
   Image.fromarray(mask[:-1]).save(tmp_path / 'masks/b.png')
   with pytest.raises(ValueError, match=r'b\.png: is 20x29 pixels, but its photograph has 30x20'):
-    gather.take_photos(str(tmp_path / 'photos'), str(tmp_path / 'other'), str(tmp_path / 'masks'))
+    photos_lib.take_photos(
+      str(tmp_path / 'photos'), str(tmp_path / 'other'), str(tmp_path / 'masks')
+    )
 
 
 def test_photographs_may_lie_in_the_capture_but_are_not_turned_there(tmp_path):
   folder = tmp_path / 'scene' / 'images'
   save_turned(folder / 'a.jpg', np.zeros((8, 12, 3), np.uint8), 1)
   before = (folder / 'a.jpg').stat().st_mtime_ns
-  assert len(gather.take_photos(str(folder), str(tmp_path / 'scene'))) == 1
+  assert len(photos_lib.take_photos(str(folder), str(tmp_path / 'scene'))) == 1
   assert (folder / 'a.jpg').stat().st_mtime_ns == before
   save_turned(folder / 'b.jpg', np.zeros((8, 12, 3), np.uint8), 6)
   with pytest.raises(
-    poses.PosesError, match=r'b\.jpg: must be turned, .* no photograph is changed'
+    pipeline.PosesError, match=r'b\.jpg: must be turned, .* no photograph is changed'
   ):
-    gather.take_photos(str(folder), str(tmp_path / 'scene'))
+    photos_lib.take_photos(str(folder), str(tmp_path / 'scene'))
 
 
 # Videos.
@@ -130,43 +133,45 @@ def write_film(path, sharp, frames=24):
     img = img.copy()
     img[:16] = k / frames
     names.append(str(path.parent / f'{k:03d}.png'))
-    vis.write_png(names[-1], img)
+    pictures.write_png(names[-1], img)
   video.write_video(names, str(path), fps=8, crf=10)
 
 
 def test_the_sharpest_frame_of_each_window_is_taken(tmp_path):
   sharp = (2, 11, 12, 23)
   write_film(tmp_path / 'film.mp4', sharp)
-  photos = film.take_frames(str(tmp_path / 'film.mp4'), str(tmp_path / 'scene'), 4)
+  photos = video_frames.take_frames(str(tmp_path / 'film.mp4'), str(tmp_path / 'scene'), 4)
   assert [photo.source for photo in photos] == [str(k) for k in sharp]
   assert [photo.name for photo in photos] == [f'frame_{k:04d}.jpg' for k in range(4)]
   for photo, number in zip(photos, sharp):
     with Image.open(tmp_path / 'scene' / 'images' / photo.name) as frame:
       assert frame.size == (128, 96)
       assert abs(np.asarray(frame)[2:12].mean() - 255 * number / 24) < 5
-  with pytest.raises(poses.PosesError, match='has 2 frames, too few'):
-    film.take_frames(str(tmp_path / 'film.mp4'), str(tmp_path / 'other'), 2)
+  with pytest.raises(pipeline.PosesError, match='has 2 frames, too few'):
+    video_frames.take_frames(str(tmp_path / 'film.mp4'), str(tmp_path / 'other'), 2)
 
 
 def test_windows_cover_all_frames_evenly():
   for frames, count in ((24, 4), (100, 7), (5, 9), (1, 1)):
-    found = film.windows(frames, count)
+    found = video_frames.windows(frames, count)
     assert [k for window in found for k in window] == list(range(frames))
     lengths = [len(window) for window in found]
     assert len(found) == min(frames, count)
     assert max(lengths) - min(lengths) <= 1 <= min(lengths)
-  assert film.sensible_count(3000, 100.0) == 200
-  assert film.sensible_count(3000, 10.0) == 100
-  assert film.sensible_count(60, 10.0) == 60
-  assert film.sensible_count(90_000, 3000.0) == 300
+  assert video_frames.sensible_count(3000, 100.0) == 200
+  assert video_frames.sensible_count(3000, 10.0) == 100
+  assert video_frames.sensible_count(60, 10.0) == 60
+  assert video_frames.sensible_count(90_000, 3000.0) == 300
 
 
 def test_sharpness_falls_with_blur_and_not_with_light():
   img = texture(5, 200).astype(np.uint8)
-  blurred = [vis.to_uint8(scipy.ndimage.gaussian_filter(img, (s, s, 0)) / 255.0) for s in (1, 2, 4)]
-  scores = [gather.sharpness(i) for i in (img, *blurred)]
+  blurred = [
+    pictures.to_uint8(scipy.ndimage.gaussian_filter(img, (s, s, 0)) / 255.0) for s in (1, 2, 4)
+  ]
+  scores = [photos_lib.sharpness(i) for i in (img, *blurred)]
   assert scores == sorted(scores, reverse=True)
   assert scores[2] < diagnosis.BLURRED * scores[0]
-  assert abs(gather.sharpness((img * 0.5).astype(np.uint8)) / scores[0] - 1) < 0.05
-  assert gather.sharpness(np.full((9, 9, 3), 7, np.uint8)) == 0
-  assert gather.sharpness(np.zeros((2, 2, 3), np.uint8)) == 0
+  assert abs(photos_lib.sharpness((img * 0.5).astype(np.uint8)) / scores[0] - 1) < 0.05
+  assert photos_lib.sharpness(np.full((9, 9, 3), 7, np.uint8)) == 0
+  assert photos_lib.sharpness(np.zeros((2, 2, 3), np.uint8)) == 0

@@ -10,7 +10,7 @@ from PIL import Image
 from rooms import VIEWS, room_pose, true_model, turns
 
 from internal import colmap
-from internal.poses import align, diagnosis, picture, preflight
+from internal.sfm import align, diagnosis, picture, preflight
 from scripts import compare_poses
 
 

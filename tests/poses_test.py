@@ -14,8 +14,10 @@ import scipy.ndimage
 from PIL import Image
 from rooms import FOCAL, SIZE, VIEWS, render_room, room_pose, true_model, turns
 
-from internal import colmap, configs, datasets, poses
-from internal.poses import align, gather, pairs, sfm
+from internal import colmap, configs, datasets
+from internal.sfm import align, pairs, reconstruction
+from internal.sfm import photos as photos_lib
+from internal.sfm import pipeline as pipeline_lib
 
 
 @pytest.fixture(scope='session')
@@ -32,7 +34,9 @@ def room(tmp_path_factory):
 
 def make_until(source, scene, module, name, after):
   """Poses until the call of a function after so many is made, where the process kills itself."""
-  module = {'gather': gather, 'pycolmap': sfm.colmap(), 'sfm': sfm}[module]
+  module = {'gather': photos_lib, 'pycolmap': reconstruction.colmap(), 'sfm': reconstruction}[
+    module
+  ]
   original, calls = getattr(module, name), []
 
   def patched(*args, **kwargs):
@@ -42,8 +46,8 @@ def make_until(source, scene, module, name, after):
     return original(*args, **kwargs)
 
   setattr(module, name, patched)
-  pairs.BLOCK, sfm._SNAPSHOT_SECONDS = 4, 0
-  poses.make(str(source), str(scene))
+  pairs.BLOCK, reconstruction._SNAPSHOT_SECONDS = 4, 0
+  pipeline_lib.make(str(source), str(scene))
 
 
 @pytest.fixture(scope='session')
@@ -52,7 +56,7 @@ def scene(room, tmp_path_factory):
   folder = tmp_path_factory.mktemp('scene') / 'room'
   had = {}
   context = multiprocessing.get_context('forkserver')
-  context.set_forkserver_preload(['internal.poses', 'poses_test'])  # Imported but once.
+  context.set_forkserver_preload(['internal.sfm.pipeline', 'poses_test'])  # Imported but once.
 
   def kill(*where):
     life = context.Process(target=make_until, args=(room, folder, *where))
@@ -63,16 +67,18 @@ def scene(room, tmp_path_factory):
   kill('gather', '_copy', 5)
   had['photographs'] = sorted(os.listdir(folder / 'images'))
   kill('pycolmap', 'extract_features', 1)
-  with sfm.database(folder) as db:
+  with reconstruction.database(folder) as db:
     had['features'] = db.num_keypoints()
   kill('pycolmap', 'match_image_pairs', 1)
-  with sfm.database(folder) as db:
+  with reconstruction.database(folder) as db:
     had['pairs'] = db.num_matched_image_pairs()
   kill('sfm', '_save_snapshot', 7)
-  newest, found = sfm._newest_snapshot, []
+  newest, found = reconstruction._newest_snapshot, []
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sfm, '_newest_snapshot', lambda *args: found.append(newest(*args)) or found[-1])
-    had['told'] = poses.make(str(room), str(folder))
+    patch.setattr(
+      reconstruction, '_newest_snapshot', lambda *args: found.append(newest(*args)) or found[-1]
+    )
+    had['told'] = pipeline_lib.make(str(room), str(folder))
   had['gone on with'] = found
   return folder, had
 
@@ -93,7 +99,7 @@ def test_a_killed_run_is_gone_on_with_at_each_stage(scene):
   folder, had = scene
   assert 0 < len(had['photographs']) < VIEWS + 2  # None of them half-written:
   assert all(name.startswith('view_') and name.endswith('.png') for name in had['photographs'])
-  with sfm.database(folder) as db:
+  with reconstruction.database(folder) as db:
     assert 0 < had['features'] < db.num_keypoints()
     assert 0 < had['pairs'] < db.num_matched_image_pairs()
   assert had['gone on with'] == [str(folder / '.mapping' / '000006')]
@@ -107,10 +113,10 @@ def test_what_is_done_is_not_done_again(scene, room, monkeypatch):
   def never(*_, **__):
     raise AssertionError('done already')
 
-  monkeypatch.setattr(gather, '_take', never)
+  monkeypatch.setattr(photos_lib, '_take', never)
   for name in ('extract_features', 'match_image_pairs', 'IncrementalPipeline'):
-    monkeypatch.setattr(sfm.colmap(), name, never)
-  poses.make(str(room), str(folder))
+    monkeypatch.setattr(reconstruction.colmap(), name, never)
+  pipeline_lib.make(str(room), str(folder))
   assert before
   assert {p: p.stat().st_mtime_ns for p in folder.rglob('*.bin')} == before
 
@@ -158,25 +164,28 @@ def test_the_largest_model_comes_first(monkeypatch, tmp_path):
   pipeline = type(
     'Pipeline', (), {'__init__': lambda *_: None, 'add_callback': lambda *_: 0, 'run': lambda _: 0}
   )
-  monkeypatch.setattr(sfm.colmap(), 'ReconstructionManager', manager)
-  monkeypatch.setattr(sfm.colmap(), 'IncrementalPipeline', pipeline)
-  sfm.database(tmp_path).close()
-  poses._reconstruct(str(tmp_path), ['a', 'b'], 1)
+  monkeypatch.setattr(reconstruction.colmap(), 'ReconstructionManager', manager)
+  monkeypatch.setattr(reconstruction.colmap(), 'IncrementalPipeline', pipeline)
+  reconstruction.database(tmp_path).close()
+  pipeline_lib._reconstruct(str(tmp_path), ['a', 'b'], 1)
   written = [(tmp_path / 'sparse' / str(k) / 'images.bin').read_text() for k in range(3)]
   assert written == ['9', '6', '4']
 
 
 def test_without_colmap_it_says_what_to_install(monkeypatch, room, tmp_path):
   monkeypatch.setitem(sys.modules, 'pycolmap', None)
-  with pytest.raises(poses.PosesError, match=r'pip install -r requirements-poses\.txt'):
-    poses.make(str(room), str(tmp_path / 'scene'))
+  with pytest.raises(pipeline_lib.PosesError, match=r'pip install -r requirements-poses\.txt'):
+    pipeline_lib.make(str(room), str(tmp_path / 'scene'))
   assert not (tmp_path / 'scene').exists()
 
 
 def test_two_runs_do_not_work_on_one_capture(scene, room):
   folder, _ = scene
-  with poses._alone(str(folder)), pytest.raises(poses.PosesError, match='another run is making'):
-    poses.make(str(room), str(folder))
+  with (
+    pipeline_lib._alone(str(folder)),
+    pytest.raises(pipeline_lib.PosesError, match='another run is making'),
+  ):
+    pipeline_lib.make(str(room), str(folder))
   assert not (folder / '.incoming').exists()
 
 
@@ -188,14 +197,14 @@ def test_photographs_added_later_are_taken_in(tmp_path, scene, room):
   state['asked']['source'] = os.path.realpath(photos)
   (folder / 'poses.json').write_text(json.dumps(state))
   Image.fromarray(render_room(room_pose(np.radians(43)))).save(photos / 'view_12.png')
-  told = poses.make(str(photos), str(folder))
+  told = pipeline_lib.make(str(photos), str(folder))
   assert (told['photographs'], told['posed']) == (13, VIEWS + 1)
   assert len(os.listdir(folder / 'images_2')) == 13
-  with sfm.database(folder) as db:
+  with reconstruction.database(folder) as db:
     assert db.num_cameras() == 1  # The new one was taken by the same camera.
   (photos / 'view_3.png').unlink()
-  with pytest.raises(poses.PosesError, match=r'view_3\.png: has been changed or removed'):
-    poses.make(str(photos), str(folder))
+  with pytest.raises(pipeline_lib.PosesError, match=r'view_3\.png: has been changed or removed'):
+    pipeline_lib.make(str(photos), str(folder))
 
 
 def test_pictures_that_share_nothing_are_an_error_with_a_report(tmp_path):
@@ -203,8 +212,8 @@ def test_pictures_that_share_nothing_are_an_error_with_a_report(tmp_path):
   for k in range(3):
     noise = np.random.default_rng(k).integers(0, 256, (64, 80, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / 'photos' / f'{k} ö.png')
-  with pytest.raises(poses.PosesError, match='None of the 3 photographs could be placed'):
-    poses.make(str(tmp_path / 'photos'), str(tmp_path / 'scene'))
+  with pytest.raises(pipeline_lib.PosesError, match='None of the 3 photographs could be placed'):
+    pipeline_lib.make(str(tmp_path / 'photos'), str(tmp_path / 'scene'))
   told = json.loads((tmp_path / 'scene' / 'preflight.json').read_text())
   assert told['posed'] == 0
   assert len(told['failed']) == 3
@@ -220,10 +229,10 @@ def test_features_are_not_found_where_masked(tmp_path, room):
   mask = np.full((SIZE[1], SIZE[0]), 255, np.uint8)
   mask[:, :128] = 0
   Image.fromarray(mask).save(masks / 'view_0.png')
-  taken = gather.take_photos(str(photos), str(tmp_path / 'scene'), str(masks))
-  sfm.extract(str(tmp_path / 'scene'), taken, None)
-  ids = sfm.image_ids(str(tmp_path / 'scene'))
-  with sfm.database(tmp_path / 'scene') as db:
+  taken = photos_lib.take_photos(str(photos), str(tmp_path / 'scene'), str(masks))
+  reconstruction.extract(str(tmp_path / 'scene'), taken, None)
+  ids = reconstruction.image_ids(str(tmp_path / 'scene'))
+  with reconstruction.database(tmp_path / 'scene') as db:
     across = [db.read_keypoints(ids[f'view_{k}.png'])[:, 0] for k in range(2)]
   assert across[0].min() >= 127
   assert len(across[0]) > 50
@@ -232,8 +241,8 @@ def test_features_are_not_found_where_masked(tmp_path, room):
 
 def test_bad_input_is_one_line_that_says_what_to_do(tmp_path, room):
   def fails(source, scene, words, **kwargs):
-    with pytest.raises((poses.PosesError, OSError, ValueError), match=words) as error:
-      poses.make(str(source), str(scene), poses.Options(**kwargs))
+    with pytest.raises((pipeline_lib.PosesError, OSError, ValueError), match=words) as error:
+      pipeline_lib.make(str(source), str(scene), pipeline_lib.Options(**kwargs))
     assert '\n' not in str(error.value)
 
   new = tmp_path / 'new'
@@ -322,7 +331,7 @@ def test_which_pairs_are_matched(monkeypatch, tmp_path, n, matching, ordered, ex
   similarity = rng.uniform(size=(n, n))
   monkeypatch.setattr(pairs, 'similarities', lambda *_: similarity + similarity.T)
   names = [str(k) for k in range(n)]
-  found = sfm.choose_pairs(str(tmp_path), names, matching, ordered)
+  found = reconstruction.choose_pairs(str(tmp_path), names, matching, ordered)
   neighbours = {(k, k + 1) for k in range(n - 1)}
   assert (len(found) == n * (n - 1) // 2) == (expected == 'all')
   assert (neighbours <= found) == (expected in ('all', 'near'))

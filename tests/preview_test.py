@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import trajectory_test
 
-from internal import configs, preview, trajectory
+from internal import configs
 from internal.datasets import llff, sparse_points
+from internal.rendering import preview, trajectory
 
 RED = np.array([[255, 0, 0]], np.uint8)
 

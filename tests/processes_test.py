@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import resume_test
 
-from internal import checkpoints
+from internal.training import checkpoints
 
-SECONDS = 20  # In which the others end where connections break: less than sharding.HEARTBEAT.
+SECONDS = 20  # In which the others end where connections break: less than processes.HEARTBEAT.
 HEARTBEAT = {'HEARTBEAT': 10}  # In its place, where they do not.
 SPLIT = {'_LARGE': 512}  # Bytes: most of a small model's arrays are shared out among the devices.
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from internal import progress
+from internal.system import progress
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -105,7 +105,8 @@ def screen(shown):
 
 _PROGRAM = """
 import sys, time
-from internal import cli, progress
+from internal import cli
+from internal.system import progress
 def main():
   cli.make_parser('about').parse_args()
   with progress.Bar('training', 40) as bar:

@@ -6,7 +6,8 @@ import pytest
 import tiny
 from scipy import ndimage
 
-from internal import configs, image, lpips, report
+from internal import configs, image
+from internal.evaluation import lpips, metrics
 
 
 @pytest.fixture
@@ -24,10 +25,10 @@ class TestImageMetrics:
     img, truth = pair
     quantised = np.round(np.clip(img, 0, 1) * 255) / 255
     wanted = -10 * np.log10(np.mean((quantised - truth / 255.0) ** 2))
-    got = report.image_metrics(img, truth, configs.Config())
-    assert tuple(got) == report.METRICS
+    got = metrics.image_metrics(img, truth, configs.Config())
+    assert tuple(got) == metrics.METRICS
     assert got['psnr'] == pytest.approx(wanted, abs=1e-3)
-    exact = report.image_metrics(img, truth, configs.Config(eval_quantize_metrics=False))
+    exact = metrics.image_metrics(img, truth, configs.Config(eval_quantize_metrics=False))
     assert exact['psnr'] != got['psnr']
     assert exact['psnr'] == pytest.approx(
       -10 * np.log10(np.mean((img - truth / 255.0) ** 2)), abs=1e-3
@@ -35,7 +36,7 @@ class TestImageMetrics:
 
   def test_a_colour_cast_is_forgiven_only_by_the_corrected_metrics(self, pair):
     img, truth = pair
-    got = report.image_metrics(img, truth, configs.Config())
+    got = metrics.image_metrics(img, truth, configs.Config())
     assert got['cc_psnr'] > got['psnr'] + 8
     fixed = image.quantize(image.color_correct(img, np.float32(truth / 255)))
     assert got['cc_ssim'] == pytest.approx(
@@ -47,20 +48,20 @@ class TestImageMetrics:
     spoiled = img.copy()
     spoiled[:3] = spoiled[-3:] = spoiled[:, :3] = spoiled[:, -3:] = 0
     config = configs.Config(eval_crop_borders=3)
-    a, b = (report.image_metrics(x, truth, config) for x in (img, spoiled))
+    a, b = (metrics.image_metrics(x, truth, config) for x in (img, spoiled))
     assert a['psnr'] == pytest.approx(b['psnr'], abs=1e-5)
-    assert report.image_metrics(spoiled, truth, configs.Config())['psnr'] < a['psnr'] - 3
+    assert metrics.image_metrics(spoiled, truth, configs.Config())['psnr'] < a['psnr'] - 3
 
   def test_values_out_of_range_are_clipped(self, pair):
     img, truth = pair
     got = [
-      report.image_metrics(x, truth, configs.Config()) for x in (np.clip(4 * img, 0, 1), 4 * img)
+      metrics.image_metrics(x, truth, configs.Config()) for x in (np.clip(4 * img, 0, 1), 4 * img)
     ]
     assert got[0] == got[1]
 
   def test_a_perfect_prediction(self, pair):
     _, truth = pair
-    got = report.image_metrics(truth / 255.0, truth, configs.Config())
+    got = metrics.image_metrics(truth / 255.0, truth, configs.Config())
     assert np.isposinf(got['psnr'])
     assert got['ssim'] == pytest.approx(1, abs=1e-6)
 
@@ -73,25 +74,25 @@ class TestImageMetrics:
       return dict.fromkeys(lpips.METRICS, 0.25)
 
     config = configs.Config(eval_crop_borders=2)
-    got = report.image_metrics(img, truth, config, measure_lpips=measure)
-    assert tuple(got) == (*report.METRICS, *lpips.METRICS)
+    got = metrics.image_metrics(img, truth, config, measure_lpips=measure)
+    assert tuple(got) == (*metrics.METRICS, *lpips.METRICS)
     assert got['lpips_vgg'] == 0.25
     ((shown, wanted, mask),) = seen  # Once: not of the corrected colours.
     assert mask is None
     np.testing.assert_allclose(shown, np.round(np.clip(img, 0, 1) * 255)[2:-2, 2:-2] / 255)
     np.testing.assert_allclose(wanted, truth[2:-2, 2:-2] / 255, rtol=1e-6)
     mask = np.arange(truth[..., 0].size).reshape(truth.shape[:2]) % 40 < 30
-    report.image_metrics(img, truth, config, mask, measure)
+    metrics.image_metrics(img, truth, config, mask, measure)
     np.testing.assert_array_equal(seen[-1][2], mask[2:-2, 2:-2])
 
   def test_sizes_must_agree(self, pair):
     with pytest.raises(ValueError, match='compared'):
-      report.image_metrics(pair[0], pair[1][:, :-1], configs.Config())
+      metrics.image_metrics(pair[0], pair[1][:, :-1], configs.Config())
 
 
 class TestProtocol:
   def test_the_published_one_has_no_departures(self):
-    got = report.protocol(configs.Config(dataset_loader='llff', factor=4), report.every(8))
+    got = metrics.protocol(configs.Config(dataset_loader='llff', factor=4), metrics.every(8))
     assert got['name'] == 'mip-NeRF 360'
     assert got['departures'] == []
 
@@ -105,18 +106,18 @@ class TestProtocol:
     ],
   )
   def test_every_departure_is_named(self, change, word):
-    got = report.protocol(configs.Config(**change), report.OWN_SPLIT)
+    got = metrics.protocol(configs.Config(**change), metrics.OWN_SPLIT)
     assert got['name'] == 'mip-NeRF 360, modified'
     assert len(got['departures']) == 1
     assert word in got['departures'][0]
 
-  @pytest.mark.parametrize('split', [report.every(10), 'every 8th image, not by name'])
+  @pytest.mark.parametrize('split', [metrics.every(10), 'every 8th image, not by name'])
   def test_another_split_is_a_departure(self, split):
-    got = report.protocol(configs.Config(), split)
+    got = metrics.protocol(configs.Config(), split)
     assert got['departures'] == [f'test images: {split}; published: every 8th image by name']
 
   def test_what_tables_compare(self):
-    got = report.protocol(configs.Config(eval_crop_borders=3), report.every(10))
+    got = metrics.protocol(configs.Config(eval_crop_borders=3), metrics.every(10))
     assert (got['quantized'], got['crop_borders'], got['render_interval']) == (True, 3, 1)
     assert got['test_split'] == 'every 10th image by name'
     assert set(got['lpips']) == {'lpips_paper', 'lpips_vgg'}
@@ -132,13 +133,13 @@ class TestProtocol:
   )
   def test_splits_are_told_by_what_they_are(self, names, test, split):
     scene = SimpleNamespace(names=tuple(names), test=test)
-    assert report.test_split(configs.Config(llffhold=3), scene) == split
+    assert metrics.test_split(configs.Config(llffhold=3), scene) == split
 
 
 class TestConfigHash:
   def test_scenes_share_it_and_methods_do_not(self):
     def hashed(*bindings):
-      return report.config_hash(configs.load_config(['configs/360.gin'], bindings))
+      return metrics.config_hash(configs.load_config(['configs/360.gin'], bindings))
 
     here = hashed()
     assert len(here) == 16
@@ -177,8 +178,8 @@ class TestResults:
 
   def test_says_all_that_is_asked_of_it(self):
     settings = tiny.settings("Config.data_dir = '/captures/bonsai/'", 'Config.factor = 2')
-    got = report.make_results(
-      settings, report.every(8), self.rows(), 5000, 9_007_493, 'no weights', 77.5
+    got = metrics.make_results(
+      settings, metrics.every(8), self.rows(), 5000, 9_007_493, 'no weights', 77.5
     )
     mean = {'psnr': 25, 'ssim': 0.5, 'cc_psnr': 21, 'cc_ssim': 0.6}
     assert got['mean'] == pytest.approx({**mean, 'lpips_paper': None, 'lpips_vgg': None})
@@ -191,9 +192,9 @@ class TestResults:
     assert got['image_sizes'] == {'16x16': 1, '20x16': 2}
     assert got['masked_images'] == 1
     assert got['seconds_per_image'] == 2  # Not drawn off by the minute of compiling.
-    assert got['schema_version'] == report.SCHEMA_VERSION
+    assert got['schema_version'] == metrics.SCHEMA_VERSION
     assert got['mlp_dtype'] == 'float32'  # Which 'auto' means on a CPU.
-    assert got['config_hash'] == report.config_hash(settings)
+    assert got['config_hash'] == metrics.config_hash(settings)
     assert got['device']['count'] == 8
     assert set(got['software']) >= {'jax', 'flax', 'numpy', 'python'}
 
@@ -201,16 +202,16 @@ class TestResults:
     rows = self.rows()
     for k, row in enumerate(rows):
       row |= {'lpips_paper': 0.1 * k, 'lpips_vgg': 0.2 * k}
-    got = report.make_results(tiny.settings(), report.every(8), rows, 1, 2)
+    got = metrics.make_results(tiny.settings(), metrics.every(8), rows, 1, 2)
     assert got['mean']['lpips_paper'] == pytest.approx(0.1)
     assert got['mean']['lpips_vgg'] == pytest.approx(0.2)
     assert got['lpips']['absent'] is None
 
   @pytest.mark.parametrize('value', [np.inf, -np.inf, np.nan, np.float32(np.nan)])
   def test_json_stays_valid_whatever_the_numbers(self, tmp_path, value):
-    got = report.make_results(tiny.settings(), report.every(8), self.rows(psnr=value), 1, 2)
+    got = metrics.make_results(tiny.settings(), metrics.every(8), self.rows(psnr=value), 1, 2)
     path = tmp_path / 'new' / 'results.json'
-    report.write_json(str(path), got)
+    metrics.write_json(str(path), got)
 
     def refuse(constant):
       raise AssertionError(f'{constant} is not JSON')
@@ -223,11 +224,11 @@ class TestResults:
 
   def test_numpy_numbers_come_back_as_they_were(self, tmp_path):
     path = tmp_path / 'a.json'
-    report.write_json(str(path), {'a': np.int32(3), 'b': (np.float64(0.1), True), 'c': None})
+    metrics.write_json(str(path), {'a': np.int32(3), 'b': (np.float64(0.1), True), 'c': None})
     assert json.loads(path.read_text()) == {'a': 3, 'b': [0.1, True], 'c': None}
 
   def test_a_line_has_all_metrics(self):
-    line = report.format_metrics(self.rows()[0])
+    line = metrics.format_metrics(self.rows()[0])
     assert line == 'psnr 20.00  ssim 0.5000  cc_psnr 21.00  cc_ssim 0.6000'
     more = {**self.rows()[0], 'lpips_paper': 0.25, 'lpips_vgg': None}
-    assert report.format_metrics(more) == line + '  lpips_paper 0.2500'
+    assert metrics.format_metrics(more) == line + '  lpips_paper 0.2500'

@@ -16,7 +16,7 @@ import pytest
 import tiny
 from tensorboardX.proto import event_pb2
 
-from internal import checkpoints
+from internal.training import checkpoints
 
 _TIMES = ('time', 'train_seconds', 'rays_per_sec', 'test_seconds')
 

@@ -4,7 +4,8 @@ import captures
 import numpy as np
 import scipy.ndimage
 
-from internal import colmap, vis
+from internal import colmap
+from internal.vis import pictures
 
 SIZE, FOCAL, VIEWS = (256, 192), 220.0, 10
 
@@ -50,7 +51,7 @@ def render_room(pose, size=SIZE, focal=FOCAL):
       img[on, c] = scipy.ndimage.map_coordinates(
         TEXTURES[axis][..., c], [u, v], order=1, mode='grid-wrap'
       )
-  return vis.to_uint8(img / 255)
+  return pictures.to_uint8(img / 255)
 
 
 def turns(n):

@@ -13,8 +13,11 @@ import pytest
 import rich.console
 import tiny
 
-from internal import benchmarks, configs, dataset_runs, jobs, lpips, progress, report, results
-from scripts import run_dataset as program
+from internal import configs
+from internal.commands import run_dataset as program
+from internal.evaluation import benchmarks, lpips, metrics, results
+from internal.experiments import dataset_runs, jobs
+from internal.system import progress
 
 TINY = tiny.TINY
 NINE = benchmarks.load('360')
@@ -121,7 +124,7 @@ class TestIsFinished:
   def finished(self, plan, **change):
     told = {
       'step': plan.settings.config.last_step,
-      'config_hash': report.config_hash(plan.settings),
+      'config_hash': metrics.config_hash(plan.settings),
     }
     content = {**outcomes.published_scene('garden'), **told, **change}
     outcomes.write(plan.results, content)
@@ -139,7 +142,7 @@ class TestIsFinished:
 
   def test_not_if_another_evaluation_is_asked_for(self, plan, monkeypatch):
     assert self.finished(plan())
-    monkeypatch.setattr(report, '_DESCRIPTION', 'the same in other words')
+    monkeypatch.setattr(metrics, '_DESCRIPTION', 'the same in other words')
     assert dataset_runs.is_finished(plan())
     assert not dataset_runs.is_finished(plan('garden', 'Config.eval_crop_borders = 2'))
 
@@ -191,7 +194,7 @@ def stand_in(monkeypatch):
   def make_job(plan):
     content = outcomes.published_scene(plan.scene)
     content['step'] = plan.settings.config.last_step
-    content['config_hash'] = report.config_hash(plan.settings)
+    content['config_hash'] = metrics.config_hash(plan.settings)
     outcomes.write(os.path.join(plan.folder, 'made.json'), content)
     broken = os.path.join(os.path.dirname(plan.folder), 'broken')
     fail = f'[ {plan.scene} != room ] || [ ! -e {shlex.quote(broken)} ] || exit 7'

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from internal import runlog
+from internal.training import runlog
 
 
 def _rows(folder):

@@ -7,7 +7,8 @@ import jax
 import pytest
 import tiny
 
-from scripts import benchmark_programs, scaling, scaling_tables
+from internal.commands import scaling
+from internal.profiling import programs, scaling_tables
 
 SMALLER = ('Model.num_levels = 2', 'PropMLP.net_depth = 1', 'NerfMLP.net_depth = 1')
 
@@ -71,8 +72,8 @@ def test_losses_on_one_device_and_on_all_are_compared():
 
 def test_a_small_run_that_goes_on(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(scaling, 'probe', lambda: ('cpu', 'cpu', 8))
-  cams_and_pixels = benchmark_programs.synthetic()
-  monkeypatch.setattr(benchmark_programs, 'synthetic', lambda: cams_and_pixels)
+  cams_and_pixels = programs.synthetic()
+  monkeypatch.setattr(programs, 'synthetic', lambda: cams_and_pixels)
   gin = tmp_path / 'a.gin'
   gin.write_text('\n'.join([*tiny.TINY, *SMALLER]))
   out = tmp_path / 'out'

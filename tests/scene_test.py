@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from internal import cameras, structs
-from internal.datasets import images, scene
+from internal.datasets import images, scenes
 
 
-def sample(ndc=True) -> scene.Scene:
+def sample(ndc=True) -> scenes.Scene:
   rng = np.random.default_rng(0)
   table = cameras.make_cameras(
     rng.random((3, 3, 3)),  # Focal lengths are positive.
@@ -23,7 +23,7 @@ def sample(ndc=True) -> scene.Scene:
     lens=[structs.FISHEYE, 0, 0],
     pixtocam_ndc=rng.normal(size=(3, 3)) if ndc else None,
   )
-  return scene.Scene(
+  return scenes.Scene(
     loader='llff',
     files=('images/0.png', 'images/\udce4.png', 'images/2.png'),
     names=('0.png', '\udce4.png', 'ü 2.png'),
@@ -41,9 +41,9 @@ def sample(ndc=True) -> scene.Scene:
 def test_round_trip_is_exact(tmp_path, ndc):
   path = str(tmp_path / 'scene.json')
   a = sample(ndc)
-  scene.save_scene(path, a)
-  b = scene.load_scene(path)
-  for field in dataclasses.fields(scene.Scene):
+  scenes.save_scene(path, a)
+  b = scenes.load_scene(path)
+  for field in dataclasses.fields(scenes.Scene):
     if field.name not in ('cameras', 'world_transform'):
       assert getattr(a, field.name) == getattr(b, field.name), field.name
   np.testing.assert_array_equal(a.world_transform, b.world_transform)
@@ -57,27 +57,27 @@ def test_round_trip_is_exact(tmp_path, ndc):
 
 def test_a_failed_save_keeps_the_old_one(tmp_path):
   path = str(tmp_path / 'scene.json')
-  scene.save_scene(path, sample())
+  scenes.save_scene(path, sample())
   with pytest.raises(TypeError):
-    scene.save_scene(path, dataclasses.replace(sample(), report={'x': object()}))
-  assert scene.load_scene(path).report == {'images_found': 3}
+    scenes.save_scene(path, dataclasses.replace(sample(), report={'x': object()}))
+  assert scenes.load_scene(path).report == {'images_found': 3}
 
 
 def test_bad_files_are_named(tmp_path):
   path = str(tmp_path / 'scene.json')
   with pytest.raises(images.DataNotFoundError, match=r'scene\.json'):
-    scene.load_scene(path)
-  scene.save_scene(path, sample())
+    scenes.load_scene(path)
+  scenes.save_scene(path, sample())
   fields = json.loads((tmp_path / 'scene.json').read_text())
   for content in ('{', '[]', '{"version": 1}', json.dumps({**fields, 'new': 1})):
     with open(path, 'w') as f:
       f.write(content)
     with pytest.raises(images.DataError, match=r'scene\.json: is no scene'):
-      scene.load_scene(path)
+      scenes.load_scene(path)
   with open(path, 'w') as f:
     json.dump({**fields, 'version': 99}, f)
   with pytest.raises(images.DataError, match=r'version 99'):
-    scene.load_scene(path)
+    scenes.load_scene(path)
 
 
 @pytest.mark.parametrize(
@@ -104,28 +104,28 @@ def test_bad_files_are_named(tmp_path):
 )
 def test_impossible_values_are_refused(tmp_path, place, value):
   path = tmp_path / 'scene.json'
-  scene.save_scene(str(path), sample())
+  scenes.save_scene(str(path), sample())
   fields = json.loads(path.read_text())
   holder = fields['cameras'] if len(place) > 1 else fields
   assert place[-1] in holder
   holder[place[-1]] = value
   path.write_text(json.dumps(fields))
   with pytest.raises(images.DataError, match=r'scene\.json: is no scene .*Train anew'):
-    scene.load_scene(str(path))
+    scenes.load_scene(str(path))
 
 
 def test_pixels(tmp_path):
   for i, name in enumerate(('0.png', '2.png')):
     captures.save_image(str(tmp_path / 'images' / name), captures.pixels(i))
   some = sample()
-  np.testing.assert_array_equal(scene.read_image(str(tmp_path), some, 0), captures.pixels(0))
-  two = scene.read_images(str(tmp_path), some, (2, 0), progress=False)
+  np.testing.assert_array_equal(scenes.read_image(str(tmp_path), some, 0), captures.pixels(0))
+  two = scenes.read_images(str(tmp_path), some, (2, 0), progress=False)
   np.testing.assert_array_equal(two, [captures.pixels(1), captures.pixels(0)])
   with pytest.raises(images.DataNotFoundError, match='no such image'):
-    scene.read_images(str(tmp_path), some, (0, 1), progress=False)
+    scenes.read_images(str(tmp_path), some, (0, 1), progress=False)
   captures.save_image(str(tmp_path / 'images' / '0.png'), captures.pixels(0, (17, 12)))
   with pytest.raises(images.DataError, match=r'0\.png: is 17x12.*16x12'):
-    scene.read_image(str(tmp_path), some, 0)
+    scenes.read_image(str(tmp_path), some, 0)
   outside = dataclasses.replace(some, files=('../images/0.png',) * 3)
   with pytest.raises(images.DataError, match='not a path inside'):
-    scene.read_image(str(tmp_path), outside, 0)
+    scenes.read_image(str(tmp_path), outside, 0)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from internal import sharding
+from internal.devices import memory, processes, sharding
 
 
 def test_a_mesh_over_all_devices_or_some():
@@ -119,7 +119,7 @@ class Fakes:
 
     def lower(*args):
       def compile_with(options):
-        assert options == sharding.compiler_options()
+        assert options == memory.compiler_options()
         return compile_(args)
 
       return SimpleNamespace(compile=compile_with)
@@ -133,7 +133,7 @@ EXHAUSTED = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while 
 class TestFirstFit:
   def fit(self, sizes, free):
     fakes = Fakes(sizes)
-    return fakes, sharding.FirstFit(fakes.variant, list(sizes), lambda: free)
+    return fakes, memory.FirstFit(fakes.variant, list(sizes), lambda: free)
 
   @pytest.mark.parametrize(
     ('free', 'choice'), [(1112, 1), (1110, 2), (556, 2), (555, 4), (None, 1)]
@@ -175,7 +175,7 @@ class TestFirstFit:
     def variant(parts):
       return jax.jit(lambda x: (x + 1, jnp.ones(1024 // parts)), donate_argnums=0)
 
-    program = sharding.FirstFit(variant, (1, 2), lambda: 3000)
+    program = memory.FirstFit(variant, (1, 2), lambda: 3000)
     more, ones = program(jnp.zeros(4096))  # 16 KB, donated.
     assert ones.shape == (512,)
     np.testing.assert_array_equal(more, 1)
@@ -188,19 +188,19 @@ def test_free_memory_is_that_of_the_fullest_device():
     return SimpleNamespace(local_devices=devices)
 
   one, two = {'bytes_limit': 100, 'bytes_in_use': 40}, {'bytes_limit': 100, 'bytes_in_use': 70}
-  assert sharding.free_memory(mesh(one, two)) == 30
-  assert sharding.free_memory(mesh(one, {'bytes_limit': 100})) is None
-  assert sharding.free_memory(mesh(None)) is None
-  assert sharding.free_memory(sharding.make_mesh()) is None  # CPU.
+  assert memory.free_memory(mesh(one, two)) == 30
+  assert memory.free_memory(mesh(one, {'bytes_limit': 100})) is None
+  assert memory.free_memory(mesh(None)) is None
+  assert memory.free_memory(sharding.make_mesh()) is None  # CPU.
 
 
 _CHOOSE = """
 import jax, jax.numpy as jnp
-from internal import sharding
-sharding.initialize()
+from internal.devices import memory, processes
+processes.initialize()
 variant = lambda parts: jax.jit(lambda x: x + jnp.ones(4096 // parts))
 free = (10**9, 8192)[jax.process_index()]
-program = sharding.FirstFit(variant, (1, 2, 4, 8), lambda: free)
+program = memory.FirstFit(variant, (1, 2, 4, 8), lambda: free)
 program(1.0)
 print('chose', program.choice)
 """
@@ -233,7 +233,7 @@ def test_half_a_description_of_the_processes_is_refused(monkeypatch, missing):
     monkeypatch.setenv(name, value)
   monkeypatch.delenv(missing)
   with pytest.raises(ValueError, match=f'JAX_COORDINATOR_ADDRESS is set.*{missing}'):
-    sharding.initialize()
+    processes.initialize()
 
 
 def test_who_joins_whom(monkeypatch):
@@ -241,26 +241,26 @@ def test_who_joins_whom(monkeypatch):
   calls = []
 
   def join(*args, heartbeat_timeout_seconds):
-    assert heartbeat_timeout_seconds == sharding.HEARTBEAT == 30
+    assert heartbeat_timeout_seconds == processes.HEARTBEAT == 30
     calls.append(args)
 
   monkeypatch.setattr(jax.distributed, 'initialize', join)
-  monkeypatch.setattr(sharding, '_on_tpu_vm', lambda: False)
-  sharding.initialize()
+  monkeypatch.setattr(processes, '_on_tpu_vm', lambda: False)
+  processes.initialize()
   monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '1')
-  sharding.initialize()
+  processes.initialize()
   assert calls == []
   monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '4')
-  sharding.initialize()
+  processes.initialize()
   assert calls == [()]
   told = {'JAX_COORDINATOR_ADDRESS': 'x:1', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '1'}
   for name, value in told.items():
     monkeypatch.setenv(name, value)
-  sharding.initialize()
+  processes.initialize()
   assert calls[-1] == ('x:1', 2, 1)
 
 
 def test_only_gpus_are_told_to_call_cublas(monkeypatch):
-  assert sharding.compiler_options() == {}  # Other backends do not know the name.
+  assert memory.compiler_options() == {}  # Other backends do not know the name.
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  assert sharding.compiler_options() == {'xla_gpu_enable_triton_gemm': False}
+  assert memory.compiler_options() == {'xla_gpu_enable_triton_gemm': False}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from internal import signals
+from internal.system import signals
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,7 +44,7 @@ def test_handlers_are_as_before_afterwards():
 
 _BUSY = """
 import hashlib
-from internal import signals
+from internal.system import signals
 with signals.listening(), signals.postponed() as request:
   print('busy', flush=True)
   hashlib.pbkdf2_hmac('sha256', b'', b'', {count})  # Minutes in C code; other threads may run.

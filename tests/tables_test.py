@@ -8,8 +8,9 @@ import numpy as np
 import outcomes
 import pytest
 
-from internal import benchmarks, cli, configs, table_forms, tables
-from scripts import tables as program
+from internal import cli, configs
+from internal.commands import tables as program
+from internal.evaluation import benchmarks, table_forms, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = 'mip-NeRF 360, paper'

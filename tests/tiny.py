@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 
-from internal import cameras, configs, sharding
+from internal import cameras, configs
+from internal.devices import sharding
 
 TINY = (
   'Config.batch_size = 64',

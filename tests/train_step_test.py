@@ -10,7 +10,10 @@ import pytest
 import tiny
 from jax.sharding import Mesh
 
-from internal import batches, configs, evaluation, sharding, train_step
+from internal import configs
+from internal.devices import sharding
+from internal.rendering import renderer
+from internal.training import batches, train_step
 
 
 def _run(settings, mesh, steps, on_device=True):
@@ -301,7 +304,7 @@ def test_training_and_rendering_lower_for_tpu_cuda_and_cpu(name, binding):
   exported = jax.export.export(step_fn.variant(1), platforms=PLATFORMS)(*args)
   assert exported.platforms == PLATFORMS
   assert exported.nr_devices == 8
-  render_fn = evaluation.make_chunk_renderer(settings, mesh)
+  render_fn = renderer.make_chunk_renderer(settings, mesh)
   scalar = jax.ShapeDtypeStruct((), jnp.int32)
   frac = jax.ShapeDtypeStruct((), jnp.float32)
   exported = jax.export.export(render_fn.variant(16384), platforms=PLATFORMS)(

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from internal import cameras, configs, orbits, path_files, paths, structs, trajectory
-from internal.datasets import scene as scene_lib
+from internal import cameras, configs, paths, structs
+from internal.datasets import scenes
+from internal.rendering import orbits, path_files, trajectory
 
 
 def make_scene(n=8, lens=structs.PERSPECTIVE, bounds=None, pixtocam_ndc=None):
@@ -25,7 +26,7 @@ def make_scene(n=8, lens=structs.PERSPECTIVE, bounds=None, pixtocam_ndc=None):
     pixtocam_ndc=pixtocam_ndc,
   )
   names = tuple(f'dir/img_{i}.jpg' for i in range(n))
-  return scene_lib.Scene(
+  return scenes.Scene(
     loader='llff', files=names, names=names, cameras=cams, train=tuple(range(1, n)), test=(0,),
     world_transform=np.eye(4), background='none', bounds=bounds, report={},
   )  # fmt: skip

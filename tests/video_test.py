@@ -5,7 +5,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from internal import video, vis
+from internal.vis import pictures, video
 
 _COLORS = ((200, 30, 40), (20, 180, 60), (30, 40, 210), (240, 240, 240), (10, 10, 10))
 
@@ -17,7 +17,7 @@ def frames(tmp_path):
     img = np.full((34, 48, 3), _COLORS[k % 5], np.uint8)
     img[:, 24:] = _COLORS[(k + 1) % 5]
     paths.append(str(tmp_path / f'{k:03d}.png'))
-    vis.write_png(paths[-1], img)
+    pictures.write_png(paths[-1], img)
   return paths
 
 
@@ -44,7 +44,7 @@ def test_frames_come_back_in_number_order_and_colour(frames, tmp_path):
 
 def test_odd_sizes_gain_one_line(tmp_path):
   path, out = str(tmp_path / 'a.png'), str(tmp_path / 'out.mp4')
-  vis.write_png(path, np.full((33, 47, 3), 90, np.uint8))
+  pictures.write_png(path, np.full((33, 47, 3), 90, np.uint8))
   video.write_video([path] * 3, out)
   meta, decoded = decode(out)
   assert meta['size'] == (48, 34)
@@ -59,7 +59,7 @@ def test_leaves_no_temporary_file(frames, tmp_path):
 def test_crf_trades_size(frames, tmp_path):
   rng = np.random.default_rng(0)
   for path in frames:
-    vis.write_png(path, rng.random((34, 48, 3)))
+    pictures.write_png(path, rng.random((34, 48, 3)))
   sizes = []
   for crf in (5, 45):
     video.write_video(frames, str(tmp_path / f'{crf}.mp4'), crf=crf)
@@ -96,7 +96,7 @@ class TestFailures:
       video.write_video(frames, str(tmp_path / 'out.mp4'), **kwargs)
 
   def test_a_frame_of_another_size(self, frames, tmp_path):
-    vis.write_png(frames[5], np.zeros((20, 20, 3)))
+    pictures.write_png(frames[5], np.zeros((20, 20, 3)))
     with pytest.raises(video.VideoError, match=r'005\.png: is 20x20, the first frame 48x34'):
       video.write_video(frames, str(tmp_path / 'out.mp4'))
 

@@ -18,8 +18,12 @@ import pytest
 import tiny
 from PIL import Image
 
-import train as train_program
-from internal import checkpoints, configs, datasets, paths, viewer, viewer_page, viewer_ui
+from internal import configs, datasets, paths
+from internal.commands import train as train_program
+from internal.training import checkpoints
+from internal.viewer import page as page_lib
+from internal.viewer import server as server_lib
+from internal.viewer import session
 
 STEPS = 24
 WALK = np.linspace(0, 1, 1000)
@@ -47,7 +51,7 @@ class Walker:
   def _move(self):
     pose = np.eye(3, 4)
     pose[:, 3] = WALK[len(self.pictures)]
-    self._visitor.want(viewer.View(pose, 0.8, (40, 30), viewer.MODES[len(self.pictures) % 3]))
+    self._visitor.want(session.View(pose, 0.8, (40, 30), session.MODES[len(self.pictures) % 3]))
 
   def show(self, picture, step, seconds, finest):
     self.pictures.append((picture, step))
@@ -70,12 +74,12 @@ def trained(tmp_path_factory):
   for name in ('alone', 'watched'):
     settings = configs.load_config(['configs/360.gin'], told(folder / 'data', folder / name))
     scene, mesh = datasets.load_dataset(settings.config), tiny.mesh(1)
-    watched = viewer.Viewer(viewer.Renderer(settings, scene, mesh))
+    watched = session.Viewer(session.Renderer(settings, scene, mesh))
     if name == 'watched':
       walker = Walker(watched)
-    look = viewer.Live(watched, lambda step: step / STEPS, jax.block_until_ready)
+    look = session.Live(watched, lambda step: step / STEPS, jax.block_until_ready)
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(viewer, 'SHARE', 1.0)  # After every step.
+      patch.setattr(session, 'SHARE', 1.0)  # After every step.
       train_program.train(settings, scene, mesh, look)
   return folder, walker
 
@@ -179,7 +183,7 @@ class FakeRenderer:
   def __call__(self, params, frac, wanted, size, progress=None):
     self.wanted.append(wanted)
     image = np.full((size[1], size[0], 3), 90, np.uint8)
-    return viewer.Picture(image, np.ones(size[::-1]), 'legend')
+    return session.Picture(image, np.ones(size[::-1]), 'legend')
 
   def points(self, params, frac):
     return np.zeros((5, 3)), np.zeros((5, 3), np.uint8)
@@ -195,9 +199,9 @@ def page(tmp_path):
     cameras=cams, names=('a', '<b>', 'c'), train=(1, 2), test=(0,), world_transform=transform
   )
   renderer, client = FakeRenderer(), Client()
-  watched = viewer.Viewer(renderer)
-  capture = viewer_page.Capture(str(tmp_path), scene, None, 50)
-  made = viewer_page.Page(client, capture, watched)
+  watched = session.Viewer(renderer)
+  capture = page_lib.Capture(str(tmp_path), scene, None, 50)
+  made = page_lib.Page(client, capture, watched)
 
   def work():
     while watched.work('params', 3, 0.5):
@@ -296,8 +300,8 @@ class TestOpening:
   settings, args = None, argparse.Namespace(host='localhost', port=8080)
 
   def fails(self, monkeypatch, words, **args):
-    with pytest.raises(viewer_page.ViewerError, match=words):
-      viewer_ui._open_server(**{'host': 'localhost', 'port': 8080, **args})
+    with pytest.raises(page_lib.ViewerError, match=words):
+      server_lib._open_server(**{'host': 'localhost', 'port': 8080, **args})
 
   def test_without_viser(self, monkeypatch):
     monkeypatch.setitem(sys.modules, 'viser', None)
@@ -309,12 +313,12 @@ class TestOpening:
 
   def test_several_processes(self, monkeypatch):
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
-    with pytest.raises(viewer_page.ViewerError, match='one process'):
-      viewer_ui.open_page(None, None, None, None)
+    with pytest.raises(page_lib.ViewerError, match='one process'):
+      server_lib.open_page(None, None, None, None)
 
   def test_is_local_and_makes_no_tunnel(self, capsys):
     pytest.importorskip('viser', reason='requirements-viewer.txt is not installed')
-    server = viewer_ui._open_server('localhost', free_port())
+    server = server_lib._open_server('localhost', free_port())
     try:
       assert server.get_host() == 'localhost'
       assert server.request_share_url() is None
@@ -322,7 +326,7 @@ class TestOpening:
       assert (said.out, said.err) == ('', '')
     finally:
       server.stop()
-    viewer_ui._open_server('0.0.0.0', free_port()).stop()
+    server_lib._open_server('0.0.0.0', free_port()).stop()
     assert 'Warning: whoever reaches 0.0.0.0' in capsys.readouterr().err
 
 

@@ -7,21 +7,22 @@ import numpy as np
 import pytest
 import tiny
 
-from internal import cameras, evaluation, models, viewer
-from internal.datasets import scene as scene_lib
-from internal.datasets import sparse_points
+from internal import cameras, models
+from internal.datasets import scenes, sparse_points
+from internal.rendering import renderer as renderer_lib
+from internal.viewer import session
 
 POSE = np.concatenate([np.eye(3), [[0.1], [0.2], [0.3]]], -1)
 
 
 def view(mode='colour', size=(20, 12), clip=None, pose=POSE):
-  return viewer.View(pose, 1.0, size, mode, clip)
+  return session.View(pose, 1.0, size, mode, clip)
 
 
 def make_scene(cams, **more):
   n = len(cams.size)
   names = tuple(f'{i}.png' for i in range(n))
-  return scene_lib.Scene(
+  return scenes.Scene(
     loader='llff', files=names, names=names, cameras=cams, train=tuple(range(1, n)), test=(0,),
     world_transform=np.eye(4), background='none', bounds=None, report={}, **more,
   )  # fmt: skip
@@ -67,7 +68,7 @@ class FakeRenderer:
         self.during(done)
       if progress:
         progress(done, size[0] * size[1])
-    return viewer.Picture(np.zeros((size[1], size[0], 3), np.uint8), None, '')
+    return session.Picture(np.zeros((size[1], size[0], 3), np.uint8), None, '')
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def fake():
 
 @pytest.fixture
 def watched(fake):
-  return viewer.Viewer(fake, fake.clock)
+  return session.Viewer(fake, fake.clock)
 
 
 def work_all(watched, step=1, limit=50):
@@ -112,7 +113,7 @@ class TestLoop:
     visitor.want(view(size=(640, 360)))
     before = fake.now
     assert watched.work('params', 2, 0.5)
-    assert 0.25 * viewer.PROMPT < fake.now - before <= viewer.PROMPT + 0.01
+    assert 0.25 * session.PROMPT < fake.now - before <= session.PROMPT + 0.01
 
   def test_nobody_and_nothing_to_do(self, watched, fake):
     assert not watched.work('params', 1, 0.5)
@@ -224,14 +225,14 @@ class TestLoop:
 class TestLive:
   def test_no_work_and_no_waiting_when_nobody_looks(self, watched, fake):
     waits = []
-    live = viewer.Live(watched, lambda step: 0.5, waits.append)
+    live = session.Live(watched, lambda step: 0.5, waits.append)
     assert [live('params', step) for step in range(100)] == [0.0] * 100
     assert not waits
     assert not fake.calls
 
   def test_takes_its_share_and_no_more(self, watched, fake, monkeypatch):
-    monkeypatch.setattr(viewer.time, 'monotonic', fake.clock)
-    live = viewer.Live(watched, lambda step: 0.5, lambda params: None)
+    monkeypatch.setattr(session.time, 'monotonic', fake.clock)
+    live = session.Live(watched, lambda step: 0.5, lambda params: None)
     watched.join(Guest()).want(view(size=(64, 36)))
     told = 0.0
     for step in range(2000):
@@ -239,18 +240,18 @@ class TestLive:
       fake.now += 0.01  # A step of training.
     rendering = sum(w * h // 100 + bool(w * h % 100) for _, (w, h) in fake.calls) * 0.1
     assert told == pytest.approx(rendering)
-    assert 0.4 < rendering / fake.now <= viewer.SHARE + 0.02
+    assert 0.4 < rendering / fake.now <= session.SHARE + 0.02
 
 
 class TestCoarsest:
   @pytest.mark.parametrize('size', [(640, 360), (360, 640), (50, 50), (1, 1), (2048, 3)])
   @pytest.mark.parametrize('rays', [1, 1000, 1e5, 1e9])
   def test_is_the_finest_that_fits_or_the_smallest_worth_it(self, size, rays):
-    level = viewer.coarsest(size, rays)
-    w, h = viewer.shrunk(size, level)
-    assert w * h <= rays or max(viewer.shrunk(size, level + 1)) < 48
+    level = session.coarsest(size, rays)
+    w, h = session.shrunk(size, level)
+    assert w * h <= rays or max(session.shrunk(size, level + 1)) < 48
     if level:
-      w, h = viewer.shrunk(size, level - 1)
+      w, h = session.shrunk(size, level - 1)
       assert w * h > rays
 
 
@@ -264,22 +265,22 @@ SEEN = {
 
 
 class TestModes:
-  @pytest.mark.parametrize('mode', viewer.MODES)
+  @pytest.mark.parametrize('mode', session.MODES)
   def test_each_is_a_picture(self, mode):
-    image, legend = viewer.draw_mode(mode, SEEN)
+    image, legend = session.draw_mode(mode, SEEN)
     assert image.shape == (2, 3, 3)
     assert image.dtype == np.uint8
     assert bool(legend) == (mode != 'colour')
 
   def test_spread_is_the_ratio_of_percentiles(self):
-    image, _ = viewer.draw_mode('spread of distance', SEEN)
-    from internal import vis
+    image, _ = session.draw_mode('spread of distance', SEEN)
+    from internal.vis import pictures
 
-    np.testing.assert_array_equal(image[0], vis.apply_colormap(np.array([0, 0.5, 1])))
+    np.testing.assert_array_equal(image[0], pictures.apply_colormap(np.array([0, 0.5, 1])))
 
   def test_unknown(self):
     with pytest.raises(ValueError, match='must be one of colour'):
-      viewer.draw_mode('smell', SEEN)
+      session.draw_mode('smell', SEEN)
 
 
 @pytest.fixture(scope='module')
@@ -301,7 +302,7 @@ def field():
 @pytest.fixture(scope='module')
 def renderer(field):
   settings, scene, _ = field
-  return viewer.Renderer(settings, scene, tiny.mesh(1))
+  return session.Renderer(settings, scene, tiny.mesh(1))
 
 
 class TestRenderer:
@@ -309,13 +310,13 @@ class TestRenderer:
     settings, _, params = field
     wanted = view(size=(20, 12))
     picture = renderer(params, 1.0, wanted, (10, 6))
-    table = viewer.camera(wanted, (10, 6))
-    whole = evaluation.make_image_renderer(settings, tiny.mesh(1))(params, table, 0)
+    table = session.camera(wanted, (10, 6))
+    whole = renderer_lib.make_image_renderer(settings, tiny.mesh(1))(params, table, 0)
     np.testing.assert_allclose(picture.image, 255 * whole['rgb'], atol=0.6)
     np.testing.assert_allclose(picture.depth, whole['distance_median'], rtol=1e-4)
 
   def test_camera_has_the_field_of_view_and_the_pose(self):
-    table = viewer.camera(view(), (30, 20))
+    table = session.camera(view(), (30, 20))
     rays = cameras.pixels_to_rays(table, np.zeros(2, int), np.array([15, 15]), np.array([0, 19]))
     up, down = np.asarray(rays.viewdirs)
     angle = np.arccos(up @ down)
@@ -329,7 +330,7 @@ class TestRenderer:
     picture = renderer(params, 1.0, view(clip=(near, far)), (8, 6))
     assert (picture.depth >= near).all()
     seen = renderer._program(view(clip=(near, far)))(
-      params, viewer.camera(view(), (8, 6)), 0, bounds=(near, far)
+      params, session.camera(view(), (8, 6)), 0, bounds=(near, far)
     )
     assert (seen['acc'] < 0.999).any()  # One looks through the far plane.
     for distances in (seen['distance_percentiles'], seen['distance_mean']):
@@ -338,9 +339,9 @@ class TestRenderer:
 
   def test_planes_are_the_configs_near_and_far(self, field, renderer):
     settings, _, params = field
-    table, clip = viewer.camera(view(), (8, 6)), (1.5, 50.0)
+    table, clip = session.camera(view(), (8, 6)), (1.5, 50.0)
     other = dataclasses.replace(settings, config=dataclasses.replace(settings.config, near=1.5))
-    want = evaluation.make_image_renderer(other, tiny.mesh(1))(params, table, 0)
+    want = renderer_lib.make_image_renderer(other, tiny.mesh(1))(params, table, 0)
     got = renderer._program(view(clip=clip))(params, table, 0, bounds=clip)
     for name in want:
       np.testing.assert_allclose(got[name], want[name], rtol=2e-4, atol=2e-5)
@@ -357,7 +358,7 @@ class TestRenderer:
   def test_ndc_has_no_depth(self, field):
     settings, scene, params = field
     cams = scene.cameras.replace(pixtocam_ndc=np.asarray(scene.cameras.pixtocam[0]))
-    ndc = viewer.Renderer(settings, make_scene(cams), tiny.mesh(1))
+    ndc = session.Renderer(settings, make_scene(cams), tiny.mesh(1))
     ndc._program = lambda wanted: lambda *_: SEEN
     assert ndc(params, 1.0, view(), (3, 2)).depth is None
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internal import vis
+from internal.vis import pictures
 
 
 def luma(rgb):
@@ -13,41 +13,41 @@ def luma(rgb):
 
 class TestColormap:
   def test_brightness_rises_throughout(self):
-    ramp = vis.apply_colormap(np.linspace(0, 1, 256))
+    ramp = pictures.apply_colormap(np.linspace(0, 1, 256))
     assert ramp.shape == (256, 3)
     assert np.all(np.diff(luma(ramp)) > -0.5)
     assert luma(ramp)[0] < 12
     assert luma(ramp)[-1] > 225
 
   def test_equal_steps_look_different(self):
-    ramp = vis.apply_colormap(np.linspace(0, 1, 17)).astype(float)
+    ramp = pictures.apply_colormap(np.linspace(0, 1, 17)).astype(float)
     assert np.linalg.norm(np.diff(ramp, axis=0), axis=-1).min() > 12
 
   def test_values_outside_are_clipped_and_nan_is_dark(self):
-    low, high, nan = vis.apply_colormap(np.array([-3.0, 7.0, np.nan]))
-    ends = vis.apply_colormap(np.array([0.0, 1.0]))
+    low, high, nan = pictures.apply_colormap(np.array([-3.0, 7.0, np.nan]))
+    ends = pictures.apply_colormap(np.array([0.0, 1.0]))
     np.testing.assert_array_equal([low, high, nan], [ends[0], ends[1], ends[0]])
 
 
 class TestToUint8:
   def test_rounds_clips_and_passes_bytes_on(self):
-    got = vis.to_uint8(np.array([-1, 0.5, 0.999, 2, np.nan]))
+    got = pictures.to_uint8(np.array([-1, 0.5, 0.999, 2, np.nan]))
     np.testing.assert_array_equal(got, np.array([0, 128, 255, 255, 0], np.uint8))
     same = np.arange(6, dtype=np.uint8)
-    assert vis.to_uint8(same) is same
+    assert pictures.to_uint8(same) is same
 
 
 class TestWritePng:
   def test_comes_back_and_leaves_nothing_else(self, tmp_path):
     img = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     path = tmp_path / 'new' / 'folder' / 'a.png'
-    vis.write_png(str(path), img)
+    pictures.write_png(str(path), img)
     np.testing.assert_array_equal(np.asarray(Image.open(path)), img)
     assert os.listdir(path.parent) == ['a.png']
 
   def test_a_failure_keeps_the_old_file(self, tmp_path, monkeypatch):
     path = tmp_path / 'a.png'
-    vis.write_png(str(path), np.zeros((4, 4, 3)))
+    pictures.write_png(str(path), np.zeros((4, 4, 3)))
     before = path.read_bytes()
 
     def interrupted(self, name, **_):
@@ -57,7 +57,7 @@ class TestWritePng:
 
     monkeypatch.setattr(Image.Image, 'save', interrupted)
     with pytest.raises(KeyboardInterrupt):
-      vis.write_png(str(path), np.ones((4, 4, 3)))
+      pictures.write_png(str(path), np.ones((4, 4, 3)))
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ['a.png']
 
@@ -66,29 +66,29 @@ class TestDepth:
   def test_range_is_robust_and_weighted(self):
     distance = np.concatenate([np.linspace(1, 10, 1000), [1e-6, 1e9], np.full(500, 1e5)])
     acc = np.concatenate([np.ones(1002), np.zeros(500)])
-    near, far = vis.depth_range(distance, acc)
+    near, far = pictures.depth_range(distance, acc)
     assert 1 <= near < 1.2
     assert 9.8 < far <= 10
 
   def test_range_without_anything_opaque(self):
-    near, far = vis.depth_range(np.ones((3, 3)), np.zeros((3, 3)))
+    near, far = pictures.depth_range(np.ones((3, 3)), np.zeros((3, 3)))
     assert 0 < near < far
 
   @pytest.mark.parametrize('odd', [np.inf, np.nan, 0.0])
   def test_range_is_finite_and_positive(self, odd):
-    near, far = vis.depth_range(np.array([1.0, 2.0, odd]), np.ones(3))
+    near, far = pictures.depth_range(np.array([1.0, 2.0, odd]), np.ones(3))
     assert 0 < near < far < np.inf
 
   def test_near_is_brighter(self):
     distance = np.geomspace(0.5, 1e6, 64).reshape(8, 8)
-    brightness = luma(vis.depth_picture(distance, np.ones((8, 8)))).ravel()
+    brightness = luma(pictures.depth_picture(distance, np.ones((8, 8)))).ravel()
     assert np.all(np.diff(brightness) <= 0.5)
     assert brightness[0] - brightness[-1] > 200
 
   def test_content_keeps_contrast_before_a_distant_sky(self):
     """Ground from 1 to 10 with half the image at 1e6: the ground must use most of the map."""
     distance = np.where(np.arange(64) < 32, np.linspace(1, 10, 64), 1e6).reshape(8, 8)
-    brightness = luma(vis.depth_picture(distance, np.ones((8, 8)))).ravel()
+    brightness = luma(pictures.depth_picture(distance, np.ones((8, 8)))).ravel()
     assert brightness[0] - brightness[31] > 80
     assert brightness[31] - brightness[32] > 40
 
@@ -96,18 +96,18 @@ class TestDepth:
     a, b = np.full((4, 4), 2.0), np.geomspace(1, 9, 16).reshape(4, 4)
     b[1, 1] = 2
     ones = np.ones((4, 4))
-    first, second = (vis.depth_picture(d, ones, (1.0, 9.0)) for d in (a, b))
+    first, second = (pictures.depth_picture(d, ones, (1.0, 9.0)) for d in (a, b))
     np.testing.assert_array_equal(first[0, 0], second[1, 1])
 
   def test_empty_pixels_are_white(self):
     acc = np.array([[0.0, 1.0]])
-    picture = vis.depth_picture(np.array([[2.0, 3.0]]), acc)
+    picture = pictures.depth_picture(np.array([[2.0, 3.0]]), acc)
     np.testing.assert_array_equal(picture[0, 0], 255)
     assert luma(picture[0, 1]) < 250
 
   @pytest.mark.parametrize('value', [0.0, 1.0, 1e9, np.inf, np.nan])
   def test_flat_and_odd_distances_are_drawn(self, value):
-    picture = vis.depth_picture(np.full((4, 4), value), np.ones((4, 4)))
+    picture = pictures.depth_picture(np.full((4, 4), value), np.ones((4, 4)))
     assert picture.dtype == np.uint8
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) == 1
 
@@ -116,19 +116,21 @@ class TestError:
   def test_zero_is_darkest_and_more_is_brighter(self):
     truth = np.full((1, 4, 3), 0.5)
     img = truth + np.array([0, 0.04, 0.1, 0.5])[None, :, None]
-    brightness = luma(vis.error_picture(img, truth))[0]
+    brightness = luma(pictures.error_picture(img, truth))[0]
     assert np.all(np.diff(brightness) > 20)
-    np.testing.assert_array_equal(vis.error_picture(img, truth)[0, 0], vis.apply_colormap(0.0))
+    np.testing.assert_array_equal(
+      pictures.error_picture(img, truth)[0, 0], pictures.apply_colormap(0.0)
+    )
 
   def test_sign_does_not_matter_and_bytes_do_not_wrap(self):
     a, b = np.full((2, 2, 3), 10, np.uint8), np.full((2, 2, 3), 30, np.uint8)
-    np.testing.assert_array_equal(vis.error_picture(a, b), vis.error_picture(b, a))
+    np.testing.assert_array_equal(pictures.error_picture(a, b), pictures.error_picture(b, a))
 
 
 class TestSheet:
   def test_every_image_is_there_unchanged_in_its_order(self):
     images = [np.full((20, 30, 3), v, np.uint8) for v in (10, 90, 170, 230)]
-    got = vis.sheet(images, list('abcd'), columns=2)
+    got = pictures.sheet(images, list('abcd'), columns=2)
     rows, cols = {}, {}
     for img in images:
       y, x = np.nonzero((got == img[0, 0]).all(-1))
@@ -141,21 +143,21 @@ class TestSheet:
     assert cols[10] < cols[90] - 30
 
   def test_wide_images_are_shrunk_in_proportion(self):
-    small = vis.shrink(np.zeros((100, 400, 3)), 100)
+    small = pictures.shrink(np.zeros((100, 400, 3)), 100)
     assert small.shape == (25, 100, 3)
-    assert vis.shrink(np.zeros((5, 7, 3)), 100).shape == (5, 7, 3)
+    assert pictures.shrink(np.zeros((5, 7, 3)), 100).shape == (5, 7, 3)
 
   def test_small_images_are_enlarged_by_whole_pixels(self):
     img = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
-    big = vis.enlarge(img, 10)
+    big = pictures.enlarge(img, 10)
     assert big.shape == (6, 9, 3)
     np.testing.assert_array_equal(big[1::3, 1::3], img)
-    np.testing.assert_array_equal(vis.enlarge(img, 2), img)
+    np.testing.assert_array_equal(pictures.enlarge(img, 2), img)
 
   def test_captions_are_drawn_and_do_not_run_into_the_neighbour(self):
     images = [np.full((20, 60, 3), 250, np.uint8)] * 2
-    plain = vis.sheet(images, ['', ''])
-    left = vis.sheet(images, ['a very long caption indeed, longer than that', ''])
+    plain = pictures.sheet(images, ['', ''])
+    left = pictures.sheet(images, ['a very long caption indeed, longer than that', ''])
     assert left.shape == plain.shape
     changed = np.nonzero((left != plain).any(-1).any(0))[0]
     assert len(changed) > 20
@@ -163,12 +165,12 @@ class TestSheet:
 
   def test_images_of_different_sizes(self):
     images = [np.full((h, w, 3), 99, np.uint8) for h, w in ((10, 40), (50, 20), (30, 30))]
-    got = vis.sheet(images, ['', '', ''], columns=2)
+    got = pictures.sheet(images, ['', '', ''], columns=2)
     assert (got == 99).all(-1).sum() == sum(img.shape[0] * img.shape[1] for img in images)
 
   def test_contact_sheet_is_about_four_to_three(self):
     for count in (1, 7, 37):
-      sheet = vis.contact_sheet([np.zeros((40, 60, 3))] * count, ['x'] * count)
+      sheet = pictures.contact_sheet([np.zeros((40, 60, 3))] * count, ['x'] * count)
       if count > 1:
         assert 0.8 < sheet.shape[1] / sheet.shape[0] < 2.2
 
@@ -179,8 +181,12 @@ class TestSheet:
       'distance_median': np.full((30, 40), 3.0),
     }
     truth = np.full((30, 40, 3), 128, np.uint8)
-    got = vis.comparison_sheet(rendering, truth, 'PSNR 12.3')
-    for color in ((128,) * 3, (64,) * 3, tuple(vis.error_picture(rendering['rgb'], truth)[0, 0])):
+    got = pictures.comparison_sheet(rendering, truth, 'PSNR 12.3')
+    for color in (
+      (128,) * 3,
+      (64,) * 3,
+      tuple(pictures.error_picture(rendering['rgb'], truth)[0, 0]),
+    ):
       assert (got == np.array(color)).all(-1).sum() >= 30 * 40
 
 
@@ -193,16 +199,16 @@ class TestRayPicture:
 
   def test_bars_stand_where_the_weight_is(self):
     s, w, rgb = self.make(1)
-    got = vis.ray_picture([s], [w], [rgb], width=160)
-    x = np.nonzero((got == vis.to_uint8(rgb[0, 0])).all(-1))[1] - 6  # The sheet's margin.
+    got = pictures.ray_picture([s], [w], [rgb], width=160)
+    x = np.nonzero((got == pictures.to_uint8(rgb[0, 0])).all(-1))[1] - 6  # The sheet's margin.
     assert (x.min(), x.max()) == (120, 139)  # Bin 6 of 8, of 160 pixels.
 
   def test_rays_are_thinned(self):
     s, w, rgb = self.make(20)
-    few = vis.ray_picture([s, s], [w, w], [None, rgb], max_rays=4)
-    assert few.shape == vis.ray_picture([s[:4]] * 2, [w[:4]] * 2, [None, rgb[:4]]).shape
+    few = pictures.ray_picture([s, s], [w, w], [None, rgb], max_rays=4)
+    assert few.shape == pictures.ray_picture([s[:4]] * 2, [w[:4]] * 2, [None, rgb[:4]]).shape
 
   def test_no_width_and_no_weight(self):
     s = np.zeros((2, 5))
-    got = vis.ray_picture([s], [np.zeros((2, 4))], [None])
+    got = pictures.ray_picture([s], [np.zeros((2, 4))], [None])
     assert got.dtype == np.uint8

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 
-from internal.colmap import binary, text
-from internal.colmap.model import (
+from . import binary, text
+from .model import (
   CAMERA_MODELS,
   LAYOUTS,
   MAX_SIDE,

@@ -7,16 +7,8 @@ import struct
 
 import numpy as np
 
-from internal.colmap import model as model_lib
-from internal.colmap.model import (
-  CAMERA_MODELS,
-  MODEL_NAMES,
-  REDO,
-  Camera,
-  Image,
-  ModelError,
-  Points,
-)
+from . import model as model_lib
+from .model import CAMERA_MODELS, MODEL_NAMES, REDO, Camera, Image, ModelError, Points
 
 
 class _Bytes:

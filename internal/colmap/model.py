@@ -7,7 +7,8 @@ import math
 
 import numpy as np
 
-from internal import structs
+from .. import structs
+from ..errors import UserError
 
 # The models that COLMAP knows, in the order of their ids, with their numbers of parameters.
 CAMERA_MODELS = {
@@ -49,11 +50,11 @@ MAX_SIDE = 1_000_000
 REDO = 'copy the model again, or write it anew with `colmap model_converter`'
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
   """A sparse model that cannot be used; the message names the file and the way out."""
 
 
-class ModelNotFoundError(FileNotFoundError):
+class ModelNotFoundError(UserError, FileNotFoundError):
   """No sparse model where one was looked for."""
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from internal.colmap import model as model_lib
-from internal.colmap.model import CAMERA_MODELS, LAYOUTS, REDO, Camera, Image, ModelError, Points
+from . import model as model_lib
+from .model import CAMERA_MODELS, LAYOUTS, REDO, Camera, Image, ModelError, Points
 
 
 def _bad_line(path: str, number: int, wanted: str, line: str) -> ModelError:

@@ -5,9 +5,9 @@ A new format is a module with `load(config, read_only) -> Scene` and a row here.
 
 from __future__ import annotations
 
-from internal import configs
-from internal.datasets import blender, dtu, images, llff, multicam, tat, tat_fvs, transforms
-from internal.datasets.scene import Scene
+from .. import configs
+from . import blender, dtu, images, llff, multicam, tat, tat_fvs, transforms
+from .scenes import Scene
 
 LOADERS = {
   'llff': llff.load,

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 
-from internal import configs
-from internal.datasets import frames as frames_lib
-from internal.datasets import scene, transforms
+from .. import configs
+from . import frames as frames_lib
+from . import scenes, transforms
 
 
-def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
+def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
   """Reads a Blender scene; `Config.factor` uses (and makes) train_<factor>/ and test_<factor>/.
 
   Raises:

@@ -13,16 +13,16 @@ import re
 
 import numpy as np
 
-from internal import colmap, configs, structs
-from internal.datasets import frames as frames_lib
-from internal.datasets import images, scene
+from .. import colmap, configs, structs
+from . import frames as frames_lib
+from . import images, scenes
 
 _PICTURE = r'rect_(\d{3})_%s\.\w+'
 _CALIBRATIONS = ('cal18', '../cal18', '../../cal18', '../../Calibration/cal18')
 _MAX_SKEW = 1e-3  # Of the focal length: what is dropped moves a pixel by less than one.
 
 
-def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
+def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
   """Reads one scan; `Config.data_dir` is its folder. Every llffhold-th place is a test image.
 
   Raises:

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from internal import cameras, colmap, paths, structs
-from internal.datasets import images, masks, pyramid, scene
+from .. import cameras, colmap, paths, structs
+from . import images, masks, pyramid, scenes
 
 # No capture has larger numbers, in pixels or in its own units; products of them fit in a float32.
 LARGEST = 1e12
@@ -147,7 +147,7 @@ def assemble(
   background: str = 'none',
   unregistered: Sequence[str] = (),
   read_only: bool = False,
-) -> scene.Scene:
+) -> scenes.Scene:
   """Finds the pictures, checks them against their cameras, and puts the scene together.
 
   Args:
@@ -189,7 +189,7 @@ def assemble(
   report = _report(loader, frames, gone_names, unregistered, located, sizes, split, world)
   if any(found_masks):
     report['masks'] = sum(mask is not None for mask in found_masks)
-  return scene.Scene(
+  return scenes.Scene(
     loader=loader,
     files=located.files,
     names=tuple(frame.name for frame in frames),

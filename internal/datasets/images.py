@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from internal import progress
+from ..errors import UserError
+from ..system import progress
 
 EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
 
@@ -35,11 +36,11 @@ _FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'PPM')
 _PLAIN = ('1', 'L', 'P', 'RGB', 'RGBX', 'CMYK', 'YCbCr', 'HSV')
 
 
-class DataError(ValueError):
+class DataError(UserError):
   """A capture that cannot be used; the message names the file and the way out."""
 
 
-class DataNotFoundError(FileNotFoundError):
+class DataNotFoundError(UserError, FileNotFoundError):
   """Something that a capture must have is not there."""
 
 

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from internal import colmap, configs, paths
-from internal.datasets import frames as frames_lib
-from internal.datasets import images, poses_bounds, scene
+from .. import colmap, configs, paths
+from ..system import installation
+from . import frames as frames_lib
+from . import images, poses_bounds, scenes
 
 MODEL_FOLDERS = ('sparse/0', 'sparse', 'colmap/sparse/0')
 
@@ -22,7 +23,7 @@ MODEL_FOLDERS = ('sparse/0', 'sparse', 'colmap/sparse/0')
 _NEAR_MARGIN = 0.75
 
 
-def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
+def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
   """Reads a COLMAP-posed folder.
 
   The images are those that the model has registered, by name (load_alphabetical) or by COLMAP's
@@ -88,7 +89,8 @@ def find_model(data_dir: str) -> str:
       )
   raise colmap.ModelNotFoundError(
     f'No sparse model (cameras and images, .bin or .txt) in {data_dir!r}: looked in '
-    f'{", ".join(MODEL_FOLDERS)}. Make one with `python scripts/poses.py PHOTOS {data_dir}`.'
+    f'{", ".join(MODEL_FOLDERS)}. Make one with `{installation.command_text("poses")} PHOTOS '
+    f'{data_dir}`.'
   )
 
 

@@ -14,7 +14,7 @@ import os
 import numpy as np
 from PIL import Image
 
-from internal.datasets import images
+from . import images
 
 FOLDER = 'masks'
 _PHOTOGRAPHS = 'images/'

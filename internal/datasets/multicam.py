@@ -13,14 +13,14 @@ import json
 import os
 from typing import Any
 
-from internal import configs
-from internal.datasets import frames as frames_lib
-from internal.datasets import images, scene, transforms
+from .. import configs
+from . import frames as frames_lib
+from . import images, scenes, transforms
 
 _COLUMNS = ('file_path', 'cam2world', 'width', 'height', 'focal', 'lossmult')
 
 
-def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
+def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
   """Reads a multi-scale Blender scene.
 
   Raises:

@@ -11,9 +11,10 @@ import os
 
 import numpy as np
 
-from internal import colmap, files, structs
-from internal.datasets import frames as frames_lib
-from internal.datasets import images
+from .. import colmap, structs
+from ..system import files
+from . import frames as frames_lib
+from . import images
 
 FILE = 'poses_bounds.npy'
 

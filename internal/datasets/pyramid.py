@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from internal.datasets import images
+from . import images
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,9 @@ import os
 
 import numpy as np
 
-from internal import colmap, configs, files, paths
-from internal.datasets import llff, scene
+from .. import colmap, configs, paths
+from ..system import files
+from . import llff, scenes
 
 FILE = 'points.npy'  # [m, 6] float32: position in the normalised world, colour 0 to 255.
 _MOST = 50_000
@@ -27,7 +28,7 @@ def read(data_dir: str | None, transform: np.ndarray) -> tuple[np.ndarray, np.nd
   return paths.transform_points(transform, points.xyz), points.rgb
 
 
-def save(checkpoint_dir: str, config: configs.Config, capture: scene.Scene) -> None:
+def save(checkpoint_dir: str, config: configs.Config, capture: scenes.Scene) -> None:
   """Writes the points of a COLMAP-posed capture into the run's folder; others have none."""
   if capture.loader != 'llff':
     return

@@ -10,12 +10,12 @@ import os
 
 import numpy as np
 
-from internal import colmap, configs, structs
-from internal.datasets import frames as frames_lib
-from internal.datasets import images, scene
+from .. import colmap, configs, structs
+from . import frames as frames_lib
+from . import images, scenes
 
 
-def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
+def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
   """Reads a scene in NeRF++'s layout; `Config.factor` uses (and makes) rgb_<factor>/.
 
   Raises:

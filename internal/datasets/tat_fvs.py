@@ -12,14 +12,15 @@ import re
 
 import numpy as np
 
-from internal import colmap, configs, files, structs
-from internal.datasets import frames as frames_lib
-from internal.datasets import images, scene
+from .. import colmap, configs, structs
+from ..system import files
+from . import frames as frames_lib
+from . import images, scenes
 
 _FOLDER = re.compile(r'ibr3d_pw_(\d+(?:\.\d+)?)')
 
 
-def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
+def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
   """Reads a scene in the layout of Free View Synthesis.
 
   Every llffhold-th picture by name is a test image; `Config.factor` is of the pictures found.

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from internal import colmap, configs, structs
-from internal.datasets import frames as frames_lib
-from internal.datasets import images, scene
+from .. import colmap, configs, structs
+from . import frames as frames_lib
+from . import images, scenes
 
 _LENSES = {
   'PINHOLE': structs.PERSPECTIVE,
@@ -33,7 +33,7 @@ _LENSES = {
 _SPLITS = ('train_filenames', 'val_filenames', 'test_filenames')
 
 
-def load(config: configs.Config, read_only: bool = False) -> scene.Scene:
+def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
   """Reads `transforms.json`.
 
   Images are sorted by file name. The split is that of train_filenames and test_filenames (else

@@ -1,1 +1,0 @@
-"""A package, so that `include 'configs/360.gin'` is found from any working directory."""

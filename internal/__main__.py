@@ -1,0 +1,62 @@
+"""The command line: `mipnerf360 COMMAND ...`, or `python train.py ...` in a checkout."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+  'train': 'train a scene',
+  'eval': 'evaluate a trained scene on its test images',
+  'render': 'render a video of a trained scene',
+  'view': 'open a trained scene in a web page',
+  'poses': 'pose photographs or a video',
+  'export': 'export points, a mesh and depth maps',
+  'tables': 'make tables of results',
+  'run_dataset': 'train and evaluate all scenes of a dataset',
+  'download': 'download a dataset',
+  'ablate': 'train variants of one method and tabulate them',
+  'benchmark': 'measure the speed of training and rendering',
+  'scaling': 'measure what more devices bring',
+  'demo_scene': 'make the demo capture',
+}
+
+_WITHOUT_JAX = ('demo_scene',)  # Importing JAX takes longer than these do.
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command that `argv` starts with; what follows in `sys.argv` are its arguments.
+
+  Args:
+    argv: the words of the command line before `sys.argv[1:]`; None for an installed program, whose
+      command is the first word of `sys.argv[1:]`.
+  """
+  words = [*(argv or ()), *sys.argv[1:]]
+  name = words[0] if words else '--help'
+  if name in ('-h', '--help'):
+    print(_usage())
+    return
+  if name not in COMMANDS:
+    sys.exit(f'Error: no command {name!r}.\n\n{_usage()}')
+  if argv is None:
+    sys.argv[0] = f'{os.path.basename(sys.argv[0])} {name}'  # For usage lines.
+  sys.argv[1:] = words[1:]
+  program = importlib.import_module(f'.commands.{name}', __package__)
+  if name in _WITHOUT_JAX:
+    program.main()
+  else:
+    importlib.import_module('.cli', __package__).run(program.main)
+
+
+def _usage() -> str:
+  rows = '\n'.join(f'  {name:<13} {what}' for name, what in COMMANDS.items())
+  return (
+    f'usage: mipnerf360 COMMAND ...\n\ncommands:\n{rows}\n\n'
+    'mipnerf360 COMMAND --help tells more of each.'
+  )
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,1 @@
+"""The programs behind train.py, eval.py, render.py and scripts/."""

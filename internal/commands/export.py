@@ -1,0 +1,110 @@
+"""Exports a trained scene: coloured points, a mesh, depth maps with their poses.
+
+    python scripts/export.py runs/garden
+    python scripts/export.py runs/garden --only mesh --resolution 512 --box -1 -1 -0.5 1 1 0.8
+    python scripts/export.py runs/garden --box_units capture --box -3 -3 -3 3 3 3
+
+Writes points.ply and .glb, mesh.ply and .glb, and depth/ (transforms.json, images/, depths/) into
+<run>/export, all in the capture's own frame; a .glb stands upright by turning y up. Needs
+`pip install -r requirements-export.txt`. docs/export.md says more.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from .. import cli, paths
+from ..devices import sharding
+from ..export import mesh as mesh_lib
+from ..export import points
+from ..rendering import orbits, renderer
+from ..system import progress
+from ..training import checkpoints, train_step
+
+_KINDS = ('points', 'mesh', 'depth')
+_SEEN_QUANTILE = 0.1  # Of the densities where views see surfaces: the mesh's level.
+
+
+def parse(argv: list[str] | None):
+  parser = cli.make_parser(__doc__)
+  add = parser.add_argument
+  add('run', metavar='RUN', help="the training run's folder")
+  add('--out', metavar='DIR', help='where to write; RUN/export if not given')
+  add('--only', nargs='+', choices=_KINDS, default=_KINDS, help='what to export; all by default')
+  add('--views', type=int, default=48, help='training poses that are rendered, at most')
+  add('--width', type=int, default=400, help='of the rendered views, in pixels')
+  add('--points', type=int, default=1_000_000, help='of the cloud, at most')
+  corners = ('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1')
+  cube = [-2.0] * 3 + [2.0] * 3
+  add('--box', nargs=6, type=float, default=cube, metavar=corners, help='corners of what is kept')
+  units = 'the world of the box: where training cameras fill [-1, 1], or the capture'
+  add('--box_units', choices=('normalized', 'capture'), default='normalized', help=units)
+  add('--resolution', type=int, default=256, help="of the mesh: cells along the box's longest side")
+  add('--density', type=float, help="of the mesh's surface; by default from the views")
+  return parser.parse_args(argv)
+
+
+def read_box(args, scene) -> np.ndarray:
+  """The box [2, 3] in the world; one in the capture's frame becomes the box around it."""
+  box = np.array(args.box).reshape(2, 3)
+  if not (box[0] < box[1]).all():
+    raise points.ExportError('--box must be X0 Y0 Z0 X1 Y1 Z1 with X0 < X1, Y0 < Y1, Z0 < Z1.')
+  if args.box_units == 'normalized':
+    return box
+  corners = np.stack(np.meshgrid(*box.T, indexing='ij'), -1).reshape(-1, 3)
+  corners = paths.transform_points(scene.world_transform, corners)
+  return np.stack([corners.min(0), corners.max(0)])
+
+
+def export_mesh_files(args, settings, params, scene, views, box, write) -> None:
+  field, space = mesh_lib.make_field(settings), mesh_lib.warps(settings)
+  level = args.density
+  if level is None:
+    xyz, _ = points.point_cloud(views, box, 20_000)
+    z = np.asarray(space[0](xyz.astype(np.float32)))
+    width = mesh_lib.grid_of(box, space[0], args.resolution)[1]
+    level = float(np.quantile(field(params, z, width), _SEEN_QUANTILE))
+    progress.say(f'The surface is where density is {level:.3g} (--density sets another).')
+  mesh = mesh_lib.extract(field, params, space, box, args.resolution, views, level)
+  write('mesh', mesh.vertices, mesh.colors, mesh.faces)
+
+
+def main(argv: list[str] | None = None) -> None:
+  args = parse(argv)
+  for name in ('views', 'width', 'points', 'resolution'):
+    if getattr(args, name) < 2:
+      raise points.ExportError(f'--{name} must be at least 2, got {getattr(args, name)}.')
+  if set(args.only) & {'points', 'mesh'}:
+    mesh_lib.library('trimesh')
+  if 'mesh' in args.only:
+    mesh_lib.library('skimage.measure')
+  settings, scene = checkpoints.open_run(args.run)
+  box, out = read_box(args, scene), args.out or os.path.join(args.run, 'export')
+  cams = points.pinhole_views(scene, args.views, args.width)
+  mesh = sharding.make_mesh()
+  params, step = checkpoints.restore_params(args.run, settings, mesh=mesh)
+  fraction = float(train_step.train_fraction(step, settings.config.max_steps))
+  render_image = renderer.make_image_renderer(settings, mesh)
+  views = points.render_views(render_image, params, cams, fraction)
+  train = np.asarray(scene.cameras.camtoworld, np.float64)[list(scene.train)]
+  up = orbits.mean_up(paths.transform_poses(np.linalg.inv(scene.world_transform), train))
+  left = {}
+
+  def write(name, xyz, rgb, faces=None):
+    for ending in ('ply', 'glb'):
+      path = os.path.join(out, f'{name}.{ending}')
+      mesh_lib.write(path, points.to_capture(scene, xyz), rgb, faces, up)
+      what = f'{len(xyz):,} {"points" if faces is None else "vertices"}'
+      left[f'{name}.{ending}'] = f'{path}  ({what})'
+
+  if 'points' in args.only:
+    write('points', *points.point_cloud(views, box, args.points))
+  if 'mesh' in args.only:
+    export_mesh_files(args, settings, params, scene, views, box, write)
+  if 'depth' in args.only:
+    folder = os.path.join(out, 'depth')
+    points.write_depth_folder(folder, scene, views)
+    left['depth'] = os.path.join(folder, 'transforms.json')
+  progress.summary(left)

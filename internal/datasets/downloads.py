@@ -1,0 +1,294 @@
+"""Fetches the archives of published datasets, going on after interruptions, and unpacks them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import http.client
+import os
+import re
+import shutil
+import socket
+import stat
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Sequence
+
+from ..errors import UserError
+from ..system import progress
+
+_ATTEMPTS = 6
+_WAIT = 2.0  # Seconds before the second attempt; doubled each time.
+_TIMEOUT = 60.0  # Seconds without a byte.
+_BLOCK = 1 << 20
+_NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+
+
+class DownloadError(UserError):
+  """An archive that could not be fetched or unpacked; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+  """A zip file of scenes, at its authors' address."""
+
+  file: str  # Its name.
+  url: str
+  page: str  # Where its authors offer it.
+  scenes: tuple[str, ...]
+  top: str = ''  # The folder that they are in, with its slash.
+
+
+_STORAGE = 'https://storage.googleapis.com/gresearch/refraw360/'
+_DRIVE = 'https://drive.usercontent.google.com/download?export=download&confirm=t&id='
+_PAGE_360 = 'https://jonbarron.info/mipnerf360/'
+_PAGE_NERF = 'https://drive.google.com/drive/folders/128yBriW1IG_3NJ5Rp7APSTZsJqdJdfc1'
+
+ARCHIVES = {
+  '360': (
+    Archive(
+      '360_v2.zip',
+      f'{_STORAGE}360_v2.zip',
+      _PAGE_360,
+      ('bicycle', 'bonsai', 'counter', 'garden', 'kitchen', 'room', 'stump'),
+    ),
+    Archive(
+      '360_extra_scenes.zip',
+      f'{_STORAGE}360_extra_scenes.zip',
+      _PAGE_360,
+      ('flowers', 'treehill'),
+    ),
+  ),
+  'llff': (
+    Archive(
+      'nerf_llff_data.zip',
+      f'{_DRIVE}16VnMcF1KJYxN9QId6TClMsZRahHNMW5g',
+      _PAGE_NERF,
+      ('fern', 'flower', 'fortress', 'horns', 'leaves', 'orchids', 'room', 'trex'),
+      'nerf_llff_data/',
+    ),
+  ),
+  'blender': (
+    Archive(
+      'nerf_synthetic.zip',
+      f'{_DRIVE}18JxhpWD-4ZmuFKLzKlAw-w5PpzZxXOcG',
+      _PAGE_NERF,
+      ('chair', 'drums', 'ficus', 'hotdog', 'lego', 'materials', 'mic', 'ship'),
+      'nerf_synthetic/',
+    ),
+  ),
+}
+
+
+class _NotAnArchiveError(Exception):
+  """The server sent a web page: a login, a quota, a notice."""
+
+
+class _CutShortError(ConnectionError):
+  """The connection ended before all was there."""
+
+
+def _open(url: str, have: int, tag: str):
+  """Asks for what comes after `have` bytes of the file that the server called `tag`."""
+  request = urllib.request.Request(url, headers={'User-Agent': 'mipnerf360-jax'})
+  if have and tag:
+    request.add_header('Range', f'bytes={have}-')
+    request.add_header('If-Range', tag)  # Another file by now: the whole of it.
+  return urllib.request.urlopen(request, timeout=_TIMEOUT)
+
+
+def _attempt(url: str, part: str, label: str) -> None:
+  """Fetches what `part` lacks, once.
+
+  Raises:
+    one of _NETWORK, _NotAnArchiveError; `part` then holds what came.
+  """
+  tag_file, have, tag = f'{part}.tag', 0, ''
+  if os.path.exists(part) and os.path.exists(tag_file):
+    with open(tag_file) as f:
+      have, tag = os.path.getsize(part), f.read()
+  try:
+    response = _open(url, have, tag)
+  except urllib.error.HTTPError as e:
+    whole = re.fullmatch(r'bytes \*/(\d+)', e.headers.get('Content-Range', ''))
+    if e.code == 416 and whole and int(whole[1]) == have:
+      return  # All had come before.
+    if e.code == 416:
+      os.remove(tag_file)
+    raise
+  with response:
+    if response.headers.get_content_type() == 'text/html':
+      raise _NotAnArchiveError
+    have = have if response.status == 206 else 0
+    length = response.headers.get('Content-Length')
+    total = have + int(length) if length else None
+    _check_space(os.path.dirname(part), (total or 0) - have, label)
+    with open(tag_file, 'w') as f:
+      f.write(_tag(response.headers))
+    _receive(response, part, have, total, label)
+  if total is not None and os.path.getsize(part) != total:
+    raise _CutShortError(f'{os.path.getsize(part):,} of {total:,} bytes came')
+
+
+def _tag(headers) -> str:
+  """What tells this file from another at the same address; '' if the server does not say."""
+  tag = headers.get('ETag', '')
+  # A weak tag is not for pieces.
+  return tag if tag and not tag.startswith('W/') else headers.get('Last-Modified', '')
+
+
+def _receive(response, part: str, have: int, total: int | None, label: str) -> None:
+  with (
+    progress.Bar(label, total, have, scale=1e6, unit='MB') as bar,
+    open(part, 'r+b' if have else 'wb') as out,
+  ):
+    out.seek(have)
+    while block := response.read(_BLOCK):
+      out.write(block)
+      bar.advance(len(block))
+
+
+def _check_space(folder: str, needed: int, label: str) -> None:
+  free = shutil.disk_usage(folder or '.').free
+  if needed > free:
+    raise DownloadError(
+      f'{label} needs {needed / 1e9:.1f} GB in {folder!r}, where {free / 1e9:.1f} GB are free.'
+    )
+
+
+def _is_final(error: Exception) -> bool:
+  """Whether asking again is no use: the file is not for us, or there is no network at all."""
+  if isinstance(error, urllib.error.HTTPError):
+    return error.code in (401, 403, 404, 410)
+  return isinstance(getattr(error, 'reason', None), socket.gaierror)
+
+
+def fetch(archive: Archive, folder: str, mirror: str | None = None) -> str:
+  """The path of an archive in the folder, fetched if it is not there.
+
+  What an earlier start has fetched is kept, in FILE.part, if the server still has the same file.
+  The size is checked against what the server says.
+
+  Args:
+    archive: what to fetch.
+    folder: where to.
+    mirror: an address below which the file is, instead of the authors'.
+
+  Raises:
+    DownloadError: it could not be fetched; the message says how to bring it by hand.
+  """
+  path = os.path.join(folder, archive.file)
+  if os.path.exists(path):
+    return path
+  if mirror and not mirror.startswith(('http://', 'https://')):
+    raise DownloadError(f'--mirror must be an http(s) address, got {mirror!r}.')
+  os.makedirs(folder, exist_ok=True)
+  url = f'{mirror.rstrip("/")}/{archive.file}' if mirror else archive.url
+  part, wait = f'{path}.part', _WAIT
+  by_hand = f'Fetch it elsewhere ({archive.page}), put it there as {path}, and start this again.'
+  for attempt in range(1, _ATTEMPTS + 1):
+    try:
+      _attempt(url, part, archive.file)
+      break
+    except _NotAnArchiveError:
+      raise DownloadError(f'{url} sent a web page instead of {archive.file}. {by_hand}') from None
+    except _NETWORK as e:
+      if _is_final(e) or attempt == _ATTEMPTS:
+        raise DownloadError(
+          f'{url}: {e}. What came is kept. Without a network: {by_hand}'
+        ) from None
+      print(f'{archive.file}: {e}; attempt {attempt + 1} of {_ATTEMPTS}', file=sys.stderr)
+      time.sleep(wait)
+      wait *= 2
+  os.replace(part, path)
+  with contextlib.suppress(FileNotFoundError):
+    os.remove(f'{part}.tag')
+  return path
+
+
+def _members(path: str, archive: zipfile.ZipFile, prefix: str) -> list[tuple[zipfile.ZipInfo, str]]:
+  """The files below the prefix, with their paths below it.
+
+  Raises:
+    DownloadError: one would land elsewhere, or is a link.
+  """
+  found = []
+  for info in archive.infolist():
+    name = info.filename
+    if info.is_dir() or not name.startswith(prefix):
+      continue
+    inner = name[len(prefix) :]
+    parts = re.split(r'[\\/]', inner)
+    if '' in parts or '.' in parts or '..' in parts or '\0' in inner or ':' in parts[0]:
+      raise DownloadError(f'{path}: refuses to unpack {name!r}, which leads out of its folder.')
+    if stat.S_ISLNK(info.external_attr >> 16):
+      raise DownloadError(f'{path}: refuses to unpack {name!r}, which is a link.')
+    found.append((info, inner))
+  return found
+
+
+def unpack(path: str, archive: Archive, folder: str, scenes: Sequence[str] | None = None) -> None:
+  """Unpacks scenes that are not in the folder yet; each is there as a whole or not at all.
+
+  The zip file's own sums are checked.
+
+  Raises:
+    DownloadError: the file is damaged, or would write outside the folder.
+  """
+  try:
+    with zipfile.ZipFile(path) as opened:
+      for scene in scenes or archive.scenes:
+        target = os.path.join(folder, scene)
+        if not os.path.exists(target):
+          _unpack_scene(path, opened, f'{archive.top}{scene}/', target)
+  except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as e:
+    raise DownloadError(
+      f'{path} is damaged ({e}). Remove it and start this again to fetch it anew.'
+    ) from None
+
+
+def _unpack_scene(path: str, opened: zipfile.ZipFile, prefix: str, target: str) -> None:
+  members = _members(path, opened, prefix)
+  if not members:
+    raise DownloadError(f'{path} has no {prefix}: it is not the archive that was expected.')
+  _check_space(os.path.dirname(target), sum(info.file_size for info, _ in members), target)
+  temporary = f'{target}.part'
+  shutil.rmtree(temporary, ignore_errors=True)
+  label = f'unpacking {os.path.basename(target)}'
+  for info, inner in progress.track(members, label):
+    out = os.path.join(temporary, *inner.split('/'))
+    os.makedirs(os.path.dirname(out), exist_ok=True)
+    with opened.open(info) as source, open(out, 'wb') as f:
+      shutil.copyfileobj(source, f, _BLOCK)
+  os.replace(temporary, target)
+
+
+def download(
+  dataset: str, folder: str, scenes: Sequence[str] | None = None, mirror: str | None = None
+) -> list[str]:
+  """Fetches and unpacks the scenes of a dataset that are not in the folder.
+
+  Returns:
+    Archives in the folder, which are needed no longer.
+
+  Raises:
+    DownloadError: an unknown dataset or scene; or a file that could not be fetched or unpacked.
+  """
+  if dataset not in ARCHIVES:
+    raise DownloadError(f'Unknown dataset {dataset!r}: there are {", ".join(ARCHIVES)}.')
+  known = [scene for archive in ARCHIVES[dataset] for scene in archive.scenes]
+  for scene in scenes or ():
+    if scene not in known:
+      raise DownloadError(f'{dataset} has no scene {scene!r}: there are {", ".join(known)}.')
+  done = []
+  for archive in ARCHIVES[dataset]:
+    wanted = [scene for scene in archive.scenes if scenes is None or scene in scenes]
+    if any(not os.path.exists(os.path.join(folder, scene)) for scene in wanted):
+      path = fetch(archive, folder, mirror)
+      unpack(path, archive, folder, wanted)
+    done.append(os.path.join(folder, archive.file))
+  return [path for path in done if os.path.exists(path)]

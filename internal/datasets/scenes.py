@@ -1,0 +1,191 @@
+"""All that is known of a capture but its pixels, and the pixels of one picture at a time.
+
+A scene is saved beside the checkpoints, so what is rendered later can never mismatch what was
+trained. `n` is the number of images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import reprlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import cameras as cameras_lib
+from .. import structs
+from ..system import files
+from . import images, masks
+
+_VERSION = 1  # Of scene.json.
+_MAX_SIDE = 1_000_000  # Pixels.
+_ARRAYS = {
+  'pixtocam': np.float32,
+  'camtoworld': np.float32,
+  'distortion': np.float32,
+  'lens': np.int32,
+  'size': np.int32,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+  """A capture: its pictures' files, their cameras in the normalised world, and the split."""
+
+  loader: str  # The format's name, as Config.dataset_loader has it.
+  files: tuple[str, ...]  # [n] the pictures as used, relative to data_dir, '/' between folders.
+  names: tuple[str, ...]  # [n] their names in the capture's model.
+  cameras: structs.Cameras  # numpy leaves, n rows.
+  train: tuple[int, ...]  # Rows of the training images.
+  test: tuple[int, ...]  # Rows of the held-out images.
+  world_transform: np.ndarray  # [4, 4] float64, the capture's world to the normalised one.
+  background: str  # 'white': alpha is composited on white; 'none': pictures have no alpha.
+  bounds: tuple[float, float] | None  # Near and far of a forward-facing capture, normalised.
+  report: dict[str, Any]  # What a preflight prints.
+  masks: tuple[
+    str | None, ...
+  ] = ()  # [n] of each picture or None, relative to data_dir; () if none.
+  weights: tuple[float, ...] = ()  # [n] of its pixels in the data loss; () if all are 1.
+
+  def stem(self, i: int) -> str:
+    """Image i's name as a piece of a file's: no ending, no folders."""
+    return images.stem(self.names[i]).replace('/', '_')
+
+
+def save_scene(path: str, scene: Scene) -> None:
+  """Writes a scene as JSON, whole or not at all; numbers come back exactly."""
+  cameras = scene.cameras
+  fields = {field.name: getattr(scene, field.name) for field in dataclasses.fields(scene)}
+  fields['version'] = _VERSION
+  fields['world_transform'] = np.asarray(scene.world_transform, np.float64).tolist()
+  fields['cameras'] = {
+    # A float32 is a float64 too, of which repr() gives all digits.
+    **{name: np.asarray(getattr(cameras, name), dtype).tolist() for name, dtype in _ARRAYS.items()},
+    'pixtocam_ndc': None if cameras.pixtocam_ndc is None else cameras.pixtocam_ndc.tolist(),
+    'lenses': cameras.lenses,
+    'distorted': cameras.distorted,
+  }
+  with files.whole(path) as temporary, open(temporary, 'w') as f:
+    json.dump(fields, f)
+
+
+def load_scene(path: str) -> Scene:
+  """Reads what `save_scene` wrote, and checks that it may be used.
+
+  Raises:
+    DataNotFoundError: no such file.
+    DataError: not a scene, or one of another version of this program.
+  """
+  if not os.path.isfile(path):
+    raise images.DataNotFoundError(f'No such file: {path!r}. Training writes it.')
+  try:
+    with open(path, encoding='utf-8') as f:
+      fields = json.load(f)
+    version = fields.pop('version')
+    if version == _VERSION:
+      return _checked_scene(fields)
+  except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as e:
+    reason = f'{type(e).__name__}: {" ".join(str(e).split())}'[:300]
+    raise images.DataError(
+      f'{path}: is no scene ({reason}). Train anew to have it written.'
+    ) from None
+  raise images.DataError(
+    f'{path}: is of version {reprlib.repr(version)}, this program reads {_VERSION}. Train anew, or '
+    'use the version of the program that wrote it.'
+  )
+
+
+def _checked_scene(fields: dict[str, Any]) -> Scene:
+  """A scene from what JSON made of it; anything may be raised if it is none."""
+  for name in ('files', 'names', 'train', 'test', 'masks', 'weights'):
+    fields[name] = tuple(fields.get(name, ()))  # Scenes once had neither masks nor weights.
+  fields['bounds'] = fields['bounds'] and tuple(map(float, fields['bounds']))
+  fields['world_transform'] = _numbers(fields['world_transform'], (4, 4), np.float64)
+  scene = Scene(cameras=_checked_cameras(fields.pop('cameras'), len(fields['names'])), **fields)
+  rows = {*scene.train, *scene.test}
+  if not all(isinstance(row, int) and 0 <= row < len(scene.names) for row in rows):
+    raise ValueError('train and test must be rows of images')
+  if not scene.train or len(scene.files) != len(scene.names):
+    raise ValueError('train, files or names are too short')
+  if not all(map(images.is_relative, scene.files)):
+    raise ValueError('files must be names inside the capture')
+  if not all(mask is None or images.is_relative(mask) for mask in scene.masks):
+    raise ValueError('masks must be names inside the capture')
+  if not all(isinstance(weight, float) and 0 < weight < np.inf for weight in scene.weights):
+    raise ValueError('weights must be positive')
+  if not {len(scene.masks), len(scene.weights)} <= {0, len(scene.names)}:
+    raise ValueError('masks or weights are too short')
+  if not all(isinstance(name, str) and '\0' not in name for name in scene.names):
+    raise ValueError('names must be strings')
+  if scene.bounds is not None and not 0 < scene.bounds[0] <= scene.bounds[1] < np.inf:
+    raise ValueError(f'bounds are {scene.bounds}')
+  if scene.background not in ('white', 'none') or not isinstance(scene.report, dict):
+    raise ValueError('background or report')
+  return scene
+
+
+def _checked_cameras(table: dict[str, Any], n: int) -> structs.Cameras:
+  """The table as it was written: its derived fields too, or it is damaged."""
+  shapes = (n, 3, 3), (n, 3, 4), (n, 6), (n,), (n, 2)
+  for (name, dtype), shape in zip(_ARRAYS.items(), shapes):
+    table[name] = _numbers(table[name], shape, dtype)
+  if table['pixtocam_ndc'] is not None:
+    table['pixtocam_ndc'] = _numbers(table['pixtocam_ndc'], (3, 3), np.float32)
+  lenses, distorted = tuple(table.pop('lenses')), table.pop('distorted')
+  cameras = cameras_lib.make_cameras(**table)
+  if (lenses, distorted) != (cameras.lenses, cameras.distorted):
+    raise ValueError('lenses or distorted do not fit the cameras')
+  focal = cameras.pixtocam[:, [0, 1], [0, 1]]
+  if not ((cameras.size > 0).all() and (cameras.size <= _MAX_SIDE).all() and (focal > 0).all()):
+    raise ValueError('a camera has an impossible size or focal length')
+  return cameras
+
+
+def _numbers(values: Any, shape: tuple[int, ...], dtype) -> np.ndarray:
+  """Lists of finite numbers as an array."""
+  exact = np.array(values, np.float64)
+  most = (np.iinfo if np.issubdtype(dtype, np.integer) else np.finfo)(dtype).max
+  if exact.shape != shape or not (np.abs(exact) <= most).all():
+    raise ValueError(f'{list(exact.shape)} numbers, must be {list(shape)} finite ones')
+  return exact.astype(dtype)
+
+
+def read_image(data_dir: str, scene: Scene, i: int) -> np.ndarray:
+  """The pixels of image i, uint8 [h, w, 3], in the size that its camera has.
+
+  Raises:
+    DataError, DataNotFoundError: the picture is missing, damaged or another than before.
+  """
+  path = images.inside(data_dir, scene.files[i])
+  width, height = scene.cameras.size[i].tolist()
+  return images.decode(path, scene.background, (width, height))
+
+
+def read_images(
+  data_dir: str, scene: Scene, indices: Sequence[int], progress: bool = True
+) -> list[np.ndarray]:
+  """The pixels of several images, read by threads: a list of uint8 [h, w, 3]."""
+  label = 'reading images' if progress else None
+  return images.in_threads(lambda i: read_image(data_dir, scene, i), list(indices), label)
+
+
+def read_mask(data_dir: str, scene: Scene, i: int) -> np.ndarray | None:
+  """Which pixels of image i count, bool [h, w]; None: all.
+
+  Raises:
+    DataError, DataNotFoundError: the mask is missing, damaged or black all over.
+  """
+  if not scene.masks or scene.masks[i] is None:
+    return None
+  return masks.read(images.inside(data_dir, scene.masks[i]), tuple(scene.cameras.size[i].tolist()))
+
+
+def read_masks(
+  data_dir: str, scene: Scene, indices: Sequence[int], progress: bool = True
+) -> list[np.ndarray | None]:
+  """The masks of several images, read by threads."""
+  label = 'reading masks' if progress and any(scene.masks) else None
+  return images.in_threads(lambda i: read_mask(data_dir, scene, i), list(indices), label)

@@ -1,0 +1,1 @@
+"""The demo scene: a still life in an endless landscape, ray traced."""

@@ -1,0 +1,1 @@
+"""Devices: sharding over a mesh, processes of several hosts, device memory."""

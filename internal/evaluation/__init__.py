@@ -1,0 +1,1 @@
+"""Evaluation: metrics, results.json, tables and the HTML report."""

@@ -1,0 +1,231 @@
+"""report.html: all that a run leaves to look at, in one file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import markupsafe
+from PIL import Image
+
+from .. import configs
+from ..datasets import scenes
+from ..system import files, progress
+from ..training import runlog
+from ..vis import charts
+from . import lpips, results, tables
+from . import metrics as metrics_lib
+
+NAME = 'report.html'  # In the run's folder eval/.
+MAPS = ('depth', 'error', 'opacity', 'normals')  # Beside truth and prediction, where they are.
+_WIDTHS = (960, 640, 480, 320)  # Of a picture; the widest with which all fit.
+_PICTURE_BYTES = 16_000_000  # Of all pictures, before base64 makes a third more of them.
+_VIDEO_BYTES = 10_000_000
+_TEMPLATE = 'html_report.html.jinja'
+_LABELS = {
+  'psnr': 'PSNR',
+  'ssim': 'SSIM',
+  'cc_psnr': 'PSNR, colour-corrected',
+  'cc_ssim': 'SSIM, colour-corrected',
+  'lpips_paper': 'LPIPS (paper)',
+  'lpips_vgg': 'LPIPS (VGG)',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+  """A test image in the page."""
+
+  name: str
+  metrics: Mapping[str, float | None]
+  pictures: Mapping[str, str]  # data: addresses by kind.
+
+
+def write(run: str, settings: configs.Settings, scene: scenes.Scene) -> str:
+  """Writes RUN/eval/report.html of what is in a run's folder; returns its path.
+
+  Raises:
+    ResultsError: there is no results.json, or not of this version.
+  """
+  folder = os.path.join(run, 'eval')
+  found = results.read(os.path.join(folder, 'results.json'))
+  rows = runlog.read_metrics(os.path.join(run, 'metrics.jsonl'))
+  images, notes = _read_images(folder, found['per_image'], scene)
+  videos, more = _read_videos(os.path.join(run, 'render'))
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(os.path.dirname(os.path.abspath(__file__))),
+    autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+  )  # fmt: skip
+  environment.filters['metric'] = _number
+  shown = [name for name, value in found['mean'].items() if value is not None]
+  page = environment.get_template(_TEMPLATE).render(
+    found=found,
+    scene=found['scene'] or 'scene',
+    labels=_LABELS,
+    better={name: tables.HIGHER_IS_BETTER[name] for name in shown},
+    images=images,
+    maps=MAPS,
+    videos=videos,
+    notes=notes + more,
+    charts=_make_charts(rows),
+    facts=_facts(found, rows, scene),
+    published=_published(found, os.path.join(folder, 'results.json')),
+    config=settings.text,
+  )
+  path = os.path.join(folder, NAME)
+  with files.whole(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
+    f.write(page)
+  return path
+
+
+def _number(value: float | None, name: str) -> str:
+  """A metric's value as the field prints it."""
+  if value is None:
+    return '–'
+  return f'{value:.2f}' if 'psnr' in name else f'{value:.3f}'
+
+
+def _webp(path: str, width: int) -> bytes:
+  with Image.open(path) as picture:
+    picture = picture.convert('RGB')
+    if picture.width > width:
+      height = max(1, round(picture.height * width / picture.width))
+      picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    picture.save(out, 'webp', quality=82, method=2)
+  return out.getvalue()
+
+
+def _data(kind: str, content: bytes) -> str:
+  return f'data:{kind};base64,{base64.b64encode(content).decode()}'
+
+
+def _read_images(
+  folder: str, per_image: Sequence[Mapping[str, Any]], scene: scenes.Scene
+) -> tuple[list[Shown], list[str]]:
+  """The test images, worst first, with their pictures, and what had to be left out of them."""
+  stems = {name: scene.stem(i) for i, name in enumerate(scene.names)}
+  paths = []
+  for k, row in enumerate(per_image):
+    stem = os.path.join(folder, f'{k:03d}_{stems.get(row["name"])}_')
+    kinds = {kind: f'{stem}{kind}.png' for kind in ('truth', 'prediction', *MAPS)}
+    paths.append({kind: path for kind, path in kinds.items() if os.path.exists(path)})
+  width = _choose_width([path for of_one in paths for path in of_one.values()])
+  shown, used, without = [], 0, 0
+  worst_first = sorted(range(len(paths)), key=lambda k: per_image[k]['psnr'] or 0)
+  for k in progress.track(worst_first, 'report'):
+    pictures = {kind: _webp(path, width) for kind, path in paths[k].items()}
+    used += sum(map(len, pictures.values()))
+    if used > _PICTURE_BYTES or 'prediction' not in pictures:
+      pictures, without = {}, without + 1
+    addresses = {kind: _data('image/webp', content) for kind, content in pictures.items()}
+    row = per_image[k]
+    metrics = {name: row[name] for name in (*metrics_lib.METRICS, *lpips.METRICS)}
+    shown.append(Shown(row['name'], metrics, addresses))
+  notes = []
+  if without:
+    notes.append(
+      f'{without} of {len(paths)} test images are listed without pictures: the page would be too '
+      'large, or there are none (Config.eval_save_output). What there is lies beside this file.'
+    )
+  return shown, notes
+
+
+def _choose_width(paths: Sequence[str]) -> int:
+  """The widest of _WIDTHS with which all pictures fit, by a sample of them."""
+  sample = paths[:: max(1, len(paths) // 12)]
+  for width in _WIDTHS:
+    if sum(len(_webp(path, width)) for path in sample) / max(len(sample), 1) * len(paths) < (
+      _PICTURE_BYTES * 0.9
+    ):
+      return width
+  return _WIDTHS[-1]
+
+
+def _read_videos(folder: str) -> tuple[dict[str, str], list[str]]:
+  """The rendered videos that are small enough, by name; and what was left out."""
+  videos, notes = {}, []
+  for kind in ('color', 'depth', 'normals'):
+    path = os.path.join(folder, f'{kind}.mp4')
+    if not os.path.exists(path):
+      continue
+    size = os.path.getsize(path)
+    if size > _VIDEO_BYTES:
+      notes.append(f'The video {path} is too large for this page ({size / 1e6:.0f} MB).')
+      continue
+    with open(path, 'rb') as f:
+      videos[kind] = _data('video/mp4', f.read())
+  return videos, notes
+
+
+def _make_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """PSNR and loss over steps: title, names of the lines, SVG."""
+
+  def series(key: str, name: str, dots: bool = False) -> charts.Series:
+    points = [(row['step'], row[key]) for row in rows if row.get(key) is not None]
+    return charts.Series(name, points, dots)
+
+  terms = [key for row in rows[:1] for key in row if key.startswith('loss_')]
+  psnr = [series('psnr', 'training rays'), series('test_psnr', 'test images', dots=True)]
+  losses = [series('loss', 'sum'), *(series(key, key.removeprefix('loss_')) for key in terms)]
+  made = []
+  for title, unit, lines, log in (
+    ('PSNR over steps', 'dB', psnr, False),
+    ('Loss over steps', '', losses, True),
+  ):
+    lines = [line for line in lines if line.points]
+    svg = charts.line_chart(lines, unit, log)
+    if svg:
+      names = [line.name for line in lines]
+      made.append({'title': title, 'names': names, 'svg': markupsafe.Markup(svg)})
+  return made
+
+
+def _facts(
+  found: Mapping[str, Any], rows: Sequence[Mapping], scene: scenes.Scene
+) -> dict[str, str]:
+  """What made the numbers, and how long it took."""
+  speeds = sorted(row['rays_per_sec'] for row in rows if row.get('rays_per_sec'))
+  device = found['device']
+  facts = {
+    'images': f'{len(scene.train)} for training, {found["num_images"]} for testing',
+    'size': ', '.join(found['image_sizes']),
+    'parameters': f'{found["num_params"]:,}',
+    'trained': f'{found["step"]:,} steps',
+    'evaluated on': f'{device["count"]} x {device["kind"]}, hidden layers in {found["mlp_dtype"]}',
+    'a test image': f'{found["seconds_per_image"]:.2f} s',
+    'software': ', '.join(f'{name} {version}' for name, version in found['software'].items()),
+    'protocol': '; '.join([found['protocol']['name'], *found['protocol']['departures']]),
+  }
+  if found['train_seconds'] is not None:
+    facts['trained'] += f' in {progress.duration(found["train_seconds"])}'
+  if speeds:
+    facts['trained'] += f', {speeds[len(speeds) // 2]:,.0f} rays/s'
+  if found['lpips']['absent']:
+    facts['LPIPS'] = found['lpips']['absent']
+  return facts
+
+
+def _published(found: Mapping[str, Any], path: str) -> dict[str, Any] | None:
+  """What is published on this scene: rows of (method, metrics); or why it cannot be compared."""
+  run = tables.Run(path, dict(found))
+  try:
+    benchmark = tables.find_benchmark([run])
+  except tables.TablesError:
+    return None  # Several datasets have a scene of this name; nobody said which.
+  if benchmark is None:
+    return None
+  try:
+    table = tables.make({'this run': [run]}, benchmark)
+  except tables.TablesError as reason:
+    return {'title': benchmark.title, 'reason': str(reason), 'rows': [], 'metrics': []}
+  rows = [
+    (row.method, {m: table.value(row, m, run.scene) for m in table.metrics}, row.ours)
+    for row in table.rows
+  ]
+  return {'title': benchmark.title, 'reason': None, 'rows': rows, 'metrics': table.metrics}

@@ -1,0 +1,1 @@
+"""Export of points, meshes and depth maps for other programs."""

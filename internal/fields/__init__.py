@@ -1,0 +1,1 @@
+"""Fields: what turns Gaussians into features, density and colour."""

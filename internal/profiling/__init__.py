@@ -1,0 +1,1 @@
+"""Profiling: what a step costs, counted and measured."""

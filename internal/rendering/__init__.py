@@ -1,0 +1,1 @@
+"""Rendering a trained scene: images, camera paths, surfaces."""

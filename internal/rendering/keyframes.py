@@ -1,0 +1,122 @@
+"""Camera paths set by hand: key cameras, what is between them, and the file that keeps them.
+
+The file is nerfstudio's camera path, in JSON: `camera_to_world` and `matrix` are 16 numbers, row by
+row, OpenGL camera axes to the capture's own world; `fov` is vertical, in degrees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from .. import paths
+from ..errors import UserError
+from ..system import files
+
+_DEGREE = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Keyframe:
+  """A camera that the path goes through."""
+
+  pose: np.ndarray  # [3, 4] OpenGL camera axes to the normalised world.
+  fov: float  # Vertical, radians.
+
+
+def between(keyframes: Sequence[Keyframe], frames_per_gap: int) -> tuple[np.ndarray, np.ndarray]:
+  """The frames of a path: a spline that meets each keyframe.
+
+  Returns:
+    poses [n, 3, 4] in the normalised world, and vertical fields of view [n] in radians; n is
+    frames_per_gap for each gap.
+
+  Raises:
+    ValueError: fewer than two keyframes, two equal ones in a row, frames_per_gap not positive.
+  """
+  keys = np.stack([key.pose for key in keyframes]) if keyframes else np.zeros((0, 3, 4))
+  if len(keys) < 2:
+    raise UserError(f'A path needs at least two keyframes, got {len(keys)}.')
+  poses = paths.generate_spline_path(keys, frames_per_gap, _DEGREE, smoothness=0)
+  # Gaps are not equally long, so that the frames nearest to keyframes are looked for, in order.
+  apart = np.linalg.norm((poses[:, None] - keys).reshape(len(poses), len(keys), -1), axis=-1)
+  places = [0]
+  for k in range(1, len(keys)):
+    places.append(places[-1] + int(np.argmin(apart[places[-1] :, k])))
+  places[-1] = len(poses) - 1
+  return poses, np.interp(np.arange(len(poses)), places, [key.fov for key in keyframes])
+
+
+def to_capture(poses: np.ndarray, world_transform: np.ndarray) -> np.ndarray:
+  """Poses [n, 3, 4] of the normalised world, in the capture's own; rotations stay orthonormal.
+
+  `world_transform` [4, 4] is the similarity from the capture's world to the normalised one.
+  """
+  return paths.transform_poses(np.linalg.inv(world_transform), poses)
+
+
+def document(
+  keyframes: Sequence[Keyframe],
+  world_transform: np.ndarray,
+  size: tuple[int, int],
+  fps: int,
+  seconds_per_gap: float,
+) -> dict:
+  """The path as nerfstudio's JSON has it; `size` is (width, height) of its frames.
+
+  Raises:
+    ValueError: as `between`.
+  """
+  width, height = size
+  poses, fovs = between(keyframes, max(1, round(fps * seconds_per_gap)))
+  flat = lambda poses: paths.pad_poses(to_capture(poses, world_transform)).reshape(-1, 16).tolist()  # noqa: E731
+  keys = flat(np.stack([key.pose for key in keyframes]))
+  aspect = width / height
+  return {
+    'camera_type': 'perspective',
+    'render_width': width,
+    'render_height': height,
+    'fps': fps,
+    'seconds': len(poses) / fps,
+    'is_cycle': False,
+    'smoothness_value': 0.0,
+    'default_fov': float(np.degrees(keyframes[0].fov)),
+    'default_transition_sec': seconds_per_gap,
+    'keyframes': [
+      {
+        'matrix': matrix,
+        'fov': float(np.degrees(key.fov)),
+        'aspect': aspect,
+        'override_transition_enabled': False,
+        'override_transition_sec': None,
+      }
+      for matrix, key in zip(keys, keyframes)
+    ],
+    'camera_path': [
+      {'camera_to_world': matrix, 'fov': float(np.degrees(fov)), 'aspect': aspect}
+      for matrix, fov in zip(flat(poses), fovs)
+    ],
+  }
+
+
+def free_name(folder: str, name: str, ending: str) -> str:
+  """A path in the folder that no file has: the name's letters, digits, - and _, a number if taken.
+
+  `ending` is such as '.json'.
+  """
+  stem = re.sub(r'[^A-Za-z0-9_-]+', '_', name.removesuffix(ending)).strip('_')[:80] or 'unnamed'
+  path, number = os.path.join(folder, stem + ending), 2
+  while os.path.lexists(path):
+    path, number = os.path.join(folder, f'{stem}_{number}{ending}'), number + 1
+  return path
+
+
+def save(path: str, path_document: dict) -> None:
+  """Writes what `document` made, whole or not at all."""
+  with files.whole(path) as temporary, open(temporary, 'w') as f:
+    json.dump(path_document, f, indent=1)

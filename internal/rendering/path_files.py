@@ -1,0 +1,189 @@
+"""Camera paths from files: poses as .npy, COLMAP sparse models, nerfstudio's camera paths.
+
+nerfstudio's viewers save camera paths as JSON: `camera_path`, a list of frames, each with
+`camera_to_world` (16 numbers row by row, OpenGL axes) and `fov` (of the height, in degrees);
+`render_width` and `render_height`; `camera_type` (perspective, fisheye or equirectangular); `fps`.
+Their world is that of nerfstudio's training, which its `dataparser_transforms.json` (written
+beside its config.yml: `transform` [3, 4], then `scale`) leads to from the capture's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import reprlib
+from typing import Any
+
+import numpy as np
+
+from .. import colmap, paths, structs
+from ..errors import UserError
+from ..system import files
+
+_TRANSFORMS = 'dataparser_transforms.json'
+_LENSES = {
+  'perspective': structs.PERSPECTIVE,
+  'fisheye': structs.FISHEYE,
+  'equirectangular': structs.PANORAMA,
+}
+_MOST_PIXELS = 100_000  # A side.
+_LARGEST = 1e12  # Of a position's coordinates.
+
+
+class PathFileError(UserError):
+  """A file with no usable camera path; the message names it and says what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PathFile:
+  """What a file says of a video's n frames; None is left to the config."""
+
+  poses: np.ndarray  # [n, 3, 4] in the world of the file.
+  fov: np.ndarray | None = None  # [n] of the picture's height, radians.
+  size: tuple[int, int] | None = None  # Width and height in pixels.
+  lens: int | None = None  # A code of `structs`.
+  fps: float | None = None
+
+
+def read(path: str) -> PathFile:
+  """Reads a camera path: a folder is a COLMAP model, .json is nerfstudio's, others are .npy.
+
+  A COLMAP model gives the poses of its images, by name, and nothing else.
+
+  Raises:
+    PathFileError: there is no such file, or it holds no camera path.
+  """
+  if os.path.isdir(path):
+    result = PathFile(_read_colmap(path))
+  elif not os.path.isfile(path):
+    raise PathFileError(f'Config.render_path_file: no such file: {path!r}.')
+  elif path.lower().endswith('.json'):
+    result = _read_nerfstudio(path)
+  else:
+    result = PathFile(_read_npy(path))
+  rigid = paths.are_rigid(result.poses) & (np.abs(result.poses[:, :, 3]) < _LARGEST).all(-1)
+  if not rigid.all():
+    raise PathFileError(
+      f'{path}: pose {np.argmin(rigid)} is no rotation and position (it scales, shears or mirrors, '
+      'or is impossibly far away). Its matrices must be camera-to-world, with OpenGL axes.'
+    )
+  return result
+
+
+def _read_npy(path: str) -> np.ndarray:
+  try:
+    poses = files.read_array(path)
+    usable = poses.ndim == 3 and poses.shape[1:] in ((3, 4), (4, 4)) and len(poses) > 0
+    usable = usable and bool(np.isfinite(poses).all())
+  except ValueError:
+    usable = False
+  if not usable:
+    raise PathFileError(
+      f'{path}: must be a .npy file of finite camera-to-world matrices [n, 3, 4] or [n, 4, 4].'
+    )
+  return poses[:, :3]
+
+
+def _read_colmap(folder: str) -> np.ndarray:
+  try:
+    images = colmap.read_model(folder).images.values()
+  except (colmap.ModelError, colmap.ModelNotFoundError) as e:
+    raise PathFileError(f'Config.render_path_file: {e}') from None
+  if not images:
+    raise PathFileError(f'{folder}: the sparse model has no images, so there are no poses.')
+  return np.stack([colmap.camera_to_world(i) for i in sorted(images, key=lambda i: i.name)])
+
+
+def _read_json(path: str) -> dict[str, Any]:
+  try:
+    with open(path, encoding='utf-8') as f:
+      table = json.load(f)
+  except (ValueError, RecursionError) as e:
+    raise PathFileError(f'{path}: is not valid JSON ({reprlib.repr(str(e))}).') from None
+  if not isinstance(table, dict):
+    raise PathFileError(f'{path}: must be a JSON object.')
+  return table
+
+
+def _numbers(where: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+  """Finite numbers, of a shape."""
+  try:
+    array = np.array(value, np.float64)
+    if array.size == np.prod(shape) and np.isfinite(array).all():
+      return array.reshape(shape)
+  except (ValueError, TypeError, OverflowError):
+    pass
+  wanted = 'a finite number' if shape == () else f'{np.prod(shape)} finite numbers'
+  raise PathFileError(f'{where} must be {wanted}, got {reprlib.repr(value)}.')
+
+
+def _read_nerfstudio(path: str) -> PathFile:
+  table = _read_json(path)
+  frames = table.get('camera_path')
+  if not isinstance(frames, list) or not frames or not all(isinstance(f, dict) for f in frames):
+    raise PathFileError(
+      f"{path}: has no list 'camera_path' with frames. Export a camera path from nerfstudio's "
+      'viewer again; poses of other kinds go into a .npy file.'
+    )
+  kind = table.get('camera_type', 'perspective')
+  if not isinstance(kind, str) or kind not in _LENSES:
+    raise PathFileError(
+      f'{path}: camera_type {reprlib.repr(kind)} cannot be rendered; use one of '
+      f'{", ".join(_LENSES)}.'
+    )
+  size = [
+    _numbers(f'{path}: {key}', table.get(key), ()) for key in ('render_width', 'render_height')
+  ]
+  if not all(1 <= side <= _MOST_PIXELS and side == int(side) for side in size):
+    raise PathFileError(f'{path}: render_width and render_height must be pixels.')
+  poses = np.stack(
+    [
+      _numbers(f'{path}: camera_to_world of frame {i}', f.get('camera_to_world'), (4, 4))[:3]
+      for i, f in enumerate(frames)
+    ]
+  )
+  return PathFile(
+    poses=_undo_dataparser(path, poses),
+    fov=None if _LENSES[kind] == structs.PANORAMA else _read_fov(path, frames),
+    size=(int(size[0]), int(size[1])),
+    lens=_LENSES[kind],
+    fps=_read_fps(path, table),
+  )
+
+
+def _read_fov(path: str, frames: list[dict[str, Any]]) -> np.ndarray:
+  degrees = np.array(
+    [_numbers(f'{path}: fov of frame {i}', f.get('fov'), ()) for i, f in enumerate(frames)]
+  )
+  outside = ~((degrees > 0.01) & (degrees < 179.9))
+  if outside.any():
+    raise PathFileError(
+      f'{path}: fov of frame {np.argmax(outside)} must be in 0 to 180 degrees, got '
+      f'{degrees[np.argmax(outside)]:g}.'
+    )
+  return np.radians(degrees)
+
+
+def _read_fps(path: str, table: dict[str, Any]) -> float | None:
+  if table.get('fps') is None:
+    return None
+  fps = float(_numbers(f'{path}: fps', table['fps'], ()))
+  if not 0 < fps <= 1000:
+    raise PathFileError(f'{path}: fps must be in 0 to 1000, got {fps:g}.')
+  return fps
+
+
+def _undo_dataparser(path: str, poses: np.ndarray) -> np.ndarray:
+  """Poses in the capture's world, where nerfstudio's account of its own lies beside the path."""
+  beside = os.path.join(os.path.dirname(path), _TRANSFORMS)
+  if not os.path.isfile(beside):
+    return poses
+  table = _read_json(beside)
+  transform = np.eye(4)
+  transform[:3] = _numbers(f'{beside}: transform', table.get('transform'), (3, 4))
+  scale = float(_numbers(f'{beside}: scale', table.get('scale'), ()))
+  if not (scale > 0 and paths.are_rigid(transform[None, :3])[0]):
+    raise PathFileError(f'{beside}: transform must be a rotation and scale positive.')
+  similarity = np.diag([scale, scale, scale, 1]) @ transform
+  return paths.transform_poses(np.linalg.inv(similarity), poses)

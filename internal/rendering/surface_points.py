@@ -1,0 +1,61 @@
+"""Coloured points on what a trained model shows: rendered pixels, put at their median distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from .. import cameras, structs
+from ..system import progress
+
+
+def pixel_rays(cams: structs.Cameras, row: int) -> tuple[np.ndarray, np.ndarray]:
+  """Origins and directions [h, w, 3] of all pixels of a camera; distances are in the latter."""
+  width, height = np.asarray(cams.size)[row].tolist()
+  x, y = jnp.meshgrid(jnp.arange(width), jnp.arange(height))
+  rays = cameras.pixels_to_rays(cams, jnp.full_like(x, row), x, y)
+  return np.asarray(rays.origins), np.asarray(rays.directions)
+
+
+def from_image(
+  cams: structs.Cameras, row: int, image: dict, min_opacity: float, max_spread: float
+) -> tuple[np.ndarray, np.ndarray]:
+  """The points of one rendered image that are surely on a surface.
+
+  Args:
+    cams: cameras in world space (not in NDC).
+    row: the one that `image` is of.
+    image: what `evaluation.make_image_renderer` gives.
+    min_opacity: pixels below it show no surface.
+    max_spread: the most that the distances at 5 and 95 percent of a pixel's weight may differ by,
+      over the median: above it a pixel looks through fog or across an edge.
+
+  Returns:
+    Positions [m, 3] in the world and colours [m, 3], uint8.
+  """
+  origins, directions = pixel_rays(cams, row)
+  low, median, high = np.moveaxis(image['distance_percentiles'], -1, 0)
+  with np.errstate(all='ignore'):
+    kept = (image['acc'] >= min_opacity) & ((high - low) <= max_spread * median)
+    xyz = origins + directions * median[..., None]
+  kept &= np.isfinite(xyz).all(-1)
+  return xyz[kept], np.round(255 * image['rgb'][kept]).astype(np.uint8)
+
+
+def from_views(
+  render_image: Callable,
+  params,
+  cams: structs.Cameras,
+  rows: Sequence[int],
+  fraction: float,
+  min_opacity: float = 0.5,
+  max_spread: float = 0.3,
+) -> tuple[np.ndarray, np.ndarray]:
+  """`from_image` of several cameras, one after another: positions [m, 3] and colours [m, 3]."""
+  parts = []
+  for row in progress.track(list(rows), 'views'):
+    image = render_image(params, cams, int(row), fraction)
+    parts.append(from_image(cams, int(row), image, min_opacity, max_spread))
+  return tuple(np.concatenate(each) for each in zip(*parts))

@@ -1,0 +1,1 @@
+"""Structure from motion: from photographs or a video to a posed capture."""

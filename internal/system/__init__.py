@@ -1,0 +1,1 @@
+"""The operating system: atomic files, signals, progress on the terminal."""

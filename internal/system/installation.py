@@ -1,0 +1,44 @@
+"""The installed program: where its own files are and how to start its commands.
+
+The package has two names. In a checkout it is the folder `internal`, beside train.py and configs/.
+Installed by pip it is `mipnerf360`, with the configs inside and one console command.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+NAME = __name__.split('.')[0]
+
+_CHECKOUT = os.path.dirname(PACKAGE)
+_BUNDLED = os.path.join(PACKAGE, 'bundled')  # A wheel has the configs here.
+_TOP_LEVEL = ('train', 'eval', 'render')  # In a checkout, the other commands lie in scripts/.
+_FILES = {'demo_scene': 'make_demo_scene'}
+
+# The folder that has configs/.
+DATA = _BUNDLED if os.path.isdir(_BUNDLED) else _CHECKOUT
+
+
+def is_checkout() -> bool:
+  """Whether the program runs from a checkout rather than an installed wheel."""
+  return DATA == _CHECKOUT
+
+
+def _script(command: str) -> str:
+  """A command's file in the checkout, relative to the checkout."""
+  name = f'{_FILES.get(command, command)}.py'
+  return name if command in _TOP_LEVEL else os.path.join('scripts', name)
+
+
+def command(name: str) -> list[str]:
+  """The start of a command line that runs a command in a process of its own."""
+  if is_checkout():
+    return [sys.executable, os.path.join(_CHECKOUT, _script(name))]
+  return [sys.executable, '-m', NAME, name]
+
+
+def command_text(name: str) -> str:
+  """How a person starts a command, such as 'python train.py' or 'mipnerf360 train'."""
+  return f'python {_script(name)}' if is_checkout() else f'mipnerf360 {name}'
