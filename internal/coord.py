@@ -178,13 +178,9 @@ def lift_and_diagonalize(mean: Array, cov: Array, basis: Array) -> tuple[Array, 
 _TURN = 1 / (2 * np.pi)
 _TURN_HI = 2608 / 2**14  # 12 bits.
 _MAX_ANGLE = 2.0**40  # Float32 holds no fraction of a turn far beyond.
-_MAX_PACKED = 2.0**23  # In float32 alone, the packed encoding ends here.
 
-# sin 2 pi r for |r| <= 1/4 and 1/8 and cos 2 pi r for |r| <= 1/8 as polynomials of r^2 (times r for
-# the sines), fitted at Chebyshev points: off by at most 1e-10, 2e-9 and 1e-10.
+# sin(2 pi r) / r for |r| <= 1/4 as a polynomial in r^2, fitted at Chebyshev points: error 1e-10.
 _SIN_QUARTER = (6.28318531, -41.3417019, 81.6052094, -76.703666, 41.9999608, -14.3368559)
-_SIN_EIGHTH = (6.28318522, -41.341628, 81.5881184, -75.2398368)
-_COS_EIGHTH = (1, -19.7392087, 64.9393162, -85.4428484, 59.2202883)
 
 
 def _to_turns(x: Array) -> tuple[Array, Array]:
@@ -194,19 +190,12 @@ def _to_turns(x: Array) -> tuple[Array, Array]:
   return leading * _TURN_HI, leading * (_TURN - _TURN_HI) + (x - leading) * _TURN
 
 
-def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
-  total = jnp.full_like(x, coefficients[-1])
-  for c in coefficients[-2::-1]:
-    total = total * x + c
-  return total
-
-
 @jax.custom_jvp
 def _sin_turns(turns: Array) -> Array:
   """sin of 2 pi times `turns`, in a few instructions that every device does at full rate."""
   turns -= jnp.round(turns)
   folded = 0.25 - jnp.abs(jnp.abs(turns) - 0.25)  # sin x = sin (pi - x)
-  return jnp.sign(turns) * folded * _polynomial(_SIN_QUARTER, folded**2)
+  return jnp.sign(turns) * folded * math.polynomial(_SIN_QUARTER, folded**2)
 
 
 @_sin_turns.defjvp
@@ -238,79 +227,6 @@ def integrated_pos_enc(mean: Array, var: Array, min_deg: int, max_deg: int) -> A
   turns = turns - jnp.round(turns) + lo * scale
   features = jnp.exp(fade * scale**2) * _sin_turns(turns + phase)  # [..., 2, deg, b]
   return features.reshape(*mean.shape[:-1], 2 * (max_deg - min_deg) * mean.shape[-1])
-
-
-def _sincos_turns(turns: Array) -> tuple[Array, Array]:
-  """sin and cos of 2 pi times `turns`, from one reduction."""
-  quarter = jnp.round(4 * turns)
-  r = turns - 0.25 * quarter
-  s, c = r * _polynomial(_SIN_EIGHTH, r**2), _polynomial(_COS_EIGHTH, r**2)
-  quarter = quarter.astype(jnp.int32)
-  swapped = (quarter & 1) == 1
-  sin, cos = jnp.where(swapped, c, s), jnp.where(swapped, s, c)
-  sin = jnp.where((quarter & 2) == 2, -sin, sin)
-  return sin, jnp.where(((quarter + 1) & 2) == 2, -cos, cos)
-
-
-def _bits(x: Array) -> Array:
-  """The 16 bits of x as bfloat16, in 64."""
-  return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint64)
-
-
-def packed_pos_enc(mean: Array, var: Array, min_deg: int, max_deg: int, width: int) -> Array:
-  """`integrated_pos_enc` in bfloat16, at the speed of writing it to a GPU's memory.
-
-  Four features are computed together, sine and cosine of two octaves, and stored as one word:
-  they share a range reduction and an exponential. Angles are reduced in turns, which costs some
-  1e-7 of the angle. Not differentiable.
-
-  Args:
-    mean: [..., b] coordinates.
-    var: [..., b] their variances.
-    min_deg: l of the first frequency 2^l.
-    max_deg: l after the last.
-    width: number of features with padding, a multiple of 4.
-
-  Returns:
-    [..., width] bfloat16: by coordinate, then by octave (an even number), each a sine and a
-    cosine; then zeros. `packed_order` puts other rows in this order.
-  """
-  turns = jnp.clip(mean, -_MAX_PACKED, _MAX_PACKED) * (2.0**min_deg * _TURN)
-  fade = var * (-0.5 * 4.0**min_deg)
-  turns, fade = jax.lax.optimization_barrier((turns, fade))  # Once, not for every feature.
-  pairs = (max_deg - min_deg + 1) // 2
-  scale = (4.0 ** jnp.arange(pairs, dtype=mean.dtype)).reshape((1,) * mean.ndim + (-1,))
-  sin, cos = _sincos_turns(turns[..., None] * scale)  # [..., b, pairs]
-  damping = jnp.exp(fade[..., None] * scale**2)
-  finer = damping**4  # At twice the frequency.
-  features = [
-    damping * sin,
-    damping * cos,
-    finer * 2 * sin * cos,
-    finer * (cos - sin) * (cos + sin),
-  ]
-  with jax.enable_x64(True):
-    word = sum(_bits(f) << jnp.uint64(16 * i) for i, f in enumerate(features))
-    word = word.reshape(*mean.shape[:-1], pairs * mean.shape[-1])
-    padding = [(0, 0)] * (mean.ndim - 1) + [(0, width // 4 - word.shape[-1])]
-    word = jnp.pad(word, padding)
-    out = jax.lax.bitcast_convert_type(word, jnp.bfloat16)
-  return out.reshape(*mean.shape[:-1], width)
-
-
-def packed_order(rows: Array, degs: int, width: int) -> Array:
-  """Rows that go with `integrated_pos_enc`'s features, in the order of `packed_pos_enc`'s.
-
-  Args:
-    rows: [2 * degs * b, ...].
-    degs: number of octaves.
-    width: number of rows to return, those beyond the features being zeros.
-  """
-  tail = rows.shape[1:]
-  rows = jnp.moveaxis(rows.reshape(2, degs, -1, *tail), (0, 1, 2), (2, 1, 0))  # [b, degs, 2, ...]
-  rows = jnp.pad(rows, [(0, 0), (0, degs % 2)] + [(0, 0)] * (1 + len(tail)))
-  rows = rows.reshape(-1, *tail)
-  return jnp.pad(rows, [(0, width - len(rows))] + [(0, 0)] * len(tail))
 
 
 def pos_enc(x: Array, min_deg: int, max_deg: int, append_identity: bool = True) -> Array:

@@ -39,6 +39,14 @@ def safe_log(x: Array) -> Array:
   return jnp.log(jnp.where(x > TINY, x, TINY))
 
 
+def polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
+  """Evaluates sum_k coefficients[k] x^k by Horner's rule, for x of any shape."""
+  total = jnp.full_like(x, coefficients[-1])
+  for c in coefficients[-2::-1]:
+    total = total * x + c
+  return total
+
+
 def narrow_dot(x: Array, matrix: Array) -> Array:
   """[..., a] of any type times [a, b] float32 with few columns, in float32: one sum for each.
 

@@ -598,8 +598,9 @@ class TestGpuKernels:
   def test_compute_what_plain_xla_does(self, hopper_gpu, monkeypatch):
     calls = spy(monkeypatch, product_in_xla, weight_gradient_in_xla)
     packed = []
-    encode = coord.packed_pos_enc
-    monkeypatch.setattr(coord, 'packed_pos_enc', lambda *args: packed.append(1) or encode(*args))
+    encode = encodings.packed_encoding.packed_pos_enc
+    counted = lambda *args: packed.append(1) or encode(*args)  # noqa: E731
+    monkeypatch.setattr(encodings.packed_encoding, 'packed_pos_enc', counted)
     wanted, without = self._render_and_slopes(False)
     assert not calls + packed
     slopes, rendering = self._render_and_slopes(True)
@@ -633,7 +634,7 @@ class TestGpuKernels:
     for module, name in (
       (hopper, 'product'),
       (hopper, 'weight_gradient'),
-      (coord, 'packed_pos_enc'),
+      (encodings.packed_encoding, 'packed_pos_enc'),
     ):
       monkeypatch.setattr(module, name, refuse)
     _, params, apply = _make(*KERNEL_SIZES, "Model.mlp_dtype = 'float32'")

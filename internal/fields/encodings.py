@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import coord, geopoly, structs
-from . import grid
+from . import grid, packed_encoding
 
 Array = jax.Array
 
@@ -28,7 +28,7 @@ class IntegratedPositionalEncoding(nn.Module):
 
   Attributes:
     axes: of the coordinates; other than 3 have no basis but themselves.
-    packed: features in bfloat16, in the order and with the padding of `coord.packed_pos_enc`.
+    packed: features in bfloat16, in the order and with the padding of `packed_pos_enc`.
   """
 
   min_deg: int
@@ -52,7 +52,7 @@ class IntegratedPositionalEncoding(nn.Module):
     """Puts [2 * degs * b, ...] rows, sines first, in the order of the features as they are."""
     if not self.packed:
       return rows
-    return coord.packed_order(rows, self.max_deg - self.min_deg, self._width())
+    return packed_encoding.packed_order(rows, self.max_deg - self.min_deg, self._width())
 
   def _basis(self) -> Array:
     if self.axes != 3:
@@ -73,7 +73,7 @@ def _plain(encoding: IntegratedPositionalEncoding, mean: Array, cov: Array) -> A
 def _packed(encoding: IntegratedPositionalEncoding, mean: Array, cov: Array) -> Array:
   lifted, var = coord.lift_and_diagonalize(mean, cov, encoding._basis())
   degs = encoding.min_deg, encoding.max_deg
-  return coord.packed_pos_enc(lifted, var, *degs, encoding._width())
+  return packed_encoding.packed_pos_enc(lifted, var, *degs, encoding._width())
 
 
 def _packed_forward(encoding, mean, cov):
