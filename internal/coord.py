@@ -1,7 +1,7 @@
-"""Space warps and encodings.
+"""Space warps, ray-distance warps and positional encodings.
 
-Shapes: points `x` [..., 3]; Gaussians as `mean` [..., 3] and `cov` [..., 3, 3]; distances along
-a ray as metric `t` and normalised `s` in [0, 1].
+Notation: points `x` [..., 3]; Gaussians `mean` [..., 3] and `cov` [..., 3, 3]; along a ray, metric
+distance `t` and normalised distance `s` in [0, 1]. `...` is any batch shape.
 """
 
 from collections.abc import Callable
@@ -19,80 +19,83 @@ Array = jax.Array
 def contract(x: Array) -> Array:
   """Contracts points towards the origin, into a ball of radius 2 (Eq. 10 of arXiv:2111.12077).
 
-  With r = max(1, |x|), both branches of the equation are (2 - 1 / r) x / r, and the gradient is
-  finite everywhere: r never nears zero, and the factor's derivative vanishes at r = 1.
+  contract(x) = x if |x| <= 1, otherwise (2 - 1 / |x|) x / |x|. Values and gradients are finite
+  everywhere.
 
   Args:
-    x: [..., 3] points.
+    x: [..., 3] points in world units.
 
   Returns:
-    [..., 3] points with norm below 2; those of norm up to 1 unchanged.
+    [..., 3] points with norm below 2. Points with norm at most 1 are unchanged.
   """
-  r_sq = jnp.maximum(1, jnp.sum(x**2, -1, keepdims=True))
+  # With r = max(1, |x|) one expression serves both branches, and the root is never taken at 0.
+  r_sq = jnp.maximum(1, jnp.sum(x**2, -1, keepdims=True))  # [..., 1]
   return x * ((2 * jnp.sqrt(r_sq) - 1) / r_sq)
 
 
 def inv_contract(z: Array) -> Array:
-  """The inverse of `contract`, for [..., 3] points with norm below 2."""
-  r_sq = jnp.maximum(1, jnp.sum(z**2, -1, keepdims=True))
-  return z / (2 * jnp.sqrt(r_sq) - r_sq)
+  """Maps contracted points back to the world: the inverse of `contract`.
+
+  Args:
+    z: [..., 3] points with norm below 2.
+
+  Returns:
+    [..., 3] points in world units.
+  """
+  r_sq = jnp.maximum(1, jnp.sum(z**2, -1, keepdims=True))  # [..., 1]
+  return z / (2 * jnp.sqrt(r_sq) - r_sq)  # |x| = 1 / (2 - |z|)
 
 
-_SMALLEST_RADIUS = (
-  1e-3  # Of `donerf`: within it, about the middle of the scene, the warp is linear.
-)
+_SMALLEST_RADIUS = 1e-3  # `donerf` is linear within it: at 0 the root's gradient is infinite.
 
 
 def donerf(x: Array) -> Array:
-  """Shortens points to the square root of their length (DONeRF, arXiv:2103.03231).
+  """Warps points by the square root of their distance from the origin (DONeRF, arXiv:2103.03231).
 
-  Lengths are in units of the scene, in which the cameras are within [-1, 1]^3: those of length 1
-  stay. At 0, where the root's gradient is infinite, the warp is linear.
+  donerf(x) = x / sqrt(|x|), and linear for |x| < 1e-3. Points with norm 1 are unchanged.
 
   Args:
-    x: [..., 3] points.
+    x: [..., 3] points in normalised world units (all cameras in [-1, 1]^3).
 
   Returns:
-    [..., 3] points.
+    [..., 3] points with norm sqrt(|x|).
   """
   r_sq = jnp.maximum(_SMALLEST_RADIUS**2, jnp.sum(x**2, -1, keepdims=True))
   return x * r_sq**-0.25
 
 
 def inverted_sphere(x: Array) -> Array:
-  """The direction and the inverse distance of points (NeRF++, arXiv:2010.07492, section 4).
+  """Parametrises points by direction and inverse distance (NeRF++, arXiv:2010.07492, section 4).
 
   Args:
-    x: [..., 3] points.
+    x: [..., 3] points in world units.
 
   Returns:
-    [..., 4]: x / r and 1 / r with r = max(1, |x|), so that points within the sphere are x and 1.
+    [..., 4]: (x / r, 1 / r) with r = max(1, |x|). Points inside the unit sphere become (x, 1).
   """
   inverse = jax.lax.rsqrt(jnp.maximum(1, jnp.sum(x**2, -1, keepdims=True)))
   return jnp.concatenate([x * inverse, inverse], -1)
 
 
 def linearize(fn: Callable[[Array], Array], mean: Array, cov: Array) -> tuple[Array, Array]:
-  """Pushes Gaussians through a warp by linearising it at their means (Eq. 9).
-
-  The Jacobian is applied by jvp, first to the columns of `cov` and then to its rows, and never
-  built. `fn` must act on each point by itself.
+  """Maps Gaussians through a warp linearised at their means (Eq. 9 of arXiv:2111.12077).
 
   Args:
-    fn: [..., 3] -> [..., c].
-    mean: [..., 3].
-    cov: [..., 3, 3].
+    fn: warp from [..., 3] to [..., c] that acts on each point separately, such as `contract`.
+    mean: [..., 3] means.
+    cov: [..., 3, 3] covariances.
 
   Returns:
-    (fn(mean) [..., c], J cov J^T [..., c, c]).
+    (fn(mean) [..., c], J cov J^T [..., c, c]) with J the Jacobian of fn at the mean.
   """
+  # Jacobian-vector products with the columns of cov never build J.
   warped, jvp = jax.linearize(fn, mean)
   columns = jax.vmap(jvp, -1, -1)
-  half = columns(cov)  # J cov
-  return warped, columns(jnp.swapaxes(half, -1, -2))  # J (J cov)^T, symmetric.
+  half = columns(cov)  # [..., c, 3], J cov
+  return warped, columns(jnp.swapaxes(half, -1, -2))  # [..., c, c], J (J cov)^T
 
 
-# Pairs (g, its inverse) of Eq. 11. The power family is that of arXiv:2304.06706, lambda = -1.5.
+# Pairs (g, inverse of g) for Eq. 11. 'power' is the family of arXiv:2304.06706 at lambda = -1.5.
 _POWER = -1.5
 _POWER_SCALE = abs(_POWER - 1)
 _CURVES = {
@@ -105,7 +108,7 @@ _CURVES = {
   ),
   'power': (
     lambda x: _POWER_SCALE / _POWER * ((x / _POWER_SCALE + 1) ** _POWER - 1),
-    # Rounding may take the base below 0 at the far plane; held at 1e-20 it is far enough for any.
+    # Rounding can take the base below 0 at the far plane, where the power would be NaN.
     lambda y: (
       _POWER_SCALE * (jnp.maximum(y * _POWER / _POWER_SCALE + 1, 1e-20) ** (1 / _POWER) - 1)
     ),
@@ -116,27 +119,31 @@ _CURVES = {
 def ray_warps(
   name: str | None, near: float | Array, far: float | Array
 ) -> tuple[Callable, Callable]:
-  """The maps between metric and normalised distance (Eq. 11).
+  """Returns the maps between metric and normalised ray distance (Eq. 11 of arXiv:2111.12077).
+
+  s = (g(t) - g(near)) / (g(far) - g(near)), where the curve g is chosen by name.
 
   Args:
-    name: 'reciprocal', 'log', 'identity' (or None), 'piecewise' or 'power'.
-    near: the distance of s = 0.
-    far: the distance of s = 1. Where near or far is an array, nothing is checked.
+    name: 'reciprocal' (linear in disparity), 'log', 'identity' (or None), 'piecewise' (linear up
+      to t = 1, then in disparity) or 'power' (arXiv:2304.06706).
+    near: metric distance at s = 0.
+    far: metric distance at s = 1. The bounds are checked only if neither is a JAX array.
 
   Returns:
-    (t_to_s, s_to_t), each from any shape to the same.
+    (t_to_s, s_to_t), elementwise functions of arrays of any shape. s_to_t is clipped to
+    [near, far].
 
   Raises:
-    ValueError: an unknown name, or distances that the curve does not take.
+    UserError: the name is unknown, not 0 <= near < far, or near is 0 with 'reciprocal' or 'log'.
   """
   name = name or 'identity'
   if name not in _CURVES:
-    raise UserError(f'ray warp must be one of {", ".join(_CURVES)}, got {name!r}.')
+    raise UserError(f'The ray warp must be one of {", ".join(_CURVES)}, got {name!r}.')
   known = not isinstance(near, Array) and not isinstance(far, Array)
   if known and not 0 <= near < far:
-    raise UserError(f'ray warp needs 0 <= near < far, got near {near}, far {far}.')
+    raise UserError(f'Ray warps require 0 <= near < far, got near {near} and far {far}.')
   if known and near == 0 and name in ('reciprocal', 'log'):
-    raise UserError(f'ray warp {name!r} needs near > 0; set Config.near, say to 0.1.')
+    raise UserError(f'Ray warp {name!r} requires near > 0; set Config.near, for example to 0.1.')
   fwd, inv = _CURVES[name]
   g_near, g_far = fwd(jnp.float32(near)), fwd(jnp.float32(far))
 
@@ -150,49 +157,51 @@ def ray_warps(
 
 
 def lift_and_diagonalize(mean: Array, cov: Array, basis: Array) -> tuple[Array, Array]:
-  """Projects Gaussians onto the columns of a basis, keeping the variances along them.
+  """Projects Gaussians onto the columns of a basis (arXiv:2111.12077, section 2).
+
+  Keeps the variances along the directions and drops the correlations between them.
 
   Args:
-    mean: [..., c].
-    cov: [..., c, c].
-    basis: [c, b].
+    mean: [..., c] means.
+    cov: [..., c, c] symmetric covariances.
+    basis: [c, b] directions P as columns, for example from `geopoly.generate_basis`.
 
   Returns:
-    P^T mean [..., b] and diag(P^T cov P) [..., b].
+    (P^T mean [..., b], diag(P^T cov P) [..., b]). Variances are clipped at 0.
   """
   basis = jnp.asarray(basis, mean.dtype)
   axes = len(basis)
-  directions = basis.reshape((axes,) + (1,) * (mean.ndim - 1) + (-1,))
-  # Written out, the sums join the work around them; as products on a GPU they would be calls.
-  lifted = sum(mean[..., i, None] * directions[i] for i in range(axes))
+  directions = basis.reshape((axes,) + (1,) * (mean.ndim - 1) + (-1,))  # [c, 1, ..., b]
+  # XLA fuses explicit sums with the operations around them; a matmul would be a separate kernel.
+  lifted = sum(mean[..., i, None] * directions[i] for i in range(axes))  # [..., b]
   var = sum(
     cov[..., i, j, None] * (directions[i] * directions[j] * (1 if i == j else 2))
     for i in range(axes)
     for j in range(i, axes)
   )
-  return lifted, jnp.maximum(var, 0)
+  return lifted, jnp.maximum(var, 0)  # Rounding can take the variance of a flat Gaussian below 0.
 
 
-# Angles are kept in turns, whose whole part is no matter, in two numbers: turns.hi is a product of
-# 12 by 12 bits, so its fraction at every octave is exact; turns.lo is what that leaves out.
+# Angles are in turns, so that range reduction drops the integer part. A turn count is hi + lo: hi
+# is a product of two 12-bit numbers, exact in float32 at every octave; lo is the remainder.
 _TURN = 1 / (2 * np.pi)
-_TURN_HI = 2608 / 2**14  # 12 bits.
-_MAX_ANGLE = 2.0**40  # Float32 holds no fraction of a turn far beyond.
+_TURN_HI = 2608 / 2**14  # 12 bits of _TURN.
+_MAX_ANGLE = 2.0**40  # Far larger float32 angles have no fraction of a turn.
 
 # sin(2 pi r) / r for |r| <= 1/4 as a polynomial in r^2, fitted at Chebyshev points: error 1e-10.
 _SIN_QUARTER = (6.28318531, -41.3417019, 81.6052094, -76.703666, 41.9999608, -14.3368559)
 
 
 def _to_turns(x: Array) -> tuple[Array, Array]:
-  """x / (2 pi) as hi + lo."""
+  """Converts radians to turns, as a sum (hi, lo)."""
   x = jnp.clip(x, -_MAX_ANGLE, _MAX_ANGLE)
-  leading = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=11)
+  leading = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=11)  # 12 bits.
   return leading * _TURN_HI, leading * (_TURN - _TURN_HI) + (x - leading) * _TURN
 
 
 @jax.custom_jvp
 def _sin_turns(turns: Array) -> Array:
-  """sin of 2 pi times `turns`, in a few instructions that every device does at full rate."""
+  """Computes sin(2 pi turns) in a few multiply-adds, faster than the library's sine."""
   turns -= jnp.round(turns)
   folded = 0.25 - jnp.abs(jnp.abs(turns) - 0.25)  # sin x = sin (pi - x)
   return jnp.sign(turns) * folded * math.polynomial(_SIN_QUARTER, folded**2)
@@ -205,31 +214,44 @@ def _sin_turns_jvp(primals, tangents):
 
 
 def integrated_pos_enc(mean: Array, var: Array, min_deg: int, max_deg: int) -> Array:
-  """Expected sines and cosines of Gaussian coordinates (arXiv:2103.13415, Eq. 14).
+  """Computes expected sines and cosines of Gaussian coordinates (arXiv:2103.13415, Eq. 14).
+
+  E[sin(2^l x)] = exp(-4^l var / 2) sin(2^l mean) for x ~ N(mean, var), and likewise for cos.
 
   Args:
-    mean: [..., b] coordinates.
-    var: [..., b] their variances.
-    min_deg: l of the first frequency 2^l.
-    max_deg: l after the last.
+    mean: [..., b] means of the coordinates.
+    var: [..., b] variances.
+    min_deg: exponent l of the lowest frequency 2^l.
+    max_deg: exponent after that of the highest frequency.
 
   Returns:
-    [..., 2 * (max_deg - min_deg) * b]: all sines, then all cosines; by frequency, then by
-    coordinate.
+    [..., 2 * (max_deg - min_deg) * b] features in [-1, 1]: all sines, then all cosines; each
+    ordered by frequency, then by coordinate.
   """
   lead = (1,) * (mean.ndim - 1)
   scale = (2.0 ** jnp.arange(min_deg, max_deg, dtype=mean.dtype)).reshape(*lead, 1, -1, 1)
-  phase = jnp.array([0, 0.25], mean.dtype).reshape(*lead, 2, 1, 1)  # Of sines, and of cosines.
-  # Once for each coordinate: compilers would repeat what is before the barrier for each feature.
+  phase = jnp.array([0, 0.25], mean.dtype).reshape(*lead, 2, 1, 1)  # cos is sin a quarter on.
+  # Without the barrier compilers recompute the per-coordinate values for every feature.
   hi, lo, fade = jax.lax.optimization_barrier((*_to_turns(mean), -0.5 * var))
-  hi, lo, fade = (v[..., None, None, :] for v in (hi, lo, fade))
-  turns = hi * scale
+  hi, lo, fade = (v[..., None, None, :] for v in (hi, lo, fade))  # [..., 1, 1, b]
+  turns = hi * scale  # [..., 1, deg, b]
   turns = turns - jnp.round(turns) + lo * scale
   features = jnp.exp(fade * scale**2) * _sin_turns(turns + phase)  # [..., 2, deg, b]
   return features.reshape(*mean.shape[:-1], 2 * (max_deg - min_deg) * mean.shape[-1])
 
 
 def pos_enc(x: Array, min_deg: int, max_deg: int, append_identity: bool = True) -> Array:
-  """Plain sines and cosines of [..., c] coordinates, with x itself in front (NeRF, Eq. 4)."""
+  """Computes sines and cosines of coordinates (NeRF, arXiv:2003.08934, Eq. 4).
+
+  Args:
+    x: [..., c] coordinates.
+    min_deg: exponent l of the lowest frequency 2^l.
+    max_deg: exponent after that of the highest frequency.
+    append_identity: whether x itself comes first.
+
+  Returns:
+    [..., 2 * (max_deg - min_deg) * c] features as in `integrated_pos_enc`, with [..., c] more in
+    front if `append_identity`.
+  """
   features = integrated_pos_enc(x, jnp.zeros_like(x), min_deg, max_deg)
   return jnp.concatenate([x, features], -1) if append_identity else features

@@ -1,8 +1,8 @@
-"""Histograms along a ray.
+"""Histograms (step functions) along a ray: sampling, dilation, and losses between histograms.
 
-`t` [..., n + 1] are ascending endpoints of bins, `w` [..., n] the weights of the bins; a second
-histogram, the envelope, is `t_env` [..., m + 1], `w_env` [..., m]. A bin of no width has density
-zero.
+Notation: `t` [..., n + 1] ascending endpoints of n bins and `w` [..., n] their weights, not
+negative. A second histogram, the envelope, is `t_env` [..., m + 1] and `w_env` [..., m]. The
+density of a bin is its weight over its width; the density of a bin of width 0 is 0.
 """
 
 import jax
@@ -14,7 +14,7 @@ Array = jax.Array
 
 
 def weight_to_density(t: Array, w: Array) -> Array:
-  """Weight over width, [..., n]; zero where a bin has no width."""
+  """Returns the density w / diff(t) of each bin, [..., n]; 0 for bins of width 0."""
   width = jnp.diff(t)
   return jnp.where(width > 0, w / jnp.maximum(width, math.SMALL), 0)
 
@@ -26,24 +26,26 @@ def max_dilate_weights(
   domain: tuple[float, float] = (-jnp.inf, jnp.inf),
   renormalize: bool = False,
 ) -> tuple[Array, Array]:
-  """Widens a histogram: its density becomes the maximum over +- `dilation` (section 3.1's text).
+  """Dilates a histogram by a max filter on its density (arXiv:2111.12077, section 3.1).
+
+  The density at x becomes the maximum over [x - dilation, x + dilation].
 
   Args:
-    t: [..., n + 1] endpoints.
+    t: [..., n + 1] ascending endpoints.
     w: [..., n] weights.
-    dilation: half-width of the maximum filter, in the units of t.
-    domain: endpoints are clipped to it.
-    renormalize: scale the result to sum to one.
+    dilation: half-width of the filter, in the units of t.
+    domain: (low, high) that the new endpoints are clipped to.
+    renormalize: whether the new weights are scaled to sum to 1.
 
   Returns:
-    Endpoints [..., 3 n + 1] of 3 n bins, and their weights [..., 3 n].
+    (endpoints [..., 3 n + 1], weights [..., 3 n]) of the dilated histogram.
   """
   density = weight_to_density(t, w)
   start, stop = t[..., :-1] - dilation, t[..., 1:] + dilation
   edges = jnp.sort(jnp.concatenate([start, t, stop], -1), -1)  # [..., 3 n + 1]
   edges = jnp.clip(edges, *domain)
   cover = math.by_platform(_highest_by_mask, _highest_by_search)
-  dilated = cover(density, start, stop, edges[..., :-1])
+  dilated = cover(density, start, stop, edges[..., :-1])  # [..., 3 n], constant on each bin.
   weights = dilated * jnp.diff(edges)
   if renormalize:
     weights /= jnp.maximum(jnp.sum(weights, -1, keepdims=True), math.SMALL)
@@ -51,60 +53,81 @@ def max_dilate_weights(
 
 
 def _highest_by_mask(value: Array, start: Array, stop: Array, x: Array) -> Array:
-  """The highest value among the intervals [start, stop) that hold x; zero where none does.
+  """Returns the maximum value among the intervals [start, stop) that contain x; 0 if none does.
 
   Args:
-    value: [..., n], not negative.
-    start, stop: [..., n], each ascending.
-    x: [..., m].
+    value: [..., n] values, not negative.
+    start, stop: [..., n] ends of the intervals, each ascending.
+    x: [..., m] query points.
+
+  Returns:
+    [..., m]
   """
+  # [..., m, n]
   holds = (start[..., None, :] <= x[..., :, None]) & (stop[..., None, :] > x[..., :, None])
   return jnp.max(jnp.where(holds, value[..., None, :], 0), -1)
 
 
 def _highest_by_search(value: Array, start: Array, stop: Array, x: Array) -> Array:
-  """The same by lookups: such intervals stand in a row, whose maximum two overlapping spans give.
+  """Does the same with a sparse table of range maxima, without comparing all pairs.
 
-  The spans' lengths are powers of two; their maxima are tabled for each length and first one.
+  The intervals that contain x are consecutive. The maximum of any range is the larger of two
+  tabulated ones: of the power-of-two spans that begin and end with the range.
   """
   n = value.shape[-1]
-  first, after = math.num_below(stop, x), math.num_below(start, x)
+  first, after = math.num_below(stop, x), math.num_below(start, x)  # Range [first, after).
   table, length = [value], 1
   while 2 * length <= n:
     shifted = jnp.concatenate([table[-1][..., length:], table[-1][..., -length:]], -1)
-    table.append(jnp.maximum(table[-1], shifted))  # What the last ones hold is never asked for.
+    table.append(jnp.maximum(table[-1], shifted))  # Spans past the end are wrong and never read.
     length *= 2
-  table = jnp.concatenate(table, -1)
+  table = jnp.concatenate(table, -1)  # [..., levels * n]
   held = after - first
-  level = 31 - jax.lax.clz(jnp.maximum(held, 1))
+  level = 31 - jax.lax.clz(jnp.maximum(held, 1))  # floor(log2(held))
   last = jnp.maximum(after - (1 << level), 0)
   one, other = (math.pick(table, level * n + jnp.minimum(i, n - 1)) for i in (first, last))
   return jnp.where(held > 0, jnp.maximum(one, other), 0)
 
 
 def blur_weights(w: Array) -> Array:
-  """Widens weights [..., n] by a bin (arXiv:2103.13415, its filter before resampling).
+  """Blurs weights with a 2-tap max filter, then a 2-tap mean (mip-NeRF, arXiv:2103.13415).
 
-  Each is the mean of the greater of it and its left neighbour and of it and its right one.
+  Args:
+    w: [..., n] weights.
+
+  Returns:
+    [..., n]: (max(w[i - 1], w[i]) + max(w[i], w[i + 1])) / 2, with the ends repeated.
   """
-  padded = jnp.concatenate([w[..., :1], w, w[..., -1:]], -1)
-  greater = jnp.maximum(padded[..., :-1], padded[..., 1:])
+  padded = jnp.concatenate([w[..., :1], w, w[..., -1:]], -1)  # [..., n + 2]
+  greater = jnp.maximum(padded[..., :-1], padded[..., 1:])  # [..., n + 1]
   return (greater[..., :-1] + greater[..., 1:]) / 2
 
 
 def integrate_weights(w: Array) -> Array:
-  """The CDF [..., n + 1] at the endpoints of weights that sum to one: from 0 to exactly 1."""
-  cdf = jnp.minimum(1, jnp.cumsum(w[..., :-1], -1))
+  """Returns the CDF at the endpoints of a histogram whose weights [..., n] sum to 1.
+
+  Returns:
+    [..., n + 1] ascending, from exactly 0 to exactly 1.
+  """
+  # The last value is set, not summed: rounding must not leave the CDF short of 1.
+  cdf = jnp.minimum(1, jnp.cumsum(w[..., :-1], -1))  # [..., n - 1]
   ends = (*w.shape[:-1], 1)
   return jnp.concatenate([jnp.zeros(ends, w.dtype), cdf, jnp.ones(ends, w.dtype)], -1)
 
 
 def anneal_logits(t: Array, w: Array, exponent: float | Array, padding: float = 0.0) -> Array:
-  """Logits of w^exponent (Eq. 18's annealing), -inf for bins without width.
+  """Computes the logits of annealed weights, w^exponent (Eq. 18 of arXiv:2111.12077).
 
-  Weights are held at float32's smallest: a ray without any weight is sampled uniformly over its
-  bins rather than not at all.
+  Args:
+    t: [..., n + 1] endpoints.
+    w: [..., n] weights.
+    exponent: 0 flattens the histogram, 1 keeps it.
+    padding: added to each weight first.
+
+  Returns:
+    [..., n] logits; -inf for bins of width 0.
   """
+  # `safe_log` is finite at 0, so a ray whose weights are all 0 is sampled uniformly over its bins.
   logits = exponent * math.safe_log(w + padding)
   return jnp.where(jnp.diff(t) > 0, logits, -jnp.inf)
 
@@ -112,14 +135,14 @@ def anneal_logits(t: Array, w: Array, exponent: float | Array, padding: float = 
 def sample(
   key: Array | None, t: Array, w_logits: Array, num_samples: int, single_jitter: bool = False
 ) -> Array:
-  """Draws stratified points from a histogram by inverting its piecewise-linear CDF.
+  """Draws stratified samples from a histogram by inverting its piecewise-linear CDF.
 
   Args:
-    key: PRNG key, or [...] keys, one for each histogram; None for the middle of each stratum.
+    key: PRNG key, or [...] keys, one for each histogram; None takes the middle of each stratum.
     t: [..., n + 1] endpoints.
-    w_logits: [..., n] logits of the bins' weights.
+    w_logits: [..., n] logits of the weights; their softmax is the histogram.
     num_samples: number of points.
-    single_jitter: one offset for all strata of a ray rather than one each.
+    single_jitter: whether all strata of a ray share one offset.
 
   Returns:
     [..., num_samples] ascending points.
@@ -131,7 +154,7 @@ def sample(
     shape = (*batch, 1 if single_jitter else num_samples)
     jitter = math.draw(jax.random.uniform, key, shape, t.dtype)
   strata = jnp.arange(num_samples, dtype=t.dtype).reshape((1,) * len(batch) + (-1,))
-  u = jnp.minimum((strata + jitter) / num_samples, 1 - math.EPS)
+  u = jnp.minimum((strata + jitter) / num_samples, 1 - math.EPS)  # [..., num_samples]
   cdf = integrate_weights(jax.nn.softmax(w_logits, -1))
   return math.sorted_interp(u, cdf, t)
 
@@ -144,38 +167,38 @@ def sample_intervals(
   single_jitter: bool = False,
   domain: tuple[float, float] = (-jnp.inf, jnp.inf),
 ) -> Array:
-  """Draws intervals from a histogram: the midpoints between stratified points are endpoints.
+  """Draws intervals whose endpoints are the midpoints between stratified samples of a histogram.
 
-  The two outermost endpoints are the reflections of their neighbours about the outermost points,
-  clipped to the domain.
+  The first and last endpoint are the neighbouring ones reflected about the outermost samples.
 
   Args:
-    key: PRNG key, or [...] keys, one for each histogram; None for deterministic samples.
+    key: PRNG key, or [...] keys, one for each histogram; None is deterministic (stratum centres).
     t: [..., n + 1] endpoints.
-    w_logits: [..., n] logits of the bins' weights.
+    w_logits: [..., n] logits of the weights; their softmax is the histogram.
     num_samples: number of intervals, at least 2.
-    single_jitter: one offset for all samples of a ray.
-    domain: bounds of the new endpoints.
+    single_jitter: whether all strata of a ray share one offset.
+    domain: (low, high) that the endpoints are clipped to.
 
   Returns:
     [..., num_samples + 1] ascending endpoints.
 
   Raises:
-    ValueError: fewer than 2 samples.
+    ValueError: num_samples is below 2.
   """
   if num_samples < 2:
     raise ValueError(f'num_samples must be at least 2, got {num_samples}.')
   centers = sample(key, t, w_logits, num_samples, single_jitter)
-  middle = (centers[..., 1:] + centers[..., :-1]) / 2
+  middle = (centers[..., 1:] + centers[..., :-1]) / 2  # [..., num_samples - 1]
   first = 2 * centers[..., :1] - middle[..., :1]
   last = 2 * centers[..., -1:] - middle[..., -1:]
   return jnp.clip(jnp.concatenate([first, middle, last], -1), *domain)
 
 
 def outer_bound(t: Array, t_env: Array, w_env: Array) -> Array:
-  """The sum of envelope weights whose bins touch each bin of t: `bound` of Eq. 13.
+  """Sums the envelope's weights over all bins that overlap each bin of t.
 
-  Bins are closed: one that meets another in a single point touches it.
+  This is `bound` in Eq. 13 of arXiv:2111.12077. Bins are closed: bins that share only an endpoint
+  overlap.
 
   Args:
     t: [..., n + 1] endpoints of the bins to bound.
@@ -183,8 +206,9 @@ def outer_bound(t: Array, t_env: Array, w_env: Array) -> Array:
     w_env: [..., m] weights of the envelope.
 
   Returns:
-    [..., n]
+    [..., n] upper bounds on the weights of the bins.
   """
+  # [..., n, m]
   touches = (t_env[..., None, :-1] <= t[..., 1:, None]) & (
     t_env[..., None, 1:] >= t[..., :-1, None]
   )
@@ -192,80 +216,95 @@ def outer_bound(t: Array, t_env: Array, w_env: Array) -> Array:
 
 
 def lossfun_outer(t: Array, w: Array, t_env: Array, w_env: Array) -> Array:
-  """How far each weight exceeds the envelope's bound (Eq. 13), [..., n].
+  """Computes the proposal loss of each bin (Eq. 13 of arXiv:2111.12077).
+
+  max(0, w - bound)^2 / w. It is 0 for an envelope that could be a coarser version of (t, w).
 
   Args:
-    t: [..., n + 1], w: [..., n], the histogram that should lie under the envelope.
-    t_env: [..., m + 1], w_env: [..., m], the envelope.
+    t, w: [..., n + 1] endpoints and [..., n] weights of the histogram to be bounded.
+    t_env, w_env: [..., m + 1] endpoints and [..., m] weights of the envelope.
+
+  Returns:
+    [..., n] loss of each bin. Eq. 13 is their sum.
   """
   excess = jnp.maximum(0, w - outer_bound(t, t_env, w_env))
   return excess**2 / (w + math.EPS)
 
 
 def blur_resample(t: Array, w: Array, half_width: float, t_new: Array) -> Array:
-  """Weights of a blurred histogram in other bins (arXiv:2304.06706, on z-aliasing).
+  """Blurs a histogram with a box filter and resamples it to other bins (arXiv:2304.06706).
 
-  The density is convolved with a box, which makes it piecewise linear, and integrated exactly over
-  each new bin; what is blurred beyond the new bins is lost.
+  The blurred density is piecewise linear and is integrated exactly over each new bin. Mass outside
+  the new bins is dropped. Zip-NeRF uses this against z-aliasing.
 
   Args:
-    t: [..., n + 1], w: [..., n], the histogram.
-    half_width: of the box, in units of t; more than zero.
-    t_new: [..., m + 1] endpoints of the new bins.
+    t: [..., n + 1] endpoints.
+    w: [..., n] weights.
+    half_width: half-width of the box in units of t, positive.
+    t_new: [..., m + 1] ascending endpoints of the new bins.
 
   Returns:
-    [..., m]
+    [..., m] weights of the new bins.
   """
-  # A bin convolved with the box is a trapezoid: flat over +- (wide - narrow), then down to zero at
-  # +- (wide + narrow). Its mass beyond |x| has a closed form without differences of large numbers.
+  # A bin convolved with the box is a trapezoid: constant within wide - narrow of its centre, 0
+  # beyond wide + narrow. This form of its mass beyond |x| subtracts no large numbers.
   half = jnp.diff(t)[..., :, None] / 2  # [..., n, 1]
   wide, narrow = jnp.maximum(half, half_width), jnp.minimum(half, half_width)
   x = t_new[..., None, :] - ((t[..., 1:] + t[..., :-1]) / 2)[..., :, None]  # [..., n, m + 1]
   on_slope = jnp.clip(wide + narrow - jnp.abs(x), 0, 2 * narrow)
   on_top = jnp.maximum(wide - narrow - jnp.abs(x), 0)
   beyond = (on_slope * (on_slope / jnp.maximum(4 * narrow, math.SMALL)) + on_top) / (2 * wide)
-  cdf = jnp.where(x > 0, 1 - beyond, beyond)
-  return jnp.sum(w[..., :, None] * jnp.diff(cdf), -2)
+  cdf = jnp.where(x > 0, 1 - beyond, beyond)  # [..., n, m + 1]
+  return jnp.sum(w[..., :, None] * jnp.diff(cdf), -2)  # [..., m]
 
 
 def lossfun_blur(t: Array, w: Array, t_env: Array, w_env: Array, half_width: float) -> Array:
-  """How far a blurred histogram exceeds the envelope, by its bin (arXiv:2304.06706, on z-aliasing).
+  """Computes the anti-aliased proposal loss of each envelope bin (arXiv:2304.06706).
 
-  Unlike `lossfun_outer` it changes smoothly as bins move along the ray.
+  max(0, blurred - w_env)^2 / w_env, with `blurred` from `blur_resample`. Unlike `lossfun_outer` it
+  is smooth as bins move along the ray.
 
   Args:
-    t: [..., n + 1], w: [..., n], the histogram that should lie under the envelope.
-    t_env: [..., m + 1], w_env: [..., m], the envelope.
-    half_width: of the blur, in units of t.
+    t, w: [..., n + 1] endpoints and [..., n] weights of the histogram to be bounded.
+    t_env, w_env: [..., m + 1] endpoints and [..., m] weights of the envelope.
+    half_width: half-width of the blur in units of t, positive.
 
   Returns:
-    [..., m]
+    [..., m] loss of each envelope bin.
   """
   excess = jnp.maximum(0, blur_resample(t, w, half_width, t_env) - w_env)
-  return excess**2 / (w_env + 1e-5)  # Bins of no weight would otherwise outweigh all others.
+  return excess**2 / (w_env + 1e-5)  # Without 1e-5, empty bins would dominate the loss.
 
 
 def lossfun_distortion(t: Array, w: Array) -> Array:
-  """The expected distance between two points drawn from the histogram (Eq. 15), [...].
+  """Computes the distortion loss: the weighted distance between all pairs of points on a ray.
 
-  Exact: the double integral of |u - v| over pairs of bins, and over each bin with itself.
+  The exact integral of w(u) w(v) |u - v| over u and v (Eq. 14 and 15 of arXiv:2111.12077).
+
+  Args:
+    t: [..., n + 1] endpoints, usually in normalised distance.
+    w: [..., n] weights.
+
+  Returns:
+    [...] loss of each ray.
   """
   middle = (t[..., 1:] + t[..., :-1]) / 2
-  apart = jnp.abs(middle[..., :, None] - middle[..., None, :])
+  apart = jnp.abs(middle[..., :, None] - middle[..., None, :])  # [..., n, n]
   between = jnp.sum(w * jnp.sum(w[..., None, :] * apart, -1), -1)
-  within = jnp.sum(w**2 * jnp.diff(t), -1) / 3
+  within = jnp.sum(w**2 * jnp.diff(t), -1) / 3  # Mean distance in a bin: a third of its width.
   return between + within
 
 
 def weighted_percentile(t: Array, w: Array, ps) -> Array:
-  """Percentiles of histograms whose weights sum to one.
+  """Computes percentiles of histograms.
 
   Args:
-    t: [..., n + 1], w: [..., n].
-    ps: k percentiles, in percent.
+    t: [..., n + 1] endpoints.
+    w: [..., n] weights that sum to 1.
+    ps: [k] percentiles in [0, 100].
 
   Returns:
-    [..., k]
+    [..., k] distances at which the CDF reaches each percentile.
   """
   x = jnp.asarray(ps, t.dtype) / 100
   x = jnp.broadcast_to(x.reshape((1,) * (t.ndim - 1) + (-1,)), (*t.shape[:-1], x.size))

@@ -7,7 +7,7 @@ import numpy as np
 from internal.fields import packed_encoding
 
 
-def test_matches_float64(self):
+def test_matches_float64():
   # By coordinate, by octave, sine before cosine; an octave beyond an odd number of them.
   rng = np.random.default_rng(0)
   mean, var = np.float32(rng.uniform(-2, 2, (50, 3))), np.float32(rng.uniform(0, 1, (50, 3)))
@@ -27,7 +27,7 @@ def test_matches_float64(self):
     np.testing.assert_allclose(out, expected, rtol=1.01 * 2**-8, atol=2e-7 * scale[-1])
 
 
-def test_sines_of_turns(self):
+def test_sines_of_turns():
   turns = np.float32(np.linspace(-3, 3, 4801))
   sin, cos = jax.jit(packed_encoding._sincos_turns)(turns)
   angle = 2 * np.pi * turns.astype(np.float64)
@@ -40,7 +40,7 @@ def test_sines_of_turns(self):
   np.testing.assert_array_equal(cos, np.round(np.cos(np.pi / 2 * quarters)))
 
 
-def test_order_is_by_coordinate_then_octave(self):
+def test_order_is_by_coordinate_then_octave():
   b, degs, width = 3, 5, 128
   rows = np.random.default_rng(1).normal(size=(2 * degs * b, 4)).astype(np.float32)
   out = packed_encoding.packed_order(jnp.asarray(rows), degs, width)
@@ -52,7 +52,7 @@ def test_order_is_by_coordinate_then_octave(self):
   np.testing.assert_array_equal(out, expected)
 
 
-def test_finite_even_for_infinities(self):
+def test_finite_even_for_infinities():
   large = [0.0, -2.0, 1e6, -3e38, np.inf, -np.inf]
   mean, var = np.meshgrid(large, [0.0, 1e-12, 1.0, 1e30, np.inf])
   fn = jax.jit(packed_encoding.packed_pos_enc, static_argnums=(2, 3, 4))
