@@ -1,16 +1,16 @@
-"""Pixels to rays: intrinsics, lens models, normalised device coordinates.
+"""Pixels to rays: intrinsics, lens models and normalised device coordinates (NDC).
 
-A pixel's centre goes through `pixtocam` to a plane with the OpenCV axes (x right, y down, z
-forward), is undistorted there, becomes a direction, and turns to the OpenGL axes (x right, y up,
-z back) of `camtoworld`. What the plane is depends on the lens:
+`pixtocam` maps a pixel's centre to the camera plane in OpenCV axes (x right, y down, z forward).
+There it is undistorted and becomes a direction, which is flipped to the OpenGL axes (x right, y up,
+z back) of `camtoworld`. The lens defines the plane:
 
   perspective  x = X / Z, y = Y / Z.
-  fisheye      (x, y) points to (X, Y) and its length is the angle to the optical axis, in radians.
-  panorama     x is the azimuth in [0, 2 pi] (pi: ahead), y the polar angle in [0, pi] (0: up);
-               its pixtocam is `pixtocam_from_intrinsics(width / (2 pi), height / pi, 0, 0)`.
+  fisheye      (x, y) is parallel to (X, Y); its norm is the angle to the optical axis in radians.
+  panorama     x is the azimuth in [0, 2 pi] (pi is ahead), y the polar angle in [0, pi] (0 is up).
+               Its pixtocam is `pixtocam_from_intrinsics(width / (2 pi), height / pi, 0, 0)`.
 
-Shapes: `...` is any batch shape, the same for all arguments; `n` is the number of cameras. Products
-with 3x3 matrices are written out as sums: on GPUs a matmul would fall to TF32, ten bits.
+Notation: `...` is any batch shape, the same for all arguments; `n` is the number of cameras.
+Products with 3x3 matrices are explicit sums, because a matmul on GPUs may use TF32 (10 bits).
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from .errors import UserError
 
 Array = jax.Array
 
-_NEWTON_ITERATIONS = 16  # Real lenses need 3 to 5; the rest serves pixels close to a fold.
-_MIN_DETERMINANT = 1e-3  # Of the distortion's Jacobian, 1 at the centre and 0 on the fold.
+_NEWTON_ITERATIONS = 16  # Real lenses need 3 to 5, pixels near a fold of the distortion more.
+_MIN_DETERMINANT = 1e-3  # The Jacobian of the distortion has 1 at the centre and 0 on a fold.
 
 
 def pixtocam_from_intrinsics(fx, fy, cx, cy) -> np.ndarray:
-  """Inverse intrinsic matrices.
+  """Builds inverse intrinsic matrices from focal lengths and principal points.
 
   Args:
     fx, fy: [...] focal lengths in pixels.
-    cx, cy: [...] principal point in pixels; the first pixel's centre is at (0.5, 0.5).
+    cx, cy: [...] principal point in pixels; the centre of the first pixel is (0.5, 0.5).
 
   Returns:
-    [..., 3, 3] float64.
+    [..., 3, 3] float64 matrices that map (x, y, 1) in pixels to the plane at z = 1.
 
   Raises:
-    ValueError: a focal length is not positive.
+    UserError: a focal length is not positive.
   """
   fx, fy, cx, cy = np.broadcast_arrays(*(np.asarray(v, np.float64) for v in (fx, fy, cx, cy)))
   if not (np.all(fx > 0) and np.all(fy > 0)):
@@ -53,20 +53,23 @@ def pixtocam_from_intrinsics(fx, fy, cx, cy) -> np.ndarray:
 def make_cameras(
   pixtocam, camtoworld, size, distortion=None, lens=None, pixtocam_ndc=None
 ) -> structs.Cameras:
-  """Builds a camera table with numpy leaves and the static fields that belong to it.
+  """Builds a camera table (numpy leaves) and its static fields.
 
-  All but `camtoworld` may lack the axis n, and then serve every camera.
+  Arguments other than `camtoworld` are broadcast over the n cameras.
 
   Args:
     pixtocam: [n, 3, 3] inverse intrinsics.
-    camtoworld: [n, 3, 4] OpenGL camera axes to world.
+    camtoworld: [n, 3, 4] poses, from OpenGL camera axes to the world.
     size: [n, 2] width and height in pixels.
-    distortion: [n, 6] k1, k2, k3, k4, p1, p2; None for none.
-    lens: [n] codes of `structs`; None for perspective.
-    pixtocam_ndc: [3, 3] if rays are to be in NDC.
+    distortion: [n, 6] coefficients k1, k2, k3, k4, p1, p2; None means zeros.
+    lens: [n] lens codes from `structs`; None means perspective.
+    pixtocam_ndc: [3, 3] inverse intrinsics of the NDC camera, or None for rays in world space.
+
+  Returns:
+    The table, with float32 and int32 leaves.
 
   Raises:
-    ValueError: a shape does not fit, or a lens code is unknown.
+    UserError: a shape is wrong, or a lens code is unknown.
   """
   camtoworld = np.asarray(camtoworld, np.float32)
   if camtoworld.ndim != 3 or camtoworld.shape[1:] != (3, 4) or not len(camtoworld):
@@ -77,7 +80,8 @@ def make_cameras(
   lenses = tuple(int(code) for code in np.unique(lens))
   known = range(len(structs.LENS_NAMES))
   if not set(lenses) <= set(known):
-    raise UserError(f'Lens codes are {list(known)} for {structs.LENS_NAMES}, got {list(lenses)}.')
+    names = ', '.join(f'{code} ({name})' for code, name in enumerate(structs.LENS_NAMES))
+    raise UserError(f'lens must contain only the codes {names}, got {list(lenses)}.')
   if pixtocam_ndc is not None:
     pixtocam_ndc = _rows('pixtocam_ndc', pixtocam_ndc, (3, 3), np.float32)
   return structs.Cameras(
@@ -103,26 +107,26 @@ def _rows(name: str, value, shape: tuple[int, ...], dtype) -> np.ndarray:
 def pixels_to_rays(
   cams: structs.Cameras, cam_idx: Array, pix_x: Array, pix_y: Array
 ) -> structs.Rays:
-  """Casts the rays of pixels.
+  """Casts rays through the centres of pixels.
 
   Args:
-    cams: the camera table.
-    cam_idx: [...] int, rows of the table.
-    pix_x: [...] int, columns, counted from the left.
-    pix_y: [...] int, rows, counted from the top.
+    cams: camera table.
+    cam_idx: [...] int rows of the table.
+    pix_x: [...] int columns, from the left.
+    pix_y: [...] int rows, from the top.
 
   Returns:
-    Directions have z = -1 in the camera (perspective) or unit length (fisheye,
-    panorama); the radius at t = 1 is 2 / sqrt(12) times the mean distance to the directions (in
-    NDC: origins) of the right and lower neighbours, which gives the cone the variance of the
-    pixel's square (mip-NeRF, arXiv:2103.13415, section 3.1).
+    Rays [...] in world space, or in NDC if the table has `pixtocam_ndc`. Directions have z = -1 in
+    camera axes (perspective) or unit norm (fisheye, panorama). The cone radius at t = 1 is
+    2 / sqrt(12) times the mean distance to the directions (NDC: origins) of the right and lower
+    neighbours: a disc with the variance of the pixel (mip-NeRF, arXiv:2103.13415, section 3.1).
   """
   cam_idx, pix_x, pix_y = jnp.asarray(cam_idx), jnp.asarray(pix_x), jnp.asarray(pix_y)
-  # Axis 0: the pixel, its right and its lower neighbour.
+  # Axis 0: the pixel, its right neighbour, its lower neighbour.
   x = jnp.stack([pix_x, pix_x + 1, pix_x]) + 0.5  # [3, ...]
   y = jnp.stack([pix_y, pix_y, pix_y + 1]) + 0.5
   rows = cams.replace(pixtocam_ndc=None, supervision=None)
-  row = jax.tree.map(lambda leaf: jnp.asarray(leaf)[cam_idx][None], rows)
+  row = jax.tree.map(lambda leaf: jnp.asarray(leaf)[cam_idx][None], rows)  # Leaves [1, ..., k].
 
   x, y, _ = _transform(row.pixtocam, (x, y, jnp.ones_like(x)))
   directions = _transform(row.camtoworld[..., :3], _camera_directions(row, x, y))
@@ -135,7 +139,7 @@ def pixels_to_rays(
     origins, directions = convert_to_ndc(origins, directions, jnp.asarray(cams.pixtocam_ndc))
     spread = origins
   squared = _sum_of_squares(spread[1:] - spread[:1])  # [2, ..., 1]
-  # Beyond a fold of the lens neighbours can coincide, where the root has no gradient.
+  # Neighbours can coincide beyond a fold of the lens; the root has no gradient at 0.
   distances = jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
   return structs.Rays(
     origins=origins[0],
@@ -149,25 +153,26 @@ def pixels_to_rays(
 def convert_to_ndc(
   origins: Array, directions: Array, pixtocam_ndc: Array, near: float = 1.0
 ) -> tuple[Array, Array]:
-  """Rays in normalised device coordinates, for forward-facing captures (NeRF, arXiv:2003.08934, C).
+  """Converts rays to normalised device coordinates (NeRF, arXiv:2003.08934, appendix C).
 
-  The frustum of a camera at the world's origin, looking along -z, becomes the cube [-1, 1]^3: t = 0
-  lies on the plane z = -near and t = 1 at infinity. The principal point is taken as the centre.
+  For forward-facing captures. The frustum of a camera at the world's origin that looks along -z
+  becomes the cube [-1, 1]^3, with t = 0 on the plane z = -near and t = 1 at infinity. The principal
+  point is assumed to be the image centre.
 
   Args:
-    origins: [..., 3] world units.
-    directions: [..., 3] with negative z.
-    pixtocam_ndc: [3, 3] inverse intrinsics of that camera.
-    near: distance of the near plane, world units.
+    origins: [..., 3] origins in world units.
+    directions: [..., 3] directions with negative z.
+    pixtocam_ndc: [3, 3] inverse intrinsics of the camera.
+    near: distance of the near plane in world units.
 
   Returns:
-    (origins, directions), [..., 3] each.
+    (origins [..., 3], directions [..., 3]) in NDC.
   """
   dz = directions[..., 2]
-  # A ray parallel to the near plane never meets it; this one does, far away, and stays finite.
+  # A ray parallel to the near plane never meets it. A tiny slope keeps the result finite.
   dz = jnp.where(jnp.abs(dz) < 1e-6, -1e-6, dz)
   slope_x, slope_y = directions[..., 0] / dz, directions[..., 1] / dz
-  rise = -(near + origins[..., 2])  # to the near plane, along z
+  rise = -(near + origins[..., 2])  # Distance along z to the near plane.
   scale_x, scale_y = 1 / pixtocam_ndc[0, 2], 1 / pixtocam_ndc[1, 2]  # -2 f / width, -2 f / height
   x0 = -scale_x * (origins[..., 0] + rise * slope_x) / near
   y0 = -scale_y * (origins[..., 1] + rise * slope_y) / near
@@ -177,15 +182,18 @@ def convert_to_ndc(
 
 
 def distort(x: Array, y: Array, distortion: Array, fisheye: bool) -> tuple[Array, Array]:
-  """Where the lens shows the point (X / Z, Y / Z): COLMAP's OPENCV or OPENCV_FISHEYE model.
+  """Applies lens distortion: COLMAP's OPENCV or OPENCV_FISHEYE model.
+
+  radial(r) = 1 + k1 r^2 + k2 r^4 + k3 r^6 + k4 r^8, plus OpenCV's tangential terms in p1 and p2.
 
   Args:
-    x, y: [...] ideal pinhole coordinates, OpenCV axes.
-    distortion: [..., 6] or [6]: k1, k2, k3, k4, p1, p2. A fisheye has no p1, p2.
-    fisheye: whether the k are of a polynomial in the angle instead of the pinhole radius.
+    x, y: [...] pinhole coordinates X / Z and Y / Z in OpenCV axes.
+    distortion: [..., 6] or [6] coefficients k1, k2, k3, k4, p1, p2.
+    fisheye: whether r is the angle to the optical axis (p1 and p2 are then ignored) rather than the
+      pinhole radius.
 
   Returns:
-    (x, y), [...] each, to be multiplied by the intrinsics. float32.
+    (x [...], y [...]) distorted coordinates, float32, before the intrinsics are applied.
   """
   x, y, distortion = jnp.asarray(x), jnp.asarray(y), jnp.asarray(distortion)
   if fisheye:
@@ -197,7 +205,7 @@ def distort(x: Array, y: Array, distortion: Array, fisheye: bool) -> tuple[Array
 
 
 def _distort_plane(x: Array, y: Array, distortion: Array) -> tuple[Array, Array]:
-  """The polynomial of both lens models; a fisheye's plane has the angle as its radius already."""
+  """Applies the polynomial of both models; for a fisheye, (x, y) has the angle as its norm."""
   k1, k2, k3, k4, p1, p2 = (distortion[..., i] for i in range(6))
   r2 = x**2 + y**2
   radial = 1 + r2 * (k1 + r2 * (k2 + r2 * (k3 + r2 * k4)))
@@ -214,9 +222,9 @@ def _radial_only(distortion: Array) -> Array:
 def _undistort_plane(xd: Array, yd: Array, distortion: Array) -> tuple[Array, Array]:
   """Inverts `_distort_plane` by damped Newton iterations from the centre.
 
-  A step is taken if it lowers the residual and stays where the distortion keeps the orientation,
-  so a point that the lens never shows ends near the fold, not mirrored or at infinity. Gradients
-  are those of the implicit function at the solution, not of the iterations.
+  A step is accepted if it lowers the residual and stays where the Jacobian's determinant is
+  positive. A point outside the lens's range therefore ends near the fold, neither mirrored nor at
+  infinity. Gradients come from the implicit function theorem, not from the iterations.
   """
   target, fixed = lax.stop_gradient(((xd, yd), distortion))
 
@@ -226,7 +234,7 @@ def _undistort_plane(xd: Array, yd: Array, distortion: Array) -> tuple[Array, Ar
     new_point = tuple(u - damping * s for u, s in zip(point, step))
     new_residual, new_jacobian = _residual_and_jacobian(new_point, target, fixed)
     a, b, c, d = new_jacobian
-    # Comparisons with NaN are false and with inf too: an overflowing step is refused as well.
+    # Comparisons with NaN and `inf < x` are false, so steps that overflow are rejected.
     take = (_squared(new_residual) < _squared(residual)) & (a * d - b * c > _MIN_DETERMINANT)
     new, old = (new_point, new_residual, new_jacobian), (point, residual, jacobian)
     kept = jax.tree.map(lambda new, old: jnp.where(take, new, old), new, old)
@@ -237,12 +245,14 @@ def _undistort_plane(xd: Array, yd: Array, distortion: Array) -> tuple[Array, Ar
   point, _, jacobian, _ = lax.fori_loop(0, _NEWTON_ITERATIONS, body, start)
   fx, fy = _distort_plane(*point, distortion)
   step = _solve_2x2(jacobian, (fx - xd, fy - yd))
-  # The last term is zero in value; its derivative is the implicit function's.
+  # s - stop_gradient(s) is 0, with the gradient of the implicit function.
   x, y = (u - (s - lax.stop_gradient(s)) for u, s in zip(point, step))
   return x, y
 
 
 def _residual_and_jacobian(point, target, distortion):
+  """Returns `_distort_plane(point) - target` and its Jacobian [[a, b], [c, d]] as (a, b, c, d)."""
+
   def residual(x, y):
     fx, fy = _distort_plane(x, y, distortion)
     return fx - target[0], fy - target[1]
@@ -264,7 +274,7 @@ def _squared(vector):
 
 
 def _camera_directions(row: structs.Cameras, x: Array, y: Array) -> tuple[Array, Array, Array]:
-  """Plane coordinates to directions in OpenGL camera axes, for the lens models in the table."""
+  """Converts plane coordinates to directions in OpenGL camera axes, by each camera's lens."""
   ux, uy = x, y
   if row.distorted:
     fisheye = (row.lens == structs.FISHEYE)[..., None]
@@ -284,9 +294,9 @@ def _camera_directions(row: structs.Cameras, x: Array, y: Array) -> tuple[Array,
 
 def _fisheye_direction(x: Array, y: Array) -> tuple[Array, Array, Array]:
   angle, centre = _radius(x, y)
-  seen = jnp.minimum(angle, np.pi)  # Nothing is farther from the axis than straight behind.
-  sine_over_angle = jnp.where(centre, 1, jnp.sin(seen) / angle)
-  cosine = jnp.where(centre, 1 - (x**2 + y**2) / 2, jnp.cos(seen))
+  clipped = jnp.minimum(angle, np.pi)  # pi is straight behind the camera.
+  sine_over_angle = jnp.where(centre, 1, jnp.sin(clipped) / angle)
+  cosine = jnp.where(centre, 1 - (x**2 + y**2) / 2, jnp.cos(clipped))
   return x * sine_over_angle, -y * sine_over_angle, -cosine
 
 
@@ -296,14 +306,14 @@ def _panorama_direction(x: Array, y: Array) -> tuple[Array, Array, Array]:
 
 
 def _radius(x: Array, y: Array) -> tuple[Array, Array]:
-  """|(x, y)| and whether it is too small to be told from 0; it is 1 there, safe to divide by."""
+  """Returns |(x, y)|, and whether it is close to 0, where 1 is returned instead."""
   r2 = x**2 + y**2
   centre = r2 < 1e-12
   return jnp.sqrt(jnp.where(centre, 1, r2)), centre
 
 
 def _transform(matrix: Array, vector: tuple[Array, Array, Array]) -> tuple[Array, ...]:
-  """[..., 3, 3] times a vector of three [...], as sums in full float32."""
+  """Multiplies matrices [..., 3, 3] by vectors (three arrays [...]) in full float32."""
   return tuple(sum(matrix[..., i, j] * vector[j] for j in range(3)) for i in range(3))
 
 
