@@ -1,4 +1,4 @@
-"""The off-axis basis of Mip-NeRF 360: directions spread evenly over the half sphere."""
+"""Off-axis basis of Mip-NeRF 360: unit directions distributed evenly over a hemisphere."""
 
 import itertools
 
@@ -10,11 +10,12 @@ _GOLDEN = (1 + np.sqrt(5)) / 2
 
 
 def _cyclic(points):
-  """Each point with its coordinates rotated: the vertices' threefold symmetry."""
+  """Returns all cyclic permutations of the points' coordinates."""
   return [np.roll(p, k) for p in points for k in range(3)]
 
 
 def _vertices(shape: str) -> np.ndarray:
+  """Returns the unit vertices [v, 3] of a regular polyhedron."""
   if shape == 'icosahedron':
     points = _cyclic([(0, a, b * _GOLDEN) for a in (1, -1) for b in (1, -1)])
   elif shape == 'octahedron':
@@ -22,13 +23,15 @@ def _vertices(shape: str) -> np.ndarray:
   elif shape == 'tetrahedron':
     points = [(1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)]
   else:
-    raise UserError(f'basis shape must be icosahedron, octahedron or tetrahedron, got {shape!r}.')
+    raise UserError(
+      f'The basis shape must be icosahedron, octahedron or tetrahedron, got {shape!r}.'
+    )
   points = np.array(points, np.float64)
   return points / np.linalg.norm(points, axis=-1, keepdims=True)
 
 
 def _faces(points: np.ndarray) -> list[tuple[int, int, int]]:
-  """Triangles of mutually nearest vertices of a regular polyhedron."""
+  """Returns the triangular faces of a regular polyhedron, as indices of mutually nearest points."""
   distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
   edge = np.min(distance[distance > 1e-6]) * (1 + 1e-6)
   near = distance <= edge
@@ -40,7 +43,7 @@ def _faces(points: np.ndarray) -> list[tuple[int, int, int]]:
 
 
 def _tessellate(points: np.ndarray, subdivisions: int) -> np.ndarray:
-  """Splits every edge in `subdivisions` and projects the new vertices to the sphere."""
+  """Splits every edge into `subdivisions` parts and projects the new vertices onto the sphere."""
   corners = [
     (a, b, subdivisions - a - b)
     for a in range(subdivisions + 1)
@@ -52,11 +55,11 @@ def _tessellate(points: np.ndarray, subdivisions: int) -> np.ndarray:
 
 
 def _half_sphere(points: np.ndarray) -> np.ndarray:
-  """One of each pair of antipodal points, without repeats, in a fixed order.
+  """Keeps one point of each antipodal pair, without duplicates, in a fixed order.
 
-  Kept is the one whose last coordinate that is not zero is positive.
+  The kept point has a positive last nonzero coordinate.
   """
-  points = np.round(points, 12) + 0.0  # +0.0 turns -0.0 into 0.0.
+  points = np.round(points, 12) + 0.0  # Adding 0.0 turns -0.0 into 0.0.
   kept = {}
   for p in points:
     last = p[np.nonzero(p)[0][-1]]
@@ -66,19 +69,21 @@ def _half_sphere(points: np.ndarray) -> np.ndarray:
 
 
 def generate_basis(shape: str, subdivisions: int) -> np.ndarray:
-  """The basis P onto whose columns Gaussians are projected (arXiv:2111.12077, section 2).
+  """Generates the basis P for the off-axis encoding (arXiv:2111.12077, section 2).
+
+  The columns are the vertices of a tessellated polyhedron, one of each antipodal pair.
 
   Args:
     shape: 'icosahedron', 'octahedron' or 'tetrahedron'.
-    subdivisions: number of parts that each edge is split into; 1 is the shape itself.
+    subdivisions: number of parts that each edge is split into, at least 1.
 
   Returns:
-    [3, b] float64 unit columns, one of each antipodal pair: 21 for the icosahedron split in 2;
-    the identity for the octahedron split in 1.
+    [3, b] float64 unit columns. ('icosahedron', 2) has the 21 columns of the paper;
+    ('octahedron', 1) is the identity.
 
   Raises:
-    ValueError: an unknown shape, or fewer than one subdivision.
+    UserError: the shape is unknown, or subdivisions is below 1.
   """
   if subdivisions < 1:
-    raise UserError(f'basis subdivisions must be at least 1, got {subdivisions}.')
+    raise UserError(f'The basis subdivisions must be at least 1, got {subdivisions}.')
   return _half_sphere(_tessellate(_vertices(shape), subdivisions)).T

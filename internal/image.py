@@ -1,7 +1,6 @@
-"""Colour spaces and the metrics that renderings are judged by.
+"""Colour spaces and image metrics.
 
-Images are float [..., h, w, 3] in [0, 1], sRGB unless a name says linear; `mse` and `psnr` have
-any shape.
+Images are float [..., h, w, 3] in [0, 1], in sRGB unless a name says `linear`.
 """
 
 import jax
@@ -16,54 +15,55 @@ _SSIM_WINDOW = 11
 _SSIM_SIGMA = 1.5
 _SSIM_K1, _SSIM_K2 = 0.01, 0.03
 _CORRECTION_ROUNDS = 5
-_CLIPPED = 0.5 / 255  # A value this close to 0 or 1 may have been cut off there.
+_CLIPPED = 0.5 / 255  # Values this close to 0 or 1 may be saturated.
 
 
 def linear_to_srgb(linear: Array) -> Array:
-  """The sRGB transfer curve (IEC 61966-2-1), linear light to display values, any shape."""
-  # The power's argument is kept off zero, where its gradient is infinite.
+  """Converts linear light to sRGB (IEC 61966-2-1), both in [0, 1], any shape."""
+  # The gradient of the power is infinite at 0.
   curved = 1.055 * jnp.maximum(linear, 0.0031308) ** (1 / 2.4) - 0.055
   return jnp.where(linear <= 0.0031308, 12.92 * linear, curved)
 
 
 def srgb_to_linear(srgb: Array) -> Array:
-  """The inverse of `linear_to_srgb`, any shape."""
+  """Converts sRGB to linear light (IEC 61966-2-1), both in [0, 1], any shape."""
   curved = ((jnp.maximum(srgb, 0.04045) + 0.055) / 1.055) ** 2.4
   return jnp.where(srgb <= 0.04045, srgb / 12.92, curved)
 
 
 def mse_to_psnr(mse: Array) -> Array:
-  """Peak signal-to-noise ratio in dB of a mean squared error, for a peak of 1; inf for 0."""
+  """Converts mean squared error (peak 1) to PSNR in dB, -10 log10(mse); infinite for 0."""
   return -10 / np.log(10) * jnp.log(mse)
 
 
 def psnr_to_mse(psnr: Array) -> Array:
-  """The inverse of `mse_to_psnr`."""
+  """Converts PSNR in dB to mean squared error (peak 1): the inverse of `mse_to_psnr`."""
   return jnp.exp(-np.log(10) / 10 * psnr)
 
 
 def quantize(img: Array) -> Array:
-  """Clips to [0, 1] and rounds to the 256 values that an 8-bit file can hold."""
+  """Clips to [0, 1] and rounds to the 256 levels of an 8-bit image, any shape."""
   return jnp.round(255 * jnp.clip(img, 0, 1)) / 255
 
 
 def crop(img: Array, border: int) -> Array:
-  """Drops `border` pixels on each side of [..., h, w, c].
+  """Removes `border` pixels from each side of images [..., h, w, c].
 
   Raises:
-    ValueError: nothing would be left.
+    UserError: border is negative, or no pixel would remain.
   """
   height, width = img.shape[-3:-1]
   if border < 0 or 2 * border >= min(height, width):
-    raise UserError(f'Cannot crop {border} pixels off each side of a {width}x{height} image.')
+    raise UserError(
+      f'Cannot crop {border} pixels from each side of a {width}x{height} image; use 0 to '
+      f'{(min(height, width) - 1) // 2}.'
+    )
   return img[..., border : height - border, border : width - border, :]
 
 
 def _blur(img: Array) -> Array:
-  """Gaussian window over the valid region: [..., h, w, c] -> [..., h - 10, w - 10, c].
-
-  Written as shifted sums: a convolution would round its inputs to TF32 on a GPU.
-  """
+  """Applies the Gaussian window: [..., h, w, c] -> [..., h - 10, w - 10, c], no padding."""
+  # Shifted sums, because a convolution on GPUs may round its inputs to TF32.
   offsets = np.arange(_SSIM_WINDOW) - (_SSIM_WINDOW - 1) / 2
   window = np.exp(-0.5 * (offsets / _SSIM_SIGMA) ** 2)
   window = [float(x) for x in window / window.sum()]
@@ -74,24 +74,32 @@ def _blur(img: Array) -> Array:
 
 @jax.jit
 def ssim(a: Array, b: Array, mask: Array | None = None) -> Array:
-  """Structural similarity of two images of peak 1, [..., h, w, c] -> [...].
+  """Computes the structural similarity (SSIM) of images (Wang et al. 2004).
 
-  Wang et al. 2004, with its window (Gaussian, 11 pixels, sigma 1.5) and constants (0.01, 0.03),
-  on each channel; the mean over channels and the pixels whose whole window lies in the image. With
-  a mask [h, w] bool (of images without leading axes) all of the window must count; where no window
-  does, the result is NaN.
+  Each channel is compared with a Gaussian window (11 pixels, sigma 1.5) and constants k1 = 0.01
+  and k2 = 0.03. The result is the mean over channels and over windows inside the image.
+
+  Args:
+    a: [..., h, w, c] images in [0, 1].
+    b: images of the same shape.
+    mask: [h, w] bool, for images without batch axes: only windows that lie inside it count.
+
+  Returns:
+    [...] similarity, at most 1. NaN if no window lies inside the mask.
 
   Raises:
-    ValueError: the shapes differ, or the image is smaller than the window.
+    UserError: the shapes differ, or an image is smaller than the window.
   """
   if a.shape != b.shape:
-    raise UserError(f'SSIM compares images of one shape, got {a.shape} and {b.shape}.')
+    raise UserError(f'SSIM requires images of the same shape, got {a.shape} and {b.shape}.')
   if min(a.shape[-3:-1]) < _SSIM_WINDOW:
     height, width = a.shape[-3:-1]
-    raise UserError(f'SSIM needs {_SSIM_WINDOW} pixels each way, got an image of {width}x{height}.')
+    raise UserError(
+      f'SSIM needs {_SSIM_WINDOW}x{_SSIM_WINDOW} pixels or more, got an image of {width}x{height}.'
+    )
   mean_a, mean_b = _blur(a), _blur(b)
-  # Rounding can push a variance below zero, and a covariance above what the variances allow.
-  # The root is kept off zero, where its gradient is infinite.
+  # Rounding can take a variance below 0, and a covariance above its bound from the variances.
+  # The gradient of the root is infinite at 0.
   var_a = jnp.maximum(_blur(a * a) - mean_a * mean_a, 0)
   var_b = jnp.maximum(_blur(b * b) - mean_b * mean_b, 0)
   limit = jnp.sqrt(jnp.maximum(var_a * var_b, 1e-24))
@@ -108,23 +116,23 @@ def ssim(a: Array, b: Array, mask: Array | None = None) -> Array:
 
 
 def _quadratic_features(pixels: Array) -> Array:
-  """Six products, three linear terms and a constant: [n, 3] -> [n, 10].
-
-  Of 2 x - 1, not x: the fit is the same polynomial, and better conditioned.
-  """
-  x = 2 * pixels - 1
+  """Returns the quadratic monomials of colours: [n, 3] -> [n, 10]."""
+  x = 2 * pixels - 1  # In [-1, 1] the least-squares problem is better conditioned.
   i, j = np.triu_indices(3)
   return jnp.concatenate([x[:, i] * x[:, j], x, jnp.ones_like(x[:, :1])], -1)
 
 
 def _fit_residual(features: Array, residual: Array, valid: Array) -> Array:
-  """Least-squares coefficients [10] of residual [n] over the rows where valid [n].
+  """Fits features [n, 10] to residual [n] by least squares, over the rows where valid [n].
 
-  Only the triangle of a QR decomposition is needed, so the condition number is never squared;
-  what the rows leave open (a grey image, few pixels) gets the smallest coefficients.
+  Solved by QR, which does not square the condition number. Underdetermined problems (a grey image,
+  few pixels) get the solution of minimum norm.
+
+  Returns:
+    [10] coefficients.
   """
-  system = jnp.concatenate([features, residual[:, None]], -1)
-  # Zero rows change nothing; these make the matrix tall, however small the image is.
+  system = jnp.concatenate([features, residual[:, None]], -1)  # [n, 11]
+  # QR needs at least as many rows as columns; zero rows do not change the solution.
   system = jnp.pad(jnp.where(valid[:, None], system, 0), ((0, system.shape[1]), (0, 0)))
   triangle = jnp.linalg.qr(system, mode='r')
   return jnp.linalg.lstsq(triangle[:-1, :-1], triangle[:-1, -1])[0]
@@ -132,12 +140,19 @@ def _fit_residual(features: Array, residual: Array, valid: Array) -> Array:
 
 @jax.jit
 def color_correct(img: Array, ref: Array, mask: Array | None = None) -> Array:
-  """Gives img [h, w, 3] the colours of ref [h, w, 3], as far as one colour curve can.
+  """Matches the colours of an image to a reference by a global quadratic colour transform.
 
-  Five rounds; in each, every channel of ref is fitted as a quadratic polynomial of the three
-  channels of img, over the pixels where that channel is unclipped in ref, in img, and in img as
-  it came. A channel without such pixels stays as it is. Only pixels of the mask [h, w] bool, where
-  there is one, are fitted.
+  In each of five rounds, every channel of ref is fitted by a quadratic polynomial of the three
+  channels of img. Only pixels count whose channel is unsaturated in ref, in img and in the current
+  result. A channel without such pixels stays unchanged.
+
+  Args:
+    img: [h, w, 3] image to correct, in [0, 1].
+    ref: [h, w, 3] reference, in [0, 1].
+    mask: [h, w] bool pixels to fit; None means all.
+
+  Returns:
+    [h, w, 3] corrected image, in [0, 1].
   """
 
   def unclipped(x):
@@ -150,7 +165,7 @@ def color_correct(img: Array, ref: Array, mask: Array | None = None) -> Array:
 
   def correct(_, pixels):
     features = _quadratic_features(pixels)
-    # The fit is of what is missing: without evidence, its answer is then no change.
+    # Fitting the residual leaves the image unchanged where no pixel is usable.
     fit = jax.vmap(_fit_residual, (None, 1, 1), 1)
     coefficients = fit(features, target - pixels, usable & unclipped(pixels))
     change = jnp.matmul(features, coefficients, precision=jax.lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""Safe primitives: finite in value and in gradient wherever the pipeline can call them."""
+"""Numerical primitives that stay finite, in value and in gradient, and batched random numbers."""
 
 from collections.abc import Callable
 
@@ -11,19 +11,19 @@ Array = jax.Array
 PI = float(np.pi)
 TINY = float(np.finfo(np.float32).tiny)
 EPS = float(np.finfo(np.float32).eps)
-SMALL = 1e-18  # Guards divisors: gradients have their square, and TINY^2 is no float32.
-_MAX_EXP = 88.0  # exp(88) is the last whole power that float32 holds.
+SMALL = 1e-18  # Lower bound of divisors. Gradients square them, and TINY^2 underflows.
+_MAX_EXP = 88.0  # exp(89) overflows float32.
 _MAX = float(np.finfo(np.float32).max)
 
 
 def safe_sin(x: Array) -> Array:
-  """sin(x) with infinities held at float32's largest number, so that the result is finite."""
+  """Computes sin(x), finite also for infinite x, which is clipped to the largest float32."""
   return jnp.sin(jnp.clip(x, -_MAX, _MAX))
 
 
 @jax.custom_jvp
 def safe_exp(x: Array) -> Array:
-  """exp(x), held at exp(88) above 88; its derivative is itself, so it never vanishes there."""
+  """Computes exp(min(x, 88)). The derivative equals the value, so it does not vanish above 88."""
   return jnp.exp(jnp.minimum(x, _MAX_EXP))
 
 
@@ -34,8 +34,8 @@ def _safe_exp_jvp(primals, tangents):
 
 
 def safe_log(x: Array) -> Array:
-  """log(x), with x held at the smallest normal float32, so that log(0) is about -87."""
-  # Not maximum, whose gradient is a product: 0 times a gradient of 1 / TINY that overflowed.
+  """Computes log(max(x, smallest normal float32)), so that log(0) is about -87."""
+  # `where`, because the gradient of `maximum` would multiply 0 by an overflowed 1 / TINY.
   return jnp.log(jnp.where(x > TINY, x, TINY))
 
 
@@ -48,9 +48,12 @@ def polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
 
 
 def narrow_dot(x: Array, matrix: Array) -> Array:
-  """[..., a] of any type times [a, b] float32 with few columns, in float32: one sum for each.
+  """Multiplies x [..., a] by a float32 matrix [a, b] with few columns, in float32.
 
-  As a product, GPUs would first write x out in float32.
+  A sum for each column reads x once; a matmul on GPUs would first write a float32 copy of x.
+
+  Returns:
+    [..., b] float32.
   """
   row = (1,) * (x.ndim - 1) + (-1,)
   columns = [x.astype(jnp.float32) * matrix[:, i].reshape(row) for i in range(matrix.shape[1])]
@@ -58,20 +61,25 @@ def narrow_dot(x: Array, matrix: Array) -> Array:
 
 
 def log_lerp(t: Array, v0: float, v1: float) -> Array:
-  """Interpolates between v0 (t = 0) and v1 (t = 1) on a log scale; t is clipped to [0, 1].
+  """Interpolates log-linearly: v0^(1 - t) v1^t, with t (any shape) clipped to [0, 1].
 
   Raises:
     ValueError: v0 or v1 is not positive.
   """
   if v0 <= 0 or v1 <= 0:
-    raise ValueError(f'log_lerp needs positive end points, got {v0} and {v1}.')
+    raise ValueError(f'log_lerp requires positive v0 and v1, got {v0} and {v1}.')
   return jnp.exp(jnp.log(v0) + jnp.clip(t, 0, 1) * (jnp.log(v1) - jnp.log(v0)))
 
 
 def num_below(knots: Array, x: Array) -> Array:
-  """How many knots [..., n], ascending, are at most x [..., m]: [..., m] int32.
+  """Counts the knots that are at most x, by a binary search with unrolled steps.
 
-  A binary search for all at once, its steps unrolled.
+  Args:
+    knots: [..., n] ascending.
+    x: [..., m]
+
+  Returns:
+    [..., m] int32 counts in [0, n].
   """
   n = knots.shape[-1]
   count = jnp.zeros(x.shape, jnp.int32)
@@ -83,22 +91,20 @@ def num_below(knots: Array, x: Array) -> Array:
 
 
 def pick(values: Array, index: Array) -> Array:
-  """values [..., n] at [..., m] indices along the last axis, which must be in [0, n)."""
+  """Returns values [..., n] at indices [..., m] along the last axis, which must be in [0, n)."""
   return jnp.take_along_axis(values, index, -1, mode='promise_in_bounds')
 
 
 def sorted_interp(x: Array, xp: Array, fp: Array) -> Array:
-  """Piecewise-linear interpolation of a monotone function.
-
-  As `np.interp` along the last axis, for xp and fp that both ascend (ties allowed).
+  """Interpolates a non-decreasing function linearly: `np.interp` along the last axis.
 
   Args:
-    x: [..., m] where to evaluate.
-    xp: [..., n] knots, ascending.
+    x: [..., m] points to evaluate.
+    xp: [..., n] knots, ascending; ties are jumps.
     fp: [..., n] values at the knots, ascending.
 
   Returns:
-    [..., m] values, held at fp's ends outside xp.
+    [..., m] values; outside the knots the nearest end of fp.
   """
   x0, x1, f0, f1 = by_platform(_bracket_by_mask, _bracket_by_search)(x, xp, fp)
   width = x1 - x0
@@ -107,19 +113,19 @@ def sorted_interp(x: Array, xp: Array, fp: Array) -> Array:
 
 
 def by_platform(dense: Callable, indexed: Callable) -> Callable:
-  """Of two twins the one for the platform: TPUs are slow at lookups, others at comparing all."""
+  """Returns a function that runs `dense` on TPUs, where gathers are slow, otherwise `indexed`."""
   return lambda *args: jax.lax.platform_dependent(*args, tpu=dense, default=indexed)
 
 
 def _bracket_by_search(x: Array, xp: Array, fp: Array) -> tuple[Array, ...]:
-  """The knots and values on either side of x."""
+  """Returns the knots and values on both sides of x: (x0, x1, f0, f1), [..., m] each."""
   after = num_below(xp, x)
   lo, hi = jnp.maximum(after - 1, 0), jnp.minimum(after, xp.shape[-1] - 1)
   return pick(xp, lo), pick(xp, hi), pick(fp, lo), pick(fp, hi)
 
 
 def _bracket_by_mask(x: Array, xp: Array, fp: Array) -> tuple[Array, ...]:
-  """The same without a lookup, as masked maxima and minima."""
+  """Does the same with masked maxima and minima, without a gather."""
   below = xp[..., None, :] <= x[..., :, None]  # [..., m, n]
 
   def bracket(v):
@@ -132,7 +138,7 @@ def _bracket_by_mask(x: Array, xp: Array, fp: Array) -> tuple[Array, ...]:
 
 
 def split_keys(key: Array | None, num: int) -> tuple[Array | None, ...]:
-  """`num` keys, each of key's shape (one key, or an array of keys); `num` times None of None."""
+  """Splits one key, or each key of an array, into `num` of the same shape; None into Nones."""
   if key is None:
     return (None,) * num
   key = _typed(key)
@@ -141,29 +147,35 @@ def split_keys(key: Array | None, num: int) -> tuple[Array | None, ...]:
 
 
 def fold_in(key: Array, data: int) -> Array:
-  """Another key for each of key's, for draws of another kind."""
+  """Folds an integer into one key or into each key of an array, as `jax.random.fold_in`."""
   key = _typed(key)
   return _map_axes(lambda k: jax.random.fold_in(k, data), key.ndim)(key)
 
 
 def draw(sampler: Callable, key: Array, shape: tuple[int, ...], *args, **kwargs) -> Array:
-  """Random numbers of `shape`: from one key for all, or from an array of keys each its own part.
+  """Draws random numbers from one key, or a part of them from each key of an array.
 
-  `sampler(key, shape, *args, **kwargs)` is a function like jax.random.uniform. An array's shape
-  is the beginning of `shape`; what its keys draw does not depend on which keys stand beside them.
+  Args:
+    sampler: called as `sampler(key, shape, *args, **kwargs)`, such as `jax.random.uniform`.
+    key: one key, or an array of keys whose shape is a prefix of `shape`.
+    shape: shape of the result.
+    *args: passed to `sampler`, as is `**kwargs`.
+
+  Returns:
+    An array of `shape`. The part that a key draws does not depend on the other keys.
   """
   key = _typed(key)
   return _map_axes(lambda k: sampler(k, shape[key.ndim :], *args, **kwargs), key.ndim)(key)
 
 
 def _typed(key: Array) -> Array:
-  """Keys whose shape is that of the keys: not so a raw one, of jax.random.PRNGKey."""
+  """Wraps raw keys (`jax.random.PRNGKey`), so that `key.shape` is the batch shape."""
   raw = not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
   return jax.random.wrap_key_data(key) if raw else key
 
 
 def _map_axes(fn: Callable, axes: int) -> Callable:
-  """`fn`, mapped over the leading axes."""
+  """Maps `fn` over the first `axes` axes."""
   for _ in range(axes):
     fn = jax.vmap(fn)
   return fn

@@ -1,7 +1,7 @@
 """Pose normalisation and camera paths (numpy, float64).
 
-A pose is [3, 4], camera-to-world with OpenGL axes: columns right, up, back, position. `n` poses are
-[n, 3, 4]. A transform is [4, 4], from the world before to the world after.
+A pose is a camera-to-world matrix [3, 4] in OpenGL axes, with columns right, up, back and position.
+A transform is a similarity [4, 4] from the old world to the new one. `n` is the number of poses.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ import numpy as np
 
 from .errors import UserError
 
-_PARALLEL = 1e-6  # Mean sin^2 of the axes' angles below which they have no common point.
+_PARALLEL = 1e-6  # Optical axes count as parallel if the mean sin^2 of their angles is below this.
 
 
 def pad_poses(poses: np.ndarray) -> np.ndarray:
-  """[..., 3, 4] to [..., 4, 4], with the last row (0, 0, 0, 1)."""
+  """Appends the row (0, 0, 0, 1) to poses: [..., 3, 4] -> [..., 4, 4]."""
   bottom = np.broadcast_to([0.0, 0, 0, 1], (*poses.shape[:-2], 1, 4))
   return np.concatenate([poses, bottom], -2)
 
 
 def viewmatrix(back: np.ndarray, up: np.ndarray, position: np.ndarray) -> np.ndarray:
-  """The pose of a camera, from where its back and (roughly) its up point.
+  """Builds a camera pose from its backward direction, approximate up and position.
 
   Args:
-    back: [3] opposite to the viewing direction, any length but 0.
-    up: [3] need not be orthogonal to back; if it is parallel, another up is chosen.
-    position: [3]
+    back: [3] direction opposite to the viewing direction, any norm above 0.
+    up: [3] approximate up direction. If it is parallel to back, another up is chosen.
+    position: [3] camera centre.
 
   Returns:
-    [3, 4] pose.
+    [3, 4] pose with orthonormal axes.
   """
   back = _normalize(back)
   right = np.cross(up, back)
@@ -41,22 +41,22 @@ def viewmatrix(back: np.ndarray, up: np.ndarray, position: np.ndarray) -> np.nda
 
 
 def transform_poses_pca(poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Normalises the world by the principal axes of the camera positions.
+  """Normalises poses by the principal axes of the camera positions.
 
-  The new origin is the cameras' mean position, x, y and z are the axes of largest, middle and least
-  variance, the mean camera up has a positive z, and the farthest coordinate of a camera is 1. The
-  signs of x and y are fixed, so the result does not depend on the eigensolver. Where all cameras
-  stand on a line, z is the mean camera up, as far as it is orthogonal to the line.
+  In the new world the mean position is the origin, and x, y and z are the axes of largest, middle
+  and least variance. The mean camera up has z >= 0, and the largest absolute coordinate of a
+  position is 1. Signs are fixed, so that the result does not depend on the eigensolver. If all
+  cameras lie on a line, z is the part of the mean camera up orthogonal to it.
 
   Args:
-    poses: [n, 3, 4]
+    poses: [n, 3, 4] camera-to-world.
 
   Returns:
-    The normalised poses [n, 3, 4], and the similarity [4, 4] that was applied to the world, its
-    scale included (positions are scaled, the poses' rotations stay orthonormal).
+    (poses [n, 3, 4], transform [4, 4]): the normalised poses, with orthonormal rotations, and the
+    similarity from the old world to the new one, including its scale.
 
   Raises:
-    ValueError: all cameras stand at one point, so the world has no scale.
+    UserError: the poses are malformed, or all positions are equal.
   """
   poses = checked(poses)
   positions = poses[:, :, 3]
@@ -64,10 +64,10 @@ def transform_poses_pca(poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   centred = positions - mean
   if np.abs(centred).max() <= 1e-9 * np.abs(positions).max():
     raise UserError(
-      f'All {len(poses)} cameras stand at {np.round(mean, 6).tolist()}: the scene has no scale. '
-      'Use photographs from at least two places.'
+      f'All {len(poses)} cameras stand at {np.round(mean, 6).tolist()}, so the scene has no scale; '
+      'use photographs from at least two positions.'
     )
-  rotation = _principal_axes(centred, poses[:, :, 1].mean(0))  # [3, 3], rows are the new axes
+  rotation = _principal_axes(centred, poses[:, :, 1].mean(0))  # [3, 3], rows are the new axes.
   scale = 1 / np.abs(centred @ rotation.T).max()
   transform = np.eye(4)
   transform[:3, :3] = scale * rotation
@@ -79,10 +79,10 @@ def transform_poses_pca(poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _principal_axes(centred: np.ndarray, up: np.ndarray) -> np.ndarray:
-  """Right-handed rows: axes of falling variance, z along up rather than against it."""
-  values, vectors = np.linalg.eigh(centred.T @ centred)  # ascending
+  """Returns right-handed axes as rows, by decreasing variance, with z in the direction of up."""
+  values, vectors = np.linalg.eigh(centred.T @ centred)  # Ascending.
   x, y = (v * np.sign(v[np.argmax(np.abs(v))]) for v in (vectors[:, 2], vectors[:, 1]))
-  if values[1] <= 1e-12 * values[2]:  # On a line, y and z would be noise.
+  if values[1] <= 1e-12 * values[2]:  # On a line the eigenvectors y and z are arbitrary.
     y, z, _ = viewmatrix(x, up, np.zeros(3))[:, :3].T
   else:
     z = np.cross(x, y)
@@ -92,19 +92,19 @@ def _principal_axes(centred: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 
 def transform_poses(transform: np.ndarray, poses: np.ndarray) -> np.ndarray:
-  """Poses [n, 3, 4] in the world after a similarity [4, 4]; their rotations stay orthonormal."""
+  """Applies a similarity [4, 4] to poses [n, 3, 4]; their rotations stay orthonormal."""
   scale = np.cbrt(np.linalg.det(transform[:3, :3]))
   moved = transform[:3] @ pad_poses(poses)
   return np.concatenate([moved[..., :3] / scale, moved[..., 3:]], -1)
 
 
 def transform_points(transform: np.ndarray, points: np.ndarray) -> np.ndarray:
-  """Points [m, 3] in the world after a similarity [4, 4]."""
+  """Applies a transform [4, 4] to points [m, 3]."""
   return points @ transform[:3, :3].T + transform[:3, 3]
 
 
 def are_rigid(poses: np.ndarray) -> np.ndarray:
-  """[n] whether poses [n, 3, 4] turn and shift; false if they scale, shear or mirror."""
+  """Returns [n] bool: whether each pose [n, 3, 4] is rigid, without scale, shear or reflection."""
   rotation = poses[:, :, :3]
   with np.errstate(all='ignore'):
     skew = np.abs(np.swapaxes(rotation, -1, -2) @ rotation - np.eye(3)).max((-1, -2))
@@ -112,43 +112,58 @@ def are_rigid(poses: np.ndarray) -> np.ndarray:
 
 
 def average_pose(poses: np.ndarray) -> np.ndarray:
-  """The pose [3, 4] at the mean position, looking and standing as `poses` [n, 3, 4] on average."""
+  """Averages poses [n, 3, 4]: the mean position, viewing direction and up, as a pose [3, 4].
+
+  Raises:
+    UserError: the poses are malformed, or their viewing directions cancel.
+  """
   poses = checked(poses)
   _, up, back, position = poses.mean(0).T
   if np.linalg.norm(back) < 1e-9:
-    raise UserError('The cameras look in opposite directions: they have no average pose.')
+    raise UserError(
+      'The cameras look in opposite directions and have no average pose; remove some of them.'
+    )
   return viewmatrix(back, up, position)
 
 
 def recenter_poses(poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Makes the average pose the world's axes, for forward-facing captures. Does not scale.
+  """Makes the average pose the origin and axes of the world, without scaling.
+
+  For forward-facing captures.
 
   Args:
-    poses: [n, 3, 4]
+    poses: [n, 3, 4] camera-to-world.
 
   Returns:
-    The poses [n, 3, 4] in the new world, and the rigid transform [4, 4] that was applied.
+    (poses [n, 3, 4], transform [4, 4]): the poses in the new world, and the rigid transform to it.
 
   Raises:
-    ValueError: the viewing directions cancel, so there is no average.
+    UserError: the poses are malformed, or their viewing directions cancel.
   """
   transform = np.linalg.inv(pad_poses(average_pose(poses)))
   return transform[:3] @ pad_poses(checked(poses)), transform
 
 
 def focus_point(poses: np.ndarray) -> np.ndarray:
-  """The point [3] nearest to all optical axes, in the least-squares sense.
+  """Finds the point nearest to all optical axes, by least squares.
 
-  Where all axes are parallel (one camera is such a case) no depth is nearest; then it is the point
-  beside the others that lies as far ahead as the cameras are spread (1 if they are at one place).
+  If the axes are parallel, or there is one camera, the depth is undetermined. The point then lies
+  ahead of the mean position by the largest distance of a camera from it (1 if that is 0).
 
   Args:
-    poses: [n, 3, 4]
+    poses: [n, 3, 4] camera-to-world.
+
+  Returns:
+    [3] point in world space.
+
+  Raises:
+    UserError: the poses are malformed.
   """
   poses = checked(poses)
   axes, positions = poses[:, :, 2], poses[:, :, 3]
   mean = positions.mean(0)
-  off_axis = np.eye(3) - axes[:, :, None] * axes[:, None, :]  # projections orthogonal to each axis
+  # Projections orthogonal to each axis, [n, 3, 3].
+  off_axis = np.eye(3) - axes[:, :, None] * axes[:, None, :]
   normal = off_axis.mean(0)
   target = (off_axis @ (positions - mean)[..., None]).mean(0)[:, 0]
   values, vectors = np.linalg.eigh(normal)
@@ -162,25 +177,24 @@ def focus_point(poses: np.ndarray) -> np.ndarray:
 def generate_ellipse_path(
   poses: np.ndarray, n_frames: int, z_variation: float = 0.0, z_phase: float = 0.0
 ) -> np.ndarray:
-  """A closed elliptic path through a capture that goes around something.
+  """Generates a closed elliptical path for captures around an object.
 
-  The plane of the ellipse is z = 0, the mean height of the cameras in a normalised world, and its
-  centre lies at the cameras' focus point, seen from above. Half-axes are the 90th percentile of the
-  cameras' distance from it in x and in y. Frames are equally far apart, look at the focus point,
-  and stand upright along the world axis nearest to the cameras' mean up.
+  The ellipse lies in the plane z = 0, centred on the focus point of the cameras. Its semi-axes are
+  the 90th percentiles of the cameras' distances from it in x and y. Frames are equidistant and look
+  at the focus point; their up is the world axis nearest to the mean camera up.
 
   Args:
-    poses: [n, 3, 4] in a normalised world (`transform_poses_pca`).
-    n_frames: number of frames; the one after the last would be the first again.
-    z_variation: 0 keeps the height, 1 swings it once per turn between the 10th and the 90th
-      percentile of the cameras' heights.
-    z_phase: phase of that swing, in turns; at 0 the path starts at its highest.
+    poses: [n, 3, 4] camera-to-world, normalised by `transform_poses_pca`.
+    n_frames: number of frames. The path is a loop: the first frame is not repeated.
+    z_variation: height variation; 0 for none, 1 for one oscillation per turn between the 10th and
+      90th percentile of the cameras' heights.
+    z_phase: phase of the oscillation in turns; at 0 the path starts at its highest point.
 
   Returns:
     [n_frames, 3, 4] poses.
 
   Raises:
-    ValueError: n_frames is not positive.
+    UserError: n_frames is below 1, or the poses are malformed.
   """
   poses = checked(poses)
   check_frames(n_frames)
@@ -208,12 +222,15 @@ def generate_ellipse_path(
 def equal_steps(
   curve: Callable[[np.ndarray], np.ndarray], n: int, closed: bool = True
 ) -> np.ndarray:
-  """Parameters [n] in [0, 1] at which points on a curve are equally far apart along it.
+  """Returns curve parameters at equal arc-length steps.
 
   Args:
-    curve: takes parameters [m] to points [m, k].
-    n: number of points.
-    closed: the point after the last would be the first again; otherwise the last is at 1.
+    curve: maps parameters [m] in [0, 1] to points [m, k].
+    n: number of steps.
+    closed: whether the curve is a loop, so that its end (parameter 1) is left out.
+
+  Returns:
+    [n] ascending parameters in [0, 1].
   """
   fine = np.linspace(0, 1, 100 * n + 1000)
   steps = np.linalg.norm(np.diff(curve(fine), axis=0), axis=-1)
@@ -223,21 +240,24 @@ def equal_steps(
 
 
 def motion_steps(poses: np.ndarray, reach: float) -> np.ndarray:
-  """How far each pose is from the next [n - 1]: translation and rotation in one length.
+  """Computes the motion between consecutive poses: translation and rotation as one length.
 
-  It is sqrt(|dp|^2 + (reach da)^2), with dp the way and da the angle, small, that the camera turns
-  by: how far what is seen at the distance `reach` moves through the picture, if both add up.
+  sqrt(|dp|^2 + (reach da)^2), with the translation dp and the (small) rotation angle da in radians.
+  It bounds how far points at distance `reach` move relative to the camera.
 
   Args:
-    poses: [n, 3, 4]
-    reach: the distance at which the scene is looked at, in the poses' units.
+    poses: [n, 3, 4] camera-to-world.
+    reach: typical distance of the scene from the cameras, in world units.
+
+  Returns:
+    [n - 1] lengths in world units.
   """
   return np.linalg.norm(np.diff(_motion(poses[:, :, :3], poses[:, :, 3], reach), axis=0), axis=-1)
 
 
 def _motion(rotation: np.ndarray, position: np.ndarray, reach: float) -> np.ndarray:
-  """Points [n, 12] whose distances are those of `motion_steps`."""
-  # A turn by a small da changes the nine numbers of a rotation by sqrt(2) da.
+  """Embeds poses as points [n, 12] whose distances are those of `motion_steps`."""
+  # A small rotation by da changes the rotation matrix by sqrt(2) da in the Frobenius norm.
   return np.concatenate([position, reach / np.sqrt(2) * rotation.reshape(-1, 9)], -1)
 
 
@@ -248,30 +268,33 @@ def generate_spiral_path(
   n_rots: int = 2,
   z_rate: float = 0.5,
 ) -> np.ndarray:
-  """A spiral around the average pose of a forward-facing capture (the videos of NeRF and LLFF).
+  """Generates a spiral path for forward-facing captures, as in the videos of LLFF and NeRF.
+
+  The camera circles the average pose, with the 90th percentile of the cameras' offsets as radii,
+  and looks at a fixed point ahead.
 
   Args:
-    poses: [n, 3, 4]
-    bounds: (near, far), distances of the scene's content, in the units of the poses.
+    poses: [n, 3, 4] camera-to-world.
+    bounds: (near, far) distances of the scene content in world units.
     n_frames: number of frames.
     n_rots: number of turns.
-    z_rate: swings forward and back per turn.
+    z_rate: oscillations forward and back per turn.
 
   Returns:
     [n_frames, 3, 4] poses.
 
   Raises:
-    ValueError: n_frames is not positive, or not 0 < near <= far.
+    UserError: n_frames is below 1, near is not positive, or the poses are malformed.
   """
   poses = checked(poses)
   check_frames(n_frames)
   near, far = float(np.min(bounds)), float(np.max(bounds))
   if not near > 0:
-    raise UserError(f'A spiral needs bounds with 0 < near <= far, got {near} and {far}.')
-  # A harmonic mean: what matters is the parallax, which goes by the inverse distance.
+    raise UserError(f'A spiral path requires bounds with 0 < near <= far, got {near} and {far}.')
+  # A harmonic mean, because parallax is proportional to inverse distance.
   focus_distance = 1 / (0.25 / (0.9 * near) + 0.75 / (5 * far))
   centre = average_pose(poses)
-  offsets = (poses[:, :, 3] - centre[:, 3]) @ centre[:, :3]  # [n, 3] in the average camera's axes
+  offsets = (poses[:, :, 3] - centre[:, 3]) @ centre[:, :3]  # [n, 3], axes of the average camera.
   radii = np.percentile(np.abs(offsets), 90, axis=0)
   angle = np.linspace(0, 2 * np.pi * n_rots, n_frames, endpoint=False)
   spiral = np.stack([np.cos(angle), -np.sin(angle), -np.sin(z_rate * angle)], -1)
@@ -289,47 +312,47 @@ def generate_spline_path(
   const_speed: bool = False,
   closed: bool = False,
 ) -> np.ndarray:
-  """A smooth path along key cameras: a B-spline through (position, look-at, up) triples.
+  """Generates a smooth path along keyframes: a B-spline through (position, look-at, up) triples.
 
   Args:
-    poses_keyframes: [k, 3, 4] in a normalised world, in the order of the path.
-    n_interp: frames per gap between neighbouring keyframes.
-    degree: of the spline, 1 to 5; lowered to k - 1 where there are few keyframes.
-    smoothness: bound on the sum of squared distances from the triples; 0 meets them exactly.
-    rot_weight: distance of the look-at and up points from the position: how much the orientation
-      counts against the position.
-    const_speed: frames are equally far apart by `motion_steps`, at the distance of the point that
-      the keyframes look at; otherwise by the spline's parameter, slower where they are dense.
-    closed: the path goes on from the last keyframe to the first, and is smooth there.
+    poses_keyframes: [k, 3, 4] keyframes in the order of the path, in a normalised world.
+    n_interp: frames per segment between consecutive keyframes.
+    degree: degree of the spline, 1 to 5; at most k - 1 is used.
+    smoothness: upper bound on the sum of squared distances from the triples; 0 interpolates.
+    rot_weight: distance of the look-at and up points from the position, in world units. Larger
+      values weigh orientation more against position.
+    const_speed: whether frames are spaced equally by `motion_steps`, with the median distance to
+      the focus point as reach, rather than by the spline parameter.
+    closed: whether the path returns smoothly from the last keyframe to the first.
 
   Returns:
-    [n_interp * (k - 1), 3, 4] poses, from the first keyframe to the last; closed [n_interp * k, 3,
-    4], of which the one after the last would be the first again.
+    [n_interp * (k - 1), 3, 4] poses from the first keyframe to the last. If closed,
+    [n_interp * k, 3, 4] poses of a loop, without repeating the first.
 
   Raises:
-    ValueError: fewer than two keyframes, two equal ones in a row, n_interp not positive, or a
-      degree outside 1 to 5.
+    UserError: there are fewer than two keyframes, consecutive ones are equal, n_interp is below 1,
+      degree is not 1 to 5, or the poses are malformed.
   """
   poses = checked(poses_keyframes)
   check_frames(n_interp)
   if len(poses) < 2:
-    raise UserError('A spline path needs at least two keyframes, got 1.')
+    raise UserError('A spline path requires at least two keyframes, got 1.')
   if not 1 <= degree <= 5:
-    raise UserError(f'The degree of a spline path must be 1 to 5, got {degree}.')
+    raise UserError(f'The degree of a spline path must be from 1 to 5, got {degree}.')
   pose_at = _spline(poses, degree, smoothness, rot_weight, closed)
   count = n_interp * (len(poses) - (not closed))
   if const_speed:
     reach = np.median(np.linalg.norm(poses[:, :, 3] - focus_point(poses), axis=-1))
-    where = equal_steps(lambda u: _motion(*pose_at(u), reach), count, closed)
+    steps = equal_steps(lambda u: _motion(*pose_at(u), reach), count, closed)
   else:
-    where = np.linspace(0, 1, count, endpoint=not closed)
-  rotation, position = pose_at(where)
+    steps = np.linspace(0, 1, count, endpoint=not closed)
+  rotation, position = pose_at(steps)
   return np.concatenate([rotation, position[..., None]], -1)
 
 
 def _spline(poses: np.ndarray, degree: int, smoothness: float, rot_weight: float, closed: bool):
-  """A function from parameters [m] in [0, 1] to rotations [m, 3, 3] and positions [m, 3]."""
-  from scipy import interpolate  # A second to import, and needed nowhere else.
+  """Returns a function from parameters [m] to rotations [m, 3, 3] and positions [m, 3]."""
+  from scipy import interpolate  # Imported here because the import takes a second.
 
   count = len(poses)
   if closed:
@@ -340,8 +363,7 @@ def _spline(poses: np.ndarray, degree: int, smoothness: float, rot_weight: float
   if np.any(gaps < 1e-9):
     first = np.argmin(gaps)
     raise UserError(
-      f'Keyframes {first} and {(first + 1) % count} of the spline path are the same camera: drop '
-      'one.'
+      f'Keyframes {first} and {(first + 1) % count} of the spline path are the same; remove one.'
     )
   spline, _ = interpolate.splprep(
     triples.T, k=min(degree, len(poses) - 1), s=smoothness, per=closed
@@ -361,26 +383,27 @@ def _normalize(x: np.ndarray) -> np.ndarray:
 
 
 def _nearest_axis(direction: np.ndarray) -> np.ndarray:
-  """The signed world axis [3] nearest to `direction` [3]."""
+  """Returns the signed world axis [3] nearest to `direction` [3]."""
   i = np.argmax(np.abs(direction))
   return np.eye(3)[i] * (-1.0 if direction[i] < 0 else 1.0)
 
 
 def checked(poses: np.ndarray) -> np.ndarray:
-  """`poses` as float64.
+  """Returns poses as float64.
 
   Raises:
-    ValueError: they are not finite [n, 3, 4], n > 0.
+    UserError: the shape is not [n, 3, 4] with n > 0, or a value is not finite.
   """
   poses = np.asarray(poses, np.float64)
   if poses.ndim != 3 or poses.shape[1:] != (3, 4) or not len(poses):
     raise UserError(f'Poses must be [n, 3, 4] with n > 0, got {list(poses.shape)}.')
   if not np.all(np.isfinite(poses)):
-    raise UserError(f'Pose {np.argmin(np.isfinite(poses).all((1, 2)))} has a NaN or inf in it.')
+    first = np.argmin(np.isfinite(poses).all((1, 2)))
+    raise UserError(f'Pose {first} contains NaN or inf; correct or remove it.')
   return poses
 
 
 def check_frames(n: int) -> None:
-  """Raises a ValueError if a path would have no frame."""
+  """Raises a UserError if the number of frames of a path is below 1."""
   if n < 1:
-    raise UserError(f'A camera path needs at least one frame, got {n}.')
+    raise UserError(f'A camera path requires at least one frame, got {n}.')

@@ -1,6 +1,6 @@
-"""The data that flows through the system: frozen pytrees, the shape beside each field.
+"""Data structures of the pipeline: frozen pytrees with the shape of each field.
 
-`...` stands for any leading batch shape; `n` for the number of cameras or bins.
+`...` is any batch shape, `n` the number of cameras or of bins.
 """
 
 from __future__ import annotations
@@ -13,41 +13,41 @@ import jax
 
 Array = jax.Array
 
-# Codes of the lens models in `Cameras.lens`; also the values that `Cameras.lenses` lists.
+# Codes of the lens models in `Cameras.lens` and `Cameras.lenses`.
 PERSPECTIVE, FISHEYE, PANORAMA = 0, 1, 2
 LENS_NAMES = ('perspective', 'fisheye', 'panorama')
 
 
 @flax.struct.dataclass
 class Supervision:
-  """Which pixels of n images are trained on, and how much they count.
+  """Training pixels of n images, and their weights.
 
-  Pixels that may be drawn are listed as r runs of neighbours, row by row, image after image; where
-  there is no list, all of them may.
+  The pixels are run-length encoded: r runs of neighbours in row-major order, image after image.
+  Without runs all pixels are used.
   """
 
-  weight: Array | None = None  # [n] of an image's pixels in the data loss; None: all alike.
-  run_start: Array | None = None  # [r] int32, a run's first pixel, counted in its image.
-  pixels_before: Array | None = None  # [r] int32, pixels in the image's runs before.
-  pixels: Array | None = None  # [n] int32, how many of an image's may be drawn, at least one.
-  first_run: Array | None = None  # [n + 1] int32, where each image's runs begin.
+  weight: Array | None = None  # [n] weight of an image's pixels in the loss; None: 1 each.
+  run_start: Array | None = None  # [r] int32, row-major index of a run's first pixel.
+  pixels_before: Array | None = None  # [r] int32, pixels in earlier runs of the same image.
+  pixels: Array | None = None  # [n] int32, training pixels of each image, at least one.
+  first_run: Array | None = None  # [n + 1] int32, index of each image's first run.
 
 
 @flax.struct.dataclass
 class Cameras:
-  """A table of n posed cameras: all that is needed to turn pixels into rays.
+  """Table of n posed cameras: all that converts pixels to rays.
 
-  Pixels go through `pixtocam` to the OpenCV camera plane (x right, y down, z forward), are
-  undistorted there, and are flipped to the OpenGL axes (x right, y up, z back) of `camtoworld`.
+  `pixtocam` maps pixels to the OpenCV camera plane (x right, y down, z forward). There they are
+  undistorted, then flipped to the OpenGL axes (x right, y up, z back) of `camtoworld`.
   """
 
-  pixtocam: Array  # [n, 3, 3] inverse intrinsics, of the image as it is used (downsampled).
+  pixtocam: Array  # [n, 3, 3] inverse intrinsics, at the resolution in use (downsampled).
   camtoworld: Array  # [n, 3, 4] OpenGL camera axes to (normalised) world.
   distortion: Array  # [n, 6] k1, k2, k3, k4, p1, p2; zeros for none.
   lens: Array  # [n] int32, PERSPECTIVE, FISHEYE or PANORAMA.
   size: Array  # [n, 2] int32, width and height in pixels.
-  pixtocam_ndc: Array | None = None  # [3, 3] if rays are to be in NDC (LLFF), else None.
-  supervision: Supervision | None = None  # Of training cameras; None: all pixels, all alike.
+  pixtocam_ndc: Array | None = None  # [3, 3] for rays in NDC (LLFF), otherwise None.
+  supervision: Supervision | None = None  # Training only. None: all pixels, equal weights.
   lenses: tuple[int, ...] = flax.struct.field(pytree_node=False, default=(PERSPECTIVE,))
   distorted: bool = flax.struct.field(pytree_node=False, default=False)  # any distortion != 0.
 
@@ -60,27 +60,27 @@ class Cameras:
 
 @flax.struct.dataclass
 class Rays:
-  """Rays with the cone that each pixel subtends."""
+  """Rays and the radii of their cones."""
 
   origins: Array  # [..., 3] world units.
   directions: Array  # [..., 3] not normalised: z is -1 in the camera (perspective).
   viewdirs: Array  # [..., 3] unit.
   radii: Array  # [..., 1] cone radius at t = 1.
-  cam_idx: Array  # [...] int32, the image that the ray is of (appearance vectors).
+  cam_idx: Array  # [...] int32 image index, for appearance embeddings.
 
 
 @flax.struct.dataclass
 class Batch:
-  """What one training step compares: rays and the colours seen along them."""
+  """Ray batch of a training step: rays and their ground-truth colours."""
 
   rays: Rays
   rgb: Array  # [..., 3] in [0, 1].
-  weight: Array | None = None  # [...] in the data loss, 1 in the mean; None: 1 each.
+  weight: Array | None = None  # [...] weights in the loss with mean 1; None: 1 each.
 
 
 @flax.struct.dataclass
 class Gaussians:
-  """A Gaussian for each interval of each ray."""
+  """Gaussians of n intervals of each ray."""
 
   mean: Array  # [..., n, 3]
   cov: Array  # [..., n, 3, 3]
@@ -88,21 +88,21 @@ class Gaussians:
 
 @flax.struct.dataclass
 class RayHistory:
-  """One sampling level along each ray: a histogram and the colours of its bins."""
+  """Histogram of one sampling level along each ray, and the colours of its bins."""
 
   sdist: Array  # [..., n + 1] endpoints in normalised distance, in [0, 1].
   tdist: Array  # [..., n + 1] endpoints in metric distance.
   weights: Array  # [..., n] compositing weights.
-  rgb: Array | None  # [..., n, 3], None where the level's MLP has no colour.
+  rgb: Array | None  # [..., n, 3]; None for proposal levels, whose MLP has no colour.
 
 
 @flax.struct.dataclass
 class Rendering:
-  """What a pixel shows."""
+  """Rendered colour, opacity and distance of each ray."""
 
   rgb: Array  # [..., 3] composited on the background.
   acc: Array  # [...] opacity.
-  distance_mean: Array  # [...] exp of the expectation of log t.
+  distance_mean: Array  # [...] geometric mean, exp(E[log t]).
   distance_percentiles: Array  # [..., 3] metric distance at 5, 50 and 95 percent.
 
   @property
@@ -112,19 +112,19 @@ class Rendering:
 
 @flax.struct.dataclass
 class TrainState:
-  """All that changes during training: what a checkpoint holds."""
+  """Training state: the contents of a checkpoint."""
 
-  step: Array  # [] int32, updates done so far.
+  step: Array  # [] int32, number of updates so far.
   params: Any  # {'prop_mlp': ..., 'nerf_mlp': ..., ...}
-  opt_state: Any  # Of each part by itself, by the same names.
-  skipped: Any  # {'prop_mlp': [] int32, ...}, updates in a row that the part was not given.
+  opt_state: Any  # Optimizer state of each module, by the same names.
+  skipped: Any  # {'prop_mlp': [] int32, ...}, consecutive updates skipped as non-finite.
 
 
 @flax.struct.dataclass
 class Stats(Mapping):
-  """What is told of a training step: scalars by their names.
+  """Named scalars of a training step.
 
-  They are one array, since fetching a scalar takes a host as long as fetching many.
+  They share one array, because transferring one scalar to the host takes as long as many.
   """
 
   numbers: Array  # [k] float32.

@@ -298,7 +298,7 @@ def test_poses_of_another_shape_or_with_nan_are_refused():
     paths.focus_point(np.zeros((2, 4, 4)))
   poses = orbit(n=5)[0]
   poses[3, 1, 1] = np.nan
-  with pytest.raises(ValueError, match='Pose 3 has a NaN'):
+  with pytest.raises(ValueError, match='Pose 3 contains NaN'):
     paths.transform_poses_pca(poses)
 
 
