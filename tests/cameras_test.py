@@ -1,4 +1,4 @@
-"""Rays against a naive twin in float64, lens models by their round trips, NDC by its definition."""
+"""Rays against naive float64 ones, lens models by round trips, NDC against its definition."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ LENSES = {
   'opencv_wide': ((420, 420, 400, 300), (800, 600), (-0.2, 0.06, -0.01, 1e-3, 2e-3, -1e-3), False),
   'fisheye': ((300, 302, 400, 300), (800, 600), (-0.03, 0.01, -0.004, 5e-4, 0, 0), True),
 }  # fmt: skip
-cast = jax.jit(cameras.pixels_to_rays)  # As it is used; op by op it is slow.
+cast = jax.jit(cameras.pixels_to_rays)  # Without jit it is slow.
 distort = jax.jit(cameras.distort, static_argnums=3)
 POSE = np.array([[0.36, 0.48, -0.8, 1.5], [-0.8, 0.6, 0, -2.0], [0.48, 0.64, 0.6, 0.25]])
 EYE = np.eye(3, 4)
@@ -31,19 +31,19 @@ def make(name, pose=EYE, **overrides):
 
 
 def grid(size, n=9):
-  """n x n pixels all over an image, its corners included."""
+  """Returns n x n pixels across an image, including its corners."""
   x, y = np.meshgrid(*(np.linspace(0, s - 1, n).astype(int) for s in size))
   return np.zeros_like(x), x, y
 
 
 def naive_direction(name, px, py):
-  """OpenCV direction of one position in pixels, float64, by scipy's solvers."""
+  """Computes the OpenCV direction of a pixel position in float64, by scipy's solvers."""
   (fx, fy, cx, cy), _, (k1, k2, k3, k4, p1, p2), fisheye = LENSES[name]
   xd, yd = (px - cx) / fx, (py - cy) / fy
   if fisheye:
     angle_d = np.hypot(xd, yd)
-    poly = lambda a: a + k1 * a**3 + k2 * a**5 + k3 * a**7 + k4 * a**9 - angle_d  # noqa: E731
-    angle = optimize.brentq(poly, 0, 2.2, xtol=1e-14)
+    odd = np.polynomial.Polynomial([-angle_d, 1, 0, k1, 0, k2, 0, k3, 0, k4])
+    angle = optimize.brentq(odd, 0, 2.2, xtol=1e-14)
     around = np.arctan2(yd, xd)
     return np.sin(angle) * np.cos(around), np.sin(angle) * np.sin(around), np.cos(angle)
 
@@ -59,7 +59,7 @@ def naive_direction(name, px, py):
 
 
 def naive_ray(name, pose, px, py):
-  """(origin, direction, viewdir, radius) of the pixel at column px, row py."""
+  """Computes (origin, direction, viewdir, radius) of the pixel at column px, row py."""
   world = [
     pose[:, :3] @ (np.array([1, -1, -1]) * naive_direction(name, px + 0.5 + dx, py + 0.5 + dy))
     for dx, dy in ((0, 0), (1, 0), (0, 1))
@@ -69,7 +69,7 @@ def naive_ray(name, pose, px, py):
 
 
 @pytest.mark.parametrize('name', LENSES)
-def test_rays_equal_the_naive_twin(name):
+def test_rays_match_naive_rays(name):
   idx, x, y = grid(LENSES[name][1])
   rays = cast(make(name, POSE), idx, x, y)
   assert rays.radii.shape == (*x.shape, 1)
@@ -82,11 +82,11 @@ def test_rays_equal_the_naive_twin(name):
 
 
 @pytest.mark.parametrize('name', LENSES)
-def test_distorting_a_ray_leads_back_to_its_pixel(name):
+def test_distorting_a_ray_returns_its_pixel(name):
   (fx, fy, cx, cy), size, distortion, fisheye = LENSES[name]
   idx, x, y = grid(size)
   d = cast(make(name), idx, x, y).directions
-  ahead = d[..., 2] < -0.05  # A plane at Z = 1 shows no more than a half space.
+  ahead = d[..., 2] < -0.05  # The plane Z = 1 covers only a half space.
   assert np.mean(ahead) > 0.8
   depth = np.where(ahead, -d[..., 2], 1)
   u, v = distort(d[..., 0] / depth, -d[..., 1] / depth, np.array(distortion), fisheye)
@@ -103,13 +103,13 @@ def test_perspective_directions_have_depth_one_and_fisheye_ones_length_one():
 
 
 def test_fisheye_sees_behind_itself():
-  """An equidistant lens of 100 pixels a radian: 170 pixels off axis is 1.7 radians."""
+  """With 100 pixels per radian, 170 pixels off axis are 1.7 radians."""
   pixtocam = cameras.pixtocam_from_intrinsics(100, 100, 200.5, 200.5)
   cams = cameras.make_cameras(pixtocam, EYE[None], (401, 401), lens=structs.FISHEYE)
   x, y = np.array([200, 370, 200, 600]), np.array([200, 200, 30, 200])
   rays = cast(cams, 0 * x, x, y)
   expected = [[0, 0, -1], [np.sin(1.7), 0, -np.cos(1.7)], [0, np.sin(1.7), -np.cos(1.7)]]
-  expected.append([0, 0, 1])  # No angle exceeds pi, and this pixel is 4 radians off.
+  expected.append([0, 0, 1])  # Angles are clipped to pi; this pixel is 4 radians off axis.
   np.testing.assert_allclose(rays.directions, expected, atol=1e-6)
 
 
@@ -136,12 +136,12 @@ def test_panorama_covers_the_sphere_once():
   np.testing.assert_allclose(second_moment, np.eye(3) * 4 * np.pi / 3, atol=0.01)
 
 
-def test_tables_of_several_lenses_give_each_its_own_rays():
+def test_tables_with_several_lenses_match_single_cameras():
   names = list(LENSES)
   tables = [make(name, POSE + 0.1 * i) for i, name in enumerate(names)]
-  stack = lambda field: np.concatenate([getattr(t, field) for t in tables])  # noqa: E731
   fields = ('pixtocam', 'camtoworld', 'size', 'distortion', 'lens')
-  table = cameras.make_cameras(*(stack(field) for field in fields))
+  rows = (np.concatenate([getattr(t, field) for t in tables]) for field in fields)
+  table = cameras.make_cameras(*rows)
   assert table.lenses == (structs.PERSPECTIVE, structs.FISHEYE)
   idx, x, y = np.arange(len(names)), np.full(len(names), 411), np.full(len(names), 99)
   rays = cast(table, idx, x, y)
@@ -153,20 +153,20 @@ def test_tables_of_several_lenses_give_each_its_own_rays():
   np.testing.assert_array_equal(rays.cam_idx, idx)
 
 
-def test_of_two_solutions_the_one_inside_the_fold_is_taken():
-  """This lens stretches, then folds at a radius of 1.207; most points have a preimage beyond."""
+def test_undistortion_finds_the_solution_inside_the_fold():
+  """This lens folds at radius 1.207; most points have a second preimage beyond it."""
   target = np.linspace(0.02, 1.315, 300)
   pixtocam = cameras.pixtocam_from_intrinsics(1000, 1000, 0.5, 0.5)
   cams = cameras.make_cameras(pixtocam, EYE[None], (9, 9), distortion=(0.5, -0.3, 0, 0, 0, 0))
   x = np.round(1000 * target).astype(int)
   directions = cast(cams, 0 * x, x, 0 * x).directions
-  polynomial = lambda r, xd: r + 0.5 * r**3 - 0.3 * r**5 - xd / 1000  # noqa: E731
-  expected = [optimize.brentq(polynomial, 0, 1.2071, args=(xd,)) for xd in x]
-  np.testing.assert_allclose(directions[:, 0], expected, atol=1e-4)  # On a fold digits get lost.
+  radial = np.polynomial.Polynomial([0, 1, 0, 0.5, 0, -0.3])
+  expected = [optimize.brentq(radial - xd / 1000, 0, 1.2071) for xd in x]
+  np.testing.assert_allclose(directions[:, 0], expected, atol=1e-4)  # Ill-conditioned on the fold.
 
 
 def fold_radius(distortion):
-  """Where the radial polynomial of `distortion` stops to rise."""
+  """Returns the radius up to which the radial polynomial of `distortion` increases."""
   r = np.linspace(0, 20, 200001)
   rising = np.diff(r * (1 + sum(k * r ** (2 * i + 2) for i, k in enumerate(distortion[:4])))) > 0
   return r[np.argmin(rising)]
@@ -174,8 +174,8 @@ def fold_radius(distortion):
 
 @pytest.mark.parametrize('fisheye', [False, True])
 @pytest.mark.parametrize('k', [(-0.1, 0, 0, 0), (-0.3, 0.05, -0.02, 0), (0, 0, 0, -0.01)])
-def test_pixels_beyond_the_fold_stay_finite_near_it_and_on_their_side(k, fisheye):
-  """The lens shows nothing there; anything sane will do, but not a mirrored ray."""
+def test_pixels_beyond_the_fold_end_near_it_and_are_not_mirrored(k, fisheye):
+  """The lens has no ray there; the result must be finite and on the same side."""
   pixtocam = cameras.pixtocam_from_intrinsics(10, 10, 0, 0)
   cams = cameras.make_cameras(
     pixtocam, EYE[None], (999, 999), distortion=(*k, 1e-4, -1e-4), lens=int(fisheye)
@@ -199,7 +199,7 @@ def differentiable(cams):
 
 @jax.jit
 def scalar(pixtocam, camtoworld, distortion, cams, idx, x, y):
-  """Some number that depends on all of the rays and on each camera parameter."""
+  """Returns a scalar that depends on all rays and on every camera parameter."""
   cams = cams.replace(pixtocam=pixtocam, camtoworld=camtoworld, distortion=distortion)
   rays = cameras.pixels_to_rays(cams, idx, x, y)
   return jnp.sum(jnp.cos(rays.directions + rays.origins)) + jnp.sum(rays.viewdirs * rays.radii)
@@ -220,7 +220,7 @@ def test_gradients_are_finite_and_right_at_the_image_centre_and_elsewhere(name):
   assert all(np.all(np.isfinite(g)) for g in gradients)
   if not cams.distorted:
     return
-  # Finite differences are apt here because the gradient leaves out the iterations.
+  # Finite differences are a valid reference: the gradient does not include the iterations.
   for i in (0, 1, 4):  # k1, k2, p1
     shift = 1e-2 * np.eye(6, dtype=np.float32)[[i]]
     high, low = (
@@ -231,7 +231,7 @@ def test_gradients_are_finite_and_right_at_the_image_centre_and_elsewhere(name):
 
 
 @pytest.mark.parametrize('name', ['pinhole', 'opencv_dslr', 'fisheye'])
-def test_no_product_is_left_to_the_matrix_units(name):
+def test_there_is_no_matmul(name):
   """A dot_general would run in TF32 on a GPU and in bfloat16 on a TPU."""
   cams = make(name, POSE, pixtocam_ndc=make(name).pixtocam[0])
   text = str(jax.make_jaxpr(cameras.pixels_to_rays)(cams, *grid((100, 100))))
@@ -240,15 +240,16 @@ def test_no_product_is_left_to_the_matrix_units(name):
   assert 'f64' not in text
 
 
-def test_undistorted_tables_do_not_pay_for_newton_iterations():
-  text = lambda name: str(jax.make_jaxpr(cameras.pixels_to_rays)(make(name), 0, 1, 2))  # noqa: E731
-  assert 'while' not in text('pinhole')
-  assert 'scan' not in text('pinhole')
-  assert 'while' in text('radial') or 'scan' in text('radial')
+def test_undistorted_tables_skip_newton_iterations():
+  trace = jax.make_jaxpr(cameras.pixels_to_rays)
+  pinhole, radial = (str(trace(make(name), 0, 1, 2)) for name in ('pinhole', 'radial'))
+  assert 'while' not in pinhole
+  assert 'scan' not in pinhole
+  assert 'while' in radial or 'scan' in radial
 
 
 def ndc_of_points(points, focal, width, height, near):
-  """The projection's definition: the visible frustum is a cube, depth goes by its inverse."""
+  """Projects points by definition: the frustum becomes a cube, linear in inverse depth."""
   x, y, z = np.moveaxis(points, -1, 0)
   return np.stack([2 * focal / width * x / -z, 2 * focal / height * y / -z, 1 + 2 * near / z], -1)
 
@@ -288,13 +289,15 @@ def test_ndc_rays_of_the_reference_camera_fill_the_cube_and_have_the_radius_of_t
 
 
 def test_ndc_of_a_ray_along_the_near_plane_is_finite():
-  convert = lambda d: cameras.convert_to_ndc(jnp.zeros(3), d, make('pinhole').pixtocam[0])  # noqa: E731
+  def convert(direction):
+    return cameras.convert_to_ndc(jnp.zeros(3), direction, make('pinhole').pixtocam[0])
+
   direction = jnp.array([1.0, 0.0, 0.0])
   for value in (*convert(direction), *jax.jacobian(convert)(direction)):
     assert np.all(np.isfinite(value))
 
 
-def test_intrinsics_invert():
+def test_pixtocam_inverts_the_intrinsics():
   fx, fy, cx, cy = np.random.default_rng(1).uniform(100, 900, (4, 5, 2))
   inverse = cameras.pixtocam_from_intrinsics(fx, fy, cx, cy)
   assert inverse.shape == (5, 2, 3, 3)
@@ -331,7 +334,7 @@ def test_make_cameras_broadcasts_and_sets_the_static_fields():
     ({'lens': 3}, r'perspective.*got \[3\]'),
   ],
 )
-def test_make_cameras_refuses_what_does_not_fit(overrides, message):
+def test_make_cameras_with_invalid_arguments_raises(overrides, message):
   kwargs = {'pixtocam': np.eye(3), 'camtoworld': EYE[None], 'size': (8, 8), **overrides}
   with pytest.raises(ValueError, match=message):
     cameras.make_cameras(**kwargs)

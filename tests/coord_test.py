@@ -1,4 +1,4 @@
-"""Space warps and encodings, against their properties and float64 twins."""
+"""Space warps and encodings, against their properties and float64 implementations."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def _contract64(x):
 
 
 def _contract_jacobian64(x):
-  """Outside the ball: 1 / r^2 along x, (2 - 1 / r) / r across."""
+  """Jacobian outside the unit ball: 1 / r^2 along x, (2 - 1 / r) / r orthogonal to it."""
   r = np.linalg.norm(x, axis=-1)[..., None, None]
   along = x[..., :, None] * x[..., None, :] / r**2
   return along / r**2 + (np.eye(3) - along) * (2 - 1 / r) / r
@@ -74,7 +74,7 @@ class TestContract:
     assert_finite(coord.contract, points)
     assert_finite(coord.inv_contract, [[0, 0, 0], [1e-20] * 3, [0, -1, 0], [0, 1.9, 0]])
 
-  def test_slope_on_the_sphere_is_the_identity(self):
+  def test_jacobian_on_the_sphere_is_the_identity(self):
     for x in ([1.0, 0, 0], [0, 0, 0], [0.6, 0, 0.8]):
       np.testing.assert_allclose(jax.jacfwd(coord.contract)(jnp.float32(x)), np.eye(3), atol=1e-6)
 
@@ -105,9 +105,9 @@ class TestLinearize:
     np.testing.assert_allclose(out, np.swapaxes(out, -1, -2), atol=1e-6)
 
   def test_far_away_against_float64(self):
-    # A frustum at t = 1e6: 1e5 long and 1e3 wide. Across, the contraction shrinks it by 2 / r, to a
-    # variance of 4e-6; along, by 1 / r^2, to 1e-14. Rounding the covariance itself to float32
-    # (1e10 beside 1e6) costs a part in 1e3; we ask for a part in 50.
+    # A frustum at t = 1e6, 1e5 long and 1e3 wide. The contraction scales it by 2 / r across, to a
+    # variance of 4e-6, and by 1 / r^2 along, to 1e-14. Rounding the covariance to float32 (1e10
+    # beside 1e6) costs 1e-3 relative; the tolerance is 2e-2.
     d = _directions(8)
     x = (d * 1e6).astype(np.float32).astype(np.float64)
     along = d[..., :, None] * d[..., None, :]
@@ -130,7 +130,7 @@ WARPS = ['reciprocal', 'log', 'identity', 'piecewise', 'power', None]
 class TestRayWarps:
   @pytest.mark.parametrize('name', WARPS)
   @pytest.mark.parametrize(('near', 'far'), [(0.2, 1e6), (2.0, 6.0)])
-  def test_hits_both_ends_and_ascends(self, name, near, far):
+  def test_maps_the_ends_and_ascends(self, name, near, far):
     t_to_s, s_to_t = coord.ray_warps(name, near, far)
     t = np.asarray(s_to_t(jnp.linspace(0, 1, 101)))
     np.testing.assert_allclose(t[[0, -1]], [near, far], rtol=1e-5)
@@ -140,13 +140,13 @@ class TestRayWarps:
     assert np.all((t >= np.float32(near)) & (t <= far))
 
   @pytest.mark.parametrize('name', WARPS)
-  def test_inverts(self, name):
+  def test_round_trip(self, name):
     t_to_s, s_to_t = coord.ray_warps(name, 0.5, 100.0)
     s = jnp.linspace(0, 1, 33)
     np.testing.assert_allclose(t_to_s(s_to_t(s)), s, atol=2e-5)
 
   def test_golden(self):
-    # Half way in disparity between 1/2 and 1/6: the harmonic mean, 3. In log: sqrt(12).
+    # The midpoint of 2 and 6 in disparity is the harmonic mean, 3; in log, sqrt(12).
     for name, expected in (('reciprocal', 3), ('log', 12**0.5), ('identity', 4)):
       _, s_to_t = coord.ray_warps(name, 2.0, 6.0)
       np.testing.assert_allclose(s_to_t(jnp.float32(0.5)), expected, rtol=1e-6)
@@ -154,7 +154,7 @@ class TestRayWarps:
     _, s_to_t = coord.ray_warps('piecewise', 0.0, 1e6)
     np.testing.assert_allclose(s_to_t(jnp.float32([0.25, 0.5, 0.75])), [0.5, 1, 2], rtol=1e-5)
 
-  def test_reciprocal_keeps_its_digits_out_to_the_far_plane(self):
+  def test_reciprocal_is_accurate_up_to_the_far_plane(self):
     s = np.linspace(0, 1, 1001).astype(np.float32)
     _, s_to_t = coord.ray_warps('reciprocal', 0.2, 1e6)
     s64 = s.astype(np.float64)
@@ -166,7 +166,7 @@ class TestRayWarps:
     assert_finite(s_to_t, [0.0, 1e-7, 0.5, 1 - 1e-7, 1.0])
     assert_finite(t_to_s, [0.2, 1.0, 1e6])
 
-  def test_refuses(self):
+  def test_invalid_arguments_raise(self):
     with pytest.raises(ValueError, match='one of identity, reciprocal, log'):
       coord.ray_warps('cubic', 1.0, 2.0)
     with pytest.raises(ValueError, match='near 3'):
@@ -191,7 +191,7 @@ class TestProjection:
     np.testing.assert_allclose(var, np.diagonal(cov, axis1=-2, axis2=-1))
 
   def test_variance_is_never_negative(self):
-    # A flat Gaussian has variance 0 along its normal, which rounding takes below.
+    # A flat Gaussian has variance 0 along its normal, which rounding can make negative.
     d = _directions(50)
     flat = (np.eye(3) - d[:, :, None] * d[:, None, :]).astype(np.float32)
     _, var = coord.lift_and_diagonalize(jnp.float32(d[:1]), jnp.float32(flat[:1]), d[:1].T)
@@ -201,7 +201,7 @@ class TestProjection:
 
 
 class TestEncodings:
-  def test_of_nothing_is_nothing(self):
+  def test_empty_batches(self):
     none = jnp.zeros((0, 2, 21))
     assert coord.integrated_pos_enc(none, none, 0, 12).shape == (0, 2, 504)
     assert coord.pos_enc(none[..., :3], 0, 4).shape == (0, 2, 27)
@@ -242,8 +242,8 @@ class TestEncodings:
     angle = 2.0**11 * (_contract64(x.astype(np.float64)) @ BASIS)
     np.testing.assert_allclose(out, np.concatenate([np.sin(angle), np.cos(angle)], -1), atol=3e-3)
 
-  def test_keeps_the_fraction_of_a_turn(self):
-    # Of coordinates as float32 has them: at 2^11 times 2, and far outside of any contraction.
+  def test_large_angles_keep_their_fraction_of_a_turn(self):
+    # For float32 coordinates up to 2 at frequency 2^11, and far beyond contracted space.
     x = np.random.default_rng(2).uniform(-2, 2, (500, 1)).astype(np.float32)
     for mean in (x, 50 * x, 1e4 * x):
       angle = 2.0 ** np.arange(12) * mean.astype(np.float64)
@@ -251,7 +251,7 @@ class TestEncodings:
       expected = np.concatenate([np.sin(angle), np.cos(angle)], -1)
       np.testing.assert_allclose(out, expected, atol=5e-7 + 1e-10 * np.max(np.abs(angle)))
 
-  def test_slopes(self):
+  def test_gradients(self):
     x, v = np.float32([-1.7, 0.0, 0.3, 1.9]), np.float32([0.0, 1e-4, 1e-2, 1e-3])
     scale = 2.0 ** np.arange(8)
     slopes = jax.vmap(jax.jacfwd(lambda m, v: coord.integrated_pos_enc(m, v, 0, 8), (0, 1)))

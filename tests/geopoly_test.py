@@ -1,4 +1,4 @@
-"""The basis: unit directions, none twice nor opposite, spread evenly over the half sphere."""
+"""The basis: unit directions, without duplicates or antipodes, evenly spread over a hemisphere."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ COUNTS = [
 
 
 @pytest.mark.parametrize(('shape', 'subdivisions', 'count'), COUNTS)
-def test_directions(shape, subdivisions, count):
+def test_directions_are_unit_and_distinct(shape, subdivisions, count):
   basis = geopoly.generate_basis(shape, subdivisions)
   assert basis.shape == (3, count)
   np.testing.assert_allclose(np.linalg.norm(basis, axis=0), 1, atol=1e-10)
@@ -31,7 +31,7 @@ def test_directions(shape, subdivisions, count):
 
 
 @pytest.mark.parametrize(('shape', 'subdivisions', 'count'), COUNTS)
-def test_tight_frame(shape, subdivisions, count):
+def test_basis_is_a_tight_frame(shape, subdivisions, count):
   # The lines are mapped onto themselves by the solid's rotations, whose only invariant quadratic
   # form is the sphere: P P^T is a multiple of I, and its trace is the number of unit columns.
   basis = geopoly.generate_basis(shape, subdivisions)
@@ -42,7 +42,7 @@ def test_octahedron_is_the_axes():
   np.testing.assert_array_equal(geopoly.generate_basis('octahedron', 1), np.eye(3))
 
 
-def test_nearest_directions_of_the_paper_s_basis():
+def test_nearest_directions_of_the_default_basis():
   # A vertex of the icosahedron and the midpoint of an edge at it are half an edge apart, and the
   # edge's angle is arctan 2: 31.717 degrees. Every direction has such a neighbour.
   basis = geopoly.generate_basis('icosahedron', 2)
@@ -51,12 +51,12 @@ def test_nearest_directions_of_the_paper_s_basis():
   np.testing.assert_allclose(nearest, np.arctan(2) / 2, atol=1e-9)
 
 
-def test_same_each_time():
+def test_basis_is_deterministic():
   a, b = (geopoly.generate_basis('icosahedron', 2) for _ in range(2))
   np.testing.assert_array_equal(a, b)
 
 
-def test_refuses():
+def test_invalid_arguments_raise():
   with pytest.raises(ValueError, match='icosahedron, octahedron or tetrahedron'):
     geopoly.generate_basis('cube', 1)
   with pytest.raises(ValueError, match='at least 1, got 0'):

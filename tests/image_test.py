@@ -1,4 +1,4 @@
-"""Metrics against independent double-precision twins (scipy filters, numpy least squares)."""
+"""Metrics against independent float64 implementations (scipy filters, numpy least squares)."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from internal import image
 
 
 def natural(rng, height=40, width=48):
-  """A smooth random picture [h, w, 3] in [0, 1] that uses the whole range."""
+  """Returns a smooth random image [h, w, 3] that spans [0, 1]."""
   noise = ndimage.gaussian_filter(rng.normal(size=(height, width, 3)), (3, 3, 0.5))
   return (noise - noise.min()) / (noise.max() - noise.min())
 
@@ -50,13 +50,13 @@ class TestPsnr:
 
 
 class TestQuantizeAndCrop:
-  def test_values_are_those_of_eight_bits(self):
+  def test_quantize_returns_8_bit_levels(self):
     x = jnp.array([-0.5, 0.0, 0.4 / 255, 0.6 / 255, 0.5, 1.0, 1.7])
     np.testing.assert_array_equal(
       np.round(image.quantize(x) * 255), np.array([0, 0, 0, 1, 128, 255, 255])
     )
 
-  def test_changes_nothing_that_is_quantised(self):
+  def test_quantize_keeps_8_bit_levels(self):
     levels = jnp.arange(256, dtype=jnp.float32) / 255
     np.testing.assert_array_equal(image.quantize(levels), levels)
 
@@ -66,13 +66,13 @@ class TestQuantizeAndCrop:
     np.testing.assert_array_equal(image.crop(x, 0), x)
 
   @pytest.mark.parametrize('border', [3, 4, -1])
-  def test_crop_of_everything_is_refused(self, border):
+  def test_crop_of_everything_raises(self, border):
     with pytest.raises(ValueError, match='8x6'):
       image.crop(jnp.zeros((6, 8, 3)), border)
 
 
 def ssim_twin(a, b):
-  """SSIM in double precision, by scipy's filter over the whole image and a crop."""
+  """SSIM in float64, by scipy's filter over the whole image and a crop."""
   window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
   window /= window.sum()
 
@@ -99,10 +99,10 @@ class TestSsim:
     y, x = np.mgrid[:24, :32] / 8.0
     a = np.stack([0.5 + 0.4 * np.sin(x + y), 0.5 + 0.4 * np.cos(x), np.full_like(x, 0.3)], -1)
     b = np.stack([a[..., 0] ** 1.2, 0.9 * a[..., 1], a[..., 2] + 0.02 * np.sin(9 * x)], -1)
-    # Made once by `ssim_twin`; guards against a change in both.
+    # Computed once by `ssim_twin`; detects a change of both.
     assert image.ssim(jnp.float32(a), jnp.float32(b)) == pytest.approx(0.92824786, abs=2e-6)
 
-  def test_is_symmetric_and_one_for_equals(self, rng):
+  def test_is_symmetric_and_one_for_equal_images(self, rng):
     a, b = jnp.float32(natural(rng)), jnp.float32(natural(rng))
     assert image.ssim(a, a) == pytest.approx(1, abs=1e-6)
     assert image.ssim(a, b) == pytest.approx(float(image.ssim(b, a)), abs=1e-6)
@@ -116,7 +116,7 @@ class TestSsim:
     assert got[0, 1] == pytest.approx(float(image.ssim(a[0, 1], b[0, 1])), abs=1e-6)
 
   @pytest.mark.parametrize('value', [0.0, 0.1, 1.0])
-  def test_flat_images_are_sane(self, value):
+  def test_constant_images_are_in_range(self, value):
     flat = jnp.full((16, 16, 3), value)
     assert image.ssim(flat, flat) == pytest.approx(1, abs=1e-5)
     assert 0 <= image.ssim(flat, 1 - flat) <= 1 + 1e-6
@@ -130,17 +130,17 @@ class TestSsim:
     a, b = natural(rng, 11, 11), natural(rng, 11, 11)
     assert image.ssim(jnp.float32(a), jnp.float32(b)) == pytest.approx(ssim_twin(a, b), abs=1e-5)
 
-  def test_smaller_images_are_refused(self):
+  def test_smaller_images_raise(self):
     with pytest.raises(ValueError, match=r'11x11 pixels.*20x10'):
       image.ssim(jnp.zeros((10, 20, 3)), jnp.zeros((10, 20, 3)))
 
-  def test_different_shapes_are_refused(self):
+  def test_different_shapes_raise(self):
     with pytest.raises(ValueError, match='same shape'):
       image.ssim(jnp.zeros((20, 20, 3)), jnp.zeros((1, 20, 20, 3)))
 
 
 def correct_twin(img, ref, rounds=5):
-  """The colour correction by numpy's least squares in double precision, monomials as they are."""
+  """Colour correction in float64 by numpy's least squares on plain monomials."""
   x, y = img.reshape(-1, 3).astype(np.float64), ref.reshape(-1, 3).astype(np.float64)
   first = x
 
@@ -169,13 +169,13 @@ class TestColorCorrect:
     assert np.mean(img == 0) > 0.01  # Clipped pixels take part in the test.
     np.testing.assert_allclose(corrected(img, ref), correct_twin(img, ref), atol=2e-4)
 
-  def test_undoes_a_quadratic_change_of_colours(self, rng):
+  def test_inverts_a_mix_of_channels(self, rng):
     ref = 0.1 + 0.6 * natural(rng)
     mixed = ref @ np.array([[0.8, 0.1, 0.0], [0.1, 0.7, 0.1], [0.0, 0.2, 0.9]])
     # `ref` is a polynomial of degree 1 of `mixed`: the fit has it exactly.
     np.testing.assert_allclose(corrected(mixed, ref), ref, atol=1e-4)
 
-  def test_leaves_a_perfect_image_alone(self, rng):
+  def test_leaves_an_equal_image_unchanged(self, rng):
     ref = natural(rng)
     np.testing.assert_allclose(corrected(ref, ref), ref, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Safe primitives: right where the plain ones are right, finite where those are not."""
+"""Numerical primitives: equal to the plain functions where those are finite, finite elsewhere."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def test_sine_matches_float64():
   assert_finite(math.safe_sin, [np.inf, -np.inf, 3e38])
 
 
-def test_exp_is_held_but_its_slope_never_vanishes():
+def test_exp_is_clipped_but_its_gradient_never_vanishes():
   x = jnp.array([-1e10, -1.0, 0.0, 3.0, 88.0, 89.0, 1e10])
   y, dy = jax.vmap(jax.value_and_grad(math.safe_exp))(x)
   expected = np.exp(np.minimum(np.asarray(x, np.float64), 88))
@@ -47,8 +47,14 @@ def test_narrow_dot_is_in_float32():
   np.testing.assert_allclose(out, np.float64(half) @ np.float32(m).astype(np.float64), atol=2e-5)
 
 
+def test_polynomial_matches_numpy():
+  x = np.linspace(-2, 2, 9, dtype=np.float32)
+  expected = np.polynomial.polynomial.polyval(x, (1, -3, 0.5, 2))
+  np.testing.assert_allclose(math.polynomial((1, -3, 0.5, 2), jnp.asarray(x)), expected, atol=1e-5)
+
+
 def test_log_lerp():
-  # Half way between 2e-3 and 2e-5 on a log scale is their geometric mean, 2e-4.
+  # The log-linear midpoint of 2e-3 and 2e-5 is their geometric mean, 2e-4.
   out = math.log_lerp(jnp.array([-1.0, 0.0, 0.5, 1.0, 2.0]), 2e-3, 2e-5)
   np.testing.assert_allclose(out, [2e-3, 2e-3, 2e-4, 2e-5, 2e-5], rtol=1e-5)
   with pytest.raises(ValueError, match='positive'):
@@ -72,14 +78,14 @@ def test_sorted_interp_jumps_at_ties():
   np.testing.assert_allclose(math.sorted_interp(x, xp, fp), [1, 2, 5, 5.5], rtol=1e-6)
 
 
-def test_sorted_interp_is_finite_without_any_width():
+def test_sorted_interp_is_finite_if_all_knots_are_equal():
   ramp = [0.0, 1.0, 2.0]
   assert_finite(math.sorted_interp, [-1.0, 0.5, 2.0], [0.5, 0.5, 0.5], ramp)
   assert_finite(math.sorted_interp, [0.0, 1.0], ramp, [3.0, 3.0, 3.0])
 
 
 def _knots(rng, rows, n):
-  """Ascending, many of them tied."""
+  """Ascending knots with many ties."""
   return np.sort(rng.choice(np.linspace(0, 1, 1 + n), (rows, n)), -1).astype(np.float32)
 
 
@@ -91,7 +97,7 @@ def test_num_below_counts(n):
   rng = np.random.default_rng(n)
   knots = _knots(rng, 20, n)
   x = np.float32(rng.uniform(-0.2, 1.2, (20, 31)))
-  x[:, :n] = knots[:, :31]  # A knot that is met is below.
+  x[:, :n] = knots[:, :31]  # A knot equal to x counts.
   x[:, -2:] = -np.inf, np.inf
   counts = jax.jit(math.num_below)(knots, x)
   assert counts.dtype == jnp.int32
@@ -105,20 +111,11 @@ def test_pick():
   np.testing.assert_array_equal(out, np.take_along_axis(np.float32(values), index, -1))
 
 
-def test_narrow_dot():
-  rng = np.random.default_rng(4)
-  x, matrix = jnp.asarray(rng.normal(size=(4, 5, 64)), jnp.bfloat16), rng.normal(size=(64, 3))
-  out = math.narrow_dot(x, jnp.float32(matrix))
-  assert out.dtype == jnp.float32
-  expected = np.asarray(x, np.float64) @ np.float32(matrix).astype(np.float64)
-  np.testing.assert_allclose(out, expected, atol=1e-5)
-
-
 class TestTwins:
-  """A lookup, and for TPUs a comparison with everything."""
+  """The implementation with gathers and the one with masks, for TPUs."""
 
   @pytest.mark.parametrize('n', SIZES)
-  def test_brackets_are_the_same(self, n):
+  def test_brackets_are_equal(self, n):
     rng = np.random.default_rng(n)
     xp, fp = _knots(rng, 20, n), _knots(rng, 20, n)
     x = np.float32(rng.uniform(-0.2, 1.2, (20, 31)))
@@ -128,23 +125,23 @@ class TestTwins:
     for a, b in zip(*twins):
       np.testing.assert_array_equal(a, b)
 
-  def test_interpolation_has_the_same_slopes(self, monkeypatch):
+  def test_interpolation_has_equal_gradients(self, monkeypatch):
     rng = np.random.default_rng(5)
     x, xp, fp = (np.sort(rng.normal(size=(6, n)), -1).astype(np.float32) for n in (20, 9, 9))
-    seen = []
+    gradients = []
     for twin in range(2):
       monkeypatch.setattr(math, 'by_platform', lambda *twins, twin=twin: twins[twin])
-      total = lambda *args: jnp.sum(math.sorted_interp(*args) ** 2)  # noqa: E731
-      seen.append(jax.jit(jax.grad(total, (0, 1, 2)))(x, xp, fp))
-    for a, b in zip(*seen):
+      grad = jax.grad(lambda *args: jnp.sum(math.sorted_interp(*args) ** 2), (0, 1, 2))
+      gradients.append(jax.jit(grad)(x, xp, fp))
+    for a, b in zip(*gradients):
       assert np.max(np.abs(b)) > 0.1
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
   @pytest.mark.parametrize(('platform', 'gathers'), [('tpu', False), ('cuda', True), ('cpu', True)])
-  def test_each_platform_has_its_own(self, platform, gathers):
-    total = lambda *args: jnp.sum(math.sorted_interp(*args))  # noqa: E731
+  def test_only_tpus_avoid_gathers(self, platform, gathers):
+    grad = jax.grad(lambda *args: jnp.sum(math.sorted_interp(*args)), (0, 1, 2))
     shapes = [jax.ShapeDtypeStruct((4, n), jnp.float32) for n in (20, 9, 9)]
-    for fn in (math.sorted_interp, jax.grad(total, (0, 1, 2))):
+    for fn in (math.sorted_interp, grad):
       text = jax.jit(fn).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
       assert ('stablehlo.gather' in text) == gathers
 
@@ -152,7 +149,7 @@ class TestTwins:
 class TestRandomness:
   keys = jax.random.split(jax.random.key(0), (4, 3))
 
-  def test_each_key_of_an_array_draws_by_itself(self):
+  def test_each_key_of_an_array_draws_independently(self):
     out = math.draw(jax.random.uniform, self.keys, (4, 3, 5), minval=2.0, maxval=3.0)
     assert out.shape == (4, 3, 5)
     for i in range(4):
@@ -163,13 +160,13 @@ class TestRandomness:
     np.testing.assert_array_equal(part, out[1:3])
 
   @pytest.mark.parametrize('key', [jax.random.key(1), jax.random.PRNGKey(1)], ids=['new', 'raw'])
-  def test_one_key_draws_for_all(self, key):
+  def test_one_key_draws_the_whole_array(self, key):
     out = math.draw(jax.random.normal, key, (4, 5), jnp.float32)
     np.testing.assert_array_equal(out, jax.random.normal(key, (4, 5)))
     a, b = math.split_keys(key, 2)
     assert jax.random.uniform(a) != jax.random.uniform(b)
 
-  def test_splitting(self):
+  def test_split_keys(self):
     assert math.split_keys(None, 3) == (None, None, None)
     parts = math.split_keys(self.keys, 2)
     assert [p.shape for p in parts] == [(4, 3)] * 2

@@ -8,7 +8,7 @@ from internal.fields import packed_encoding
 
 
 def test_matches_float64():
-  # By coordinate, by octave, sine before cosine; an octave beyond an odd number of them.
+  # Ordered by coordinate, octave, then sine before cosine; an odd octave count is rounded up.
   rng = np.random.default_rng(0)
   mean, var = np.float32(rng.uniform(-2, 2, (50, 3))), np.float32(rng.uniform(0, 1, (50, 3)))
   var *= np.float32([1e-8, 1e-4, 1])
@@ -23,7 +23,7 @@ def test_matches_float64():
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out[:, expected.shape[1] :], 0)
     out = np.asarray(out[:, : expected.shape[1]], np.float64)
-    # bfloat16's rounding, and at octave 2^11 that of angles in float32.
+    # Rounding to bfloat16, and of float32 angles at the highest octave.
     np.testing.assert_allclose(out, expected, rtol=1.01 * 2**-8, atol=2e-7 * scale[-1])
 
 
@@ -33,7 +33,7 @@ def test_sines_of_turns():
   angle = 2 * np.pi * turns.astype(np.float64)
   np.testing.assert_allclose(sin, np.sin(angle), atol=2e-7)
   np.testing.assert_allclose(cos, np.cos(angle), atol=2e-7)
-  # Whole quarters, also those whose number a float32 rounds to even.
+  # Exact quarter turns, including ties that round to even.
   quarters = np.arange(-9, 10)
   sin, cos = packed_encoding._sincos_turns(jnp.float32(quarters / 4))
   np.testing.assert_array_equal(sin, np.round(np.sin(np.pi / 2 * quarters)))
@@ -52,7 +52,7 @@ def test_order_is_by_coordinate_then_octave():
   np.testing.assert_array_equal(out, expected)
 
 
-def test_finite_even_for_infinities():
+def test_finite_for_infinite_inputs():
   large = [0.0, -2.0, 1e6, -3e38, np.inf, -np.inf]
   mean, var = np.meshgrid(large, [0.0, 1e-12, 1.0, 1e30, np.inf])
   fn = jax.jit(packed_encoding.packed_pos_enc, static_argnums=(2, 3, 4))

@@ -1,4 +1,4 @@
-"""Pose normalisation and camera paths: what they promise, on captures made here."""
+"""Pose normalisation and camera paths, on synthetic captures."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from internal import paths
 
 
 def orbit(n=40, seed=0, radius=(3.0, 2.0), target=(0.3, -0.2, -0.5)):
-  """Cameras around a target, jittered, in a world turned, moved and scaled at random."""
+  """Returns jittered cameras around a target, in a randomly transformed world."""
   rng = np.random.default_rng(seed)
   angle = np.linspace(0, 2 * np.pi, n, endpoint=False)
   position = np.stack(
@@ -54,7 +54,7 @@ def test_viewmatrix_has_the_opengl_axes():
 
 
 @pytest.mark.parametrize('axis', [[0, 0, 1.0], [0, -2.0, 0], [1.0, 1.0, 1.0]])
-def test_viewmatrix_stands_an_up_along_the_view(axis):
+def test_viewmatrix_with_up_along_the_view(axis):
   assert_are_poses(paths.viewmatrix(np.array(axis), -3 * np.array(axis), np.zeros(3)))
 
 
@@ -67,7 +67,7 @@ def test_pca_normalises(seed):
   assert_are_poses(new)
   assert np.linalg.det(transform) > 0
   np.testing.assert_array_equal(transform[3], [0, 0, 0, 1])
-  assert transform[0, np.argmax(np.abs(transform[0, :3]))] > 0  # Whatever the eigensolver says.
+  assert transform[0, np.argmax(np.abs(transform[0, :3]))] > 0  # Independent of the eigensolver.
   position = new[:, :, 3]
   np.testing.assert_allclose(position.mean(0), 0, atol=1e-9)
   assert np.abs(position).max() == pytest.approx(1)
@@ -77,7 +77,7 @@ def test_pca_normalises(seed):
   assert new[:, 2, 1].mean() > 0.9  # These cameras stand upright on the plane they move in.
 
 
-def test_points_move_as_poses_do():
+def test_points_transform_like_poses():
   poses, transform = orbit()[0], similarity(5)
   points = paths.transform_points(transform, poses[:, :, 3])
   np.testing.assert_allclose(points, paths.transform_poses(transform, poses)[:, :, 3], atol=1e-12)
@@ -90,17 +90,17 @@ def test_pca_of_a_normalised_world_changes_nothing():
   np.testing.assert_allclose(again, new, atol=1e-9)
 
 
-def test_pca_forgets_the_world_that_the_poses_came_in():
+def test_pca_does_not_depend_on_the_original_world():
   poses, _ = orbit(seed=5)
   new = [paths.transform_poses_pca(apply(similarity(s), poses))[0] for s in range(5)]
-  for other in new[1:]:  # Half a turn about z is free, by which the signs are fixed.
+  for other in new[1:]:  # Up to half a turn about z, as the signs are fixed.
     turned = np.diag([-1, -1, 1]) @ other
     assert min(np.abs(new[0] - other).max(), np.abs(new[0] - turned).max()) < 1e-8
 
 
 @pytest.mark.parametrize('direction', [[1.0, 0, 0], [0, 0, 1.0], [1, -2, 0.5]])
-def test_pca_of_cameras_on_a_line_stands_upright(direction):
-  """A dolly: the plane around its line has no axes of its own, the cameras' up decides."""
+def test_pca_of_cameras_on_a_line_is_upright(direction):
+  """On a line only one axis is defined; the cameras' up defines the others."""
   up = np.array([0.1, 0, 1.0])
   positions = np.linspace(-2, 5, 7)[:, None] * np.array(direction)
   old = np.stack([paths.viewmatrix(np.array([0.3, 1, 0]), up, p) for p in positions])
@@ -114,7 +114,7 @@ def test_pca_of_cameras_on_a_line_stands_upright(direction):
 
 
 @pytest.mark.parametrize('n', [1, 5])
-def test_pca_refuses_cameras_at_one_point(n):
+def test_pca_of_cameras_at_one_point_raises(n):
   poses = np.stack(
     [paths.viewmatrix(np.array([1.0, i, 0]), np.eye(3)[2], np.array([1e3, 2, 3])) for i in range(n)]
   )
@@ -130,7 +130,7 @@ def test_recentering_makes_the_average_pose_the_axes():
   assert np.linalg.det(transform) == pytest.approx(1)  # No scale.
 
 
-def test_cameras_back_to_back_have_no_average():
+def test_average_of_opposite_cameras_raises():
   poses = np.stack(
     [paths.viewmatrix(np.array([0, s, 0]), np.eye(3)[2], np.zeros(3)) for s in (1, -1)]
   )
@@ -170,7 +170,7 @@ def test_focus_of_parallel_axes_lies_ahead(n):
   assert_are_poses(path)
 
 
-def test_ellipse_goes_round_the_focus_at_constant_speed():
+def test_ellipse_circles_the_focus_at_constant_speed():
   poses, _ = paths.transform_poses_pca(orbit(n=60, radius=(5.0, 1.5))[0])
   path = paths.generate_ellipse_path(poses, 48)
   assert path.shape == (48, 3, 4)
@@ -186,7 +186,7 @@ def test_ellipse_goes_round_the_focus_at_constant_speed():
   np.testing.assert_allclose(steps, steps.mean(), rtol=2e-3)
 
 
-def test_ellipse_looks_at_the_focus_and_stands_upright():
+def test_ellipse_looks_at_the_focus_and_is_upright():
   poses, _ = paths.transform_poses_pca(orbit()[0])
   path = paths.generate_ellipse_path(poses, 12)
   focus = paths.focus_point(poses)
@@ -220,7 +220,7 @@ def test_ellipse_swings_between_the_height_percentiles():
   assert half.max() == pytest.approx(high / 2)
 
 
-def test_spiral_turns_round_the_average_pose_and_looks_at_one_point():
+def test_spiral_circles_the_average_pose_and_looks_at_one_point():
   poses = forward_facing(60)
   poses[:, :, 3] += [3, -2, 1]
   near, far = 1.5, 8.0
@@ -241,12 +241,12 @@ def test_spiral_turns_round_the_average_pose_and_looks_at_one_point():
   assert 1 / depth == pytest.approx(0.25 / (0.9 * near) + 0.75 / (5 * far), rel=1e-6)
 
 
-def test_spiral_refuses_a_near_bound_of_zero():
+def test_spiral_with_a_near_bound_of_zero_raises():
   with pytest.raises(ValueError, match=r'0 < near <= far, got 0\.0 and 3\.0'):
     paths.generate_spiral_path(forward_facing(), (0, 3))
 
 
-def test_spline_without_smoothing_meets_its_keyframes():
+def test_spline_without_smoothing_interpolates_its_keyframes():
   poses, _ = paths.transform_poses_pca(orbit(n=8)[0])
   path = paths.generate_spline_path(poses, 300, smoothness=0)
   assert path.shape == (300 * 7, 3, 4)
@@ -257,14 +257,16 @@ def test_spline_without_smoothing_meets_its_keyframes():
   np.testing.assert_allclose(path[[0, -1]], poses[[0, -1]], atol=1e-6)
 
 
-def test_spline_is_smooth_and_smoother_where_asked():
+def test_smoothness_smooths_the_spline():
   rng = np.random.default_rng(0)
   poses, _ = paths.transform_poses_pca(orbit(n=12)[0])
   poses[:, :, 3] += rng.normal(0, 0.05, (12, 3))
-  wiggle = lambda s: np.abs(  # noqa: E731
-    np.diff(paths.generate_spline_path(poses, 30, smoothness=s)[:, :, 3], 2, axis=0)
-  ).sum()
-  assert wiggle(0.3) < wiggle(0.03) < wiggle(0)
+
+  def curvature(smoothness):
+    positions = paths.generate_spline_path(poses, 30, smoothness=smoothness)[:, :, 3]
+    return np.abs(np.diff(positions, 2, axis=0)).sum()
+
+  assert curvature(0.3) < curvature(0.03) < curvature(0)
   path = paths.generate_spline_path(poses, 30)
   steps = np.linalg.norm(np.diff(path[:, :, 3], axis=0), axis=-1)
   assert steps.max() < 3 * steps.mean()
@@ -288,12 +290,12 @@ def test_spline_of_two_keyframes_is_a_straight_line():
     ([0, 1], {'n_interp': 0}, 'at least one frame, got 0'),
   ],
 )
-def test_spline_refuses_clearly(keys, kwargs, message):
+def test_spline_with_invalid_arguments_raises(keys, kwargs, message):
   with pytest.raises(ValueError, match=message):
     paths.generate_spline_path(orbit(n=5)[0][keys], **{'n_interp': 5, **kwargs})
 
 
-def test_poses_of_another_shape_or_with_nan_are_refused():
+def test_poses_of_another_shape_or_with_nan_raise():
   with pytest.raises(ValueError, match=r'Poses must be \[n, 3, 4\] with n > 0, got \[2, 4, 4\]'):
     paths.focus_point(np.zeros((2, 4, 4)))
   poses = orbit(n=5)[0]
@@ -302,7 +304,7 @@ def test_poses_of_another_shape_or_with_nan_are_refused():
     paths.transform_poses_pca(poses)
 
 
-def test_constant_speed_counts_turning_and_moving():
+def test_constant_speed_includes_rotation_and_translation():
   rng = np.random.default_rng(3)
   poses, _ = paths.transform_poses_pca(orbit(n=7)[0])
   poses[:, :, 3] *= rng.uniform(0.5, 2, (7, 1))  # Gaps of different lengths.
@@ -315,14 +317,14 @@ def test_constant_speed_counts_turning_and_moving():
     plain = paths.motion_steps(paths.generate_spline_path(poses, 60, smoothness=0), reach)
     assert plain.max() > 1.5 * plain.min()
     nearest = np.abs(path[:, None] - poses[None]).max((2, 3)).min(0)
-    assert nearest.max() < 0.03  # It passes all keyframes, if between frames.
+    assert nearest.max() < 0.03  # The path passes all keyframes, possibly between frames.
     if closed:
       again = paths.motion_steps(path[[-1, 0]], reach)
       assert again[0] == pytest.approx(steps.mean(), rel=0.02)
       np.testing.assert_allclose(path[0], poses[0], atol=1e-6)
 
 
-def test_motion_of_a_turn_and_of_a_shift():
+def test_motion_of_a_rotation_and_of_a_translation():
   angle = 0.01
   turn = Rotation.from_rotvec([0, 0, angle]).as_matrix()
   still, turned = np.eye(4)[:3], np.concatenate([turn, np.zeros((3, 1))], 1)
@@ -332,14 +334,14 @@ def test_motion_of_a_turn_and_of_a_shift():
   assert step == pytest.approx(np.hypot(0.05, 0.05), rel=1e-3)
 
 
-def test_a_closed_spline_names_equal_ends():
+def test_a_closed_spline_with_equal_ends_raises():
   poses = orbit(n=5)[0]
   with pytest.raises(ValueError, match='Keyframes 3 and 0 of the spline path are the same'):
     paths.generate_spline_path(poses[[0, 1, 2, 0]], 5, closed=True)
 
 
 @pytest.mark.parametrize('seed', range(3))
-def test_poses_come_back_through_a_similarity(seed):
+def test_poses_round_trip_through_a_similarity(seed):
   poses, world = orbit(seed=seed)
   moved = paths.transform_poses(world, poses)
   assert_are_poses(moved)
@@ -347,7 +349,7 @@ def test_poses_come_back_through_a_similarity(seed):
   np.testing.assert_allclose(paths.transform_poses(np.linalg.inv(world), moved), poses, atol=1e-9)
 
 
-def test_rigid_are_neither_mirrored_nor_scaled():
+def test_mirrored_or_scaled_poses_are_not_rigid():
   poses = np.tile(np.eye(4)[:3], (4, 1, 1))
   poses[1, :, 0] *= -1
   poses[2, :, :3] *= 1.1

@@ -1,4 +1,4 @@
-"""Gaussians of frusta against integrals over them; compositing against loops and closed forms."""
+"""Gaussians of frusta against integrals; compositing against loops and closed forms."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ ORIGIN, DIRECTION = np.array([0.5, -1.0, 2.0]), np.array([0.6, -1.1, -1.7])
 
 
 def _integrate(t0, t1, origin, direction, radius, shape):
-  """Mean and covariance of a solid, by quadrature that is exact for its polynomial moments.
+  """Computes mean and covariance of a solid by quadrature, exact for polynomial moments.
 
   Gauss-Legendre along the axis and in the square of the distance from it, 8 angles around.
   """
@@ -48,7 +48,7 @@ class TestCastRays:
       np.testing.assert_allclose(g.cov[i], cov, rtol=1e-4, atol=1e-5)
 
   def test_matches_points_drawn_from_the_cone(self):
-    # A second twin that shares no formula: points of a box, kept where the cone is.
+    # An independent check: uniform points of a box that lie inside the cone.
     rng = np.random.default_rng(0)
     p = rng.uniform([-0.8, -0.8, 0], [0.8, 0.8, 2], (400_000, 3))
     p = p[(p[:, 2] > 1) & (np.hypot(p[:, 0], p[:, 1]) < 0.4 * p[:, 2])]
@@ -75,8 +75,8 @@ class TestCastRays:
     np.testing.assert_allclose(g.cov, np.swapaxes(g.cov, -1, -2), atol=1e-6)
     assert np.all(np.linalg.eigvalsh(np.asarray(g.cov, np.float64)) > -1e-6)
 
-  def test_thin_and_far_frusta_keep_their_digits(self):
-    # Where differences of powers of t would leave nothing: t1^3 - t0^3 at t = 1e6 in float32.
+  def test_thin_and_far_frusta_are_accurate(self):
+    # Differences of powers, such as t1^3 - t0^3 at t = 1e6, would cancel in float32.
     for t0, t1 in ((1e6 - 8, 1e6), (1e5, 1e6), (1000, 1000.25), (1e-3, 1.001e-3)):
       t0, t1 = np.float32(t0), np.float32(t1)
       args = np.array([t0, t1]), np.zeros(3), np.array([0, 0, 1]), np.array([1e-3])
@@ -85,7 +85,7 @@ class TestCastRays:
       np.testing.assert_allclose(g.mean[0], mean, rtol=1e-6, atol=1e-12)
       np.testing.assert_allclose(np.diag(g.cov[0]), np.diag(cov), rtol=1e-4)
 
-  def test_refuses_an_unknown_shape(self):
+  def test_an_unknown_shape_raises(self):
     with pytest.raises(ValueError, match=r"cone, cylinder, got 'box'"):
       render.cast_rays(jnp.zeros(2), jnp.zeros(3), jnp.ones(3), jnp.ones(1), 'box')
 
@@ -101,7 +101,7 @@ class TestCastRays:
 
 
 def _composite(density, tdist, direction, opaque):
-  """Compositing of one ray by a loop, in float64."""
+  """Composites one ray by a loop, in float64."""
   lengths = np.diff(tdist) * np.linalg.norm(direction)
   if opaque:
     lengths[-1] = np.inf
@@ -118,7 +118,7 @@ AWKWARD_TDIST = [[0.2, 0.2, 1.0, 1e6, 1e6], [0, 0, 0, 0, 0], [0.0, 1.0, 2.0, 3.0
 
 
 class TestAlphaWeights:
-  def test_a_ray_that_goes_nowhere_has_none_and_no_gradient(self):
+  def test_a_zero_direction_has_zero_weights_and_gradient(self):
     def total(directions):
       return jnp.sum(
         render.compute_alpha_weights(jnp.ones((1, 4)), jnp.arange(5.0)[None], directions)
@@ -147,7 +147,7 @@ class TestAlphaWeights:
     edges = np.exp(-0.5 * np.arange(5))
     np.testing.assert_allclose(w, edges[:-1] - edges[1:], rtol=1e-5)
 
-  def test_thin_media_keep_their_digits(self):
+  def test_thin_media_are_accurate(self):
     w = render.compute_alpha_weights(
       jnp.full(2, 1e-9), jnp.arange(3.0), jnp.array([0.0, 0.0, 1.0]), False
     )
@@ -197,7 +197,7 @@ class TestVolumetricRendering:
       expected = np.interp([0.05, 0.5, 0.95], cdf, [*tdist[i], far])
       np.testing.assert_allclose(out.distance_percentiles[i], expected, rtol=1e-3)
 
-  def test_nothing_on_the_ray_shows_the_background_at_the_far_plane(self):
+  def test_an_empty_ray_shows_the_background_at_the_far_plane(self):
     out = draw(jnp.ones((4, 3)), jnp.zeros(4), jnp.linspace(2.0, 6.0, 5), jnp.full(1, 0.3), 6.0)
     np.testing.assert_allclose(out.rgb, 0.3, rtol=1e-6)
     np.testing.assert_array_equal([out.acc, out.distance_mean], [0, 6])
@@ -235,7 +235,7 @@ class TestMultisample:
   cone = tuple(map(jnp.float32, ([0.3, 0.5, 1.7, 1.8, 6.0], ORIGIN, DIRECTION, [0.1])))
 
   def _all_turns(self, shape):
-    """The points of many patterns turned at random: [4, 6 k, 3]."""
+    """Returns the points of k randomly rotated patterns, [4, 6 k, 3]."""
     keys = jax.random.split(jax.random.key(0), 400)
     tdist, *ray = self.cone
     many = [jnp.broadcast_to(x, (400, *x.shape)) for x in (tdist, *ray)]
@@ -244,7 +244,7 @@ class TestMultisample:
 
   @pytest.mark.parametrize('shape', ['cone', 'cylinder'])
   @pytest.mark.parametrize('key', [None, jax.random.key(3)], ids=['still', 'random'])
-  def test_mean_and_spread_are_the_frustum_s(self, shape, key):
+  def test_mean_and_variance_match_the_frustum(self, shape, key):
     whole = render.cast_rays(*self.cone, shape)
     points = np.asarray(self.cast(key, *self.cone, shape).mean, np.float64)
     assert points.shape == (4, 6, 3)
@@ -257,7 +257,7 @@ class TestMultisample:
     np.testing.assert_allclose(total, np.trace(whole.cov, axis1=1, axis2=2), rtol=1e-4)
 
   @pytest.mark.parametrize('shape', ['cone', 'cylinder'])
-  def test_covariance_over_all_turns_is_the_frustum_s(self, shape):
+  def test_covariance_over_all_rotations_matches_the_frustum(self, shape):
     whole = render.cast_rays(*self.cone, shape)
     for points, cov in zip(self._all_turns(shape), np.asarray(whole.cov)):
       got = np.cov(points.T, bias=True)
@@ -297,17 +297,17 @@ class TestMultisample:
     np.testing.assert_array_equal(first, angles(jax.random.key(0)))
     assert np.abs(first - other).max() > 1
     assert np.std(first[:, 0]) > 1
-    ways = {round((a[1] - a[0]) % 360) for key in range(8) for a in angles(jax.random.key(key))}
-    assert ways == {120, 240}  # Round one way, or mirrored.
+    steps = {round((a[1] - a[0]) % 360) for key in range(8) for a in angles(jax.random.key(key))}
+    assert steps == {120, 240}  # Both orientations.
 
-  def test_a_ray_draws_by_its_own_key(self):
+  def test_each_ray_uses_its_own_key(self):
     many = [jnp.broadcast_to(x, (3, *x.shape)) for x in self.cone]
     keys = jax.random.split(jax.random.key(0), 3)
     whole = self.cast(keys, *many, 'cone').mean
     alone = self.cast(keys[1:2], *(x[:1] for x in many), 'cone').mean
     np.testing.assert_allclose(alone[0], whole[1], rtol=1e-5)
 
-  def test_refuses_an_unknown_shape(self):
+  def test_an_unknown_shape_raises(self):
     with pytest.raises(ValueError, match=r"cone, cylinder, got 'box'"):
       render.multisample(None, jnp.zeros(2), jnp.zeros(3), jnp.ones(3), jnp.ones(1), 'box')
 

@@ -1,4 +1,4 @@
-"""Histograms along a ray, against their properties, naive float64 twins and closed forms."""
+"""Histograms along a ray, against their properties, naive float64 loops and closed forms."""
 
 import itertools
 
@@ -34,7 +34,7 @@ def _histogram(rng, n, batch=()):
 
 
 def _density_at(x, t, w):
-  """The step function of one histogram at points x."""
+  """Evaluates the density of one histogram at points x."""
   out = np.zeros_like(x)
   for t0, t1, wi in zip(t[:-1], t[1:], w):
     if t1 > t0:
@@ -43,7 +43,7 @@ def _density_at(x, t, w):
 
 
 def _invert_cdf(u, t, w):
-  """The distances at which one histogram's CDF reaches u, by walking along the bins."""
+  """Returns the distances at which the CDF of one histogram reaches u, by a loop over bins."""
   out = []
   for ui in u:
     before = 0.0
@@ -114,12 +114,12 @@ class TestDilation:
 
 
 class TestHighest:
-  """The maximum over the intervals that hold a point: a lookup, and for TPUs a mask."""
+  """The maximum over intervals that contain a point: by gathers, and by masks for TPUs."""
 
   twins = stepfun._highest_by_mask, stepfun._highest_by_search
 
   def _intervals(self, n, rows, dilation):
-    """Values, starts and stops; endpoints tied, and at times all the same."""
+    """Values, starts and stops of intervals; with ties, and one row with equal endpoints."""
     rng = np.random.default_rng(n)
     t = np.sort(rng.choice(np.linspace(0, 1, 1 + n), (rows, n + 1)), -1)
     t[0] = t[0, 0]
@@ -129,7 +129,7 @@ class TestHighest:
 
   @pytest.mark.parametrize('n', [1, 2, 3, 7, 8, 9, 33])
   @pytest.mark.parametrize('dilation', [0.0, 0.01, 0.3, 5.0])
-  def test_twins_are_the_same_to_the_bit(self, n, dilation):
+  def test_both_are_equal_to_the_bit(self, n, dilation):
     value, start, stop = self._intervals(n, 20, dilation)
     inside = np.random.default_rng(1).uniform(-0.5, 1.5, (20, 30))
     x = np.concatenate([start, stop, inside], -1).astype(np.float32)
@@ -140,9 +140,9 @@ class TestHighest:
         held = value[row][(start[row] <= x[row, k]) & (x[row, k] < stop[row])]
         assert search[row, k] == max(held, default=0)
 
-  def test_slopes_are_the_same(self):
+  def test_gradients_are_equal(self):
     value, start, stop = self._intervals(9, 20, 0.1)
-    value += np.float32(1e-4) * np.arange(1, 10, dtype=np.float32)  # No two alike, and none is 0.
+    value += np.float32(1e-4) * np.arange(1, 10, dtype=np.float32)  # All distinct and nonzero.
     x = np.random.default_rng(2).uniform(-0.5, 1.5, (20, 30)).astype(np.float32)
     weights = np.random.default_rng(3).normal(size=(20, 30)).astype(np.float32)
     slopes = [
@@ -153,7 +153,7 @@ class TestHighest:
     np.testing.assert_allclose(*slopes, atol=1e-6)
 
   @pytest.mark.parametrize(('platform', 'gathers'), [('tpu', False), ('cuda', True), ('cpu', True)])
-  def test_each_platform_has_its_own(self, platform, gathers):
+  def test_only_tpus_avoid_gathers(self, platform, gathers):
     fn = jax.jit(lambda t, w: stepfun.max_dilate_weights(t, w, 0.01, (0.0, 1.0), True))
     shapes = [jax.ShapeDtypeStruct((4, n), jnp.float32) for n in (10, 9)]
     text = fn.trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
@@ -178,7 +178,7 @@ class TestAnneal:
       self._probabilities(1.0, 0.1), np.array([0.2, 0, 0.5, 0.1]) / 0.8, atol=1e-6
     )
 
-  def test_no_weight_at_all_samples_uniformly_over_bins(self):
+  def test_all_zero_weights_sample_uniformly_over_bins(self):
     p = jax.nn.softmax(stepfun.anneal_logits(jnp.linspace(0, 1, 5), jnp.zeros(4), 1.0))
     np.testing.assert_allclose(p, 0.25)
 
@@ -234,7 +234,7 @@ class TestSample:
     # a single jitter ties the samples of a ray together, so n is the number of rays.
     np.testing.assert_allclose(counts / out.size, w, atol=4 * 0.5 / np.sqrt(rays))
 
-  def test_nothing_where_there_is_no_weight(self):
+  def test_draws_nothing_from_empty_bins(self):
     t = jnp.array([0.0, 0.3, 0.6, 0.6, 1.0])
     logits = jnp.array([0.0, -jnp.inf, -jnp.inf, 0.0])
     out = np.asarray(stepfun.sample(None, t, logits, 64))
@@ -275,13 +275,13 @@ class TestSampleIntervals:
     assert np.all((out >= low) & (out <= high))
     assert np.all(np.diff(out) >= 0)
 
-  def test_refuses_a_single_interval(self):
+  def test_a_single_interval_raises(self):
     with pytest.raises(ValueError, match='at least 2, got 1'):
       stepfun.sample_intervals(None, jnp.array([0.0, 1.0]), jnp.zeros(1), 1)
 
 
 def _bound_twin(t, t_env, w_env):
-  """`outer_bound` of one ray by two loops."""
+  """Computes `outer_bound` of one ray by two loops."""
   out = np.zeros(len(t) - 1)
   for i in range(len(t) - 1):
     for j in range(len(w_env)):
@@ -306,15 +306,15 @@ class TestOuter:
       stepfun.lossfun_outer(t, w, t_env, w_env), expected, rtol=1e-4, atol=1e-7
     )
 
-  def test_bins_that_touch_in_a_point_count(self):
+  def test_bins_that_share_an_endpoint_overlap(self):
     bound = stepfun.outer_bound(jnp.array([1.0, 2.0]), jnp.arange(4.0), jnp.array([0.1, 0.2, 0.4]))
     np.testing.assert_allclose(bound, [0.7], rtol=1e-6)
 
-  def test_equal_histograms_cost_nothing(self):
+  def test_equal_histograms_have_no_loss(self):
     t, w, _, _ = self._pair((5,))
     np.testing.assert_array_equal(stepfun.lossfun_outer(t, w, t, w), 0)
 
-  def test_any_coarsening_costs_nothing(self):
+  def test_any_coarser_envelope_has_no_loss(self):
     # An envelope that merges neighbouring bins holds as much weight over each of them.
     t, w, _, _ = self._pair((5,))
     merged = w.reshape(5, 4, 2).sum(-1)
@@ -326,7 +326,7 @@ class TestOuter:
     loss = stepfun.lossfun_outer(t, jnp.ones(1), t_env, jnp.array([0.2, 0.3, 0.3, 0.2]))
     np.testing.assert_allclose(loss, [0.16], rtol=1e-5)
 
-  def test_pulls_the_envelope_up_only_where_it_is_short(self):
+  def test_gradient_raises_the_envelope_only_where_it_is_exceeded(self):
     t, t_env = jnp.array([0.0, 0.4, 1.0]), jnp.array([0.0, 0.5, 0.9, 1.0])
     w, w_env = jnp.array([0.8, 0.2]), jnp.array([0.5, 0.4, 0.1])
     slope = jax.grad(lambda we: jnp.sum(stepfun.lossfun_outer(t, w, t_env, we)))(w_env)
@@ -402,7 +402,7 @@ class TestPercentile:
 
 
 def _blurred_mass(t, w, half_width, edges, num=4001):
-  """Mass of the blurred density in each bin, by numerical integration in float64."""
+  """Integrates the blurred density over each bin numerically, in float64."""
   out = []
   for a, b in itertools.pairwise(edges):
     # The density at x is that of the histogram's mass within half_width of x.
@@ -440,11 +440,11 @@ class TestBlur:
     out = self.blur(jnp.array([1.5, 2.5]), jnp.ones(1), 0.5, jnp.array([0.5, 1, 1.5, 2, 2.5, 9]))
     np.testing.assert_allclose(out, [0, 1 / 8, 3 / 8, 3 / 8, 1 / 8], atol=1e-6)
 
-  def test_bins_without_width_become_the_box(self):
+  def test_bins_of_zero_width_become_the_box(self):
     out = self.blur(jnp.array([0.4, 0.4]), jnp.ones(1), 0.1, jnp.array([0.0, 0.35, 0.4, 0.6]))
     np.testing.assert_allclose(out, [0.25, 0.25, 0.5], rtol=1e-5)
 
-  def test_is_zero_to_the_bit_where_nothing_reaches(self):
+  def test_is_exactly_zero_out_of_reach(self):
     # Rounding would be divided by the envelope's weight there.
     rng = np.random.default_rng(2)
     t, w = _histogram(rng, 32)
@@ -455,7 +455,7 @@ class TestBlur:
     np.testing.assert_allclose(out[29], 1, rtol=1e-6)
 
   def test_moves_smoothly(self):
-    """A thin bin that crosses an edge: the blur divides it, where a histogram would jump."""
+    """A thin bin that crosses an edge is split smoothly by the blur; a histogram would jump."""
     edges = jnp.array([0.0, 0.5, 1.0])
     shares = []
     for x in np.linspace(0.44, 0.56, 61):
@@ -475,7 +475,7 @@ class TestBlur:
     assert np.max(expected) > 0.01
     np.testing.assert_allclose(out, expected, rtol=1e-2, atol=1e-4)
 
-  def test_an_envelope_that_covers_costs_nothing(self):
+  def test_a_covering_envelope_has_no_loss(self):
     rng = np.random.default_rng(4)
     t, w = _histogram(rng, 8)
     edges = jnp.linspace(0, 1, 30)
