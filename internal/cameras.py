@@ -47,7 +47,7 @@ def pixtocam_from_intrinsics(fx, fy, cx, cy) -> np.ndarray:
     raise UserError(f'Focal lengths must be positive, got fx {fx.min()}, fy {fy.min()}.')
   zero, one = np.zeros_like(fx), np.ones_like(fx)
   rows = [[1 / fx, zero, -cx / fx], [zero, 1 / fy, -cy / fy], [zero, zero, one]]
-  return np.stack([np.stack(row, -1) for row in rows], -2)
+  return np.stack([np.stack(row, -1) for row in rows], -2)  # [..., 3, 3]
 
 
 def make_cameras(
@@ -132,7 +132,7 @@ def pixels_to_rays(
   directions = _transform(row.camtoworld[..., :3], _camera_directions(row, x, y))
   directions = jnp.stack(directions, -1)  # [3, ..., 3]
   origins = jnp.broadcast_to(row.camtoworld[..., 3], directions.shape)
-  viewdirs = directions[0] / jnp.sqrt(_sum_of_squares(directions[0]))
+  viewdirs = directions[0] / jnp.sqrt(_sum_of_squares(directions[0]))  # World space, also for NDC.
 
   spread = directions
   if cams.pixtocam_ndc is not None:
@@ -198,7 +198,7 @@ def distort(x: Array, y: Array, distortion: Array, fisheye: bool) -> tuple[Array
   x, y, distortion = jnp.asarray(x), jnp.asarray(y), jnp.asarray(distortion)
   if fisheye:
     radius, centre = _radius(x, y)
-    angle_over_radius = jnp.where(centre, 1, jnp.arctan(radius) / radius)
+    angle_over_radius = jnp.where(centre, 1, jnp.arctan(radius) / radius)  # Its limit at 0 is 1.
     x, y = angle_over_radius * x, angle_over_radius * y
     distortion = _radial_only(distortion)
   return _distort_plane(x, y, distortion)
@@ -216,7 +216,7 @@ def _distort_plane(x: Array, y: Array, distortion: Array) -> tuple[Array, Array]
 
 
 def _radial_only(distortion: Array) -> Array:
-  return distortion.at[..., 4:].set(0)
+  return distortion.at[..., 4:].set(0)  # OPENCV_FISHEYE has no tangential terms.
 
 
 def _undistort_plane(xd: Array, yd: Array, distortion: Array) -> tuple[Array, Array]:
@@ -241,6 +241,7 @@ def _undistort_plane(xd: Array, yd: Array, distortion: Array) -> tuple[Array, Ar
     return *kept, jnp.where(take, jnp.minimum(2 * damping, 1), damping / 4)
 
   zero, one = jnp.zeros_like(xd), jnp.ones_like(xd)
+  # At the centre the distortion is the identity: residual -target, Jacobian I.
   start = ((zero, zero), (-target[0], -target[1]), (one, zero, zero, one), one)
   point, _, jacobian, _ = lax.fori_loop(0, _NEWTON_ITERATIONS, body, start)
   fx, fy = _distort_plane(*point, distortion)
@@ -276,7 +277,7 @@ def _squared(vector):
 def _camera_directions(row: structs.Cameras, x: Array, y: Array) -> tuple[Array, Array, Array]:
   """Converts plane coordinates to directions in OpenGL camera axes, by each camera's lens."""
   ux, uy = x, y
-  if row.distorted:
+  if row.distorted:  # Static, so that undistorted tables compile without Newton iterations.
     fisheye = (row.lens == structs.FISHEYE)[..., None]
     distortion = jnp.where(fisheye, _radial_only(row.distortion), row.distortion)
     ux, uy = _undistort_plane(x, y, distortion)
@@ -286,7 +287,7 @@ def _camera_directions(row: structs.Cameras, x: Array, y: Array) -> tuple[Array,
     structs.PANORAMA: lambda: _panorama_direction(x, y),
   }
   directions = cast[row.lenses[0]]()
-  for code in row.lenses[1:]:
+  for code in row.lenses[1:]:  # Only lenses that occur in the table are computed.
     this = row.lens == code
     directions = tuple(jnp.where(this, new, old) for new, old in zip(cast[code](), directions))
   return directions

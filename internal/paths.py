@@ -72,10 +72,8 @@ def transform_poses_pca(poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   transform = np.eye(4)
   transform[:3, :3] = scale * rotation
   transform[:3, 3] = -scale * rotation @ mean
-  new_poses = np.concatenate(
-    [rotation @ poses[:, :, :3], scale * (rotation @ centred[..., None])], -1
-  )
-  return new_poses, transform
+  new_positions = scale * (rotation @ centred[..., None])  # [n, 3, 1]
+  return np.concatenate([rotation @ poses[:, :, :3], new_positions], -1), transform
 
 
 def _principal_axes(centred: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -121,7 +119,7 @@ def average_pose(poses: np.ndarray) -> np.ndarray:
   _, up, back, position = poses.mean(0).T
   if np.linalg.norm(back) < 1e-9:
     raise UserError(
-      'The cameras look in opposite directions and have no average pose; remove some of them.'
+      'The cameras look in opposite directions: no average pose; remove some of them.'
     )
   return viewmatrix(back, up, position)
 
@@ -205,17 +203,14 @@ def generate_ellipse_path(
   def position(turn):
     angle = 2 * np.pi * turn
     swing = 0.5 + 0.5 * np.cos(angle + 2 * np.pi * z_phase)
-    return np.stack(
-      [
-        focus[0] + half_axes[0] * np.cos(angle),
-        focus[1] + half_axes[1] * np.sin(angle),
-        z_variation * (low + (high - low) * swing),
-      ],
-      -1,
-    )
+    height = z_variation * (low + (high - low) * swing)
+    circle = np.stack([np.cos(angle), np.sin(angle)], -1)  # [..., 2]
+    return np.concatenate([focus[:2] + half_axes * circle, height[..., None]], -1)
 
   positions = position(equal_steps(position, n_frames))
-  up = _nearest_axis(poses[:, :, 1].mean(0))
+  mean_up = poses[:, :, 1].mean(0)
+  axis = np.argmax(np.abs(mean_up))
+  up = np.eye(3)[axis] * (-1.0 if mean_up[axis] < 0 else 1.0)
   return np.stack([viewmatrix(p - focus, up, p) for p in positions])
 
 
@@ -358,6 +353,7 @@ def _spline(poses: np.ndarray, degree: int, smoothness: float, rot_weight: float
   if closed:
     poses = np.concatenate([poses, poses[:1]])
   _, up, back, position = np.moveaxis(poses, -1, 0)
+  # The look-at and up points encode the rotation, [k, 9].
   triples = np.concatenate([position, position - rot_weight * back, position + rot_weight * up], -1)
   gaps = np.linalg.norm(np.diff(triples, axis=0), axis=-1)
   if np.any(gaps < 1e-9):
@@ -365,9 +361,8 @@ def _spline(poses: np.ndarray, degree: int, smoothness: float, rot_weight: float
     raise UserError(
       f'Keyframes {first} and {(first + 1) % count} of the spline path are the same; remove one.'
     )
-  spline, _ = interpolate.splprep(
-    triples.T, k=min(degree, len(poses) - 1), s=smoothness, per=closed
-  )
+  degree = min(degree, len(poses) - 1)
+  spline, _ = interpolate.splprep(triples.T, k=degree, s=smoothness, per=closed)
 
   def pose_at(u):
     position, look_at, up = np.split(np.stack(interpolate.splev(u, spline), -1), 3, -1)
@@ -380,12 +375,6 @@ def _spline(poses: np.ndarray, degree: int, smoothness: float, rot_weight: float
 
 def _normalize(x: np.ndarray) -> np.ndarray:
   return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def _nearest_axis(direction: np.ndarray) -> np.ndarray:
-  """Returns the signed world axis [3] nearest to `direction` [3]."""
-  i = np.argmax(np.abs(direction))
-  return np.eye(3)[i] * (-1.0 if direction[i] < 0 else 1.0)
 
 
 def checked(poses: np.ndarray) -> np.ndarray:
