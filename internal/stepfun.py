@@ -104,7 +104,10 @@ def blur_weights(w: Array) -> Array:
 
 
 def integrate_weights(w: Array) -> Array:
-  """Returns the CDF at the endpoints of a histogram whose weights [..., n] sum to 1.
+  """Integrates weights to the CDF at the endpoints of the bins.
+
+  Args:
+    w: [..., n] weights that sum to 1.
 
   Returns:
     [..., n + 1] ascending, from exactly 0 to exactly 1.
