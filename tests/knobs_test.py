@@ -29,7 +29,7 @@ from internal.commands import eval as eval_program
 from internal.commands import train as train_program
 from internal.datasets import scenes
 from internal.evaluation import metrics as metrics_lib
-from internal.fields import encodings
+from internal.fields import encodings, mlp
 from internal.rendering import renderer, trajectory
 from internal.training import (
   batches,
@@ -72,7 +72,7 @@ def key():
 def field(settings, which, **how):
   """One MLP, with its parameters' initialisation."""
   gaussians = structs.Gaussians(jnp.ones((1, 2, 3)), jnp.ones((1, 2, 3, 3)))
-  init = models.MLP(getattr(settings, which), **how).init_with_output
+  init = mlp.MLP(getattr(settings, which), **how).init_with_output
   return text_of(jax.make_jaxpr(lambda key: init(key, key, gaussians, jnp.ones((1, 3))))(key()))
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from internal import configs, coord, losses, models, stepfun, structs
 from internal.devices import sharding
-from internal.fields import encodings, hopper
+from internal.fields import encodings, hopper, mlp
 from internal.rendering import renderer
 from internal.training import batches, train_step
 
@@ -154,8 +154,8 @@ class TestSizes:
   def test_initial_values(self):
     params = models.init_params(models.build(configs.load_config((), TINY)), KEY)
     assert params.keys() == {'prop_mlp', 'nerf_mlp'}
-    for mlp in params.values():
-      for layer in mlp.values():
+    for layers in params.values():
+      for layer in layers.values():
         np.testing.assert_array_equal(layer['bias'], 0)
         fan_in = layer['kernel'].shape[0]
         # he_uniform: uniform within sqrt(6 / fan_in).
@@ -236,9 +236,9 @@ class TestHistory:
 def _biased(params, value, mlps=('prop_mlp', 'nerf_mlp')):
   """The parameters with every density's bias at `value`."""
   params = dict(params)
-  for mlp in mlps:
-    density = {**params[mlp]['density'], 'bias': jnp.full((1,), value, jnp.float32)}
-    params[mlp] = {**params[mlp], 'density': density}
+  for name in mlps:
+    density = {**params[name]['density'], 'bias': jnp.full((1,), value, jnp.float32)}
+    params[name] = {**params[name], 'density': density}
   return params
 
 
@@ -331,10 +331,10 @@ class TestSwitches:
 
   def test_density_is_softplus_of_raw_minus_one(self):
     settings, params, _ = _make()
-    mlp = models.MLP(settings.nerf_mlp)
+    nerf_mlp = mlp.MLP(settings.nerf_mlp)
     zeros = jax.tree.map(jnp.zeros_like, params['nerf_mlp'])
     gaussians = structs.Gaussians(jnp.ones((6, 8, 3)), jnp.zeros((6, 8, 3, 3)))
-    density, rgb = mlp.apply({'params': zeros}, None, gaussians, jnp.ones((6, 3)))
+    density, rgb = nerf_mlp.apply({'params': zeros}, None, gaussians, jnp.ones((6, 3)))
     assert density.shape == (6, 8)
     assert rgb.shape == (6, 8, 3)
     np.testing.assert_allclose(density, np.log1p(np.exp(-1)), rtol=1e-5)
@@ -479,9 +479,9 @@ class TestBfloat16:
 
   def test_heads_are_float32(self):
     settings, params, _ = _make()
-    mlp = models.MLP(settings.nerf_mlp, jnp.bfloat16)
+    nerf_mlp = mlp.MLP(settings.nerf_mlp, jnp.bfloat16)
     gaussians = structs.Gaussians(jnp.ones((6, 8, 3)), jnp.zeros((6, 8, 3, 3)))
-    out = mlp.apply({'params': params['nerf_mlp']}, None, gaussians, RAYS.viewdirs)
+    out = nerf_mlp.apply({'params': params['nerf_mlp']}, None, gaussians, RAYS.viewdirs)
     assert [x.dtype for x in out] == [jnp.float32] * 2
 
   @pytest.mark.parametrize(
@@ -549,7 +549,7 @@ class TestField:
     glo = jnp.float32(rng.normal(size=(6, 3))) if options.pop('glo', False) else None
     sizes = {'net_depth': 3, 'net_width': 16, 'bottleneck_width': 8, 'net_width_viewdirs': 8}
     cfg = configs.NerfMLP(max_deg_point=2, **{**sizes, **options})
-    field = models.MLP(cfg)
+    field = mlp.MLP(cfg)
     cov = jnp.broadcast_to(0.01 * jnp.eye(3), (6, 5, 3, 3))
     gaussians = structs.Gaussians(jnp.float32(rng.normal(size=(6, 5, 3))), cov)
     features = encodings.IntegratedPositionalEncoding(0, 2, 'icosahedron', 2)(gaussians)
