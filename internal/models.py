@@ -1,6 +1,6 @@
-"""The MLPs and the proposal loop: from rays to renderings and ray histories.
+"""The model: the proposal loop, from rays to renderings and ray histories.
 
-`n` is the number of intervals along a ray at the level in hand; leading axes are of rays.
+Shapes: [...] are rays, n the intervals along a ray at the current level.
 """
 
 import dataclasses
@@ -16,7 +16,14 @@ Array = jax.Array
 
 
 class Model(nn.Module):
-  """The proposal loop: each level samples where the level before found weight."""
+  """The proposal loop (section 3): each level resamples the histogram of the level before.
+
+  Attributes:
+    config: sampling and compositing.
+    prop_config: the proposal MLPs.
+    nerf_config: the last level's MLP.
+    near, far: distances along a ray where sampling starts and ends.
+  """
 
   config: configs.Model
   prop_config: configs.PropMLP
@@ -28,9 +35,9 @@ class Model(nn.Module):
     cfg = self.config
 
     def field(config: configs.MLP, level: int | None = None, last: bool = False) -> MLP:
-      dtype, several = mlp_dtype(cfg.mlp_dtype), cfg.multisampled(last)
+      dtype, multisampled = mlp_dtype(cfg.mlp_dtype), cfg.multisampled(last)
       config = config.for_level(level)
-      return MLP(config, dtype, cfg.use_gpu_kernels, several, cfg.deterministic_grid)
+      return MLP(config, dtype, cfg.use_gpu_kernels, multisampled, cfg.deterministic_grid)
 
     self.nerf_mlp = field(self.nerf_config, last=True)
     if cfg.separate_prop_mlps:  # Flax names them prop_mlp_0, prop_mlp_1, ...
@@ -51,28 +58,28 @@ class Model(nn.Module):
     """Renders rays.
 
     Args:
-      key: PRNG key of jitter, noise and random backgrounds; None renders without any. With [...]
-        keys, one for each ray, a ray's draws do not depend on the rays beside it.
-      rays: [...] rays.
-      train_frac: fraction of training done, in [0, 1]: steers the annealing.
-      use_glo: give each ray its image's appearance vector; else zeros.
+      key: PRNG key for jitter, noise and random backgrounds; None disables all three. With one key
+        per ray [...], a ray's result does not depend on the other rays of the batch.
+      rays: rays with leading axes [...].
+      train_frac: fraction of training completed, in [0, 1], for annealing.
+      use_glo: use each image's appearance vector; otherwise zeros.
 
     Returns:
-      For each level a Rendering (None where the level has no colour) and a RayHistory.
+      A Rendering (None if the level has no colour) and a RayHistory for each level.
     """
     cfg = self.config
     _, s_to_t = coord.ray_warps(cfg.raydist_fn, self.near, self.far)
     glo = self._appearance(rays, use_glo)
     start = jnp.zeros_like(rays.radii) + self._first_endpoint(train_frac)  # [..., 1]
     one = jnp.ones_like(start)
-    sdist, weights = jnp.concatenate([start, one], -1), one
+    sdist, weights = jnp.concatenate([start, one], -1), one  # [..., 2], [..., 1]: a single bin.
     renderings, history = [], []
     for level in range(cfg.num_levels):
       key, sample_key, mlp_key, bg_key = math.split_keys(key, 4)
-      sdist = self._resample(sample_key, level, sdist, weights, train_frac)
-      tdist = s_to_t(sdist)
-      gaussians = self._cast(sample_key, level, rays, tdist)
-      density, rgb = self._query(mlp_key, level, rays, gaussians, glo)
+      sdist = self._resample(sample_key, level, sdist, weights, train_frac)  # [..., n + 1]
+      tdist = s_to_t(sdist)  # [..., n + 1]
+      gaussians = self._cast(sample_key, level, rays, tdist)  # [..., n]
+      density, rgb = self._query(mlp_key, level, rays, gaussians, glo)  # [..., n], [..., n, 3]
       weights = render.compute_alpha_weights(density, tdist, rays.directions, cfg.opaque_background)
       history.append(structs.RayHistory(sdist, tdist, weights, rgb))
       background = self._background(bg_key, rays)
@@ -83,66 +90,74 @@ class Model(nn.Module):
     return renderings, history
 
   def last_density(self, rays: structs.Rays, tdist: Array, shift: Array) -> Array:
-    """Density [..., n] of the last level's intervals tdist [..., n + 1], moved by [..., n, 3]."""
+    """Returns density [..., n] of the last level at shifted positions.
+
+    Args:
+      rays: rays with leading axes [...].
+      tdist: [..., n + 1] endpoints of the intervals.
+      shift: [..., n, 3] added to the means of the intervals' Gaussians.
+    """
     level = self.config.num_levels - 1
     gaussians = self._cast(None, level, rays, tdist)
-    several = gaussians.mean.ndim - shift.ndim  # Of Gaussians for an interval: an axis more.
-    shift = shift.reshape(*shift.shape[:-1], *(1,) * several, 3)
+    extra_axes = gaussians.mean.ndim - shift.ndim  # 1 if multisampled: [..., n, k, 3].
+    shift = shift.reshape(*shift.shape[:-1], *(1,) * extra_axes, 3)
     gaussians = gaussians.replace(mean=gaussians.mean + shift)
     return self._query(None, level, rays, gaussians, self._appearance(rays, False))[0]
 
   def field(self, rays: structs.Rays, gaussians: structs.Gaussians) -> tuple[Array, Array | None]:
-    """Density [..., n] and colour [..., n, 3] of the last level at Gaussians [..., n] of no ray.
+    """Returns density [..., n] and colour [..., n, 3] of the last level at any Gaussians [..., n].
 
-    Of `rays` [...] the viewing directions count; the appearance vector is zero.
+    Only the view directions of `rays` [...] are used. The appearance vector is zero.
     """
     level = self.config.num_levels - 1
-    if self.config.multisampled(last=True):  # One Gaussian in place of several.
+    if self.config.multisampled(last=True):  # [..., n, 1, 3]: one Gaussian per interval.
       gaussians = jax.tree.map(lambda x, axes: jnp.expand_dims(x, -axes - 1), gaussians,
                                structs.Gaussians(1, 2))  # fmt: skip
     return self._query(None, level, rays, gaussians, self._appearance(rays, False))
 
   def _num_samples(self, level: int) -> int:
+    """Returns the number of intervals n at a level."""
     last = level == self.config.num_levels - 1
     return self.config.num_nerf_samples if last else self.config.num_prop_samples
 
   def _first_endpoint(self, train_frac) -> float | Array:
-    """Where rays start in s: 0, or further out early in training if the config anneals it."""
+    """Returns the start of rays in s: 0, or during near annealing a value that falls to 0."""
     cfg = self.config
     if cfg.near_anneal_rate is None:
       return 0.0
     return jnp.clip(1 - train_frac / cfg.near_anneal_rate, 0, cfg.near_anneal_init)
 
   def _resample(self, key, level: int, sdist: Array, weights: Array, train_frac) -> Array:
-    """The next level's endpoints, from the histogram of the level before."""
+    """Draws a level's endpoints [..., n + 1] from the histogram of the level before."""
     cfg = self.config
     domain = (self._first_endpoint(train_frac), 1.0)
     if level > 0 and (cfg.dilation_bias > 0 or cfg.dilation_multiplier > 0):
-      drawn = 1
+      # Each level divides the intervals of the one before: their mean width is 1 / product.
+      product = 1
       for previous in range(level):
-        drawn *= self._num_samples(previous)
-      dilation = cfg.dilation_bias + cfg.dilation_multiplier / drawn
+        product *= self._num_samples(previous)
+      dilation = cfg.dilation_bias + cfg.dilation_multiplier / product
       sdist, weights = stepfun.max_dilate_weights(sdist, weights, dilation, domain, True)
       sdist, weights = sdist[..., 1:-1], weights[..., 1:-1]
     if level > 0 and cfg.resample_blur:
       weights = stepfun.blur_weights(weights)
     slope = cfg.anneal_slope
-    anneal = slope * train_frac / ((slope - 1) * train_frac + 1) if slope > 0 else 1.0
+    anneal = slope * train_frac / ((slope - 1) * train_frac + 1) if slope > 0 else 1.0  # Eq. 18
     logits = stepfun.anneal_logits(sdist, weights, anneal, cfg.resample_padding)
     sdist = stepfun.sample_intervals(
       key, sdist, logits, self._num_samples(level), cfg.single_jitter, domain
     )
     if cfg.stop_level_grad:
       sdist = jax.lax.stop_gradient(sdist)
-    # Without the barrier XLA may fuse sampling into the MLP's inputs, and compile for minutes.
+    # Without the barrier, XLA may fuse sampling into the MLP's inputs and compile for minutes.
     return jax.lax.optimization_barrier(sdist)
 
   def _cast(self, key, level: int, rays: structs.Rays, tdist: Array) -> structs.Gaussians:
-    """Each interval's Gaussian, or with multisampling its several."""
+    """Returns the Gaussian of each interval [..., n], or k of them [..., n, k] if multisampled."""
     cfg = self.config
     cone = rays.origins, rays.directions, rays.radii, cfg.ray_shape
     if cfg.multisampled(level == cfg.num_levels - 1):
-      key = None if key is None else math.fold_in(key, 1)  # The key itself has drawn the jitter.
+      key = None if key is None else math.fold_in(key, 1)  # `key` itself drew the jitter.
       gaussians = render.multisample(key, tdist, *cone)
     else:
       gaussians = render.cast_rays(tdist, *cone)
@@ -151,7 +166,7 @@ class Model(nn.Module):
     return gaussians
 
   def _query(self, key, level: int, rays: structs.Rays, gaussians: structs.Gaussians, glo):
-    """Density and colour of each interval at this level's MLP."""
+    """Evaluates the level's MLP: density [..., n], and colour [..., n, 3] or None."""
     cfg = self.config
     args = key, gaussians, rays.viewdirs if cfg.use_viewdirs else None, glo
     nerf = level == cfg.num_levels - 1 or cfg.single_mlp
@@ -160,12 +175,13 @@ class Model(nn.Module):
     density, rgb = (self.nerf_mlp if nerf else self.prop_mlp)(*args)
     if cfg.outside_mlps:
       other = (self.nerf_mlp_outside if nerf else self.prop_mlp_outside)(*args)
-      outside = jnp.sum(gaussians.mean**2, -1) > 1
+      outside = jnp.sum(gaussians.mean**2, -1) > 1  # [..., n]
       density = jnp.where(outside, other[0], density)
       rgb = None if rgb is None else jnp.where(outside[..., None], other[1], rgb)
     return density, rgb
 
   def _appearance(self, rays: structs.Rays, use_glo: bool) -> Array | None:
+    """Returns the appearance vectors [..., g] of the rays' images, zeros, or None if unused."""
     features = self.config.num_glo_features
     if features == 0:
       return None
@@ -174,7 +190,7 @@ class Model(nn.Module):
     return jnp.zeros((*rays.cam_idx.shape, features), rays.origins.dtype)
 
   def _background(self, key, rays: structs.Rays) -> Array:
-    """A grey per ray: random while training if the config gives a range, else its middle."""
+    """Returns a grey level [..., 1] per ray: random with a key, else the middle of the range."""
     low, high = self.config.bg_intensity_range
     if key is None or low == high:
       return jnp.full_like(rays.radii, (low + high) / 2)
@@ -182,20 +198,20 @@ class Model(nn.Module):
 
 
 def mlp_dtype(name: str) -> jnp.dtype:
-  """The type of the MLPs' hidden layers: by name, or for 'auto' the one for this platform."""
+  """Returns the dtype of the MLPs' hidden layers; 'auto' depends on the platform."""
   if name == 'auto':
     name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   return jnp.dtype(name)
 
 
 def build(settings: configs.Settings) -> Model:
-  """The model that the settings describe."""
+  """Builds the model that the settings describe."""
   cfg = settings.config
   return Model(settings.model, settings.prop_mlp, settings.nerf_mlp, cfg.near, cfg.far)
 
 
 def init_params(model: Model, key: Array) -> dict:
-  """Initial parameters, a plain dict: 'prop_mlp' (or 'prop_mlp_0', ...), 'nerf_mlp' ('glo')."""
+  """Initializes the parameters: a dict of 'nerf_mlp', 'prop_mlp' (or 'prop_mlp_0', ...), 'glo'."""
   one = jnp.ones((1, 1), jnp.float32)
   vec = jnp.ones((1, 3), jnp.float32) / jnp.sqrt(3.0)
   rays = structs.Rays(vec, vec, vec, 1e-3 * one, jnp.zeros((1,), jnp.int32))
@@ -204,5 +220,5 @@ def init_params(model: Model, key: Array) -> dict:
 
 
 def num_params(params) -> int:
-  """Number of trainable numbers."""
+  """Counts the scalars in the parameters."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))
