@@ -154,7 +154,7 @@ class MLP(Checked):
   bottleneck_width: int = 256  # Width of the layer between trunk and view layers (0: none).
   net_depth_viewdirs: int = 1  # Number of view-dependent layers (0: none).
   net_width_viewdirs: int = 128  # Width of each.
-  skip_layer: int = 4  # Skip connections k: layers k + 1, 2k + 1, ... append the encoding.
+  skip_layer: int = 4  # k: the outputs of layers k + 1, 2k + 1, ... get the encoding appended.
   encoding: Literal['ipe', 'grid'] = 'ipe'  # Integrated positional encoding, or hash grid.
   min_deg_point: int = 0  # 'ipe': lowest frequency is 2^min_deg_point ...
   max_deg_point: int = 12  # ... and highest 2^(max_deg_point - 1).

@@ -201,7 +201,7 @@ def _product_kernel(*refs, depths, extras, relu, blocks):
   my_tiles = lax.div(tiles - block + blocks - 1, blocks)
 
   def corner(i):
-    """Returns row and column of this block's i-th tile; adjacent blocks share rows of x in cache."""
+    """Returns row and column of this block's i-th tile; neighbours share rows of x in cache."""
     tile = block + i * blocks
     return lax.div(tile, across) * _ROWS, lax.rem(tile, across) * _COLS
 
