@@ -49,7 +49,7 @@ def interlevel(history: Sequence[structs.RayHistory]) -> Array:
   t = jax.lax.stop_gradient(history[-1].sdist)
   w = jax.lax.stop_gradient(history[-1].weights)
   losses = [jnp.mean(stepfun.lossfun_outer(t, w, h.sdist, h.weights)) for h in history[:-1]]
-  return sum(losses, jnp.zeros(()))
+  return sum(losses, jnp.zeros(()))  # Zero if there is a single level.
 
 
 def interlevel_blur(history: Sequence[structs.RayHistory], half_widths: Sequence[float]) -> Array:
@@ -73,7 +73,7 @@ def interlevel_blur(history: Sequence[structs.RayHistory], half_widths: Sequence
   t = jax.lax.stop_gradient(history[-1].sdist)
   w = jax.lax.stop_gradient(history[-1].weights)
   losses = [
-    jnp.mean(jnp.sum(stepfun.lossfun_blur(t, w, h.sdist, h.weights, r), -1))
+    jnp.mean(jnp.sum(stepfun.lossfun_blur(t, w, h.sdist, h.weights, r), -1))  # [..., n] to []
     for h, r in zip(history, half_widths)
   ]
   return sum(losses, jnp.zeros(()))
@@ -97,7 +97,7 @@ def weight_decay(params, mults: dict[str, float]) -> Array:
   total_decay = jnp.zeros(())
   for name, mult in mults.items():
     part = params
-    for piece in name.split('/'):
+    for piece in name.split('/'):  # Walk down the nested dict.
       if not isinstance(part, dict) or piece not in part:
         known = ', '.join(part) if isinstance(part, dict) else 'nothing below'
         raise UserError(
@@ -114,6 +114,7 @@ def grid_decay(params) -> Array:
   With a sum, coarse levels would hardly count, as their tables have few entries; with the mean all
   levels count alike (normalised weight decay, arXiv:2304.06706). Dense layers are not included.
   """
+  # Only MLPs with encoding = 'grid' have this entry; it holds a table [size, f] per level.
   fields = [part['grid'] for part in params.values() if 'grid' in part]
   return sum((jnp.mean(x**2) for x in jax.tree.leaves(fields)), jnp.zeros(()))
 
@@ -155,7 +156,7 @@ def total(
         'Config.data_coarse_loss_mult needs colours of the proposal levels; set '
         'PropMLP.disable_rgb = False.'
       )
-    coarse = sum(map(data_loss, renderings[:-1]))
+    coarse = sum(map(data_loss, renderings[:-1]))  # One multiplier for all proposal levels.
     terms['data_coarse'] = config.data_coarse_loss_mult * coarse
   if config.interlevel_loss_mult > 0:
     blur = config.interlevel_loss_type == 'blur'
@@ -167,4 +168,5 @@ def total(
     terms['weight_decay'] = weight_decay(params, config.weight_decay_mults)
   if config.grid_decay_mult > 0:
     terms['grid_decay'] = config.grid_decay_mult * grid_decay(params)
+  # Terms with multiplier 0 are absent: they would cost time, and their NaNs times 0 are NaN.
   return sum(terms.values()), terms

@@ -186,7 +186,7 @@ class Model(nn.Module):
     if features == 0:
       return None
     if use_glo:
-      return self.glo(rays.cam_idx)
+      return self.glo(rays.cam_idx)  # [..., g]
     return jnp.zeros((*rays.cam_idx.shape, features), rays.origins.dtype)
 
   def _background(self, key, rays: structs.Rays) -> Array:

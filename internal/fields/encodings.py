@@ -48,7 +48,7 @@ class IntegratedPositionalEncoding(nn.Module):
 
   def __call__(self, gaussians: structs.Gaussians) -> Array:
     encode = _packed if self.packed else _plain
-    features = encode(self, gaussians.mean, gaussians.cov)
+    features = encode(self, gaussians.mean, gaussians.cov)  # [..., f], or [..., k, f]
     return jnp.mean(features, -2) if self.multisampled else features
 
   def arrange(self, rows: Array) -> Array:
@@ -65,12 +65,13 @@ class IntegratedPositionalEncoding(nn.Module):
 
   def _width(self) -> int:
     """Returns the number of packed features, with padding."""
+    # Packing works on pairs of octaves: sine and cosine of two, for each basis direction.
     features = 4 * ((self.max_deg - self.min_deg + 1) // 2) * self._basis().shape[1]
     return -(-features // _PAD_TO) * _PAD_TO
 
 
 def _plain(encoding: IntegratedPositionalEncoding, mean: Array, cov: Array) -> Array:
-  lifted, var = coord.lift_and_diagonalize(mean, cov, encoding._basis())
+  lifted, var = coord.lift_and_diagonalize(mean, cov, encoding._basis())  # [..., b]
   return coord.integrated_pos_enc(lifted, var, encoding.min_deg, encoding.max_deg)
 
 
@@ -127,7 +128,7 @@ class HashGrid(nn.Module):
 
   @nn.compact
   def __call__(self, gaussians: structs.Gaussians) -> Array:
-    x, scale = grid.in_cube(gaussians.mean, gaussians.cov)
+    x, scale = grid.in_cube(gaussians.mean, gaussians.cov)  # [..., 3], [...]
     by_level, features = [], None
     for i, n in enumerate(grid.resolutions(self.levels, self.min_resolution, self.max_resolution)):
       shape = grid.table_size(n, self.log2_size), self.features
