@@ -1,4 +1,8 @@
-"""What values knobs may have: the checks that every config dataclass makes of its fields."""
+"""Checks of settings.
+
+Types and choices come from a field's annotation, ranges from the tables here; the functions named
+_*_conflict check combinations of fields.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +11,9 @@ import math
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from .errors import UserError
-
-
-class ConfigError(UserError):
-  """A config file, binding or value that cannot be used; the message says what to do."""
-
-
-_CHOICES = {
-  'batching': ('all_images', 'single_image'),
-  'data_loss_type': ('mse', 'charb'),
-  'pixels_on': ('auto', 'device', 'host', 'disk'),
-  'ray_shape': ('cone', 'cylinder'),
-  'raydist_fn': (None, 'reciprocal', 'log', 'identity', 'piecewise', 'power'),
-  'warp_fn': (None, 'contract', 'donerf', 'inverted_sphere'),
-  'encoding': ('ipe', 'grid'),
-  'basis_shape': ('icosahedron', 'octahedron', 'tetrahedron'),
-  'interlevel_loss_type': ('bound', 'blur'),
-  'num_multisamples': (0, 6),
-  'mlp_dtype': ('auto', 'float32', 'bfloat16'),
-  'render_camtype': (None, 'perspective', 'fisheye', 'panorama'),
-  'render_path_type': (None, 'ellipse', 'spiral', 'orbit', 'dolly'),
-  'render_path_space': ('capture', 'normalized'),
-  'weight_init': tuple(
-    f'{name}_{law}'
-    for name in ('he', 'kaiming', 'glorot', 'xavier', 'lecun')
-    for law in ('uniform', 'normal')
-  ),
-}
-# The least and the most (None: any) that whole numbers may be, where they are not None.
+# (lowest, highest) allowed integer; a highest of None is no limit.
 _RANGES = {
   **dict.fromkeys(
     (
@@ -45,7 +21,8 @@ _RANGES = {
       'checkpoint_every', 'eval_render_interval', 'render_path_frames', 'render_video_fps',
       'render_spline_n_interp', 'render_spline_degree', 'net_depth', 'net_width', 'skip_layer',
       'net_width_viewdirs', 'num_levels', 'num_prop_samples', 'num_nerf_samples',
-      'num_glo_embeddings',
+      'num_glo_embeddings', 'grid_levels', 'grid_min_resolution', 'grid_max_resolution',
+      'grid_log2_size', 'grid_features',
     ),
     (1, None),
   ),
@@ -60,61 +37,121 @@ _RANGES = {
   'dtu_light_cond': (0, 7),
   'render_video_crf': (0, 51),
 }  # fmt: skip
+_MAX_FAR = 1e8  # The square of a much larger distance overflows float32.
 _POSITIVE = ('charb_padding', 'interlevel_blur', 'lr_init', 'lr_final', 'near_anneal_rate')
 
 
-def fits(value: Any, hint: Any) -> bool:
-  """Whether `value` is of the annotated type (an int may stand for a float)."""
+def problem(settings: Any) -> str | None:
+  """Returns the error message for the first bad value in a settings dataclass, or None."""
+  hints = typing.get_type_hints(type(settings))
+  for field in dataclasses.fields(settings):
+    value = getattr(settings, field.name)
+    rule = _broken_rule(field, value, hints[field.name])
+    if rule:
+      return f'{type(settings).__name__}.{field.name} must be {rule}, got {value!r}.'
+  return _CONFLICTS[type(settings).__name__](settings)
+
+
+def _broken_rule(field: dataclasses.Field, value: Any, hint: Any) -> str | None:
+  """Returns the rule that the value breaks, as what it 'must be', or None."""
+  if not _fits(value, hint):
+    choices = _choices(hint)
+    return f'one of {", ".join(map(repr, choices))}' if choices else field.type
+  numbers = _numbers(value)
+  if not all(math.isfinite(v) for v in numbers if isinstance(v, float)):
+    return 'finite'  # gin cannot write other numbers to config.gin.
+  if value is None:
+    return None
+  low, high = _RANGES.get(field.name, (-math.inf, None))
+  if field.name in _RANGES and not (numbers and all(low <= v <= (high or v) for v in numbers)):
+    return f'at least {low}' if high is None else f'{low} to {high}'
+  if field.name in _POSITIVE and not all(v > 0 for v in numbers):
+    return 'positive'
+  return None
+
+
+def _choices(hint: Any) -> tuple:
+  """Returns the allowed values of a Literal (or of a union with one); () for other types."""
+  if typing.get_origin(hint) is Literal:
+    return typing.get_args(hint)
+  if not _is_union(hint):
+    return ()
+  choices = tuple(c for h in typing.get_args(hint) for c in _choices(h))
+  return (*choices, None) if choices and type(None) in typing.get_args(hint) else choices
+
+
+def _is_union(hint: Any) -> bool:
+  return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+  """Returns whether `value` has the annotated type (an int is accepted for a float)."""
   origin = typing.get_origin(hint)
-  if origin in (typing.Union, types.UnionType):
-    return any(fits(value, h) for h in typing.get_args(hint))
+  if origin is Literal:
+    return value in typing.get_args(hint)
+  if _is_union(hint):
+    return any(_fits(value, h) for h in typing.get_args(hint))
   if origin is Sequence:
-    (each,) = typing.get_args(hint)
-    return isinstance(value, (tuple, list)) and all(fits(v, each) for v in value)
+    (item,) = typing.get_args(hint)
+    return isinstance(value, (tuple, list)) and all(_fits(v, item) for v in value)
   if origin is dict:
-    key, of_key = typing.get_args(hint)
+    key, item = typing.get_args(hint)
     return isinstance(value, dict) and all(
-      fits(k, key) and fits(v, of_key) for k, v in value.items()
+      _fits(k, key) and _fits(v, item) for k, v in value.items()
     )
-  if hint is float:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-  if hint is int:
-    return isinstance(value, int) and not isinstance(value, bool)
-  return hint is Any or isinstance(value, hint)
+  if hint in (int, float):
+    return isinstance(value, (int, hint)) and not isinstance(value, bool)
+  return isinstance(value, hint)
 
 
-def _finite(value: Any) -> bool:
-  """Whether there is no infinity and no NaN in a value: gin could not write it to config.gin."""
-  if isinstance(value, dict):
-    return all(map(_finite, value.values()))
-  if isinstance(value, (tuple, list)):
-    return all(map(_finite, value))
-  return not isinstance(value, float) or math.isfinite(value)
+def _numbers(value: Any) -> list[int | float]:
+  """Returns the numbers in a value: itself, or its items."""
+  items = value.values() if isinstance(value, dict) else value
+  items = items if isinstance(value, (dict, tuple, list)) else (value,)
+  return [v for v in items if isinstance(v, (int, float)) and not isinstance(v, bool)]
 
 
-class Checked:
-  """Checks each field's type and choices, and turns functions into their names."""
+def _config_conflict(config: Any) -> str | None:
+  if not 0 <= config.near < config.far:
+    return f'Config.near must be in [0, far), got near {config.near}, far {config.far}.'
+  if config.far > _MAX_FAR:
+    return (
+      f'Config.far must be at most {_MAX_FAR:g}, got {config.far:g}: the square of a larger '
+      'distance overflows float32. Use 1e6, which is far enough for any sky.'
+    )
+  return None
 
-  def __post_init__(self):
-    hints = typing.get_type_hints(type(self))
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      where = f'{type(self).__name__}.{field.name}'
-      if callable(value) and not dataclasses.is_dataclass(value):
-        value = value.__name__
-        object.__setattr__(self, field.name, value)
-      if field.name in _CHOICES:
-        if value not in _CHOICES[field.name]:
-          known = ', '.join(map(repr, _CHOICES[field.name]))
-          raise ConfigError(f'{where} must be one of {known}, got {value!r}.')
-      elif not fits(value, hints[field.name]):
-        raise ConfigError(f'{where} must be {field.type}, got {value!r}.')
-      if not _finite(value):
-        raise ConfigError(f'{where} must be finite, got {value!r}.')
-      low, high = _RANGES.get(field.name, (None, None))
-      if value is not None and low is not None and not low <= value <= (high or math.inf):
-        rule = f'at least {low}' if high is None else f'{low} to {high}'
-        raise ConfigError(f'{where} must be {rule}, got {value}.')
-      numbers = value if isinstance(value, (tuple, list)) else () if value is None else (value,)
-      if field.name in _POSITIVE and not all(v > 0 for v in numbers):
-        raise ConfigError(f'{where} must be positive, got {value}.')
+
+def _mlp_conflict(mlp: Any) -> str | None:
+  owner = type(mlp).__name__
+  if mlp.encoding == 'grid' and mlp.warp_fn == 'inverted_sphere':
+    return (
+      f"{owner}.warp_fn = 'inverted_sphere' has four axes, but {owner}.encoding = 'grid' needs "
+      "three; use 'contract'."
+    )
+  if not mlp.min_deg_point < mlp.max_deg_point:
+    return (
+      f'{owner}.min_deg_point must be below max_deg_point, got {mlp.min_deg_point} and '
+      f'{mlp.max_deg_point}.'
+    )
+  return None
+
+
+def _model_conflict(model: Any) -> str | None:
+  background = model.bg_intensity_range
+  if len(background) != 2 or background[0] > background[1]:
+    return f'Model.bg_intensity_range must be (low, high), got {background}.'
+  if model.single_mlp and model.separate_prop_mlps:
+    return 'Model.single_mlp and Model.separate_prop_mlps exclude each other; set one to False.'
+  if model.outside_mlps and (model.separate_prop_mlps or model.num_multisamples):
+    return 'Model.outside_mlps needs Model.separate_prop_mlps = False and num_multisamples = 0.'
+  if model.single_mlp and not model.multisample_proposals:
+    return 'Model.multisample_proposals = False needs Model.single_mlp = False.'
+  return None
+
+
+_CONFLICTS = {
+  'Config': _config_conflict,
+  'Model': _model_conflict,
+  **dict.fromkeys(('MLP', 'NerfMLP', 'PropMLP'), _mlp_conflict),
+}

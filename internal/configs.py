@@ -1,7 +1,8 @@
-"""Every knob, on frozen dataclasses that gin fills: the only file that imports gin.
+"""All settings, as frozen dataclasses filled from gin files. The only module that imports gin.
 
-The names are those that .gin files of the field already use, so published files load unchanged.
-Functions are given by name ('reciprocal') or in gin's way (`@jnp.reciprocal`).
+Setting names match those in published .gin files, so these load unchanged. Functions are given by
+name ('reciprocal') or as gin references (`@jnp.reciprocal`). A field's type lists its choices;
+config_checks.py has the ranges of numbers, and the combinations that are not allowed.
 """
 
 from __future__ import annotations
@@ -12,13 +13,35 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import gin
 
-from .config_checks import Checked, ConfigError, fits
+from . import config_checks
+from .errors import UserError
 from .system import installation
 
-_FARTHEST = 1e8
+_RayDistance = Literal['reciprocal', 'log', 'identity', 'piecewise', 'power']
+_WeightInit = Literal[
+  'he_uniform', 'he_normal', 'kaiming_uniform', 'kaiming_normal', 'glorot_uniform',
+  'glorot_normal', 'xavier_uniform', 'xavier_normal', 'lecun_uniform', 'lecun_normal',
+]  # fmt: skip
+
+
+class ConfigError(UserError):
+  """A config file, binding or value that cannot be used."""
+
+
+class Checked:
+  """Base of the settings, which checks them; config_checks.py has the rules."""
+
+  def __post_init__(self):
+    for name, value in vars(self).items():
+      if callable(value):  # A gin reference, such as @coord.contract, is kept as its name.
+        object.__setattr__(self, name, value.__name__)
+    problem = config_checks.problem(self)
+    if problem:
+      raise ConfigError(problem)
 
 
 @gin.configurable
@@ -27,102 +50,94 @@ class Config(Checked):
   """Data, training, evaluation and rendering."""
 
   # Data.
-  dataset_loader: str = 'llff'  # The capture's format; datasets.load_dataset has the table.
-  data_dir: str | None = None
-  checkpoint_dir: str | None = None  # Everything that a run makes lands here.
-  factor: int = 0  # Use images_<factor>/ (0: images/ as they are).
-  llffhold: int = 8  # Every llffhold-th image by name is a test image.
-  forward_facing: bool = False  # LLFF: NDC rays and a spiral path.
-  load_alphabetical: bool = True  # Sort images by name, not by COLMAP's ids.
-  dtu_light_cond: int = 3  # DTU: which of the lights 0 to 6; 7: all of them.
-  near: float = 2.0
-  far: float = 6.0
-  pixels_on: str = 'auto'  # Where training pixels live: 'device', 'host', 'disk', or what fits.
-  pixel_cache_dir: str | None = None  # Of those on disk; .pixels/ in the capture if not set.
+  dataset_loader: str = 'llff'  # Format of the capture: a name in datasets.LOADERS.
+  data_dir: str | None = None  # Folder of the capture.
+  checkpoint_dir: str | None = None  # Folder of the run: checkpoints, logs and all outputs.
+  factor: int = 0  # Downsampling factor: use images_<factor>/ (0: images/ at full size).
+  llffhold: int = 8  # Every llffhold-th image, by name, is held out as a test image.
+  forward_facing: bool = False  # LLFF only: trace rays in NDC and render a spiral path.
+  load_alphabetical: bool = True  # LLFF only: order images by name (False: by COLMAP image id).
+  dtu_light_cond: int = 3  # DTU only: lighting condition, 0 to 6 (7: all of them).
+  near: float = 2.0  # Distance along the ray where sampling starts, in scene units (>= 0).
+  far: float = 6.0  # Distance where sampling ends (> near, at most 1e8).
+  pixels_on: Literal['auto', 'device', 'host', 'disk'] = 'auto'  # Memory for the training pixels.
+  pixel_cache_dir: str | None = None  # For pixels_on = 'disk' (None: .pixels/ in the capture).
 
   # Training.
-  seed: int = 20220618
-  batching: str = 'all_images'
-  batch_size: int = 16384  # Rays a step over all devices of all hosts.
-  max_skipped_updates: int = 100  # Of a part in a row, as loss or gradient are not finite (0: any).
-  micro_batches: int = 0  # Parts in which a device takes its rays (0: as few as its memory needs).
-  max_steps: int = 250000
-  early_exit_steps: int | None = None  # Stop here; the schedules still run over max_steps.
-  checkpoint_every: int = 25000
-  checkpoint_keep: int = 2  # The newest so many stay (0: all).
-  print_every: int = 100
-  train_render_every: int = 5000  # Render test images while training (0: never).
-  train_render_images: int = 1  # How many, spread over the test set.
-  gc_every: int = 10000  # Look for Python's garbage (0: never).
-  randomized: bool = True
-  data_loss_type: str = 'charb'
-  charb_padding: float = 0.001
-  data_loss_mult: float = 1.0
-  data_coarse_loss_mult: float = 0.0
-  interlevel_loss_mult: float = 1.0
-  interlevel_loss_type: str = 'bound'  # The paper's, or 'blur' (Zip-NeRF's, smooth along the ray).
-  interlevel_blur: Sequence[float] = (0.03, 0.003)  # Half-width in s for each proposal level.
-  distortion_loss_mult: float = 0.01
+  seed: int = 20220618  # Seed of the initial parameters and of all random draws.
+  batching: Literal['all_images', 'single_image'] = 'all_images'  # Where a batch's rays come from.
+  batch_size: int = 16384  # Rays per step, over all devices of all hosts.
+  max_skipped_updates: int = 100  # Stop after this many non-finite updates in a row (0: never).
+  micro_batches: int = 0  # Sequential parts of a device's batch (0: as few as fit in memory).
+  max_steps: int = 250000  # Length of the training and of its schedules, in steps.
+  early_exit_steps: int | None = None  # Stop at this step; schedules still run over max_steps.
+  checkpoint_every: int = 25000  # Steps between checkpoints.
+  checkpoint_keep: int = 2  # Number of checkpoints to keep, newest first (0: all).
+  print_every: int = 100  # Steps between log lines.
+  train_render_every: int = 5000  # Steps between renderings of test images (0: never).
+  train_render_images: int = 1  # Number of test images in each, spread over the test set.
+  gc_every: int = 10000  # Steps between Python garbage collections (0: never).
+  randomized: bool = True  # Random jitter, noise and backgrounds in training (False: none).
+  data_loss_type: Literal['mse', 'charb'] = 'charb'  # Squared error, or Charbonnier.
+  charb_padding: float = 0.001  # Charbonnier loss sqrt(r^2 + padding^2): quadratic below this.
+  data_loss_mult: float = 1.0  # Multiplier of the last level's data loss.
+  data_coarse_loss_mult: float = 0.0  # Multiplier of the proposal levels' data losses (0: none).
+  interlevel_loss_mult: float = 1.0  # Multiplier of the interlevel loss (0: none).
+  interlevel_loss_type: Literal['bound', 'blur'] = 'bound'  # Eq. 13, or Zip-NeRF's smooth one.
+  interlevel_blur: Sequence[float] = (0.03, 0.003)  # 'blur': half-width in s per proposal level.
+  distortion_loss_mult: float = 0.01  # Multiplier of the distortion loss, Eq. 15 (0: none).
+  # Multiplier of the squared norm for each named part: {'nerf_mlp': 0.1, 'prop_mlp/trunk_0': 1}.
   weight_decay_mults: dict[str, float] = dataclasses.field(default_factory=dict)
-  grid_decay_mult: float = 0.0  # Of the mean squares of the grids' tables, summed over levels.
-  lr_init: float = 0.002
-  lr_final: float = 0.00002
-  lr_delay_steps: int = 512
-  lr_delay_mult: float = 0.01
+  grid_decay_mult: float = 0.0  # Multiplier of the hash tables' mean squares, summed over levels.
+  lr_init: float = 0.002  # Learning rate at step 0, before warm-up.
+  lr_final: float = 0.00002  # Learning rate at max_steps; log-linear in between.
+  lr_delay_steps: int = 512  # Steps of warm-up (0: none).
+  lr_delay_mult: float = 0.01  # Factor on the learning rate at the start of the warm-up.
   adam_beta1: float = 0.9
   adam_beta2: float = 0.999
   adam_eps: float = 1e-6
-  grad_max_norm: float = 0.001  # Of each MLP's own gradient; 0: off.
-  grad_max_val: float = 0.0  # Of each gradient entry; 0: off.
+  grad_max_norm: float = 0.001  # Clip each MLP's gradient to this norm (0: off).
+  grad_max_val: float = 0.0  # Clip each gradient entry to this magnitude (0: off).
 
   # Evaluation.
-  eval_only_once: bool = True  # False: wait for further checkpoints until max_steps.
-  eval_save_output: bool = True
-  eval_report: bool = True  # report.html, of what is in the run's folder then.
-  eval_render_interval: int = 1  # Every so many-th test image.
-  eval_dataset_limit: int | None = None  # At most so many test images.
-  eval_quantize_metrics: bool = True
-  eval_crop_borders: int = 0
+  eval_only_once: bool = True  # False: evaluate new checkpoints as they appear, until max_steps.
+  eval_save_output: bool = True  # Write the rendered test images.
+  eval_report: bool = True  # Write report.html from the contents of the run's folder.
+  eval_render_interval: int = 1  # Evaluate every n-th test image.
+  eval_dataset_limit: int | None = None  # Maximum number of test images (None: all).
+  eval_quantize_metrics: bool = True  # Round renderings to 8 bits before computing metrics.
+  eval_crop_borders: int = 0  # Pixels to ignore at each side of an image in metrics.
 
-  vis_normals: bool = False  # eval.py and render.py picture the normals of the density, too.
+  vis_normals: bool = False  # Evaluation and rendering also write normal maps of the density.
 
   # Rendering.
-  render_chunk_size: int = 16384  # Rays at once over all devices; halved until they fit in memory.
-  render_dir: str | None = None  # None: <checkpoint_dir>/render.
-  render_path: bool = False  # Without effect: see ACCEPTED.
-  render_path_frames: int = 120
-  render_path_type: str | None = None  # None: 'ellipse', or 'spiral' where forward_facing.
-  render_path_file: str | None = None  # .npy of poses, nerfstudio's camera path, COLMAP's folder.
-  render_path_space: str = 'capture'  # The world of the file's poses: the capture's, 'normalized'.
-  render_video_fps: int = 60
-  render_video_crf: int = 18
-  render_resolution: Sequence[int] | None = None  # (width, height)
-  render_focal: float | None = None  # Pixels.
-  render_orbit_elevation: float | None = None  # Degrees; None: as the cameras have.
-  render_orbit_radius: float = 1.0  # Of the cameras' median distance from what they look at.
-  render_dolly_keyframe: str | None = None  # The photo that it starts from; None: the first one.
-  render_dolly_distance: float = 0.5  # Of the way to what the cameras look at; negative: away.
-  render_dolly_zoom: bool = False  # The focal length keeps what they look at at one size.
-  render_camtype: str | None = None
-  render_spline_keyframes: str | None = None  # Comma-separated image names.
-  render_spline_n_interp: int = 30
-  render_spline_degree: int = 5
-  render_spline_smoothness: float = 0.03
-  render_spline_const_speed: bool = True  # False: equal steps of the spline's parameter.
-  render_spline_closed: bool = False  # On from the last key photo to the first.
-  z_variation: float = 0.0
-  z_phase: float = 0.0
-  vis_num_rays: int = 16
-
-  def __post_init__(self):
-    super().__post_init__()
-    if not 0 <= self.near < self.far:
-      raise ConfigError(f'Config.near must be in [0, far), got near {self.near}, far {self.far}.')
-    if self.far > _FARTHEST:
-      raise ConfigError(
-        f'Config.far must be at most {_FARTHEST:g}, got {self.far:g}: squares of that '
-        'overflow float32. 1e6 is far enough for any sky.'
-      )
+  render_chunk_size: int = 16384  # Rays per call, over all devices; halved until they fit.
+  render_dir: str | None = None  # Output folder (None: <checkpoint_dir>/render).
+  render_path: bool = False  # No effect; see ACCEPTED.
+  render_path_frames: int = 120  # Number of frames of an ellipse, spiral, orbit or dolly.
+  # None: 'spiral' for forward-facing captures, else 'ellipse'.
+  render_path_type: Literal['ellipse', 'spiral', 'orbit', 'dolly'] | None = None
+  render_path_file: str | None = None  # Poses (.npy), nerfstudio camera path, or COLMAP folder.
+  render_path_space: Literal['capture', 'normalized'] = 'capture'  # Coordinates of that file.
+  render_video_fps: int = 60  # Frames per second.
+  render_video_crf: int = 18  # Compression of the video: 0 (lossless) to 51 (smallest).
+  render_resolution: Sequence[int] | None = None  # (width, height) in pixels (None: the capture's).
+  render_focal: float | None = None  # Focal length in pixels (None: the capture's or the file's).
+  render_orbit_elevation: float | None = None  # In degrees (None: the cameras' own).
+  render_orbit_radius: float = 1.0  # In units of the cameras' median distance from the subject.
+  render_dolly_keyframe: str | None = None  # Image where a dolly starts (None: the first one).
+  render_dolly_distance: float = 0.5  # Fraction of the way to the subject; negative: backwards.
+  render_dolly_zoom: bool = False  # Change the focal length so that the subject keeps its size.
+  render_camtype: Literal['perspective', 'fisheye', 'panorama'] | None = None  # None: capture's.
+  render_spline_keyframes: str | None = None  # Image names, comma-separated, or a file of names.
+  render_spline_n_interp: int = 30  # Frames per segment between keyframes.
+  render_spline_degree: int = 5  # Polynomial degree of the spline.
+  render_spline_smoothness: float = 0.03  # 0: pass exactly through the keyframes.
+  render_spline_const_speed: bool = True  # False: equal steps in the spline's parameter.
+  render_spline_closed: bool = False  # Return from the last keyframe to the first.
+  z_variation: float = 0.0  # Ellipse: height variation, as a fraction of the cameras' range.
+  z_phase: float = 0.0  # Ellipse: phase of the height variation, in turns (0: starts highest).
+  vis_num_rays: int = 16  # Rays in the histogram plots written during training (0: no plots).
 
   @property
   def last_step(self) -> int:
@@ -132,91 +147,73 @@ class Config(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class MLP(Checked):
-  """One field: positions (and directions) in, density (and colour) out."""
+  """Architecture of a field: positions (and directions) in, density (and colour) out."""
 
-  net_depth: int = 8
-  net_width: int = 256
-  bottleneck_width: int = 256
-  net_depth_viewdirs: int = 1
-  net_width_viewdirs: int = 128
-  skip_layer: int = 4  # The encoding joins again after layers 5, 9, ...
-  encoding: str = 'ipe'  # Integrated positional encoding, or 'grid': a hash grid.
-  min_deg_point: int = 0
-  max_deg_point: int = 12
-  deg_view: int = 4
-  basis_shape: str = 'icosahedron'
-  basis_subdivisions: int = 2
-  grid_levels: int | Sequence[int] = 10  # (5, 6): for each of Model.separate_prop_mlps its own.
-  grid_min_resolution: int | Sequence[int] = 16  # Cells along a side of [-2, 2]^3.
-  grid_max_resolution: int | Sequence[int] = 8192
-  grid_log2_size: int | Sequence[int] = 21  # Rows of a table, at most.
-  grid_features: int | Sequence[int] = 4  # Numbers a row.
-  warp_fn: str | Callable | None = None
-  density_bias: float = -1.0
-  density_noise: float = 0.0
-  rgb_padding: float = 0.001
-  rgb_bias: float = 0.0
-  rgb_premultiplier: float = 1.0
-  bottleneck_noise: float = 0.0
-  weight_init: str = 'he_uniform'
-  disable_rgb: bool = False
-  disable_density_normals: bool = False  # Without effect: see ACCEPTED.
-
-  def __post_init__(self):
-    super().__post_init__()
-    if self.encoding == 'grid' and self.warp_fn == 'inverted_sphere':
-      raise ConfigError(
-        f"{type(self).__name__}.warp_fn = 'inverted_sphere' has four axes, which grids have not; "
-        "use 'contract'."
-      )
-    if not self.min_deg_point < self.max_deg_point:
-      where = f'{type(self).__name__}.min_deg_point'
-      raise ConfigError(
-        f'{where} must be below max_deg_point, got {self.min_deg_point} and {self.max_deg_point}.'
-      )
-    for name in _GRID:
-      values = getattr(self, name)
-      values = values if isinstance(values, Sequence) else (values,)
-      if not values or not all(fits(v, int) and v >= 1 for v in values):
-        where = f'{type(self).__name__}.{name}'
-        raise ConfigError(f'{where} must be at least 1, or several such, got {values}.')
+  net_depth: int = 8  # Number of hidden layers (trunk).
+  net_width: int = 256  # Width of each.
+  bottleneck_width: int = 256  # Width of the layer between trunk and view layers (0: none).
+  net_depth_viewdirs: int = 1  # Number of view-dependent layers (0: none).
+  net_width_viewdirs: int = 128  # Width of each.
+  skip_layer: int = 4  # k: the outputs of layers k + 1, 2k + 1, ... get the encoding appended.
+  encoding: Literal['ipe', 'grid'] = 'ipe'  # Integrated positional encoding, or hash grid.
+  min_deg_point: int = 0  # 'ipe': lowest frequency is 2^min_deg_point ...
+  max_deg_point: int = 12  # ... and highest 2^(max_deg_point - 1).
+  deg_view: int = 4  # Number of frequencies that encode view directions.
+  basis_shape: Literal['icosahedron', 'octahedron', 'tetrahedron'] = 'icosahedron'  # 'ipe' only.
+  basis_subdivisions: int = 2  # Tessellation of the basis shape's edges (1: its own vertices).
+  # 'grid': PropMLP's may be sequences, a value per proposal level, if Model.separate_prop_mlps.
+  grid_levels: int | Sequence[int] = 10  # Number of resolution levels.
+  grid_min_resolution: int | Sequence[int] = 16  # Cells per side of [-2, 2]^3, coarsest level.
+  grid_max_resolution: int | Sequence[int] = 8192  # Cells per side, finest level.
+  grid_log2_size: int | Sequence[int] = 21  # Maximum number of rows of a level's table, as log2.
+  grid_features: int | Sequence[int] = 4  # Features per row of a table.
+  # Contraction of space before encoding (None: none).
+  warp_fn: Literal['contract', 'donerf', 'inverted_sphere'] | Callable | None = None
+  density_bias: float = -1.0  # Added to raw density before the softplus.
+  density_noise: float = 0.0  # Standard deviation of noise on raw density in training.
+  rgb_padding: float = 0.001  # Colours are in [-padding, 1 + padding].
+  rgb_bias: float = 0.0  # Added to raw colour before the sigmoid ...
+  rgb_premultiplier: float = 1.0  # ... after multiplying by this.
+  bottleneck_noise: float = 0.0  # Standard deviation of noise on the bottleneck in training.
+  weight_init: _WeightInit = 'he_uniform'  # Initializer of the kernels, in jax.nn.initializers.
+  disable_rgb: bool = False  # Density only; the rule for proposal MLPs.
+  disable_density_normals: bool = False  # No effect; see ACCEPTED.
 
   def for_level(self, level: int | None) -> MLP:
-    """These settings with the numbers of one proposal level, or with None of all of them.
+    """Returns these settings with sequences replaced by their number for a proposal level.
+
+    Args:
+      level: the proposal level, or None for an MLP that is not specific to one.
 
     Raises:
-      ConfigError: a sequence without a number for the level.
+      ConfigError: a sequence has no number for the level.
     """
     own = {}
-    for name in _GRID:
-      values = getattr(self, name)
-      if isinstance(values, Sequence):
-        where = f'{type(self).__name__}.{name}'
-        if level is None:
-          raise ConfigError(
-            f'{where} must be one number, got {values}; only PropMLP may have several, with '
-            'Model.separate_prop_mlps = True.'
-          )
-        if level >= len(values):
-          raise ConfigError(f'{where} must have a number for each proposal level, got {values}.')
-        own[name] = values[level]
+    for name, values in vars(self).items():
+      if not isinstance(values, Sequence) or isinstance(values, str):
+        continue
+      where = f'{type(self).__name__}.{name}'
+      if level is None:
+        raise ConfigError(
+          f'{where} must be one number, got {values}; only PropMLP may have one per proposal '
+          'level, with Model.separate_prop_mlps = True.'
+        )
+      if level >= len(values):
+        raise ConfigError(f'{where} must have a number for each proposal level, got {values}.')
+      own[name] = values[level]
     return dataclasses.replace(self, **own) if own else self
-
-
-_GRID = ('grid_levels', 'grid_min_resolution', 'grid_max_resolution', 'grid_log2_size',
-         'grid_features')  # fmt: skip
 
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class NerfMLP(MLP):
-  """The last level's MLP."""
+  """Architecture of the last level's MLP."""
 
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class PropMLP(MLP):
-  """The proposal levels' MLP (one set of weights for all, but see Model.separate_prop_mlps)."""
+  """Architecture of the proposal MLPs (one shared by all levels, or Model.separate_prop_mlps)."""
 
 
 @gin.configurable
@@ -224,106 +221,94 @@ class PropMLP(MLP):
 class Model(Checked):
   """Sampling along the ray and compositing."""
 
-  num_prop_samples: int = 64
-  num_nerf_samples: int = 32
-  num_levels: int = 3  # The proposal levels and the last one.
-  raydist_fn: str | Callable | None = None  # g of Eq. 11; None: identity.
-  ray_shape: str = 'cone'
-  num_multisamples: int = 0  # 0: one Gaussian a frustum; 6: Zip-NeRF's pattern of small ones.
-  multisample_proposals: bool = True  # The proposal levels' frusta too, not the last level's alone.
-  opaque_background: bool = False
-  anneal_slope: float = 10.0
-  dilation_multiplier: float = 0.5
-  dilation_bias: float = 0.0025
-  single_jitter: bool = True
-  stop_level_grad: bool = True
-  single_mlp: bool = False
-  separate_prop_mlps: bool = False  # A PropMLP for each proposal level: grids need it.
-  outside_mlps: bool = False  # NeRF++: for what is outside the unit sphere MLPs of its own.
-  disable_integration: bool = False  # Covariances are zero: points, not Gaussians.
-  use_viewdirs: bool = True
-  bg_intensity_range: Sequence[float] = (1.0, 1.0)
-  num_glo_features: int = 0
-  num_glo_embeddings: int = 1000
+  num_prop_samples: int = 64  # Intervals per ray at each proposal level.
+  num_nerf_samples: int = 32  # Intervals per ray at the last level.
+  num_levels: int = 3  # Number of levels: proposal levels, then the last one.
+  # Function g of Eq. 11: intervals are spaced evenly in g(distance) (None: identity).
+  raydist_fn: _RayDistance | Callable | None = None
+  ray_shape: Literal['cone', 'cylinder'] = 'cone'  # Shape of a pixel's ray; 'cylinder' for NDC.
+  num_multisamples: Literal[0, 6] = 0  # Gaussians per interval: one (0), or Zip-NeRF's six.
+  multisample_proposals: bool = True  # False: proposal levels have one Gaussian per interval.
+  opaque_background: bool = False  # Make the last interval opaque: each ray ends somewhere.
+  anneal_slope: float = 10.0  # Rate at which annealing of the weights (Eq. 18) ends (0: none).
+  dilation_multiplier: float = 0.5  # Dilation before resampling, in mean interval widths ...
+  dilation_bias: float = 0.0025  # ... plus this, in s.
+  single_jitter: bool = True  # One random offset per ray (False: one per interval).
+  stop_level_grad: bool = True  # Block gradients from a level's intervals to the level before.
+  single_mlp: bool = False  # The NeRF MLP serves all levels; there is no proposal MLP.
+  separate_prop_mlps: bool = False  # One PropMLP per proposal level; hash grids need this.
+  outside_mlps: bool = False  # NeRF++: separate MLPs for positions outside the unit sphere.
+  disable_integration: bool = False  # Zero covariances: encode points, not Gaussians.
+  use_viewdirs: bool = True  # Colour depends on the view direction.
+  bg_intensity_range: Sequence[float] = (1.0, 1.0)  # (low, high): random grey in training.
+  num_glo_features: int = 0  # Size of the per-image appearance vector (0: none).
+  num_glo_embeddings: int = 1000  # Number of appearance vectors; at least the training images.
+  # Fraction of training in which the start of rays moves from near_anneal_init to 0 (None: off).
   near_anneal_rate: float | None = None
-  near_anneal_init: float = 0.95
+  near_anneal_init: float = 0.95  # Start of rays in s, 0 to 1, at the first step.
   resample_padding: float = 0.0  # Added to weights before sampling from them.
-  resample_blur: bool = False  # Widens them by a bin first, as mip-NeRF does.
-  use_gpu_resampling: bool = False  # Without effect: see ACCEPTED.
-  use_gpu_kernels: bool = True  # On GPUs, what is written for them; False: plain XLA.
-  mlp_dtype: str = 'auto'  # Of hidden layers; 'auto': bfloat16, but float32 on CPUs.
-  deterministic_grid: bool = False  # Grids' gradients repeat to the bit on GPUs too; slower.
-
-  def __post_init__(self):
-    super().__post_init__()
-    if len(self.bg_intensity_range) != 2 or self.bg_intensity_range[0] > self.bg_intensity_range[1]:
-      raise ConfigError(
-        f'Model.bg_intensity_range must be (low, high), got {self.bg_intensity_range}.'
-      )
-    if self.single_mlp and self.separate_prop_mlps:
-      raise ConfigError('Model.single_mlp and Model.separate_prop_mlps exclude each other.')
-    if self.outside_mlps and (self.separate_prop_mlps or self.num_multisamples):
-      raise ConfigError(
-        'Model.outside_mlps needs Model.separate_prop_mlps = False and num_multisamples = 0.'
-      )
-    if self.single_mlp and not self.multisample_proposals:
-      raise ConfigError('Model.multisample_proposals = False needs Model.single_mlp = False.')
+  resample_blur: bool = False  # Blur weights by one bin before sampling, as mip-NeRF does.
+  use_gpu_resampling: bool = False  # No effect; see ACCEPTED.
+  use_gpu_kernels: bool = True  # Use GPU-specific code on GPUs (False: plain XLA).
+  mlp_dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # 'auto': bfloat16 except on CPUs.
+  deterministic_grid: bool = False  # Bitwise reproducible grid gradients on GPUs; slower.
 
   def multisampled(self, last: bool) -> bool:
-    """Whether the frusta of the last level, or of a proposal level, are several Gaussians each."""
+    """Returns whether intervals of the last (or a proposal) level have several Gaussians."""
     return self.num_multisamples > 0 and (last or self.multisample_proposals)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """All that one run was told."""
+  """All settings of a run."""
 
   config: Config
   model: Model
   prop_mlp: PropMLP
   nerf_mlp: NerfMLP
-  text: str  # The whole, as gin text that load_config reads back.
+  text: str  # All of them as gin text, which load_config reads back.
 
 
-# What files and command lines of the field may set although it has nothing to do here, and why.
+# Settings of published files that are accepted but have no effect here, and why.
 ACCEPTED = {
   'Config.render_path': 'render.py renders the camera path, eval.py the test images',
-  'Model.use_gpu_resampling': 'the way of resampling is chosen by platform',
-  'PropMLP.disable_density_normals': 'normals are computed only where Config.vis_normals says so',
-  'NerfMLP.disable_density_normals': 'normals are computed only where Config.vis_normals says so',
+  'Model.use_gpu_resampling': 'the resampling algorithm is chosen by platform',
+  'PropMLP.disable_density_normals': 'normals are computed only if Config.vis_normals is set',
+  'NerfMLP.disable_density_normals': 'normals are computed only if Config.vis_normals is set',
 }
 
 
 def notices(settings: Settings) -> list[str]:
-  """A line for each setting that differs from its default and is without effect (ACCEPTED)."""
-  owners = (settings.config, settings.model, settings.prop_mlp, settings.nerf_mlp)
+  """Returns a line for each setting in ACCEPTED that differs from its default."""
+  parts = (settings.config, settings.model, settings.prop_mlp, settings.nerf_mlp)
+  owners = {type(part).__name__: part for part in parts}
   result = []
-  for owner in owners:
-    for field in dataclasses.fields(owner):
-      name, value = f'{type(owner).__name__}.{field.name}', getattr(owner, field.name)
-      if name in ACCEPTED and value != field.default:
-        result.append(f'{name} = {value!r} is accepted without effect: {ACCEPTED[name]}.')
+  for name, reason in ACCEPTED.items():
+    owner, field = name.split('.')
+    value = getattr(owners[owner], field)
+    if value != getattr(type(owners[owner]), field):
+      result.append(f'{name} = {value!r} is accepted without effect: {reason}.')
   return result
 
 
 def _register(module: str, name: str) -> None:
-  """Lets gin text say `@module.name`; the dataclasses keep the bare name."""
+  """Lets gin files refer to `@module.name`; the settings keep the bare name."""
 
   def stand_in(*args):
-    raise ValueError(f'@{module}.{name} is a name to be looked up, not a function to call.')
+    raise ValueError(f'@{module}.{name} is only a name here; it cannot be called.')
 
   stand_in.__name__ = stand_in.__qualname__ = name
   gin.external_configurable(stand_in, name=name, module=module)
 
 
 def _refuse_import(_, statement) -> None:
-  """gin would run any module and call any function, for a file that says what to train."""
+  """Refuses `import` in gin files, which would run arbitrary code."""
   raise ValueError(f'It imports {statement.module}, but settings run no code: remove that line.')
 
 
 gin.config.ParseContext.process_import = _refuse_import
-# `include` looks for files, beside the working folder in the program's own; gin would also import
-# Python packages to look inside them.
+# `include` searches the working folder, then the program's own. gin's other file readers would
+# import Python packages to search them.
 gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
 gin.add_config_file_search_path(installation.DATA)
 for _name in ('reciprocal', 'log'):
@@ -333,10 +318,10 @@ for _name in ('contract', 'donerf', 'inverted_sphere'):
 
 
 def _advice(message: str) -> str:
-  """The nearest known names to the one that gin complains about."""
+  """Returns a sentence with the known names nearest to the one that gin's message is about."""
   owners = (Config, Model, NerfMLP, PropMLP)
   known = [f'{c.__name__}.{f.name}' for c in owners for f in dataclasses.fields(c)]
-  # Gin quotes only half of a wrong name; the binding itself stands in the message, or not.
+  # gin quotes owner and name separately; the whole binding is in the message only sometimes.
   written = re.search(r'([A-Za-z]\w*\.\w+)\s*=', message)
   quoted = re.findall(r"'([\w.]+)'", message)
   wrong = written[1] if written else '.'.join(quoted)
@@ -349,10 +334,14 @@ def _advice(message: str) -> str:
 
 
 def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = ()) -> Settings:
-  """Reads gin files, then bindings (`'Config.factor = 4'`), later ones winning.
+  """Loads gin files, then bindings on top; later ones override earlier ones.
+
+  Args:
+    gin_configs: paths of .gin files; 'configs/360.gin' also works outside the program's folder.
+    gin_bindings: lines such as 'Config.factor = 4'.
 
   Raises:
-    ConfigError: no such file, an unknown name (the nearest known ones are listed), a bad value.
+    ConfigError: a missing file, an unknown name (lists the nearest known ones) or a bad value.
   """
   gin.clear_config()
   try:
@@ -369,16 +358,16 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
       settings = Config(), Model(), PropMLP(), NerfMLP()
       return Settings(*settings, text=gin.operative_config_str())
   finally:
-    gin.clear_config()  # Else a `NerfMLP()` made by hand would have this file's values.
+    gin.clear_config()  # Else a `NerfMLP()` in code would get this file's values.
 
 
 def _found(path: str) -> str:
-  """The file of that name, or else the program's own: 'configs/360.gin' works in any folder."""
+  """Returns the path, or if there is no such file that of the program's own file of that name."""
   return path if os.path.exists(path) else os.path.join(installation.DATA, path)
 
 
 def _refuse_scopes() -> None:
-  """Such as `train/Config.factor = 8`, which gin would keep for a scope that nobody enters."""
+  """Refuses scoped bindings (`train/Config.factor = 8`), which would silently have no effect."""
   scoped = re.search(r'^(?:[\w.]+/)+(\w+\.\w+) =', gin.config_str(), re.MULTILINE)
   if scoped:
     written = scoped[0].removesuffix(' =')
@@ -387,13 +376,13 @@ def _refuse_scopes() -> None:
 
 @contextlib.contextmanager
 def _gin_errors(where: str) -> Iterator[None]:
-  """Whatever gin raises on text that it cannot use, as one line that opens with `where`."""
+  """Re-raises any error of gin as a one-line ConfigError that starts with `where`."""
   try:
     yield
   except ConfigError as e:
     raise ConfigError(str(e).split('\n')[0]) from None
-  except Exception as e:  # Its parser and Python's tokenizer raise nearly anything.
+  except Exception as e:  # gin's parser and Python's tokenizer raise many types.
     message = ' '.join(str(e).split()) or type(e).__name__
-    if len(message) > 600:  # A file that includes itself is named a thousand times.
+    if len(message) > 600:  # A file that includes itself is listed a thousand times.
       message = f'{message[:600]}...'
     raise ConfigError(f'{where}: {message}{_advice(message)}') from None

@@ -1,6 +1,7 @@
-"""Loss terms on a step's renderings, ray histories and batch.
+"""Loss terms, computed from a step's renderings, ray histories and batch.
 
-The terms are bare; their multipliers stand in `total`, in one place.
+The functions return terms without their multipliers; `total` applies these. Shapes: [...] are rays,
+n the intervals along a ray.
 """
 
 from collections.abc import Sequence
@@ -15,85 +16,105 @@ Array = jax.Array
 
 
 def squared_error(rgb: Array, target: Array, weight: Array | None = None) -> Array:
-  """Mean of squared differences, over rays and channels, each ray's times its weight [...]."""
+  """Computes the mean squared error over rays and channels.
+
+  Args:
+    rgb: [..., 3] rendered colours.
+    target: [..., 3] pixel colours.
+    weight: [...] factor on each ray's error, or None.
+  """
   return _weighted_mean((rgb - target) ** 2, weight)
 
 
 def charbonnier(rgb: Array, target: Array, padding: float, weight: Array | None = None) -> Array:
-  """Mean of sqrt(r^2 + padding^2): robust to outliers, smooth at zero (section 4)."""
+  """Computes the mean of sqrt(r^2 + padding^2) over residuals r (section 4; args as above).
+
+  Unlike the squared error it is robust to outliers; unlike |r| it is smooth at zero.
+  """
   return _weighted_mean(jnp.sqrt((rgb - target) ** 2 + padding**2), weight)
 
 
 def _weighted_mean(terms: Array, weight: Array | None) -> Array:
+  # The mean counts masked rays (weight 0) too: the gradient of the others stays the same.
   return jnp.mean(terms if weight is None else weight[..., None] * terms)
 
 
 def interlevel(history: Sequence[structs.RayHistory]) -> Array:
-  """Keeps each proposal histogram above the final one (Eq. 13); trains the proposals only.
+  """Computes the interlevel loss (Eq. 13): proposals must bound the last level's histogram.
 
-  Mean over bins and rays, summed over proposal levels.
+  It is the mean over intervals and rays, summed over proposal levels, and trains only the proposal
+  MLPs.
   """
+  # [..., n + 1], [..., n]; without gradients, so that the last level is not fitted to proposals.
   t = jax.lax.stop_gradient(history[-1].sdist)
   w = jax.lax.stop_gradient(history[-1].weights)
   losses = [jnp.mean(stepfun.lossfun_outer(t, w, h.sdist, h.weights)) for h in history[:-1]]
-  return sum(losses, jnp.zeros(()))
+  return sum(losses, jnp.zeros(()))  # Zero if there is a single level.
 
 
 def interlevel_blur(history: Sequence[structs.RayHistory], half_widths: Sequence[float]) -> Array:
-  """Keeps each proposal histogram above the blurred final one; trains the proposals only.
+  """Computes Zip-NeRF's interlevel loss, against a blurred histogram (arXiv:2304.06706).
 
-  Sum over bins, mean over rays, summed over proposal levels (arXiv:2304.06706, on z-aliasing).
+  It is the sum over intervals, averaged over rays and summed over proposal levels, and trains only
+  the proposal MLPs. Unlike Eq. 13 it is smooth as surfaces move along the ray (z-aliasing).
 
   Args:
-    history: the levels.
-    half_widths: of the blur in s, for each proposal level.
+    history: all levels, the last one last.
+    half_widths: half-width of the blur in s, for each proposal level.
 
   Raises:
-    ValueError: not as many half-widths as proposal levels.
+    UserError: the number of half-widths is not the number of proposal levels.
   """
   if len(half_widths) != len(history) - 1:
     raise UserError(
-      f'Config.interlevel_blur must have a half-width for each proposal level, got '
-      f'{tuple(half_widths)} for {len(history) - 1}.'
+      f'Config.interlevel_blur must have one half-width per proposal level, got '
+      f'{tuple(half_widths)} for {len(history) - 1} (Model.num_levels - 1).'
     )
   t = jax.lax.stop_gradient(history[-1].sdist)
   w = jax.lax.stop_gradient(history[-1].weights)
   losses = [
-    jnp.mean(jnp.sum(stepfun.lossfun_blur(t, w, h.sdist, h.weights, r), -1))
+    jnp.mean(jnp.sum(stepfun.lossfun_blur(t, w, h.sdist, h.weights, r), -1))  # [..., n] to []
     for h, r in zip(history, half_widths)
   ]
   return sum(losses, jnp.zeros(()))
 
 
 def distortion(history: Sequence[structs.RayHistory]) -> Array:
-  """Pulls the final histogram together along s (Eq. 15); mean over rays."""
+  """Computes the distortion loss of the last level (Eq. 15), averaged over rays."""
   return jnp.mean(stepfun.lossfun_distortion(history[-1].sdist, history[-1].weights))
 
 
 def weight_decay(params, mults: dict[str, float]) -> Array:
-  """Sum over the named parts ('nerf_mlp', 'prop_mlp/trunk_0') of multiplier x squared norm.
+  """Computes the weighted sum of squared norms of parts of the parameters.
+
+  Args:
+    params: nested dict of parameters.
+    mults: multiplier for each part, named by its path: 'nerf_mlp', 'prop_mlp/trunk_0'.
 
   Raises:
-    ValueError: a name that is no part of the parameters.
+    UserError: the parameters have no part of that name.
   """
   total_decay = jnp.zeros(())
   for name, mult in mults.items():
     part = params
-    for piece in name.split('/'):
+    for piece in name.split('/'):  # Walk down the nested dict.
       if not isinstance(part, dict) or piece not in part:
         known = ', '.join(part) if isinstance(part, dict) else 'nothing below'
-        raise UserError(f'Config.weight_decay_mults names {name!r}; known here: {known}.')
+        raise UserError(
+          f'Config.weight_decay_mults names an unknown part {name!r}; known here: {known}.'
+        )
       part = part[piece]
     total_decay += mult * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(part))
   return total_decay
 
 
 def grid_decay(params) -> Array:
-  """Mean square of a table's entries, summed over the levels of all fields' grids.
+  """Computes the mean square of each hash table, summed over all levels and MLPs.
 
-  The mean presses on coarse levels, whose entries are few, as hard as on fine ones, where a sum
-  would leave them free (arXiv:2304.06706, normalised weight decay). Dense layers do not count.
+  With a sum, coarse levels would hardly count, as their tables have few entries; with the mean all
+  levels count alike (normalised weight decay, arXiv:2304.06706). Dense layers are not included.
   """
+  # Only MLPs with encoding = 'grid' have this entry; it holds a table [size, f] per level.
   fields = [part['grid'] for part in params.values() if 'grid' in part]
   return sum((jnp.mean(x**2) for x in jax.tree.leaves(fields)), jnp.zeros(()))
 
@@ -105,11 +126,20 @@ def total(
   history: Sequence[structs.RayHistory],
   batch: structs.Batch,
 ) -> tuple[Array, dict[str, Array]]:
-  """The training loss and its terms, each times its multiplier.
+  """Computes the training loss and its terms, each with its multiplier applied.
+
+  Args:
+    config: loss types and multipliers; terms with multiplier 0 are not computed.
+    params: parameters, for weight decay.
+    renderings: a rendering per level; None for levels without colour.
+    history: a ray history per level.
+    batch: target colours, and weights of rays.
+
+  Returns:
+    The loss, and a dict from term name to value.
 
   Raises:
-    ValueError: the last level has no colour, or proposals have none and a coarse data loss is asked
-      for.
+    UserError: the data loss needs a colour that the level does not have.
   """
 
   def data_loss(r: structs.Rendering) -> Array:
@@ -118,23 +148,25 @@ def total(
     return charbonnier(r.rgb, batch.rgb, config.charb_padding, batch.weight)
 
   if renderings[-1] is None:
-    raise UserError('Training on pictures needs NerfMLP.disable_rgb = False.')
+    raise UserError('Training needs colours; set NerfMLP.disable_rgb = False.')
   terms = {'data': config.data_loss_mult * data_loss(renderings[-1])}
   if config.data_coarse_loss_mult > 0:
     if any(r is None for r in renderings):
-      raise UserError('Config.data_coarse_loss_mult needs PropMLP.disable_rgb = False.')
-    coarse = sum(map(data_loss, renderings[:-1]))
+      raise UserError(
+        'Config.data_coarse_loss_mult needs colours of the proposal levels; set '
+        'PropMLP.disable_rgb = False.'
+      )
+    coarse = sum(map(data_loss, renderings[:-1]))  # One multiplier for all proposal levels.
     terms['data_coarse'] = config.data_coarse_loss_mult * coarse
   if config.interlevel_loss_mult > 0:
-    if config.interlevel_loss_type == 'blur':
-      between = interlevel_blur(history, config.interlevel_blur)
-    else:
-      between = interlevel(history)
-    terms['interlevel'] = config.interlevel_loss_mult * between
+    blur = config.interlevel_loss_type == 'blur'
+    loss = interlevel_blur(history, config.interlevel_blur) if blur else interlevel(history)
+    terms['interlevel'] = config.interlevel_loss_mult * loss
   if config.distortion_loss_mult > 0:
     terms['distortion'] = config.distortion_loss_mult * distortion(history)
   if config.weight_decay_mults:
     terms['weight_decay'] = weight_decay(params, config.weight_decay_mults)
   if config.grid_decay_mult > 0:
     terms['grid_decay'] = config.grid_decay_mult * grid_decay(params)
+  # Terms with multiplier 0 are absent: they would cost time, and their NaNs times 0 are NaN.
   return sum(terms.values()), terms

@@ -1,6 +1,6 @@
-"""The MLPs and the proposal loop: from rays to renderings and ray histories.
+"""The model: the proposal loop, from rays to renderings and ray histories.
 
-`n` is the number of intervals along a ray at the level in hand; leading axes are of rays.
+Shapes: [...] are rays, n the intervals along a ray at the current level.
 """
 
 import dataclasses
@@ -10,197 +10,20 @@ import jax
 import jax.numpy as jnp
 
 from . import configs, coord, math, render, stepfun, structs
-from .fields import dense, encodings, hopper
+from .fields.mlp import MLP
 
 Array = jax.Array
 
-_WARPS = {
-  None: None,
-  'contract': coord.contract,
-  'donerf': coord.donerf,
-  'inverted_sphere': coord.inverted_sphere,
-}
-
-
-class _Linear(nn.Module):
-  """The parameters of a dense layer, as those of nn.Dense."""
-
-  width: int
-  init: str
-
-  @nn.compact
-  def __call__(self, fan_in: int) -> tuple[Array, Array]:
-    """kernel [fan_in, width] and bias [width], float32."""
-    kernel = self.param('kernel', getattr(nn.initializers, self.init)(), (fan_in, self.width))
-    return kernel, self.param('bias', nn.initializers.zeros, (self.width,))
-
-
-class MLP(nn.Module):
-  """A radiance field: Gaussians (and view directions) in, density (and colour) out.
-
-  Hidden layers compute in `dtype`, the heads in float32; parameters are float32.
-
-  Attributes:
-    gpu_kernels: allow what is written for GPUs alone, where this process computes on one.
-    multisampled: Gaussians have an axis of several for each interval, before the last.
-    deterministic: a grid's gradient repeats to the bit.
-  """
-
-  config: configs.MLP
-  dtype: jnp.dtype = jnp.float32
-  gpu_kernels: bool = True
-  multisampled: bool = False
-  deterministic: bool = False
-
-  def _linear(self, name: str, fan_in: int, width: int) -> tuple[Array, Array]:
-    return _Linear(width, self.config.weight_init, name=name)(fan_in)
-
-  @nn.compact
-  def __call__(
-    self,
-    key: Array | None,
-    gaussians: structs.Gaussians,
-    viewdirs: Array | None = None,
-    glo: Array | None = None,
-  ) -> tuple[Array, Array | None]:
-    """Evaluates the field.
-
-    Args:
-      key: PRNG key of the noise that the config asks for, or [...] keys; None for none.
-      gaussians: mean [..., n, 3], cov [..., n, 3, 3], in world space ([..., n, k, 3] if
-        multisampled).
-      viewdirs: [..., 3] unit directions, or None for colour that does not depend on them.
-      glo: [..., g] appearance vector, or None.
-
-    Returns:
-      density [..., n], and rgb [..., n, 3] or None if the config disables it.
-    """
-    cfg = self.config
-    density_key, bottleneck_key = math.split_keys(key, 2)
-    raw, x = self._trunk(gaussians, viewdirs is not None)
-    raw = _add_noise(density_key, raw, cfg.density_noise)
-    density = nn.softplus(raw + cfg.density_bias)
-    if cfg.disable_rgb:
-      return density, None
-    if viewdirs is not None and x is not None:  # Then it is the bottleneck.
-      x = _add_noise(bottleneck_key, x, cfg.bottleneck_noise)
-    x = self._view_layers(x, viewdirs, glo, density.shape)
-    kernel, bias = self._linear('rgb', x.shape[-1], 3)
-    raw_rgb = math.narrow_dot(x, kernel) + _as_row(bias, x.ndim)
-    rgb = nn.sigmoid(cfg.rgb_premultiplier * raw_rgb + cfg.rgb_bias)
-    return density, rgb * (1 + 2 * cfg.rgb_padding) - cfg.rgb_padding
-
-  def _encode(self, gaussians: structs.Gaussians):
-    """Features in `dtype`, and the encoding that they are of."""
-    cfg = self.config
-    warp = _WARPS[cfg.warp_fn]
-    if warp is not None:
-      gaussians = structs.Gaussians(*coord.linearize(warp, gaussians.mean, gaussians.cov))
-    encoding = self._encoding()
-    return encoding(gaussians).astype(self.dtype), encoding
-
-  def _encoding(self) -> nn.Module:
-    cfg = self.config
-    if cfg.encoding == 'grid':
-      return encodings.HashGrid(
-        cfg.grid_levels,
-        cfg.grid_min_resolution,
-        cfg.grid_max_resolution,
-        cfg.grid_log2_size,
-        cfg.grid_features,
-        self.multisampled,
-        self.deterministic,
-        name='grid',
-      )
-    on_gpu = self.gpu_kernels and jax.default_backend() == 'gpu'
-    return encodings.IntegratedPositionalEncoding(
-      cfg.min_deg_point,
-      cfg.max_deg_point,
-      cfg.basis_shape,
-      cfg.basis_subdivisions,
-      axes=4 if cfg.warp_fn == 'inverted_sphere' else 3,
-      packed=on_gpu and self.dtype == jnp.bfloat16,
-      multisampled=self.multisampled,
-    )
-
-  def _trunk(self, gaussians: structs.Gaussians, by_view: bool) -> tuple[Array, Array | None]:
-    """Raw density [..., n], and what colour comes from: [..., n, c], or None for nothing.
-
-    Where colour depends on the view that is the bottleneck.
-    """
-    cfg = self.config
-    encoded, encoding = self._encode(gaussians)
-    flat = encoded.reshape(-1, encoded.shape[-1])
-
-    def linear(name: str, width: int, from_x: bool, from_encoded: bool) -> dense.Layer:
-      before = cfg.net_width * from_x
-      kernel, bias = self._linear(name, before + encoding.num_features * from_encoded, width)
-      of_encoded = encoding.arrange(kernel[before:]) if from_encoded else None
-      return dense.Layer(kernel[:before] if from_x else None, of_encoded, bias)
-
-    layers, joins = [], True
-    for i in range(cfg.net_depth):
-      layers.append(linear(f'trunk_{i}', cfg.net_width, i > 0, joins))
-      joins = i > 0 and i % cfg.skip_layer == 0
-    density = linear('density', 1, True, joins)
-    bottleneck = None
-    if by_view and not cfg.disable_rgb and cfg.bottleneck_width > 0:
-      bottleneck = linear('bottleneck', cfg.bottleneck_width, True, joins)
-
-    fused = self.gpu_kernels and self.dtype == jnp.bfloat16 and hopper.available()
-    heads = dense.Heads(density.of_x[:, 0], None if bottleneck is None else bottleneck.of_x)
-    if cfg.disable_rgb or by_view:
-      raw, colour = dense.trunk(tuple(layers), heads, flat, fused)
-    else:
-      x = dense.trunk(tuple(layers), None, flat, fused)
-      raw, _ = dense.outputs(heads, x)
-      colour = jnp.concatenate([x, flat], -1) if joins else x
-    raw += density.bias
-    if joins:
-      raw += math.narrow_dot(flat, density.of_encoded)[:, 0]
-    if bottleneck is not None:
-      colour += bottleneck.bias.astype(self.dtype)[None]
-      if joins:
-        colour += flat @ bottleneck.of_encoded.astype(self.dtype)
-    bins = encoded.shape[:-1]
-    return raw.reshape(bins), None if colour is None else colour.reshape(*bins, -1)
-
-  def _view_layers(
-    self, x: Array | None, viewdirs: Array | None, glo: Array | None, bins: tuple[int, ...]
-  ) -> Array:
-    """What colour is a linear function of, [..., n, c]: x [..., n, c'] joined with the ray's."""
-    cfg = self.config
-    of_ray = [] if viewdirs is None else [coord.pos_enc(viewdirs, 0, cfg.deg_view)]
-    of_ray += [] if glo is None else [glo]
-    of_ray = [v.astype(self.dtype)[..., None, :] for v in of_ray]  # [..., 1, c]
-    parts = [v for v in (x, *of_ray) if v is not None]
-    if cfg.net_depth_viewdirs == 0:
-      return jnp.concatenate([jnp.broadcast_to(v, (*bins, v.shape[-1])) for v in parts], -1)
-    for i in range(cfg.net_depth_viewdirs):
-      fan_in = sum(v.shape[-1] for v in parts)
-      kernel, bias = self._linear(f'view_{i}', fan_in, cfg.net_width_viewdirs)
-      x, row = _as_row(bias.astype(self.dtype), len(bins) + 1), 0
-      for v in parts:  # Each by its rows of the kernel: what is of the ray, once for its bins.
-        x += v @ kernel[row : row + v.shape[-1]].astype(self.dtype)
-        row += v.shape[-1]
-      x = nn.relu(jnp.broadcast_to(x, (*bins, x.shape[-1])))
-      parts = [x]
-    return x
-
-
-def _as_row(x: Array, ndim: int) -> Array:
-  """A vector as an array of so many axes."""
-  return x.reshape((1,) * (ndim - 1) + x.shape)
-
-
-def _add_noise(key: Array | None, x: Array, scale: float) -> Array:
-  if key is None or scale == 0:
-    return x
-  return x + scale * math.draw(jax.random.normal, key, x.shape, x.dtype)
-
 
 class Model(nn.Module):
-  """The proposal loop: each level samples where the level before found weight."""
+  """The proposal loop (section 3): each level resamples the histogram of the level before.
+
+  Attributes:
+    config: sampling and compositing.
+    prop_config: the proposal MLPs.
+    nerf_config: the last level's MLP.
+    near, far: distances along a ray where sampling starts and ends.
+  """
 
   config: configs.Model
   prop_config: configs.PropMLP
@@ -212,9 +35,9 @@ class Model(nn.Module):
     cfg = self.config
 
     def field(config: configs.MLP, level: int | None = None, last: bool = False) -> MLP:
-      dtype, several = mlp_dtype(cfg.mlp_dtype), cfg.multisampled(last)
+      dtype, multisampled = mlp_dtype(cfg.mlp_dtype), cfg.multisampled(last)
       config = config.for_level(level)
-      return MLP(config, dtype, cfg.use_gpu_kernels, several, cfg.deterministic_grid)
+      return MLP(config, dtype, cfg.use_gpu_kernels, multisampled, cfg.deterministic_grid)
 
     self.nerf_mlp = field(self.nerf_config, last=True)
     if cfg.separate_prop_mlps:  # Flax names them prop_mlp_0, prop_mlp_1, ...
@@ -235,28 +58,28 @@ class Model(nn.Module):
     """Renders rays.
 
     Args:
-      key: PRNG key of jitter, noise and random backgrounds; None renders without any. With [...]
-        keys, one for each ray, a ray's draws do not depend on the rays beside it.
-      rays: [...] rays.
-      train_frac: fraction of training done, in [0, 1]: steers the annealing.
-      use_glo: give each ray its image's appearance vector; else zeros.
+      key: PRNG key for jitter, noise and random backgrounds; None disables all three. With one key
+        per ray [...], a ray's result does not depend on the other rays of the batch.
+      rays: rays with leading axes [...].
+      train_frac: fraction of training completed, in [0, 1], for annealing.
+      use_glo: use each image's appearance vector; otherwise zeros.
 
     Returns:
-      For each level a Rendering (None where the level has no colour) and a RayHistory.
+      A Rendering (None if the level has no colour) and a RayHistory for each level.
     """
     cfg = self.config
     _, s_to_t = coord.ray_warps(cfg.raydist_fn, self.near, self.far)
     glo = self._appearance(rays, use_glo)
     start = jnp.zeros_like(rays.radii) + self._first_endpoint(train_frac)  # [..., 1]
     one = jnp.ones_like(start)
-    sdist, weights = jnp.concatenate([start, one], -1), one
+    sdist, weights = jnp.concatenate([start, one], -1), one  # [..., 2], [..., 1]: a single bin.
     renderings, history = [], []
     for level in range(cfg.num_levels):
       key, sample_key, mlp_key, bg_key = math.split_keys(key, 4)
-      sdist = self._resample(sample_key, level, sdist, weights, train_frac)
-      tdist = s_to_t(sdist)
-      gaussians = self._cast(sample_key, level, rays, tdist)
-      density, rgb = self._query(mlp_key, level, rays, gaussians, glo)
+      sdist = self._resample(sample_key, level, sdist, weights, train_frac)  # [..., n + 1]
+      tdist = s_to_t(sdist)  # [..., n + 1]
+      gaussians = self._cast(sample_key, level, rays, tdist)  # [..., n]
+      density, rgb = self._query(mlp_key, level, rays, gaussians, glo)  # [..., n], [..., n, 3]
       weights = render.compute_alpha_weights(density, tdist, rays.directions, cfg.opaque_background)
       history.append(structs.RayHistory(sdist, tdist, weights, rgb))
       background = self._background(bg_key, rays)
@@ -267,66 +90,74 @@ class Model(nn.Module):
     return renderings, history
 
   def last_density(self, rays: structs.Rays, tdist: Array, shift: Array) -> Array:
-    """Density [..., n] of the last level's intervals tdist [..., n + 1], moved by [..., n, 3]."""
+    """Returns density [..., n] of the last level at shifted positions.
+
+    Args:
+      rays: rays with leading axes [...].
+      tdist: [..., n + 1] endpoints of the intervals.
+      shift: [..., n, 3] added to the means of the intervals' Gaussians.
+    """
     level = self.config.num_levels - 1
     gaussians = self._cast(None, level, rays, tdist)
-    several = gaussians.mean.ndim - shift.ndim  # Of Gaussians for an interval: an axis more.
-    shift = shift.reshape(*shift.shape[:-1], *(1,) * several, 3)
+    extra_axes = gaussians.mean.ndim - shift.ndim  # 1 if multisampled: [..., n, k, 3].
+    shift = shift.reshape(*shift.shape[:-1], *(1,) * extra_axes, 3)
     gaussians = gaussians.replace(mean=gaussians.mean + shift)
     return self._query(None, level, rays, gaussians, self._appearance(rays, False))[0]
 
   def field(self, rays: structs.Rays, gaussians: structs.Gaussians) -> tuple[Array, Array | None]:
-    """Density [..., n] and colour [..., n, 3] of the last level at Gaussians [..., n] of no ray.
+    """Returns density [..., n] and colour [..., n, 3] of the last level at any Gaussians [..., n].
 
-    Of `rays` [...] the viewing directions count; the appearance vector is zero.
+    Only the view directions of `rays` [...] are used. The appearance vector is zero.
     """
     level = self.config.num_levels - 1
-    if self.config.multisampled(last=True):  # One Gaussian in place of several.
+    if self.config.multisampled(last=True):  # [..., n, 1, 3]: one Gaussian per interval.
       gaussians = jax.tree.map(lambda x, axes: jnp.expand_dims(x, -axes - 1), gaussians,
                                structs.Gaussians(1, 2))  # fmt: skip
     return self._query(None, level, rays, gaussians, self._appearance(rays, False))
 
   def _num_samples(self, level: int) -> int:
+    """Returns the number of intervals n at a level."""
     last = level == self.config.num_levels - 1
     return self.config.num_nerf_samples if last else self.config.num_prop_samples
 
   def _first_endpoint(self, train_frac) -> float | Array:
-    """Where rays start in s: 0, or further out early in training if the config anneals it."""
+    """Returns the start of rays in s: 0, or during near annealing a value that falls to 0."""
     cfg = self.config
     if cfg.near_anneal_rate is None:
       return 0.0
     return jnp.clip(1 - train_frac / cfg.near_anneal_rate, 0, cfg.near_anneal_init)
 
   def _resample(self, key, level: int, sdist: Array, weights: Array, train_frac) -> Array:
-    """The next level's endpoints, from the histogram of the level before."""
+    """Draws a level's endpoints [..., n + 1] from the histogram of the level before."""
     cfg = self.config
     domain = (self._first_endpoint(train_frac), 1.0)
     if level > 0 and (cfg.dilation_bias > 0 or cfg.dilation_multiplier > 0):
-      drawn = 1
+      # Each level divides the intervals of the one before: their mean width is 1 / product.
+      product = 1
       for previous in range(level):
-        drawn *= self._num_samples(previous)
-      dilation = cfg.dilation_bias + cfg.dilation_multiplier / drawn
+        product *= self._num_samples(previous)
+      dilation = cfg.dilation_bias + cfg.dilation_multiplier / product
       sdist, weights = stepfun.max_dilate_weights(sdist, weights, dilation, domain, True)
       sdist, weights = sdist[..., 1:-1], weights[..., 1:-1]
     if level > 0 and cfg.resample_blur:
       weights = stepfun.blur_weights(weights)
     slope = cfg.anneal_slope
-    anneal = slope * train_frac / ((slope - 1) * train_frac + 1) if slope > 0 else 1.0
+    anneal = slope * train_frac / ((slope - 1) * train_frac + 1) if slope > 0 else 1.0  # Eq. 18
     logits = stepfun.anneal_logits(sdist, weights, anneal, cfg.resample_padding)
     sdist = stepfun.sample_intervals(
       key, sdist, logits, self._num_samples(level), cfg.single_jitter, domain
     )
     if cfg.stop_level_grad:
       sdist = jax.lax.stop_gradient(sdist)
-    # Without the barrier XLA may fuse sampling into the MLP's inputs, and compile for minutes.
+    # Without the barrier, XLA may fuse sampling into the MLP's inputs and compile for minutes.
     return jax.lax.optimization_barrier(sdist)
 
   def _cast(self, key, level: int, rays: structs.Rays, tdist: Array) -> structs.Gaussians:
-    """Each interval's Gaussian, or with multisampling its several."""
+    """Returns the Gaussian of each interval [..., n], or k of them [..., n, k] if multisampled."""
     cfg = self.config
     cone = rays.origins, rays.directions, rays.radii, cfg.ray_shape
     if cfg.multisampled(level == cfg.num_levels - 1):
-      key = None if key is None else math.fold_in(key, 1)  # The key itself has drawn the jitter.
+      key = None if key is None else math.fold_in(key, 1)  # `key` itself drew the jitter.
       gaussians = render.multisample(key, tdist, *cone)
     else:
       gaussians = render.cast_rays(tdist, *cone)
@@ -335,7 +166,7 @@ class Model(nn.Module):
     return gaussians
 
   def _query(self, key, level: int, rays: structs.Rays, gaussians: structs.Gaussians, glo):
-    """Density and colour of each interval at this level's MLP."""
+    """Evaluates the level's MLP: density [..., n], and colour [..., n, 3] or None."""
     cfg = self.config
     args = key, gaussians, rays.viewdirs if cfg.use_viewdirs else None, glo
     nerf = level == cfg.num_levels - 1 or cfg.single_mlp
@@ -344,21 +175,22 @@ class Model(nn.Module):
     density, rgb = (self.nerf_mlp if nerf else self.prop_mlp)(*args)
     if cfg.outside_mlps:
       other = (self.nerf_mlp_outside if nerf else self.prop_mlp_outside)(*args)
-      outside = jnp.sum(gaussians.mean**2, -1) > 1
+      outside = jnp.sum(gaussians.mean**2, -1) > 1  # [..., n]
       density = jnp.where(outside, other[0], density)
       rgb = None if rgb is None else jnp.where(outside[..., None], other[1], rgb)
     return density, rgb
 
   def _appearance(self, rays: structs.Rays, use_glo: bool) -> Array | None:
+    """Returns the appearance vectors [..., g] of the rays' images, zeros, or None if unused."""
     features = self.config.num_glo_features
     if features == 0:
       return None
     if use_glo:
-      return self.glo(rays.cam_idx)
+      return self.glo(rays.cam_idx)  # [..., g]
     return jnp.zeros((*rays.cam_idx.shape, features), rays.origins.dtype)
 
   def _background(self, key, rays: structs.Rays) -> Array:
-    """A grey per ray: random while training if the config gives a range, else its middle."""
+    """Returns a grey level [..., 1] per ray: random with a key, else the middle of the range."""
     low, high = self.config.bg_intensity_range
     if key is None or low == high:
       return jnp.full_like(rays.radii, (low + high) / 2)
@@ -366,20 +198,20 @@ class Model(nn.Module):
 
 
 def mlp_dtype(name: str) -> jnp.dtype:
-  """The type of the MLPs' hidden layers: by name, or for 'auto' the one for this platform."""
+  """Returns the dtype of the MLPs' hidden layers; 'auto' depends on the platform."""
   if name == 'auto':
     name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   return jnp.dtype(name)
 
 
 def build(settings: configs.Settings) -> Model:
-  """The model that the settings describe."""
+  """Builds the model that the settings describe."""
   cfg = settings.config
   return Model(settings.model, settings.prop_mlp, settings.nerf_mlp, cfg.near, cfg.far)
 
 
 def init_params(model: Model, key: Array) -> dict:
-  """Initial parameters, a plain dict: 'prop_mlp' (or 'prop_mlp_0', ...), 'nerf_mlp' ('glo')."""
+  """Initializes the parameters: a dict of 'nerf_mlp', 'prop_mlp' (or 'prop_mlp_0', ...), 'glo'."""
   one = jnp.ones((1, 1), jnp.float32)
   vec = jnp.ones((1, 3), jnp.float32) / jnp.sqrt(3.0)
   rays = structs.Rays(vec, vec, vec, 1e-3 * one, jnp.zeros((1,), jnp.int32))
@@ -388,5 +220,5 @@ def init_params(model: Model, key: Array) -> dict:
 
 
 def num_params(params) -> int:
-  """Number of trainable numbers."""
+  """Counts the scalars in the parameters."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))

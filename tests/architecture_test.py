@@ -10,10 +10,10 @@ INTERNAL = ROOT / 'internal'
 # From the ground up. A room (a module or a folder in internal/) imports only from floors below its
 # own, so there are no circles; within a folder the same holds for its modules.
 FLOORS = (
-  ('errors', 'math', 'structs', 'system'),
-  ('cameras', 'colmap', 'config_checks', 'coord', 'demo', 'devices', 'geopoly', 'image', 'paths',
+  ('config_checks', 'errors', 'math', 'structs', 'system'),
+  ('cameras', 'colmap', 'configs', 'coord', 'demo', 'devices', 'geopoly', 'image', 'paths',
    'stepfun', 'vis'),
-  ('configs', 'fields', 'render'),
+  ('fields', 'render'),
   ('cli', 'datasets', 'losses', 'models'),
   ('training',),
   ('rendering',),

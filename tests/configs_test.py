@@ -1,4 +1,4 @@
-"""Settings: what ships loads, defaults are the published ones, and slips are answered."""
+"""Settings: shipped files load, defaults are the published ones, bad values are reported."""
 
 import dataclasses
 import glob
@@ -17,7 +17,7 @@ def shipped(name: str) -> configs.Settings:
   return configs.load_config([os.path.join(ROOT, 'configs', f'{name}.gin')])
 
 
-def test_all_configs_ship():
+def test_all_configs_are_present():
   names = {os.path.splitext(os.path.basename(path))[0] for path in SHIPPED}
   assert names >= {'360', '360_glo4', 'blender_256', 'blender_512', 'llff_256', 'llff_512', 'tat',
                    'demo', 'debug', '360_grid', '360_fast'}  # fmt: skip
@@ -53,7 +53,7 @@ def test_shipped_config_loads_from_any_folder(path, tmp_path, monkeypatch):
     ('llff_256', 835_205),
     ('blender_512', 3_065_733),
     ('llff_512', 3_065_733),
-    ('360_grid', 77_550_072),  # Of ours, and said in their headers.
+    ('360_grid', 77_550_072),  # No published count: ours, as in the headers.
     ('360_fast', 66_647_198),
   ],
 )
@@ -102,7 +102,7 @@ def test_published_defaults():
     assert {k: getattr(mlp, k) for k in wanted} == wanted
 
 
-def test_360_is_the_published_one():
+def test_360_has_the_published_settings():
   got = shipped('360')
   assert got.config == configs.Config(dataset_loader='llff', near=0.2, far=1e6, factor=4)
   assert got.model == configs.Model(raydist_fn='reciprocal', opaque_background=True)
@@ -130,23 +130,23 @@ def test_text_reads_back(path, tmp_path):
     assert getattr(first, field) == getattr(second, field)
 
 
-def test_text_holds_defaults_too():
-  """A default that changes later must not change an old run."""
+def test_text_includes_defaults():
+  """Changing a default must not change the settings of an existing run."""
   text = configs.load_config().text
   for owner in (configs.Config, configs.Model, configs.PropMLP, configs.NerfMLP):
     for field in dataclasses.fields(owner):
-      if field.default is not dataclasses.MISSING:  # Gin does not see through factories.
+      if field.default is not dataclasses.MISSING:  # gin does not see factories.
         assert f'{owner.__name__}.{field.name} = ' in text
 
 
-def test_later_ones_win(tmp_path):
+def test_later_bindings_override_earlier_ones(tmp_path):
   path = tmp_path / 'a.gin'
   path.write_text('Config.factor = 4\nConfig.llffhold = 5\n')
   config = configs.load_config([str(path)], ['Config.factor = 2', 'Config.factor = 8']).config
   assert (config.factor, config.llffhold) == (8, 5)
 
 
-def test_nothing_lingers_from_an_earlier_load():
+def test_loads_do_not_affect_each_other():
   configs.load_config((), ['Config.factor = 4'])
   assert configs.Config().factor == 0
   assert configs.load_config().config.factor == 0
@@ -164,7 +164,7 @@ def test_nothing_lingers_from_an_earlier_load():
     ('Model.raydist = None', 'Model.raydist_fn'),
   ],
 )
-def test_misspelt_name_is_answered_with_the_nearest(binding, suggestion):
+def test_unknown_name_lists_the_nearest_known(binding, suggestion):
   with pytest.raises(configs.ConfigError) as e:
     configs.load_config((), [binding])
   message = str(e.value)
@@ -217,7 +217,7 @@ def test_misspelt_name_is_answered_with_the_nearest(binding, suggestion):
     ('Config.batch_size 3', ''),
   ],
 )
-def test_bad_value_is_told_in_one_line(binding, rule):
+def test_bad_value_is_a_one_line_error(binding, rule):
   with pytest.raises(configs.ConfigError) as e:
     configs.load_config((), [binding])
   assert rule in str(e.value)
@@ -233,7 +233,7 @@ def test_macros_and_text_that_looks_like_a_scope():
   assert settings.config.data_dir == path
 
 
-def test_int_stands_for_float_and_function_for_its_name():
+def test_int_is_accepted_for_float_and_function_for_its_name():
   settings = configs.load_config(
     (), ['Config.lr_init = 1', 'Model.raydist_fn = @jnp.log', 'NerfMLP.warp_fn = @coord.contract']
   )
@@ -247,7 +247,7 @@ def test_missing_file_is_named():
     configs.load_config(['nowhere/a.gin'])
 
 
-def test_unreadable_include_is_told_in_one_line(tmp_path):
+def test_missing_include_is_named(tmp_path):
   path = tmp_path / 'a.gin'
   path.write_text("include 'nowhere.gin'\n")
   with pytest.raises(configs.ConfigError, match=r'nowhere\.gin'):
@@ -260,13 +260,12 @@ def test_early_exit_stops_before_max_steps():
   assert configs.Config(max_steps=100, early_exit_steps=400).last_step == 100
 
 
-def test_what_is_made_by_hand_knows_of_no_file():
+def test_settings_made_in_code_have_defaults():
   configs.load_config([], ['NerfMLP.net_width = 7'])
   assert configs.NerfMLP() == configs.load_config().nerf_mlp
 
 
-def test_grids_differ_from_360_in_encoding_and_training_alone():
-  """Sampling, contraction and data are shared: nothing is forked."""
+def test_grid_configs_share_sampling_and_bounds_with_360():
   paper = shipped('360')
   for name in ('360_grid', '360_fast'):
     got = shipped(name)
@@ -278,7 +277,7 @@ def test_grids_differ_from_360_in_encoding_and_training_alone():
     assert (got.config.near, got.config.far) == (paper.config.near, paper.config.far)
 
 
-def test_numbers_of_a_proposal_level():
+def test_for_level_takes_the_number_of_a_proposal_level():
   prop = configs.PropMLP(grid_levels=(5, 6), grid_log2_size=19)
   first, second = prop.for_level(0), prop.for_level(1)
   assert (first.grid_levels, second.grid_levels) == (5, 6)
@@ -290,7 +289,7 @@ def test_numbers_of_a_proposal_level():
     configs.NerfMLP(grid_levels=(5, 6)).for_level(None)
 
 
-def test_one_field_for_all_or_one_for_each():
+def test_contradicting_mlp_settings_are_refused():
   with pytest.raises(configs.ConfigError, match='exclude each other'):
     configs.Model(single_mlp=True, separate_prop_mlps=True)
   with pytest.raises(configs.ConfigError, match='multisample_proposals'):
@@ -298,7 +297,7 @@ def test_one_field_for_all_or_one_for_each():
 
 
 @pytest.mark.parametrize('value', ['far = 1e999', "weight_decay_mults = {'nerf_mlp': -1e999}"])
-def test_what_config_gin_could_not_say_is_refused(value):
+def test_non_finite_values_are_refused(value):
   with pytest.raises(configs.ConfigError, match=r'Config\.\w+ must be finite, got .*inf'):
     configs.load_config([], [f'Config.{value}'])
 
@@ -307,7 +306,7 @@ def test_what_config_gin_could_not_say_is_refused(value):
   'line', ['import os', 'from os import path', 'from __gin__ import dynamic_registration']
 )
 def test_settings_run_no_code(tmp_path, line):
-  """A run's folder that somebody else made has a config.gin of theirs."""
+  """The config.gin in a run's folder may come from somebody else."""
   trap = tmp_path / 'sprung'
   call = "configs.Config.data_dir = @os.mkdir()\nos.mkdir.path = '{trap}'\n"
   imports = 'import os\nfrom internal import configs\n'
@@ -326,7 +325,7 @@ def test_settings_run_no_code(tmp_path, line):
   'content', [b'\xff', b"include 'a.gin'", b'Config.factor = [', b'Config.factor = 9' + b'9' * 5000]
 )
 def test_damaged_files_are_named(tmp_path, monkeypatch, content):
-  monkeypatch.chdir(tmp_path)  # Where the file that includes itself is looked for.
+  monkeypatch.chdir(tmp_path)  # For the file that includes itself.
   path = tmp_path / 'a.gin'
   path.write_bytes(content)
   with pytest.raises(configs.ConfigError) as caught:

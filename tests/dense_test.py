@@ -1,4 +1,4 @@
-"""The trunk against plain autodiff of the same layers, its kernels for GPUs against itself."""
+"""The trunk against plain autodiff of the same layers, with and without fused kernels."""
 
 import collections
 import functools
@@ -15,10 +15,10 @@ FULL, HALF = jnp.float32, jnp.bfloat16
 
 
 def _parameters(depth, joins, width, features, bottleneck):
-  """Layers (`joins`: those that see the features) and heads, float32.
+  """Returns float32 layers (those in `joins` see the features) and heads, for `_features`.
 
-  For `_features` as inputs. What a layer gives before its ReLU is far from zero, on either side as
-  the row's first feature and the unit have it: else rounding would choose who gets a gradient.
+  Pre-activations are far from zero, with a sign given by the row's first feature and the unit:
+  otherwise rounding would decide which units get a gradient.
   """
   rng = np.random.default_rng(depth)
 
@@ -29,7 +29,7 @@ def _parameters(depth, joins, width, features, bottleneck):
     sides = rng.choice([-1, 1], width)
     sides[:2] = 1, -1
     kernels = [draw(width, width) if of_x else None, draw(features, width) if of_encoded else None]
-    if of_x:  # The first two units are on opposite sides; their difference is the row's.
+    if of_x:  # The first two units have opposite signs; their difference carries the row's sign.
       kernels[0][:2] = sides, -sides
     if of_encoded:
       kernels[1][0] = 5 * sides
@@ -48,7 +48,7 @@ def _features(rows, features, dtype=FULL):
 
 
 def _naive(layers, heads, encoded):
-  """The same in as many words, in the type of `encoded`."""
+  """The naive twin of `trunk`, in the dtype of `encoded`."""
   x, cast = None, lambda w: w.astype(encoded.dtype)
   for layer in layers:
     parts = [v for v, w in ((x, layer.of_x), (encoded, layer.of_encoded)) if w is not None]
@@ -62,7 +62,7 @@ def _naive(layers, heads, encoded):
 
 
 def _slopes(fn, layers, heads, encoded):
-  """Gradients in layers, heads and features, of a weighted sum of the outputs; and those."""
+  """Returns gradients of a weighted sum of the outputs (layers, heads, features), and outputs."""
 
   def total(*args):
     outs, loss = fn(*args), 0
@@ -75,7 +75,7 @@ def _slopes(fn, layers, heads, encoded):
 
 
 def _assert_near(a, b, tolerance):
-  """Leaf by leaf, relative to the leaf's largest entry."""
+  """Compares leaves, with a tolerance relative to the largest entry of each."""
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
     assert x.dtype == y.dtype
@@ -95,11 +95,11 @@ SHAPES = {  # Depth, layers that see the features, width of the bottleneck (None
 
 class TestTrunk:
   @pytest.mark.parametrize('shape', SHAPES)
-  def test_is_autodiff_of_the_layers(self, shape):
+  def test_matches_autodiff(self, shape):
     self._check(shape, FULL, 2e-6)
 
   @pytest.mark.parametrize('shape', ['joins_at_every_layer', 'a_join_at_the_end_and_no_heads'])
-  def test_is_autodiff_in_bfloat16(self, shape):
+  def test_matches_autodiff_in_bfloat16(self, shape):
     self._check(shape, HALF, 0.02)
 
   def _check(self, shape, dtype, tolerance):
@@ -138,7 +138,7 @@ class TestTrunk:
     layers, _ = _parameters(1, (0,), 16, 11, 0)
     encoded = _features(2000, 11, HALF)
     with jax.enable_x64(True):
-      # One layer and a loss of numbers that bfloat16 holds: nothing but the sums is rounded.
+      # One layer, and a loss of numbers exact in bfloat16: only the sums are rounded.
       wide = jax.tree.map(lambda p: p.astype(jnp.float64), (layers, encoded))
       exact = jax.device_get(_slopes(_naive, wide[0], None, wide[1])[0][0])
     out, naive = (_slopes(fn, layers, None, encoded)[0][0] for fn in (dense.trunk, _naive))
@@ -148,7 +148,7 @@ class TestTrunk:
       assert np.max(np.abs(np.asarray(a) - wanted)) < 1e-6 * largest
       assert np.max(np.abs(np.asarray(b) - wanted)) > 1e-4 * largest
 
-  def test_what_nobody_asks_for_is_not_computed(self):
+  def test_unused_gradient_of_the_features_is_not_computed(self):
     layers, heads = _parameters(2, (0, 1), 16, 11, 5)
 
     def slopes(layers, encoded, argnums):
@@ -162,7 +162,7 @@ class TestTrunk:
 
 
 def product_in_xla(xs, ws, *, bias=None, outer=None, relu=False, mask=None):
-  """hopper.product's twin."""
+  """The twin of hopper.product."""
   assert all(hopper.fits(*x.shape, w.shape[1]) for x, w in zip(xs, ws))
   out = sum(jnp.dot(x, w, preferred_element_type=FULL) for x, w in zip(xs, ws))
   out += 0 if bias is None else bias[None]
@@ -172,19 +172,19 @@ def product_in_xla(xs, ws, *, bias=None, outer=None, relu=False, mask=None):
 
 
 def weight_gradient_in_xla(x, g):
-  """hopper.weight_gradient's twin."""
+  """The twin of hopper.weight_gradient."""
   assert hopper.fits(*x.shape, g.shape[1])
   return jnp.dot(x.T, g, preferred_element_type=FULL), jnp.sum(g.astype(FULL), 0)
 
 
 def spy(monkeypatch, product, weight_gradient):
-  """Has these in the place of the kernels; their calls, as names with what is asked of them."""
+  """Replaces the kernels; returns a list that collects calls as names with the options used."""
   calls = []
 
-  def spied(name, fn, *args, **wanted):
-    used = [k for k, v in wanted.items() if v is not None and v is not False]
+  def spied(name, fn, *args, **options):
+    used = [k for k, v in options.items() if v is not None and v is not False]
     calls.append(' '.join([name, *sorted(used)]))
-    return fn(*args, **wanted)
+    return fn(*args, **options)
 
   for name, fn in (('product', product), ('weight_gradient', weight_gradient)):
     monkeypatch.setattr(hopper, name, functools.partial(spied, name, fn))
@@ -196,7 +196,7 @@ _fused = functools.partial(dense.trunk, fused=True)
 
 class TestFused:
   def _compare(self, calls, *args):
-    """Which kernels it takes, and how often each; that it computes the same with them."""
+    """Checks the fused trunk against the plain one; returns the number of calls per kernel."""
     plain = _slopes(dense.trunk, *args)
     assert not calls
     _assert_near(_slopes(_fused, *args), plain, 0.02)
@@ -227,15 +227,15 @@ class TestFused:
       (256, 256, 200, 256, {'weight_gradient': 3, 'product mask': 1, 'product bias relu': 1}),
     ],
   )
-  def test_what_does_not_fit(self, monkeypatch, width, features, bottleneck, rows, wanted):
+  def test_shapes_that_do_not_fit(self, monkeypatch, width, features, bottleneck, rows, wanted):
     calls = spy(monkeypatch, product_in_xla, weight_gradient_in_xla)
     args = *_parameters(2, (0, 1), width, features, bottleneck), _features(rows, features, HALF)
     assert self._compare(calls, *args) == wanted
 
   @needs_interpreter
   def test_kernels_compute_what_xla_does(self, monkeypatch):
-    told = {'interpret': INTERPRET, 'blocks': 3}
-    kernels = [functools.partial(k, **told) for k in (hopper.product, hopper.weight_gradient)]
+    options = {'interpret': INTERPRET, 'blocks': 3}
+    kernels = [functools.partial(k, **options) for k in (hopper.product, hopper.weight_gradient)]
     calls = spy(monkeypatch, *kernels)
     args = *_parameters(2, (0, 1), 256, 256, 256), _features(256, 256, HALF)
     assert sum(self._compare(calls, *args).values()) == 7

@@ -1,4 +1,4 @@
-"""The encoding as GPUs get it, packed, against the plain one."""
+"""The packed positional encoding for GPUs, against the plain one."""
 
 import functools
 
@@ -20,7 +20,7 @@ CASES = {  # min_deg, max_deg, basis.
 
 
 def _pair(case):
-  """The plain encoding, and the packed."""
+  """Returns the plain and the packed encoding of a case."""
   low, high, basis = CASES[case]
   return tuple(
     encodings.IntegratedPositionalEncoding(low, high, *basis, packed=p) for p in (False, True)
@@ -47,7 +47,7 @@ def _arrange(case, rows):
 
 
 def _octaves(case):
-  """That of each row that goes with a feature as documented."""
+  """Returns the octave of each feature, in the documented order."""
   low, high, _ = CASES[case]
   octaves = np.repeat(np.arange(low, high), _pair(case)[0].num_features // 2 // (high - low))
   return np.tile(octaves, 2)
@@ -55,12 +55,12 @@ def _octaves(case):
 
 @pytest.mark.parametrize('case', CASES)
 class TestPacked:
-  def test_is_the_plain_one_in_another_order(self, case):
+  def test_is_a_reordering_of_the_plain_encoding(self, case):
     plain, packed = _features(case)
     assert plain.dtype == jnp.float32
     assert packed.dtype == jnp.bfloat16
     assert plain.shape[:-1] == packed.shape[:-1] == (2, 100)
-    # What bfloat16 rounds of numbers below 1, and float32 of the angles.
+    # Rounding of bfloat16 below 1, and of the angles in float32.
     allowed = _arrange(case, 2**-9 + 2e-7 * 2.0 ** _octaves(case))
     wanted = _arrange(case, np.moveaxis(plain, -1, 0))
     found = np.moveaxis(np.float32(packed), -1, 0)
@@ -78,14 +78,14 @@ class TestPacked:
     assert packed.shape[-1] == -(-4 * pairs * directions // 128) * 128
     np.testing.assert_array_equal(np.float32(packed[..., 4 * pairs * directions :]), 0)
 
-  def test_every_row_has_its_place_and_the_rest_are_zeros(self, case):
+  def test_arrange_keeps_every_row_and_pads_with_zeros(self, case):
     num = _pair(case)[0].num_features
     rows = _arrange(case, 1 + np.arange(num))
     assert rows.shape == _features(case)[1].shape[-1:]
     np.testing.assert_array_equal(np.sort(rows[rows != 0]), 1 + np.arange(num))
 
-  def test_layers_on_either_give_the_same(self, case):
-    # What is computed of an octave too many meets rows of zeros.
+  def test_layers_on_both_encodings_agree(self, case):
+    # Features of a superfluous octave are multiplied by zero rows.
     plain, packed = (np.float64(f) for f in _features(case))
     kernel = np.random.default_rng(5).normal(size=(plain.shape[-1], 7))
     wanted = plain @ kernel
@@ -94,13 +94,13 @@ class TestPacked:
 
 
 @pytest.mark.parametrize('case', ['360', 'an_odd_number_of_octaves'])
-def test_gradient_is_the_plain_one_s(case):
+def test_gradient_matches_the_plain_encoding(case):
   num = _pair(case)[0].num_features
   weights = np.random.default_rng(6).normal(size=(2, 100, num))
 
   def slopes(encoding):
-    ways = encoding.arrange(jnp.moveaxis(jnp.asarray(weights, jnp.bfloat16), -1, 0))
-    total = lambda g: jnp.sum(jnp.moveaxis(encoding(g), -1, 0) * ways)  # noqa: E731
+    arranged = encoding.arrange(jnp.moveaxis(jnp.asarray(weights, jnp.bfloat16), -1, 0))
+    total = lambda g: jnp.sum(jnp.moveaxis(encoding(g), -1, 0) * arranged)  # noqa: E731
     return jax.tree.leaves(jax.jit(jax.grad(total))(GAUSSIANS))
 
   for a, b in zip(*map(slopes, _pair(case))):
@@ -125,7 +125,7 @@ def test_finite_for_the_largest_numbers():
   assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slope))
 
 
-def test_types_of_64_bits_stay_inside():
+def test_64_bit_types_do_not_leak():
   _, packed = _pair('an_odd_number_of_octaves')
 
   def around(gaussians):
@@ -136,11 +136,11 @@ def test_types_of_64_bits_stay_inside():
   assert types == ['bfloat16', 'float32', 'int32', 'int32', 'float32']
   total = lambda g: jnp.sum(packed(g).astype(float))  # noqa: E731
   program = jax.jit(jax.value_and_grad(total)).lower(GAUSSIANS).as_text()
-  assert 'ui64' in program  # The words.
+  assert 'ui64' in program  # The packed words.
   assert 'f64' not in program
   assert not jax.config.jax_enable_x64
 
 
-def test_the_plain_one_s_rows_stay_as_they_are():
+def test_plain_arrange_is_the_identity():
   rows = np.ones((504, 2))
   assert _pair('360')[0].arrange(rows) is rows

@@ -1,4 +1,4 @@
-"""Hash grids: exactness and continuity of lookups, gradients, fading, hashing; naive twins."""
+"""Hash grids: exactness and continuity of lookups, gradients, downweighting and hashing."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ def _table(resolution, size, features=3):
 
 
 def _row(vertex, resolution, rows):
-  """The table's row of one vertex, in Python's integers."""
+  """Returns the table row of a vertex, computed with Python integers."""
   x, y, z = map(int, vertex)
   if (resolution + 1) ** 3 <= rows:
     return x + (resolution + 1) * (y + (resolution + 1) * z)
@@ -35,7 +35,7 @@ def _row(vertex, resolution, rows):
 
 
 def _twin(table, x, resolution):
-  """Trilinear interpolation of one point by a loop over the corners of its cell."""
+  """Interpolates one point by a loop over the corners of its cell."""
   position = np.float64(x) * resolution
   cell = np.minimum(np.floor(position), resolution - 1)
   out = np.zeros(table.shape[1])
@@ -46,7 +46,7 @@ def _twin(table, x, resolution):
 
 
 def _points(n=40):
-  """Points of the cube, some of them on its vertices, edges and faces."""
+  """Returns points of the cube, some of them on its vertices, edges and faces."""
   x = RNG.uniform(size=(n, 3))
   x[:8] = list(itertools.product((0, 1), repeat=3))
   x[8:12, 0] = [0, 1, 0.5, 0.25]
@@ -149,7 +149,7 @@ class TestGradient:
       difference = total(table, x + to) - total(table, x - to)
       np.testing.assert_allclose(np.sum(slopes[1] * to), difference / 2, rtol=1e-2, atol=1e-3)
 
-  def test_of_positions_is_not_even_traced_unless_asked_for(self):
+  def test_of_positions_is_traced_only_if_used(self):
     table, x = jnp.ones((125, 2)), _points()
     total = lambda table, x: jnp.sum(grid.lookup(table, x, 4))  # noqa: E731
     gathers = [
@@ -159,7 +159,7 @@ class TestGradient:
     assert gathers[0] == gathers[1] == 8
     assert gathers[2] > 8
 
-  def test_one_row_gathers_all_that_share_it(self):
+  def test_sums_over_points_that_share_a_row(self):
     # A table of one row: every corner of every point adds to it.
     x = _points()
     for deterministic in (False, True):
@@ -178,7 +178,7 @@ def test_scatter_add_matches_numpy(copies):
   np.testing.assert_allclose(out, expected, atol=1e-4)
 
 
-def test_small_tables_have_many_copies_and_large_ones_none():
+def test_only_small_tables_are_copied():
   assert grid._copies(17**3) == 32
   assert grid._copies(33**3) == 4
   assert grid._copies(2**18) == grid._copies(2**21) == 1
@@ -197,15 +197,15 @@ class TestSortedAdd:
     np.testing.assert_array_equal(first[50:], start[50:])
     np.testing.assert_array_equal(add(start, rows, updates), first)
 
-  def test_the_last_row_counts(self):
+  def test_the_last_row_is_written(self):
     out = grid.sorted_add(jnp.zeros((4, 1)), jnp.uint32([3, 3, 0]), jnp.ones((3, 1)))
     np.testing.assert_array_equal(out[:, 0], [1, 0, 0, 2])
 
 
 class TestHash:
   @pytest.mark.parametrize(('resolution', 'log2_size'), [(32, 12), (64, 14), (256, 14)])
-  def test_collisions_are_no_more_than_chance(self, resolution, log2_size):
-    """The vertices on a sphere, as a surface would ask for: how many share a row with another."""
+  def test_collisions_are_no_more_frequent_than_by_chance(self, resolution, log2_size):
+    """Counts vertices around a sphere (as a surface uses) that share a row with another."""
     u = RNG.normal(size=(10_000, 3))
     x = 0.5 + 0.4 * u / np.linalg.norm(u, axis=-1, keepdims=True)
     vertices = np.unique(np.floor(x * resolution), axis=0)
@@ -223,7 +223,7 @@ class TestHash:
 
 
 def _random_cov(n, spread):
-  """Covariances with axes of very different lengths, in float64."""
+  """Returns float64 covariances with axes of very different lengths."""
   q = np.linalg.qr(RNG.normal(size=(n, 3, 3)))[0]
   sd = np.exp(RNG.uniform(-spread, 0, (n, 3)))
   return (q * sd[:, None] ** 2) @ np.swapaxes(q, -1, -2), sd
@@ -238,7 +238,7 @@ class TestScale:
     np.testing.assert_allclose(self.scale(np.float32(4e-8 * np.eye(3))), 2e-4, rtol=1e-5)
 
   @pytest.mark.parametrize('radius', [0.1, 1.5, 10.0, 100.0])
-  def test_of_a_contracted_point_is_its_own_times_the_jacobian_s(self, radius):
+  def test_of_a_contracted_point_is_scaled_by_the_jacobian(self, radius):
     u = RNG.normal(size=(20, 3))
     mean = jnp.float32(radius * u / np.linalg.norm(u, axis=-1, keepdims=True))
     s = 1e-3 * radius
@@ -256,7 +256,7 @@ class TestScale:
     assert np.all(self.scale(np.float32(awkward)) > 0)
     assert_finite(grid.isotropic_scale, awkward)
 
-  def test_far_away_it_neither_breaks_nor_grows(self):
+  def test_is_bounded_far_away(self):
     # At 1e6, float32 has lost the third axis; what is left is less than the largest.
     u = RNG.normal(size=(100, 3))
     mean = jnp.float32(1e6 * u / np.linalg.norm(u, axis=-1, keepdims=True))
@@ -332,7 +332,7 @@ class TestHashGrid:
     rows = jnp.arange(6.0)
     assert encoding.arrange(rows) is rows
 
-  def test_is_the_faded_lookups_side_by_side(self):
+  def test_concatenates_the_faded_lookups(self):
     params, gaussians = _params(), _gaussians((9,))
     out = _grid().apply(params, gaussians)
     for i, n in enumerate((4, 16, 64)):
@@ -342,7 +342,7 @@ class TestHashGrid:
       expected = np.stack([_twin(table, p, n) for p in x]) * fade
       np.testing.assert_allclose(out[:, 2 * i : 2 * i + 2], expected, atol=1e-4)
 
-  def test_several_points_are_averaged_each_faded_by_its_own_scale(self):
+  def test_multisamples_are_faded_separately_and_averaged(self):
     params = _params()
     near, wide = _gaussians((4, 1), 0.01), _gaussians((4, 1), 10.0)
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), near, wide)

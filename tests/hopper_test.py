@@ -1,5 +1,6 @@
-"""The kernels for Hopper GPUs: their mathematics without a GPU, their limits, their lowering."""
+"""Kernels for Hopper GPUs: results in the interpreter, supported shapes, lowering."""
 
+import functools
 import re
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from internal.fields import dense, hopper
 
-# Runs a kernel's blocks one after the other on the CPU, its warpgroups as threads.
+# Interprets kernels on the CPU: blocks in sequence, warpgroups as threads.
 _HAS_INTERPRETER = hasattr(plgpu, 'InterpretGPUParams')
 INTERPRET = plgpu.InterpretGPUParams() if _HAS_INTERPRETER else None
 needs_interpreter = pytest.mark.skipif(
@@ -20,7 +21,7 @@ needs_interpreter = pytest.mark.skipif(
 
 @pytest.fixture
 def interpret(capsys):
-  """Parameters for interpreting kernels, whose reads and writes must be in order."""
+  """Parameters for interpreting kernels; fails the test if a race is detected."""
   yield plgpu.InterpretGPUParams(detect_races=True)
   assert 'RACE DETECTED' not in capsys.readouterr().out
 
@@ -45,7 +46,7 @@ def _product_twin(xs, ws, bias=None, outer=None, relu=False, mask=None):
 
 
 def _assert_rounded(out, exact):
-  """`out` is bfloat16's nearest to `exact`, but for what float32 sums lose."""
+  """Checks that `out` is `exact` rounded to bfloat16, up to errors of float32 sums."""
   assert out.dtype == jnp.bfloat16
   np.testing.assert_allclose(_wide(out), exact, rtol=1.01 * 2**-8, atol=1e-4)
 
@@ -61,9 +62,9 @@ class TestProduct:
     _assert_rounded(out, exact)
 
   def test_two_tiles_of_one_block_and_one_of_another(self, interpret):
-    self._check(interpret, 384, 256, (256,), 2)  # Four steps a tile wrap in a ring of three.
+    self._check(interpret, 384, 256, (256,), 2)  # Four steps per tile wrap around a ring of three.
 
-  def test_bias_and_relu_in_fewer_blocks_than_told(self, interpret):
+  def test_bias_and_relu_with_fewer_tiles_than_blocks(self, interpret):
     bias = _normal(20, 512, dtype=jnp.float32)
     self._check(interpret, 128, 512, (192,), 132, bias=bias, relu=True)
 
@@ -110,7 +111,7 @@ class TestWeightGradient:
 
 class TestFits:
   def test_a_gradient_s_parts_fill_the_ring_with_whole_rounds(self):
-    seen = 0
+    checked = 0
     for rows in range(64, 70000, 64):
       for depth in range(0, 1664, 128):
         if not hopper.fits(rows, depth, 256):
@@ -124,19 +125,19 @@ class TestFits:
           assert steps % down == 0
           assert steps >= hopper._GRADIENT_STAGES
           assert parts == 1 or parts * down * across <= blocks
-          seen += 1
-    assert seen > 5000
+          checked += 1
+    assert checked > 5000
 
   @pytest.mark.parametrize(
     ('rows', 'depth', 'parts'),
     [
-      (4096, 256, 16),  # 32 parts would have two steps each, fewer than the ring has places.
+      (4096, 256, 16),  # 32 parts would have two steps each, fewer than the ring has slots.
       (4096 * 3, 384, 32),
       (16384 * 32, 1024, 16),
       (256, 256, 1),
     ],
   )
-  def test_as_many_parts_as_there_is_room_for(self, rows, depth, parts):
+  def test_number_of_parts(self, rows, depth, parts):
     assert hopper.fits(rows, depth, 256)
     assert hopper._parts(rows, depth, depth // 128, 132) == parts
 
@@ -147,17 +148,17 @@ class TestFits:
       (1024 + 64, 256, 256),
       (1024, 256 + 64, 256),
       (1024, 256, 256 + 128),
-      (1024, 128, 256),  # Fewer steps than the ring has places.
+      (1024, 128, 256),  # Fewer steps than the ring has slots.
       (1024, 0, 256),
-      (1024, 384, 256),  # No whole rounds of three.
+      (1024, 384, 256),  # Not a whole number of rounds of three.
       (128, 256, 256),
       (0, 256, 256),
     ],
   )
-  def test_not(self, sizes):
+  def test_unsupported_shapes(self, sizes):
     assert not hopper.fits(*sizes)
 
-  def test_the_paper_s_layers(self):
+  def test_supports_the_layers_of_the_paper(self):
     rows = 16384 * 32
     for depth, width in ((1024, 1024), (512, 1024), (256, 1024), (1024, 256)):
       assert hopper.fits(rows, depth, width)
@@ -168,7 +169,7 @@ class TestFits:
     ('backend', 'capability', 'expected'),
     [('cpu', '9.0', False), ('gpu', '8.0', False), ('gpu', '9.0', True), ('gpu', '10.0', False)],
   )
-  def test_available_on_hopper_alone(self, monkeypatch, backend, capability, expected):
+  def test_available_only_on_hopper(self, monkeypatch, backend, capability, expected):
     device = type('Device', (), {'compute_capability': capability})
     monkeypatch.setattr(jax, 'default_backend', lambda: backend)
     monkeypatch.setattr(jax, 'devices', lambda: [device])
@@ -176,12 +177,12 @@ class TestFits:
 
 
 def lower_for_cuda(fn, *args) -> str:
-  """What `fn` of arguments of such shapes is for a GPU, told without one."""
+  """Lowers `fn` for CUDA, which needs no GPU; `args` may be ShapeDtypeStructs."""
   return fn.trace(*args).lower(lowering_platforms=('cuda',)).as_text()
 
 
 def kernels(text: str) -> list[str]:
-  """The hashes of the kernels that a lowered program contains."""
+  """Returns the hashes of the Mosaic GPU kernels in a lowered program."""
   assert 'custom_call @mosaic_gpu' in text
   hashes = re.findall(r'kernel_hash = "([^"]*)"', text)
   assert len(hashes) == len(re.findall(r'custom_call @mosaic_gpu', text))
@@ -212,9 +213,9 @@ class TestLowering:
     args = _shape(4096, 256), _shape(4096, 512)
     assert len(kernels(lower_for_cuda(hopper.weight_gradient, *args))) == 1
 
-  def test_calls_alike_are_one_kernel(self):
-    """The gradient of eight layers has 19 products; compiling each took minutes."""
-    full = lambda *shape: _shape(*shape, dtype=jnp.float32)  # noqa: E731
+  def test_identical_calls_share_a_kernel(self):
+    """The gradient of eight layers has 19 products; compiling each separately takes minutes."""
+    full = functools.partial(_shape, dtype=jnp.float32)
     layers = [
       dense.Layer(full(512, 512) if i else None, full(256, 512) if i in (0, 5) else None, full(512))
       for i in range(8)

@@ -1,8 +1,7 @@
-"""No dead knobs: each field of each dataclass in configs.py changes what is computed or written.
+"""No dead settings: each field in configs.py changes what is computed or written.
 
-A probe makes of settings something that can be compared: the program that they are traced to, what
-a loader reads, what the training loop does. `KNOBS` names for each field a probe, and bindings with
-and without which the probe must give different things.
+A probe maps settings to something comparable: the traced program, what a loader reads, what the
+training loop does. For each field, `KNOBS` has a probe and a value that must change its result.
 """
 
 import ast
@@ -29,7 +28,7 @@ from internal.commands import eval as eval_program
 from internal.commands import train as train_program
 from internal.datasets import scenes
 from internal.evaluation import metrics as metrics_lib
-from internal.fields import encodings
+from internal.fields import encodings, mlp
 from internal.rendering import renderer, trajectory
 from internal.training import (
   batches,
@@ -47,7 +46,7 @@ GRID = ("{}.encoding = 'grid'", '{}.grid_levels = 2', '{}.grid_log2_size = 8')
 
 
 def text_of(traced) -> str:
-  """A jaxpr without what differs between two traces of the same function."""
+  """Returns a jaxpr as text, without the addresses that differ between traces."""
   return re.sub(r' at 0x[0-9a-f]+', '', str(traced))
 
 
@@ -72,12 +71,12 @@ def key():
 def field(settings, which, **how):
   """One MLP, with its parameters' initialisation."""
   gaussians = structs.Gaussians(jnp.ones((1, 2, 3)), jnp.ones((1, 2, 3, 3)))
-  init = models.MLP(getattr(settings, which), **how).init_with_output
+  init = mlp.MLP(getattr(settings, which), **how).init_with_output
   return text_of(jax.make_jaxpr(lambda key: init(key, key, gaussians, jnp.ones((1, 3))))(key()))
 
 
 def on_a_gpu(settings, _):
-  """What a GPU is given of an MLP in bfloat16, as far as it can be traced without one."""
+  """The program of a bfloat16 MLP on a GPU, as far as it can be traced without one."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax, 'default_backend', lambda: 'gpu')
     kernels = settings.model.use_gpu_kernels
@@ -85,15 +84,15 @@ def on_a_gpu(settings, _):
 
 
 def gradient(settings, _):
-  """The gradient of a grid's lookups."""
+  """The gradient of hash grid lookups."""
   cfg = settings.model
   grid = encodings.HashGrid(2, 4, 8, 6, 2, deterministic=cfg.deterministic_grid)
   gaussians = structs.Gaussians(jnp.ones((5, 3)), jnp.ones((5, 3, 3)))
   built = models.build(settings)
   used = built.apply({}, method=lambda m: m.nerf_mlp.deterministic)
   params = grid.init(key(), gaussians)
-  loss = lambda p: grid.apply(p, gaussians).sum()  # noqa: E731
-  return used, text_of(jax.make_jaxpr(jax.grad(loss))(params))
+  grad = jax.grad(lambda p: grid.apply(p, gaussians).sum())
+  return used, text_of(jax.make_jaxpr(grad)(params))
 
 
 def loss(settings, _):
@@ -103,15 +102,15 @@ def loss(settings, _):
   def total(w, rgb):
     t = jnp.linspace(0.0, 1, 5)[None]
     history = [structs.RayHistory(t, t, w, None)] * 2
-    seen = structs.Rendering(rgb, w[:, 0], w[:, 0], w[:, :3])
+    rendering = structs.Rendering(rgb, w[:, 0], w[:, 0], w[:, :3])
     params = {'nerf_mlp': {'grid': {'table_0': w}, 'a': w}}
-    return losses.total(config, params, [seen] * 2, history, structs.Batch(None, rgb / 2))
+    return losses.total(config, params, [rendering] * 2, history, structs.Batch(None, rgb / 2))
 
   return text_of(jax.make_jaxpr(total)(jnp.ones((1, 4)), jnp.ones((1, 3))))
 
 
 def optimizer(settings, _):
-  """Three updates, and learning rates all along."""
+  """Three updates, and the learning rate at several steps."""
   adam, params = train_step.make_optimizer(settings.config), jnp.array([1.0, 2, 3])
   state, result = adam.init(params), []
   for grad in (jnp.array([1e-3, -2e-3, 0]), jnp.array([2.0, 1, -5]), jnp.array([1e-8, 1e-7, 1])):
@@ -141,7 +140,7 @@ def choices(settings, _):
 
 
 def data(settings, folder):
-  """What is read of a folder that is a capture of several formats; ids are in another order."""
+  """What loaders read from a folder in several formats, with ids in another order than names."""
   if not os.path.isdir(os.path.join(folder, 'a')):
     for name in ('a', 'b'):
       names = ['1.png', '3.png', '2.png', *(f'{i}.png' for i in range(4, 10))]
@@ -163,7 +162,7 @@ def which_light(settings, folder):
 
 
 def training(settings, folder):
-  """What the loop does, in the order that it does it, with stand-ins for all that takes time."""
+  """What the training loop does, in order, with stand-ins for everything slow."""
   done, store = [], batches.make_store(tiny.capture()[1])
   place = os.path.join(folder, settings.config.checkpoint_dir or 'run')
   config = dataclasses.replace(settings.config, checkpoint_dir=place)
@@ -191,8 +190,8 @@ def training(settings, folder):
     return {'rgb': np.zeros((40, 60, 3)), 'acc': np.ones((40, 60)),
             'distance_median': np.ones((40, 60))}  # fmt: skip
 
-  def probed(told, _):
-    count = told.config.vis_num_rays
+  def probed(settings, _):
+    count = settings.config.vis_num_rays
     return lambda *_: [[np.ones((count, 3))], [np.ones((count, 2))], [None]]
 
   with pytest.MonkeyPatch.context() as patch:
@@ -216,7 +215,7 @@ def training(settings, folder):
 
 
 def place_of_pixels(settings, folder):
-  """Whether they go to the device, and which file they are read from."""
+  """Whether pixels go to the device, and which file they are read from."""
   scene = dataclasses.replace(trajectory_test.make_scene(), train=(1,))
   path = os.path.join(folder, scene.files[1])
   if not os.path.exists(path):
@@ -244,7 +243,7 @@ def metrics(settings, _):
 
 
 def evaluating(settings, folder):
-  """Which checkpoints and images are evaluated, and what is left of it."""
+  """Which checkpoints and images are evaluated, and which files are written."""
   config = dataclasses.replace(settings.config, data_dir=folder)
   scene = dataclasses.replace(trajectory_test.make_scene(), test=(0, 2, 4, 6))
   for file in scene.files:
@@ -284,12 +283,12 @@ def path(settings, folder):
 
 
 def video(settings, folder):
-  """Where render.py writes, what, and how its encoder is told."""
+  """Which files render.py writes, and the settings of its video encoder."""
   from internal.commands import render as render_program
 
   done, config = [], settings.config
   config = dataclasses.replace(config, render_dir=os.path.join(folder, config.render_dir or 'r'))
-  told = dataclasses.replace(settings, config=config)
+  settings = dataclasses.replace(settings, config=config)
   scene = trajectory_test.make_scene()
 
   def make_renderer(*_, with_normals, **__):
@@ -301,7 +300,7 @@ def video(settings, folder):
     return rendered
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(checkpoints, 'open_run', lambda *_: (told, scene))
+    patch.setattr(checkpoints, 'open_run', lambda *_: (settings, scene))
     patch.setattr(checkpoints, 'restore_params', lambda *_, **__: ({}, 5))
     patch.setattr(renderer, 'make_image_renderer', make_renderer)
     patch.setattr(render_program.pictures, 'normal_picture', lambda *_: np.zeros((9, 9, 3)))
@@ -315,7 +314,7 @@ def chunk(settings, _):
   return renderer.make_chunk_renderer(settings, tiny.mesh(1)).choices
 
 
-# The base of a case: bindings that hold on both sides.
+# Bindings for both sides of a case.
 NAMES = repr(','.join(f'dir/img_{i}' for i in range(8)))
 SPLINE = f'Config.render_spline_keyframes = {NAMES}', 'Config.render_spline_smoothness = 0.5'
 ORBIT, DOLLY = (f"Config.render_path_type = '{name}'" for name in ('orbit', 'dolly'))
@@ -468,7 +467,7 @@ KNOBS = {
 }
 KNOBS['PropMLP'] = KNOBS['NerfMLP']
 PARTS = {'Config': 'config', 'Model': 'model', 'NerfMLP': 'nerf_mlp', 'PropMLP': 'prop_mlp'}
-# Small, and with what a knob may need to show.
+# A small model in which most settings have an effect.
 BASE = (
   *tiny.TINY,
   COLOURED,
@@ -489,21 +488,21 @@ def cases():
   ]
 
 
-_seen = {}
+_outcomes = {}
 ABOUT_FILES = (place_of_pixels, data, which_light, training, evaluating, path, video, patience)
 load = functools.cache(lambda bindings: configs.load_config([], bindings))
 
 
 def outcome(probe, owner, settings, folder=None):
-  """What the probe gives; for the same settings it is asked once, where files play no part."""
+  """Runs a probe; caches results of probes without files by their settings."""
   if probe in ABOUT_FILES:
     return probe(settings, str(folder))
   part = PARTS[owner] if probe is field else ''
-  told = (settings,) if probe is not field else dataclasses.astuple(getattr(settings, part))
-  name = probe, repr(told)
-  if name not in _seen:
-    _seen[name] = probe(settings, part)
-  return _seen[name]
+  used = (settings,) if probe is not field else dataclasses.astuple(getattr(settings, part))
+  case = probe, repr(used)
+  if case not in _outcomes:
+    _outcomes[case] = probe(settings, part)
+  return _outcomes[case]
 
 
 def differ(a, b) -> bool:
@@ -514,14 +513,14 @@ def differ(a, b) -> bool:
 
 
 @pytest.mark.parametrize(('owner', 'name'), cases())
-def test_it_does_something(owner, name, tmp_path):
+def test_setting_has_an_effect(owner, name, tmp_path):
   probe, value, *base = KNOBS[owner][name]
   short = SHORT if probe is training else ()
   settings = load((*BASE, *short, *(b.format(owner) for b in base)))
   changed = {name: ast.literal_eval(value)}
   part = dataclasses.replace(getattr(settings, PARTS[owner]), **changed)
   other = dataclasses.replace(settings, **{PARTS[owner]: part})
-  before, after = (outcome(probe, owner, told, tmp_path) for told in (settings, other))
+  before, after = (outcome(probe, owner, s, tmp_path) for s in (settings, other))
   assert differ(before, after)
 
 
@@ -529,15 +528,15 @@ PROBES = {case[0]: case[2:] for knobs in KNOBS.values() for case in knobs.values
 
 
 @pytest.mark.parametrize('probe', PROBES, ids=lambda probe: probe.__name__)
-def test_equal_settings_give_the_same(probe, tmp_path):
-  """Else a probe would find a difference in anything."""
+def test_probes_are_deterministic(probe, tmp_path):
+  """Otherwise every setting would seem to have an effect."""
   base = *BASE, *SHORT, *(b.format('NerfMLP') for b in PROBES[probe])
   where = 'nerf_mlp' if probe is field else str(tmp_path)
   a, b = (probe(configs.load_config([], base), where) for _ in range(2))
   assert not differ(a, b)
 
 
-def test_none_is_left_out():
+def test_all_settings_are_covered():
   for owner in OWNERS:
     names = {f.name for f in dataclasses.fields(owner)}
     accepted = {n.split('.')[1] for n in configs.ACCEPTED if n.startswith(f'{owner.__name__}.')}
@@ -545,20 +544,20 @@ def test_none_is_left_out():
     assert accepted <= names
 
 
-def test_what_has_no_effect_is_said_and_has_none(capsys):
+def test_accepted_settings_have_a_notice_and_no_effect(capsys):
   silent = load(BASE)
   assert configs.notices(silent) == []
   bindings = [f'{name} = True' for name in configs.ACCEPTED]
-  told = configs.load_config([], [*BASE, *bindings])
-  cli.show_notices(told)
+  settings = configs.load_config([], [*BASE, *bindings])
+  cli.show_notices(settings)
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == len(configs.ACCEPTED)
   for name, line in zip(('render_path', 'use_gpu_resampling', 'disable_density_normals'), lines):
     assert re.fullmatch(rf'Note: \w+\.{name} = True is accepted without effect: .*\.', line)
-  assert model(told, None) == outcome(model, 'Model', silent)
+  assert model(settings, None) == outcome(model, 'Model', silent)
 
 
-def test_normals_cost_training_nothing():
+def test_normals_do_not_change_training():
   more = load((*BASE, 'Config.vis_normals = True'))
   assert outcome(step, 'Config', load(BASE)) == outcome(step, 'Config', more)
 

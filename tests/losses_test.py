@@ -1,4 +1,4 @@
-"""Loss terms: their values by hand and by loops, whom they train, and how `total` adds them up."""
+"""Loss terms: values against naive loops, which parameters get gradients, and `total`."""
 
 import dataclasses
 
@@ -70,16 +70,16 @@ class TestInterlevel:
     assert expected > 1e-3
     np.testing.assert_allclose(losses.interlevel(HISTORY), expected, rtol=1e-4)
 
-  def test_equal_histograms_cost_nothing(self):
+  def test_is_zero_for_equal_histograms(self):
     assert losses.interlevel([HISTORY[-1]] * 3) == 0
     assert losses.interlevel(HISTORY[-1:]) == 0  # A single level has nothing to compare.
 
-  def test_trains_the_proposals_only(self):
+  def test_trains_only_the_proposals(self):
     def loss(weights):
       return losses.interlevel([h.replace(weights=w) for h, w in zip(HISTORY, weights)])
 
     slopes = jax.grad(loss)([h.weights for h in HISTORY])
-    assert all(np.any(s < 0) and np.all(s <= 0) for s in slopes[:-1])  # Only ever upwards.
+    assert all(np.any(s < 0) and np.all(s <= 0) for s in slopes[:-1])  # Proposal weights only grow.
     np.testing.assert_array_equal(slopes[-1], 0)
 
 
@@ -96,16 +96,16 @@ class TestInterlevelBlur:
     assert expected > 0.1
     np.testing.assert_allclose(losses.interlevel_blur(HISTORY, (0.03, 0.003)), expected, rtol=1e-4)
 
-  def test_trains_the_proposals_only(self):
+  def test_trains_only_the_proposals(self):
     def loss(weights):
       levels = [h.replace(weights=w) for h, w in zip(HISTORY, weights)]
       return losses.interlevel_blur(levels, (0.03, 0.003))
 
     slopes = jax.grad(loss)([h.weights for h in HISTORY])
-    assert all(np.any(s < 0) and np.all(s <= 0) for s in slopes[:-1])  # Only ever upwards.
+    assert all(np.any(s < 0) and np.all(s <= 0) for s in slopes[:-1])  # Proposal weights only grow.
     np.testing.assert_array_equal(slopes[-1], 0)
 
-  def test_has_a_half_width_for_each_level(self):
+  def test_needs_a_half_width_per_proposal_level(self):
     with pytest.raises(ValueError, match=r'interlevel_blur .* got \(0\.03,\) for 2'):
       losses.interlevel_blur(HISTORY, (0.03,))
 
@@ -118,7 +118,7 @@ class TestDistortion:
     )
     np.testing.assert_allclose(losses.distortion([HISTORY[0], level]), 0.2 / 3, rtol=1e-5)
 
-  def test_shortens_and_lightens(self):
+  def test_gradient_lowers_all_weights(self):
     level = HISTORY[-1]
     slope = jax.grad(lambda w: losses.distortion([level.replace(weights=w)]))(level.weights)
     assert np.all(slope > 0)
@@ -208,17 +208,17 @@ class TestTotal:
     with pytest.raises(ValueError, match=r'NerfMLP\.disable_rgb = False'):
       self._total([*three[:2], None])
 
-  def test_weight_decay_joins_when_asked_for(self):
+  def test_weight_decay_is_added_if_configured(self):
     loss, terms = self._total(params=PARAMS, weight_decay_mults={'prop_mlp': 0.1})
     np.testing.assert_allclose(terms['weight_decay'], 2.7, rtol=1e-6)
     np.testing.assert_allclose(loss, self._total()[0] + 2.7, rtol=1e-6)
 
-  def test_blur_takes_the_bound_s_place(self):
+  def test_blur_replaces_the_bound(self):
     _, terms = self._total(interlevel_loss_type='blur', interlevel_loss_mult=0.01)
     expected = 0.01 * losses.interlevel_blur(HISTORY, CONFIG.interlevel_blur)
     np.testing.assert_allclose(terms['interlevel'], expected, rtol=1e-6)
 
-  def test_grid_decay_joins_when_asked_for(self):
+  def test_grid_decay_is_added_if_configured(self):
     loss, terms = self._total(params=GRID_PARAMS, grid_decay_mult=0.1)
     np.testing.assert_allclose(terms['grid_decay'], 1.05, rtol=1e-6)
     np.testing.assert_allclose(loss, self._total()[0] + 1.05, rtol=1e-6)

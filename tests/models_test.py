@@ -1,6 +1,6 @@
-"""The encoding, the MLPs and the proposal loop: sizes, invariants, switches, whom a loss trains.
+"""The encoding, the MLPs and the proposal loop: sizes, invariants, settings, gradients.
 
-And that what is written for GPUs alone computes the same.
+GPU-specific code paths are compared with plain XLA.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from internal import configs, coord, losses, models, stepfun, structs
 from internal.devices import sharding
-from internal.fields import encodings, hopper
+from internal.fields import encodings, hopper, mlp
 from internal.rendering import renderer
 from internal.training import batches, train_step
 
@@ -48,7 +48,7 @@ AXES = ('PropMLP', 'NerfMLP')
 OCTAHEDRON = tuple(f"{m}.basis_shape = 'octahedron'" for m in AXES) + tuple(
   f'{m}.basis_subdivisions = 1' for m in AXES
 )
-# A 360 scene's settings, small enough to run in a moment.
+# Settings of a 360 scene with a tiny model.
 TINY = (
   *SCENE_360,
   'Model.num_prop_samples = 12',
@@ -78,10 +78,10 @@ RAYS = _rays()
 
 @functools.cache
 def _make(*bindings):
-  """Settings, parameters, and the forward pass of the tiny model.
+  """Returns settings, parameters and forward pass of the tiny model.
 
-  The pass is not compiled as a whole: the configurations share most of their operations, and
-  compiling each operation once is faster than each configuration. Parameters are drawn by shape.
+  The forward pass is not jitted: configurations share most operations, and compiling each operation
+  once is faster than compiling each configuration. Parameters are random, drawn by shape.
   """
   settings = configs.load_config((), (*TINY, *bindings))
   model = models.build(settings)
@@ -126,7 +126,7 @@ class TestEncoding:
     ]
     np.testing.assert_allclose(out, np.concatenate(expected, -1), atol=1e-5)
 
-  def test_the_paper_s_has_504_features_and_no_parameters(self):
+  def test_of_the_paper_has_504_features_and_no_parameters(self):
     encoding = encodings.IntegratedPositionalEncoding(0, 12, 'icosahedron', 2)
     gaussians = structs.Gaussians(jnp.zeros((2, 3)), jnp.zeros((2, 3, 3)))
     out, variables = encoding.init_with_output(KEY, gaussians)
@@ -154,8 +154,8 @@ class TestSizes:
   def test_initial_values(self):
     params = models.init_params(models.build(configs.load_config((), TINY)), KEY)
     assert params.keys() == {'prop_mlp', 'nerf_mlp'}
-    for mlp in params.values():
-      for layer in mlp.values():
+    for layers in params.values():
+      for layer in layers.values():
         np.testing.assert_array_equal(layer['bias'], 0)
         fan_in = layer['kernel'].shape[0]
         # he_uniform: uniform within sqrt(6 / fan_in).
@@ -221,10 +221,10 @@ class TestHistory:
   @pytest.mark.parametrize('frac', [0.0, 0.05, 1.0])
   def test_resamples_the_dilated_annealed_histogram(self, frac):
     _, history = _forward(train_frac=frac)
-    for level, drawn in ((1, 12), (2, 144)):
+    for level, product in ((1, 12), (2, 144)):
       before = history[level - 1]
       t, w = stepfun.max_dilate_weights(
-        before.sdist, before.weights, 0.0025 + 0.5 / drawn, (0.0, 1.0), True
+        before.sdist, before.weights, 0.0025 + 0.5 / product, (0.0, 1.0), True
       )
       logits = 10 * frac / (9 * frac + 1) * np.log(np.maximum(w, 1e-37))
       logits = np.where(np.diff(t) > 0, logits, -np.inf)[:, 1:-1]
@@ -234,11 +234,11 @@ class TestHistory:
 
 
 def _biased(params, value, mlps=('prop_mlp', 'nerf_mlp')):
-  """The parameters with every density's bias at `value`."""
+  """Returns the parameters with the bias of every density layer set to `value`."""
   params = dict(params)
-  for mlp in mlps:
-    density = {**params[mlp]['density'], 'bias': jnp.full((1,), value, jnp.float32)}
-    params[mlp] = {**params[mlp], 'density': density}
+  for name in mlps:
+    density = {**params[name]['density'], 'bias': jnp.full((1,), value, jnp.float32)}
+    params[name] = {**params[name], 'density': density}
   return params
 
 
@@ -258,7 +258,7 @@ class TestRandomness:
     assert np.std(inner[:, 0]) > 1e-3  # Each ray its own jitter,
     np.testing.assert_allclose(np.diff(inner), 1 / 12, atol=1e-6)  # one for all of its strata.
 
-  def test_a_key_for_each_ray_makes_its_draws_its_own(self):
+  def test_with_a_key_per_ray_draws_are_independent_of_the_batch(self):
     bindings = (
       'Model.single_jitter = False',
       'Model.opaque_background = False',
@@ -279,7 +279,7 @@ class TestRandomness:
     other = apply(params, keys[::-1], RAYS)
     assert _differs(other[0][-1].rgb, whole[0][-1].rgb)
 
-  def test_a_jitter_each_without_single_jitter(self):
+  def test_jitter_per_interval_without_single_jitter(self):
     _, history = _forward('Model.single_jitter = False', key=KEY)
     assert np.std(np.diff(np.asarray(history[0].sdist[:, 1:-1]))) > 1e-3
 
@@ -331,10 +331,10 @@ class TestSwitches:
 
   def test_density_is_softplus_of_raw_minus_one(self):
     settings, params, _ = _make()
-    mlp = models.MLP(settings.nerf_mlp)
+    nerf_mlp = mlp.MLP(settings.nerf_mlp)
     zeros = jax.tree.map(jnp.zeros_like, params['nerf_mlp'])
     gaussians = structs.Gaussians(jnp.ones((6, 8, 3)), jnp.zeros((6, 8, 3, 3)))
-    density, rgb = mlp.apply({'params': zeros}, None, gaussians, jnp.ones((6, 3)))
+    density, rgb = nerf_mlp.apply({'params': zeros}, None, gaussians, jnp.ones((6, 3)))
     assert density.shape == (6, 8)
     assert rgb.shape == (6, 8, 3)
     np.testing.assert_allclose(density, np.log1p(np.exp(-1)), rtol=1e-5)
@@ -374,7 +374,7 @@ class TestSwitches:
     bindings = 'Model.dilation_bias = 0.0', 'Model.dilation_multiplier = 0.0'
     assert _differs(_forward(*bindings)[1][-1].sdist, _plain()[1][-1].sdist)
 
-  def test_first_distances_are_the_warp_s(self):
+  def test_first_distances_follow_the_ray_warp(self):
     _, history = _plain()
     _, s_to_t = coord.ray_warps('reciprocal', 0.2, 1e6)
     for h in history:
@@ -479,9 +479,9 @@ class TestBfloat16:
 
   def test_heads_are_float32(self):
     settings, params, _ = _make()
-    mlp = models.MLP(settings.nerf_mlp, jnp.bfloat16)
+    nerf_mlp = mlp.MLP(settings.nerf_mlp, jnp.bfloat16)
     gaussians = structs.Gaussians(jnp.ones((6, 8, 3)), jnp.zeros((6, 8, 3, 3)))
-    out = mlp.apply({'params': params['nerf_mlp']}, None, gaussians, RAYS.viewdirs)
+    out = nerf_mlp.apply({'params': params['nerf_mlp']}, None, gaussians, RAYS.viewdirs)
     assert [x.dtype for x in out] == [jnp.float32] * 2
 
   @pytest.mark.parametrize(
@@ -494,13 +494,13 @@ class TestBfloat16:
       ('bfloat16', 'cpu', 'bfloat16'),
     ],
   )
-  def test_auto_is_for_anything_but_cpus(self, monkeypatch, name, backend, expected):
+  def test_auto_is_bfloat16_except_on_cpus(self, monkeypatch, name, backend, expected):
     monkeypatch.setattr(jax, 'default_backend', lambda: backend)
     assert models.mlp_dtype(name) == jnp.dtype(expected)
 
 
 def _field_twin(cfg, params, features, viewdirs=None, glo=None):
-  """The MLP in a few words: each layer's input in one piece, no bin knows of another."""
+  """The naive twin of the MLP: concatenates the inputs of each layer."""
 
   def linear(name, x):
     return x @ params[name]['kernel'] + params[name]['bias'][None, None]
@@ -549,7 +549,7 @@ class TestField:
     glo = jnp.float32(rng.normal(size=(6, 3))) if options.pop('glo', False) else None
     sizes = {'net_depth': 3, 'net_width': 16, 'bottleneck_width': 8, 'net_width_viewdirs': 8}
     cfg = configs.NerfMLP(max_deg_point=2, **{**sizes, **options})
-    field = models.MLP(cfg)
+    field = mlp.MLP(cfg)
     cov = jnp.broadcast_to(0.01 * jnp.eye(3), (6, 5, 3, 3))
     gaussians = structs.Gaussians(jnp.float32(rng.normal(size=(6, 5, 3))), cov)
     features = encodings.IntegratedPositionalEncoding(0, 2, 'icosahedron', 2)(gaussians)
@@ -568,13 +568,13 @@ class TestField:
 
 @pytest.fixture
 def hopper_gpu(monkeypatch):
-  """Has the model take this process for one with Hopper GPUs: its kernels only lower here."""
+  """Makes the model believe that it runs on Hopper GPUs; the kernels can only be lowered."""
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   monkeypatch.setattr(hopper, 'available', lambda: True)
   monkeypatch.setattr(hopper, '_blocks', lambda: 132)
 
 
-# Sizes that the kernels take, in 256 bins, and heads that the encoding joins.
+# Sizes that the kernels support, with 256 intervals, and a skip connection to the heads.
 KERNEL_SIZES = (
   "Model.mlp_dtype = 'bfloat16'",
   'NerfMLP.net_depth = 3',
@@ -595,7 +595,7 @@ class TestGpuKernels:
 
     return jax.jit(jax.grad(loss, has_aux=True))(params)
 
-  def test_compute_what_plain_xla_does(self, hopper_gpu, monkeypatch):
+  def test_match_plain_xla(self, hopper_gpu, monkeypatch):
     calls = spy(monkeypatch, product_in_xla, weight_gradient_in_xla)
     packed = []
     encode = encodings.packed_encoding.packed_pos_enc
@@ -613,7 +613,7 @@ class TestGpuKernels:
     for (path, a), b in zip(jax.tree.leaves_with_path(slopes), jax.tree.leaves(wanted)):
       assert np.linalg.norm(a - b) < 0.03 * np.linalg.norm(b), path
 
-  def test_parameters_do_not_depend_on_them(self, hopper_gpu):
+  def test_do_not_change_the_parameters(self, hopper_gpu):
     def initial(*bindings):
       model = models.build(configs.load_config((), (*TINY, *KERNEL_SIZES, *bindings)))
       return models.init_params(model, KEY)
@@ -627,7 +627,7 @@ class TestGpuKernels:
     assert use['nerf_mlp']['trunk_2'].keys() == {'kernel', 'bias'}
     assert use['nerf_mlp']['trunk_2']['kernel'].shape == (256 + 168, 256)
 
-  def test_float32_does_without(self, hopper_gpu, monkeypatch):
+  def test_are_not_used_in_float32(self, hopper_gpu, monkeypatch):
     def refuse(*args, **kwargs):
       raise AssertionError
 
@@ -641,7 +641,7 @@ class TestGpuKernels:
     loss = lambda p: jnp.mean(apply(p, None, _rays(32))[0][-1].rgb)  # noqa: E731
     jax.eval_shape(jax.grad(loss), params)
 
-  def test_training_and_rendering_of_the_paper_s_size_lower_for_cuda(self, hopper_gpu):
+  def test_training_and_rendering_at_full_size_lower_for_cuda(self, hopper_gpu):
     settings = configs.load_config(['configs/360.gin'])
     mesh = Mesh(np.array(jax.devices()), (sharding.AXIS,))
     cams, images = tiny.capture()
@@ -656,7 +656,7 @@ class TestGpuKernels:
     scalar, frac = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, jnp.float32))
     render = renderer.make_chunk_renderer(settings, mesh).variant(16384)
     text = lower_for_cuda(render, state.params, args[1], scalar, scalar, frac)
-    assert len(kernels(text)) == 1  # The layer that the encoding joins.
+    assert len(kernels(text)) == 1  # The layer with the skip connection.
 
 
 def test_settings_build_the_model_they_describe():
@@ -687,7 +687,7 @@ GRID = (
 
 
 class TestGrid:
-  def test_parameters_are_a_plain_dict_with_a_field_for_each_level(self):
+  def test_parameters_are_a_dict_with_an_mlp_per_level(self):
     _, params, _ = _make(*GRID)
     assert params.keys() == {'prop_mlp_0', 'prop_mlp_1', 'nerf_mlp'}
     sizes = {k: {n: t.shape for n, t in v['grid'].items()} for k, v in params.items()}
@@ -700,7 +700,7 @@ class TestGrid:
     assert params['nerf_mlp']['trunk_0']['kernel'].shape == (12, 16)
 
   @pytest.mark.parametrize(('encoding', 'multisamples'), [('ipe', 6), ('grid', 0), ('grid', 6)])
-  def test_any_encoding_goes_with_any_number_of_points(self, encoding, multisamples):
+  def test_encodings_support_multisampling(self, encoding, multisamples):
     bindings = (f'Model.num_multisamples = {multisamples}',)
     bindings += GRID if encoding == 'grid' else ()
     renderings, history = _forward(*bindings, key=KEY)
@@ -709,7 +709,7 @@ class TestGrid:
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((renderings, history)))
 
   @pytest.mark.parametrize('encoding', [(), GRID], ids=['ipe', 'grid'])
-  def test_proposals_may_do_with_one_point(self, encoding):
+  def test_proposals_without_multisampling(self, encoding):
     wide = RAYS.replace(radii=RAYS.radii * 100)
     points = 'Model.num_multisamples = 6'
     single, last, every = (
@@ -721,7 +721,7 @@ class TestGrid:
     assert _differs(last[1][0].weights, every[1][0].weights)
     assert _differs(last[0][-1].rgb, single[0][-1].rgb)
 
-  def test_points_turn_at_random_only_with_a_key(self):
+  def test_multisamples_rotate_randomly_only_with_a_key(self):
     bindings = (*GRID, 'Model.num_multisamples = 6')
     wide = RAYS.replace(radii=RAYS.radii * 100)
     still = [_forward(*bindings, rays=wide)[0][-1].rgb for _ in range(2)]

@@ -1,1 +1,1 @@
-"""Fields: what turns Gaussians into features, density and colour."""
+"""Radiance fields: from Gaussians to features, density and colour."""

@@ -1,9 +1,12 @@
-"""The trunk of a field: dense layers with ReLU, and its linear heads, as one function.
+"""The trunk of a field: dense ReLU layers and linear heads, with a hand-written gradient.
 
-By hand because most of a training step is here. Autodiff of the same layers keeps what is before
-each ReLU beside what is after it, and passes over both again; this keeps the layers' results
-alone, and sums weight gradients in float32. On Hopper GPUs `fused` has what surrounds the products
-done inside of them (internal/hopper.py); the rest of this file is its twin in plain XLA.
+Most of a training step's time is spent here. Autodiff of the same layers would store the values
+both before and after each ReLU and read both again in the backward pass; this gradient stores only
+the values after it, and accumulates weight gradients in float32. With `fused`, Hopper GPUs run the
+kernels of hopper.py, which merge biases, ReLUs and masks into the matrix products; otherwise the
+same computation is plain XLA.
+
+Shapes: m rows (all intervals of all rays), f features of the encoding.
 """
 
 from __future__ import annotations
@@ -21,57 +24,99 @@ Array = jax.Array
 
 
 class Layer(NamedTuple):
-  """relu(x @ of_x + encoded @ of_encoded + bias); a layer may do without one of the inputs."""
+  """Parameters of x @ of_x + encoded @ of_encoded + bias; an input that is not used has None."""
 
   of_x: Array | None  # [width before, width]
   of_encoded: Array | None  # [f, width]
   bias: Array  # [width]
 
 
+class HeadLayers(NamedTuple):
+  """The linear layers after the last hidden layer."""
+
+  density: Layer  # Of width 1.
+  bottleneck: Layer | None
+
+  def kernels(self) -> Heads:
+    """Returns the kernels that multiply the last hidden layer."""
+    bottleneck = None if self.bottleneck is None else self.bottleneck.of_x
+    return Heads(self.density.of_x[:, 0], bottleneck)
+
+
 class Heads(NamedTuple):
-  """Linear functions of the last layer's result: density, and the bottleneck before colour."""
+  """Kernels of the heads, without biases and skip connections."""
 
   density: Array  # [width]
   bottleneck: Array | None  # [width, b]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def trunk(layers: tuple[Layer, ...], heads: Heads | None, encoded: Array, fused: bool = False):
-  """Dense layers with ReLU on [m, f] features, and linear heads (no biases) on their result.
-
-  Computed in `encoded`'s type; the parameters, and so their gradients, are float32.
-
-  Args:
-    layers: the layers, first to last.
-    heads: what is wanted of the last one's result, or None for the result itself.
-    encoded: [m, f].
-    fused: use the kernels for Hopper GPUs where they fit.
+def trunk_with_heads(
+  layers: tuple[Layer, ...], heads: HeadLayers, encoded: Array, fused: bool = False
+) -> tuple[Array, Array | None]:
+  """Evaluates the hidden layers and the heads on [m, f] features.
 
   Returns:
-    Without heads: [m, width]. With heads: density [m] float32 and bottleneck [m, b] (or None).
+    Density [m] in float32, and bottleneck [m, b] in `encoded`'s dtype (or None).
   """
-  return outputs(heads, _activations(layers, encoded, fused)[-1])
+  return _finish(heads, trunk(layers, heads.kernels(), encoded, fused), encoded)
 
 
-def outputs(heads: Heads | None, x: Array):
-  """What `trunk` returns, from the last layer's result x [m, width]."""
+def apply_heads(heads: HeadLayers, x: Array, encoded: Array) -> tuple[Array, Array | None]:
+  """Evaluates the heads on the last hidden layer x [m, width]; returns as `trunk_with_heads`."""
+  return _finish(heads, _products(heads.kernels(), x), encoded)
+
+
+def _finish(heads: HeadLayers, products, encoded: Array) -> tuple[Array, Array | None]:
+  """Adds biases and skip connections to the heads' products with the last hidden layer."""
+  density, bottleneck = products  # [m], [m, b]
+  density += heads.density.bias
+  if heads.density.of_encoded is not None:
+    density += math.narrow_dot(encoded, heads.density.of_encoded)[:, 0]
+  if heads.bottleneck is not None:
+    bottleneck += heads.bottleneck.bias.astype(encoded.dtype)[None]
+    if heads.bottleneck.of_encoded is not None:
+      bottleneck += encoded @ heads.bottleneck.of_encoded.astype(encoded.dtype)
+  return density, bottleneck
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def trunk(layers: tuple[Layer, ...], heads: Heads | None, encoded: Array, fused: bool = False):
+  """Evaluates ReLU layers on [m, f] features, and the heads' kernels on the result.
+
+  Computes in `encoded`'s dtype; parameters and their gradients are float32.
+
+  Args:
+    layers: the hidden layers, first to last.
+    heads: kernels to apply to the last layer, or None to return the layer itself.
+    encoded: [m, f].
+    fused: use the Hopper kernels for layers whose shape they support.
+
+  Returns:
+    Without heads: [m, width]. With heads: density [m] in float32, and bottleneck [m, b] or None.
+  """
+  return _products(heads, _activations(layers, encoded, fused)[-1])
+
+
+def _products(heads: Heads | None, x: Array):
+  """Returns what `trunk` does, from the last hidden layer x [m, width]."""
   if heads is None:
     return x
-  density = math.narrow_dot(x, heads.density[:, None])[:, 0]
+  density = math.narrow_dot(x, heads.density[:, None])[:, 0]  # [m], float32
   return density, None if heads.bottleneck is None else x @ heads.bottleneck.astype(x.dtype)
 
 
 def _inputs(layer: Layer, x: Array | None, encoded: Array) -> list[tuple[Array, Array]]:
-  """Pairs of an input and its weights in the type to compute in."""
+  """Returns the layer's inputs, each with its kernel in the dtype to compute in."""
   pairs = [(x, layer.of_x), (encoded, layer.of_encoded)]
   return [(a, w.astype(encoded.dtype)) for a, w in pairs if w is not None]
 
 
 def _activations(layers: tuple[Layer, ...], encoded: Array, fused: bool) -> list[Array]:
-  """Each layer's result."""
+  """Returns each layer's output [m, width], after its ReLU."""
   results = []
   for layer in layers:
     pairs = _inputs(layer, results[-1] if results else None, encoded)
+    # With one input, cuBLASLt is faster: it also adds the bias and applies the ReLU.
     if fused and len(pairs) == 2 and all(hopper.fits(len(a), *w.shape) for a, w in pairs):
       x = hopper.product(*zip(*pairs), bias=layer.bias, relu=True)
     else:
@@ -83,11 +128,11 @@ def _activations(layers: tuple[Layer, ...], encoded: Array, fused: bool) -> list
 
 def _forward(layers, heads, encoded, fused):
   results = _activations(layers, encoded, fused)
-  return outputs(heads, results[-1]), (layers, heads, encoded, results)
+  return _products(heads, results[-1]), (layers, heads, encoded, results)
 
 
 def _weight_gradient(x: Array, g: Array, fused: bool) -> tuple[Array, Array]:
-  """x^T g [k, n] and the sum of g's rows [n], float32."""
+  """Returns the kernel's gradient x^T g [k, n] and the bias's, sum(g, 0) [n], in float32."""
   if fused and hopper.fits(len(x), x.shape[1], g.shape[1]):
     return hopper.weight_gradient(x, g)
   dw = jax.lax.dot_general(
@@ -97,33 +142,42 @@ def _weight_gradient(x: Array, g: Array, fused: bool) -> tuple[Array, Array]:
 
 
 def _input_gradient(g: Array, w: Array, x: Array, fused: bool, outer=None) -> Array:
-  """(g w^T + outer) where x, a ReLU's result, is positive: the gradient before that ReLU."""
+  """Returns (g w^T + outer) where x > 0, else 0: the gradient before the ReLU that gave x.
+
+  Args:
+    g: [m, n] gradient of the next layer, before its ReLU.
+    w: [k, n] kernel of the next layer.
+    x: [m, k] output of the ReLU.
+    fused: use the Hopper kernel if it supports the shape.
+    outer: ([m], [k]) whose outer product is added, or None.
+  """
   if fused and hopper.fits(len(g), w.shape[1], w.shape[0]):
     return hopper.product([g], [w.T], outer=outer, mask=x)
-  dx = g @ w.T
+  dx = g @ w.T  # [m, k]
   if outer is not None:
     dx = dx.astype(jnp.float32) + outer[0][:, None] * outer[1][None]
   return jnp.where(x > 0, dx, 0).astype(x.dtype)
 
 
 def _heads_gradient(heads: Heads | None, x: Array, d_out, fused: bool) -> tuple[Array, Heads]:
-  """The gradient before the last ReLU, whose result is x, and those of the heads."""
+  """Returns the gradient before the last ReLU, whose output is x [m, width], and the heads'."""
   if heads is None:
     return jnp.where(x > 0, d_out, 0), None
-  d_density, d_bottleneck = d_out
-  to_density = jnp.sum(x.astype(jnp.float32) * d_density[:, None], 0)
+  d_density, d_bottleneck = d_out  # [m], [m, b]
+  to_density = jnp.sum(x.astype(jnp.float32) * d_density[:, None], 0)  # [width]
   if heads.bottleneck is None:
     g = jnp.where(x > 0, d_density[:, None] * heads.density[None], 0).astype(x.dtype)
     return g, Heads(to_density, None)
-  to_bottleneck, _ = _weight_gradient(x, d_bottleneck, fused)
+  to_bottleneck, _ = _weight_gradient(x, d_bottleneck, fused)  # [width, b]
   w = heads.bottleneck.astype(x.dtype)
+  # The density head has one column: its contribution is an outer product.
   g = _input_gradient(d_bottleneck, w, x, fused, (d_density, heads.density))
   return g, Heads(to_density, to_bottleneck)
 
 
 def _backward(fused, residuals, d_out):
   layers, heads, encoded, results = residuals
-  g, d_heads = _heads_gradient(heads, results[-1], d_out, fused)
+  g, d_heads = _heads_gradient(heads, results[-1], d_out, fused)  # [m, width], before the ReLU.
   d_layers, d_encoded = [], jnp.zeros((), encoded.dtype)
   for i in reversed(range(len(layers))):
     x = results[i - 1] if i else None
@@ -132,7 +186,7 @@ def _backward(fused, residuals, d_out):
     of_x = None if layers[i].of_x is None else dws.pop(0)
     of_encoded = None if layers[i].of_encoded is None else dws.pop(0)
     d_layers.append(Layer(of_x, of_encoded, grads[0][1]))
-    if of_encoded is not None:  # Removed by the compiler unless somebody asks for it.
+    if of_encoded is not None:  # XLA removes this if the features' gradient is not used.
       d_encoded += g @ layers[i].of_encoded.astype(g.dtype).T
     if of_x is not None:
       g = _input_gradient(g, layers[i].of_x.astype(g.dtype), x, fused)

@@ -1,9 +1,9 @@
-"""Encodings: contracted Gaussians in, features out, behind one interface.
+"""Encodings: from contracted Gaussians to features, behind one interface.
 
-An encoding is a module called with `structs.Gaussians` (mean [..., 3], cov [..., 3, 3]) that
-returns features [..., f]; if it is `multisampled`, Gaussians are [..., k, 3] and their features
-averaged over the k. A layer's weights for them go through `arrange` first: an encoding may give its
-features in another order than it is documented in, and padded, where that is faster.
+An encoding is a module that maps `structs.Gaussians` (mean [..., 3], cov [..., 3, 3]) to features
+[..., f], where f is at least `num_features`. If `multisampled`, it takes k Gaussians per interval
+[..., k, 3] and averages their features. For speed an encoding may reorder and pad its features;
+`arrange` does the same to the rows of the kernel that multiplies them.
 """
 
 import functools
@@ -18,17 +18,20 @@ from . import grid, packed_encoding
 
 Array = jax.Array
 
-_PAD_TO = 128  # Matrix products on GPUs like widths that are multiples of this.
+_PAD_TO = 128  # Matrix products on GPUs are fastest if widths are multiples of this.
 
 
 class IntegratedPositionalEncoding(nn.Module):
-  """Expected sines and cosines along an off-axis basis (section 2 of arXiv:2111.12077).
+  """Integrated positional encoding along an off-axis basis (section 2 of arXiv:2111.12077).
 
-  No parameters; f = 2 * (max_deg - min_deg) * b with b the number of basis directions.
+  Has no parameters; num_features = 2 * (max_deg - min_deg) * b for b basis directions.
 
   Attributes:
-    axes: of the coordinates; other than 3 have no basis but themselves.
-    packed: features in bfloat16, in the order and with the padding of `packed_pos_enc`.
+    min_deg, max_deg: frequencies are 2^min_deg to 2^(max_deg - 1).
+    basis_shape, basis_subdivisions: see `geopoly.generate_basis`.
+    axes: number of coordinates; if not 3, the basis is the identity.
+    packed: compute bfloat16 features in the packed order, padded.
+    multisampled: average over k Gaussians per interval.
   """
 
   min_deg: int
@@ -45,27 +48,30 @@ class IntegratedPositionalEncoding(nn.Module):
 
   def __call__(self, gaussians: structs.Gaussians) -> Array:
     encode = _packed if self.packed else _plain
-    features = encode(self, gaussians.mean, gaussians.cov)
+    features = encode(self, gaussians.mean, gaussians.cov)  # [..., f], or [..., k, f]
     return jnp.mean(features, -2) if self.multisampled else features
 
   def arrange(self, rows: Array) -> Array:
-    """Puts [2 * degs * b, ...] rows, sines first, in the order of the features as they are."""
+    """Reorders kernel rows [num_features, ...], sines first, to match the features."""
     if not self.packed:
       return rows
     return packed_encoding.packed_order(rows, self.max_deg - self.min_deg, self._width())
 
-  def _basis(self) -> Array:
+  def _basis(self) -> np.ndarray:
+    """Returns the basis directions as columns [axes, b]."""
     if self.axes != 3:
       return np.eye(self.axes)
     return geopoly.generate_basis(self.basis_shape, self.basis_subdivisions)
 
   def _width(self) -> int:
+    """Returns the number of packed features, with padding."""
+    # Packing works on pairs of octaves: sine and cosine of two, for each basis direction.
     features = 4 * ((self.max_deg - self.min_deg + 1) // 2) * self._basis().shape[1]
     return -(-features // _PAD_TO) * _PAD_TO
 
 
 def _plain(encoding: IntegratedPositionalEncoding, mean: Array, cov: Array) -> Array:
-  lifted, var = coord.lift_and_diagonalize(mean, cov, encoding._basis())
+  lifted, var = coord.lift_and_diagonalize(mean, cov, encoding._basis())  # [..., b]
   return coord.integrated_pos_enc(lifted, var, encoding.min_deg, encoding.max_deg)
 
 
@@ -81,30 +87,31 @@ def _packed_forward(encoding, mean, cov):
 
 
 def _packed_backward(encoding, residuals, d_features):
-  """The gradient of the plain twin: few models let one through their samples."""
+  """Differentiates the plain encoding instead: few models need this gradient."""
 
-  def twin(mean, cov):
+  def arranged(mean, cov):
     plain = jnp.moveaxis(_plain(encoding, mean, cov), -1, 0)
     return jnp.moveaxis(encoding.arrange(plain), 0, -1).astype(jnp.bfloat16)
 
-  return jax.vjp(twin, *residuals)[1](d_features)
+  return jax.vjp(arranged, *residuals)[1](d_features)
 
 
 _packed.defvjp(_packed_forward, _packed_backward)
 
 
 class HashGrid(nn.Module):
-  """A pyramid of grids with learned features (arXiv:2201.05989, faded as in arXiv:2304.06706).
+  """Multi-resolution hash grid (arXiv:2201.05989) with downweighting (arXiv:2304.06706).
 
-  f = levels * features; the parameters are a table for each level, coarse to fine. The scene has to
-  be in [-2, 2]^3, as contracted space is.
+  num_features = levels * features. The parameters are one table per level, coarse to fine.
+  Positions must be in [-2, 2]^3, like contracted space.
 
   Attributes:
-    levels: number of grids.
-    min_resolution, max_resolution: cells along an axis of the coarsest and of the finest.
-    log2_size: finer levels than have this many vertices (log2) share rows by a hash.
-    features: numbers that a level has for a point.
-    deterministic: gradients that repeat to the bit, slower: see `grid.lookup`.
+    levels: number of resolution levels.
+    min_resolution, max_resolution: cells per axis of the coarsest and the finest level.
+    log2_size: log2 of the maximum number of rows of a table; levels with more vertices hash them.
+    features: features per level.
+    multisampled: average over k Gaussians per interval.
+    deterministic: bitwise reproducible gradients, slower; see `grid.lookup`.
   """
 
   levels: int
@@ -121,22 +128,22 @@ class HashGrid(nn.Module):
 
   @nn.compact
   def __call__(self, gaussians: structs.Gaussians) -> Array:
-    x, scale = grid.in_cube(gaussians.mean, gaussians.cov)
-    of_levels, features = [], None
+    x, scale = grid.in_cube(gaussians.mean, gaussians.cov)  # [..., 3], [...]
+    by_level, features = [], None
     for i, n in enumerate(grid.resolutions(self.levels, self.min_resolution, self.max_resolution)):
       shape = grid.table_size(n, self.log2_size), self.features
       table = self.param(f'table_{i}', _small_uniform, shape)
-      features = grid.lookup(table, x, n, self.deterministic, features)
+      features = grid.lookup(table, x, n, self.deterministic, features)  # [..., features]
       faded = features * grid.fading(scale, n)[..., None]
-      # Where levels are joined, neighbouring threads of a GPU would each do another one's sums.
-      of_levels.append(grid.apart(jnp.mean(faded, -2) if self.multisampled else faded))
-    return jnp.concatenate(of_levels, -1)
+      # Fused into the concatenation, neighbouring GPU threads would work on different levels.
+      by_level.append(grid.apart(jnp.mean(faded, -2) if self.multisampled else faded))
+    return jnp.concatenate(by_level, -1)  # [..., levels * features]
 
   def arrange(self, rows: Array) -> Array:
-    """Puts [levels * features, ...] rows, coarse levels first, in the order of the features."""
+    """Returns the rows [num_features, ...] unchanged: coarse levels first, as documented."""
     return rows
 
 
 def _small_uniform(key: Array, shape: tuple[int, ...]) -> Array:
-  """Within 1e-4 of zero: tables begin as next to nothing (arXiv:2201.05989, section 4)."""
+  """Draws uniformly from [-1e-4, 1e-4] (arXiv:2201.05989, section 4)."""
   return jax.random.uniform(key, shape, jnp.float32, -1e-4, 1e-4)

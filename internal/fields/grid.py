@@ -1,9 +1,9 @@
-"""Multi-resolution hash grids: features of points in a cube, by lookups in tables.
+"""Multi-resolution hash grids: interpolated features of points in a cube.
 
-Points `x` [..., 3] and their scales [...] are in units of the cube's side: [0, 1]. A level of
-resolution n has n cells along each axis, and a vector of `f` numbers at each of its (n + 1)^3
-vertices; `table` [size, f] has a row for each where that fits, and else a row for each value of a
-hash (arXiv:2201.05989, section 3).
+Points x [..., 3] and scales [...] are in units of the cube's side, so x is in [0, 1]. A level with
+resolution n has n cells along each axis and f features at each of its (n + 1)^3 vertices. Its table
+[size, f] has a row per vertex if that fits, otherwise a row per hash value (arXiv:2201.05989,
+section 3).
 """
 
 import functools
@@ -16,53 +16,53 @@ from .. import math
 
 Array = jax.Array
 
-_RADIUS = 2.0  # The cube is [-2, 2]^3 of the fields' space, around the ball of contracted points.
-_PRIMES = (1, 2654435761, 805459861)  # Of arXiv:2201.05989, Eq. 4.
-_CORNERS = np.arange(8, dtype=np.uint32)
-_ROWS_ENOUGH = 2**18  # Tables with so many are seldom added to at one row by several at a time.
+_RADIUS = 2.0  # The cube is [-2, 2]^3, which encloses the ball of contracted points.
+_PRIMES = (1, 2654435761, 805459861)  # The hash of arXiv:2201.05989, Eq. 4.
+_CORNERS = np.arange(8, dtype=np.uint32)  # Bit i is 1 for the upper end of axis i.
+_ENOUGH_ROWS = 2**18  # In tables of this size, atomic adds rarely collide in one row.
 
 
 def resolutions(levels: int, low: int, high: int) -> tuple[int, ...]:
-  """Cells along an axis for each level: a geometric series from `low` to `high`, rounded."""
+  """Returns each level's cells per axis: a geometric series from `low` to `high`, rounded."""
   steps = max(levels - 1, 1)
   return tuple(round(low * (high / low) ** (i / steps)) for i in range(levels))
 
 
 def table_size(resolution: int, log2_size: int) -> int:
-  """Rows of a level's table: one for each vertex if at most 2^log2_size, and else that."""
+  """Returns the number of rows of a level's table: one per vertex, at most 2^log2_size."""
   return min((resolution + 1) ** 3, 2**log2_size)
 
 
 def in_cube(mean: Array, cov: Array) -> tuple[Array, Array]:
-  """Gaussians as points with a scale each, in units of the cube.
+  """Converts Gaussians to points with scales, in units of the cube.
 
-  Contracted points lie inside of it. Without contraction the scene has to lie in [-2, 2]^3: points
-  outside are taken at the boundary.
+  Contracted points lie inside the cube. Without contraction, points outside [-2, 2]^3 are clipped
+  to its boundary.
 
   Args:
     mean: [..., 3].
     cov: [..., 3, 3].
 
   Returns:
-    x [..., 3] in [0, 1], scale [...].
+    Points x [..., 3] in [0, 1], and scales [...].
   """
   x = jnp.clip(mean / (2 * _RADIUS) + 0.5, 0, 1)
   return x, isotropic_scale(cov) / (2 * _RADIUS)
 
 
 def isotropic_scale(cov: Array) -> Array:
-  """det(cov)^(1/6): the geometric mean of a Gaussian's standard deviations.
+  """Computes det(cov)^(1/6), the geometric mean of a Gaussian's standard deviations.
 
-  For an isotropic one that went through a linearised warp it is its scale times det(J)^(1/3), as in
-  arXiv:2304.06706. By elimination: rounding would leave nothing of the determinant of
-  a long thin Gaussian as a sum of products, while here each pivot keeps its digits. A pivot below
-  float32's resolution of the largest axis is taken to be that, so the scale is positive.
+  For an isotropic Gaussian that was warped with Jacobian J, this is its scale times det(J)^(1/3),
+  as in arXiv:2304.06706. The determinant comes from Gaussian elimination: as a sum of products,
+  cancellation would lose all digits for a long thin Gaussian. Pivots are at least float32's
+  resolution of the largest axis, so the scale is positive.
 
   Args:
-    cov: [..., 3, 3], positive semidefinite but for rounding.
+    cov: [..., 3, 3], positive semidefinite up to rounding.
 
   Returns:
-    [...]
+    Scales [...].
   """
   a, b, c = cov[..., 0, 0], cov[..., 1, 1], cov[..., 2, 2]
   ab, ac, bc = cov[..., 0, 1], cov[..., 0, 2], cov[..., 1, 2]
@@ -75,17 +75,17 @@ def isotropic_scale(cov: Array) -> Array:
 
 
 def fading(scale: Array, resolution: int) -> Array:
-  """How much of a level is left to points of a scale: 1 for small ones, 0 for large ones.
+  """Computes the weight of a level's features: near 1 for small scales, near 0 for large ones.
 
-  erf(1 / sqrt(8 s^2 n^2)), the downweighting of arXiv:2304.06706: the part of a Gaussian that is
-  within half a cell of its mean, along one axis.
+  This is erf(1 / sqrt(8 s^2 n^2)), the downweighting of arXiv:2304.06706: the fraction of a
+  Gaussian's mass within half a cell of its mean, along one axis.
   """
   return jax.scipy.special.erf(1 / (8**0.5 * resolution * scale))
 
 
 @jax.custom_vjp
 def apart(x: Array) -> Array:
-  """The same, computed before anything that is made of it begins; gradients pass as they are."""
+  """Returns x behind an optimization barrier; the gradient passes without one."""
   return jax.lax.optimization_barrier(x)
 
 
@@ -93,38 +93,42 @@ apart.defvjp(lambda x: (apart(x), None), lambda _, d_out: (d_out,))
 
 
 def _cells(x: Array, resolution: int) -> list[tuple[Array, Array]]:
-  """For each axis: the cells that hold x [..., 3], counted from 0, and where in them it is."""
+  """Returns for each axis the index [...] of the cell that contains x, and the position in it."""
   cells = []
   for axis in range(3):
-    position = x[..., axis] * resolution
+    position = x[..., axis] * resolution  # [...]
     cell = jnp.clip(jnp.floor(jax.lax.stop_gradient(position)), 0, resolution - 1)
     cells.append((cell.astype(jnp.uint32), position - cell))
   return cells
 
 
 def _corner(cells, resolution: int, size: int, corner: np.ndarray) -> tuple[Array, Array]:
-  """Row of the table, and trilinear weight, of a corner of `_cells`.
+  """Returns the table row and the trilinear weight of a corner of the cells.
 
-  Corners are numbered 0 to 7, a bit for each axis; several broadcast with [...].
+  Args:
+    cells: from `_cells`.
+    resolution: cells per axis.
+    size: rows of the table.
+    corner: 0 to 7, one bit per axis; several corners broadcast with [...].
   """
   dense = (resolution + 1) ** 3 <= size
   strides = (1, resolution + 1, (resolution + 1) ** 2) if dense else _PRIMES
   row, weight = jnp.uint32(0), 1.0
   for axis, ((cell, high), stride) in enumerate(zip(cells, strides)):
     upper = corner >> axis & 1
-    along = (cell + upper) * np.uint32(stride)  # Modulo 2^32, as the hash would have it.
+    along = (cell + upper) * np.uint32(stride)  # Wraps at 2^32, as the hash requires.
     row = row + along if dense else row ^ along
     weight *= jnp.where(upper, high, 1 - high)
   return (row if dense else row & np.uint32(size - 1)), weight
 
 
 def _interpolate(table: Array, x: Array, resolution: int) -> Array:
-  """`lookup`, for autodiff in x alone."""
-  # Eight small lookups: a compiler joins them with their sum and stores nothing in between.
+  """Computes `lookup`, differentiable by autodiff with respect to x."""
+  # XLA fuses eight small gathers with their sum, and stores no intermediate results.
   cells, total = _cells(x, resolution), 0.0
   for corner in _CORNERS:
     row, weight = _corner(cells, resolution, len(table), corner)
-    total += weight[..., None] * table.at[row].get(mode='promise_in_bounds')
+    total += weight[..., None] * table.at[row].get(mode='promise_in_bounds')  # [..., f]
   return total
 
 
@@ -132,21 +136,21 @@ def _interpolate(table: Array, x: Array, resolution: int) -> Array:
 def lookup(
   table: Array, x: Array, resolution: int, deterministic: bool = False, after: Array | None = None
 ) -> Array:
-  """Trilinear interpolation of a level's features.
+  """Interpolates a level's features trilinearly.
 
   Args:
-    table: [size, f]; size is a power of two unless it is the number of vertices.
+    table: [size, f]; size is the number of vertices or a power of two.
     x: [..., 3] in [0, 1].
-    resolution: the level's cells along an axis.
-    deterministic: sum the table's gradient in an order of its own, so that it repeats to the bit:
-      a GPU adds in the order that its threads come in. Costs a sort of eight rows a point and
-      a scan over them, several times the other way's time and memory.
-    after: what has to be there first, such as another level's features.
+    resolution: cells per axis of the level.
+    deterministic: make the table's gradient bitwise reproducible. By default a GPU adds in the
+      order in which its threads arrive. Sorting and scanning eight rows per point instead takes
+      several times the time and memory.
+    after: an array to compute first, such as another level's features, or None.
 
   Returns:
-    [..., f]
+    Features [..., f].
   """
-  # One kernel of several levels, or of what becomes of them, takes a GPU longer than many small.
+  # GPUs are faster with one small kernel per level than with one that fuses several levels.
   x, _ = jax.lax.optimization_barrier((x, after))
   return jax.lax.optimization_barrier(_interpolate(table, x, resolution))
 
@@ -158,11 +162,11 @@ def _forward(table, x, resolution, deterministic, after):
 
 
 def _backward(resolution, deterministic, residuals, d_out):
-  table, x, moving = residuals
-  flat, d_rows = x.reshape(-1, 1, 3), d_out.reshape(-1, 1, table.shape[-1])
+  table, x, perturbed_x = residuals
+  flat, d_rows = x.reshape(-1, 1, 3), d_out.reshape(-1, 1, table.shape[-1])  # [m, 1, 3], [m, 1, f]
   cells = _cells(flat, resolution)
   rows, weights = _corner(cells, resolution, len(table), _CORNERS[None])  # [m, 8]
-  updates = weights[..., None] * d_rows
+  updates = weights[..., None] * d_rows  # [m, 8, f]
   if deterministic:
     d_table = sorted_add(
       jnp.zeros_like(table), rows.reshape(-1), updates.reshape(-1, d_rows.shape[-1])
@@ -170,9 +174,9 @@ def _backward(resolution, deterministic, residuals, d_out):
   else:
     copies = _copies(len(table)) if jax.default_backend() == 'gpu' else 1
     d_table = scatter_add(jnp.zeros_like(table), rows, updates, copies)
-  d_x = None  # Half of all there is to trace, where positions do not depend on parameters.
-  if moving is not None:
-    (d_x,) = jax.vjp(lambda x: _interpolate(table, x, resolution), moving)[1](d_out)
+  d_x = None
+  if perturbed_x is not None:  # Not in training: skipping it halves the time to trace.
+    (d_x,) = jax.vjp(lambda x: _interpolate(table, x, resolution), perturbed_x)[1](d_out)
   return d_table, d_x, None
 
 
@@ -180,32 +184,32 @@ lookup.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def scatter_add(table: Array, rows: Array, updates: Array, copies: int = 1) -> Array:
-  """Adds updates [m, k, f] to a table's rows [m, k].
+  """Adds updates [m, k, f] to rows [m, k] of a table [size, f].
 
-  A GPU adds to one address one after the other, and many points share a small table's rows:
-  with several copies of the table, summed in the end, neighbours along m do not.
+  GPUs serialise atomic adds to the same address, and in a small table many points share a row. With
+  several copies of the table, which are summed at the end, neighbours along m do not collide.
   """
   if copies == 1:
     return table.at[rows].add(updates, mode='promise_in_bounds')
-  own = jnp.arange(len(rows), dtype=jnp.uint32)[:, None] % copies * len(table)
-  many = jnp.zeros((copies * len(table), table.shape[1]), table.dtype)
-  many = many.at[rows + own].add(updates, mode='promise_in_bounds')
-  return table + many.reshape(copies, *table.shape).sum(0)
+  offset = jnp.arange(len(rows), dtype=jnp.uint32)[:, None] % copies * len(table)  # [m, 1]
+  sums = jnp.zeros((copies * len(table), table.shape[1]), table.dtype)
+  sums = sums.at[rows + offset].add(updates, mode='promise_in_bounds')
+  return table + sums.reshape(copies, *table.shape).sum(0)  # [size, f]
 
 
 def _copies(size: int) -> int:
-  """How many a GPU adds to: a power of two, for about as many rows as need no copies."""
+  """Returns the number of copies of a table for `scatter_add` on GPUs, a power of two."""
   copies = 1
-  while 2 * copies * size <= _ROWS_ENOUGH:
+  while 2 * copies * size <= _ENOUGH_ROWS:
     copies *= 2
   return copies
 
 
 def sorted_add(table: Array, rows: Array, updates: Array) -> Array:
-  """Adds updates [m, f] to a table's rows [m], in an order that only the rows decide.
+  """Adds updates [m, f] to rows [m] of a table, in an order that depends only on the rows.
 
-  Sorted by row, ties in their own order; then a scan restarts at each row's first update and has
-  its sum at the last, which is the only one written.
+  A stable sort brings the updates of a row together. A segmented scan sums them, and only the last
+  partial sum of each row is written.
   """
   rows, order = jax.lax.sort_key_val(rows, jnp.arange(len(rows), dtype=jnp.int32))
   changes = rows[1:] != rows[:-1]
@@ -215,6 +219,6 @@ def sorted_add(table: Array, rows: Array, updates: Array) -> Array:
     return a[0] | b[0], jnp.where(b[0], b[1], a[1] + b[1])
 
   starts = jnp.concatenate([one, changes])[:, None]
-  _, sums = jax.lax.associative_scan(join, (starts, updates[order]))
+  _, sums = jax.lax.associative_scan(join, (starts, updates[order]))  # [m, f]
   last = jnp.concatenate([changes, one])
   return table.at[jnp.where(last, rows, len(table))].add(sums, mode='drop')

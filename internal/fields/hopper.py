@@ -1,16 +1,17 @@
-"""Matrix products for Hopper GPUs that finish a dense layer's work while its tile is on the chip.
+"""Matrix product kernels for Hopper GPUs, with the rest of a dense layer fused into them.
 
-XLA calls cuBLAS for products; what cuBLAS does not finish, XLA does in passes over gigabytes of
-activations. `product` also joins two products, adds a bias or an outer product, and applies a
-ReLU or its mask; `weight_gradient` also sums the rows for the bias. They are kernels in Pallas
-for Mosaic GPU: one warpgroup of a block fetches tiles into a ring in shared memory, two multiply.
-internal/dense.py has the same in plain XLA.
+XLA calls cuBLAS for matrix products and runs what cuBLAS cannot fuse as separate passes over
+gigabytes of activations. `product` fuses the sum of two products, a bias or an outer product, and a
+ReLU or its mask; `weight_gradient` fuses the bias's gradient. Both are Pallas kernels for Mosaic
+GPU: in each block, one warpgroup copies tiles into a ring buffer in shared memory and two others
+multiply them. dense.py has the same computation in plain XLA.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -20,38 +21,41 @@ from jax import lax
 
 Array = jax.Array
 
-_SUB = 64  # Shared memory is laid out, and copied out, in squares of so many.
-_TRANSFORMS = (plgpu.TilingTransform((8, _SUB)), plgpu.SwizzleTransform(128))  # Of bfloat16.
-_DEPTH = 64  # What is multiplied at a time.
+_SUB = 64  # Side of the squares in which shared memory is laid out and copied out.
+_TRANSFORMS = (plgpu.TilingTransform((8, _SUB)), plgpu.SwizzleTransform(128))  # For bfloat16.
+_DEPTH = 64  # Size of the contracted axis in one step.
 _ROWS, _COLS = 128, 256  # A block's tile of the result.
-_WARPGROUPS = 2  # Those that multiply: each half of the tile's rows (columns, of a gradient).
-_PRODUCT_STAGES = 3  # Places in the ring: with the result's tile, all that shared memory holds.
+_WARPGROUPS = 2  # Number that multiply, each half of a tile's rows (of a gradient's columns).
+_PRODUCT_STAGES = 3  # Slots of the ring: with the result's tile they fill shared memory.
 _GRADIENT_STAGES = 4
-_MASK_STEP = 2  # When a tile's mask is fetched: by then the tile before has been stored.
-_FETCH_REGISTERS, _MULTIPLY_REGISTERS = 40, 232
+_MASK_STEP = 2  # Step at which a tile's mask is fetched; by then the previous tile is stored.
+_FETCH_REGISTERS, _MULTIPLY_REGISTERS = 40, 232  # Per thread.
 
 
 def available() -> bool:
-  """Whether this process computes on Hopper GPUs."""
+  """Returns whether this process computes on Hopper GPUs."""
   if jax.default_backend() != 'gpu':
     return False
   return getattr(jax.devices()[0], 'compute_capability', '') == '9.0'
 
 
 def fits(rows: int, depth: int, width: int) -> bool:
-  """Whether [rows, depth] times [depth, width], and its gradients, can be done here."""
+  """Returns whether the kernels support [rows, depth] x [depth, width] and its gradients."""
   whole_tiles = depth > 0 and not (rows % _ROWS or depth % _ROWS or width % _COLS)
   return whole_tiles and depth // _DEPTH >= _PRODUCT_STAGES and _parts(rows, depth, 1, 1) > 0
 
 
 def _parts(rows: int, depth: int, tiles: int, blocks: int) -> int:
-  """In how many parts blocks share the rows of a weight gradient of so many tiles; 0: in none.
+  """Returns the number of blocks that share the rows of each tile of a weight gradient.
 
-  A power of two. Each part must fill the ring, and be whole rounds of steps (see the kernel).
+  It is the largest power of two with parts * tiles <= blocks such that each part fills the ring and
+  consists of whole rounds of steps (see `_gradient_kernel`); 0 if not even one part does.
   """
-  works = lambda parts: (  # noqa: E731
-    rows % (parts * _DEPTH * (depth // _ROWS)) == 0 and rows // (parts * _DEPTH) >= _GRADIENT_STAGES
-  )
+
+  def works(parts: int) -> bool:
+    whole_rounds = rows % (parts * _DEPTH * (depth // _ROWS)) == 0
+    return whole_rounds and rows // (parts * _DEPTH) >= _GRADIENT_STAGES
+
   if not works(1):
     return 0
   parts = 1
@@ -61,14 +65,14 @@ def _parts(rows: int, depth: int, tiles: int, blocks: int) -> int:
 
 
 def _blocks() -> int:
-  """One block for each multiprocessor."""
+  """Returns the number of multiprocessors, for one block each."""
   if jax.default_backend() != 'gpu':
-    return 132  # An H200's, for lowering elsewhere.
+    return 132  # An H200's, to lower the kernels on other machines.
   return jax.devices()[0].core_count
 
 
 def _ring(stages: int, a: tuple[int, int], b: tuple[int, int]) -> list:
-  """Shared memory of a ring of pairs of tiles; barriers that say full, and empty."""
+  """Returns scratch types of a ring of tile pairs, with its `full` and `empty` barriers."""
   return [
     plgpu.SMEM((stages, *a), jnp.bfloat16, transforms=_TRANSFORMS),
     plgpu.SMEM((stages, *b), jnp.bfloat16, transforms=_TRANSFORMS),
@@ -78,7 +82,7 @@ def _ring(stages: int, a: tuple[int, int], b: tuple[int, int]) -> list:
 
 
 def _fetch_all(total, stages: int, empty, fetch) -> None:
-  """Keeps a ring filled: `fetch(step, slot)` for each of `total` steps, at least `stages`."""
+  """Keeps a ring filled: calls `fetch(step, slot)` for each of `total` (>= `stages`) steps."""
   plgpu.set_max_registers(_FETCH_REGISTERS, action='decrease')
 
   def refill(step, _):
@@ -86,13 +90,16 @@ def _fetch_all(total, stages: int, empty, fetch) -> None:
     plgpu.barrier_wait(empty.at[slot])
     fetch(step, slot)
 
+  def drain(step, _):
+    plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
+
   lax.fori_loop(0, stages, lambda step, _: fetch(step, step), None)
   lax.fori_loop(stages, total, refill, None)
-  drain = lambda step, _: plgpu.barrier_wait(empty.at[lax.rem(step, stages)])  # noqa: E731
   lax.fori_loop(total, total + stages, drain, None)
 
 
 def _call(body, outs, scratch, blocks: int, interpret):
+  """Makes a callable kernel of `body`, with `blocks` blocks."""
   return plgpu.kernel(
     body,
     out_type=outs,
@@ -106,7 +113,7 @@ def _call(body, outs, scratch, blocks: int, interpret):
   )
 
 
-# Compiled by themselves, calls alike are one kernel to the compiler, and cost its time once.
+# Under a jit of their own, identical calls become one function, which is compiled once.
 @functools.partial(jax.jit, static_argnames=('relu', 'blocks', 'interpret'))
 def product(
   xs: Sequence[Array],
@@ -119,17 +126,20 @@ def product(
   blocks: int | None = None,
   interpret=None,
 ) -> Array:
-  """The sum of one or two matrix products, finished: [m, n] bfloat16.
+  """Computes sum(x @ w) + bias + outer product, then ReLU and mask; sums are float32.
 
   Args:
-    xs: one or two of [m, k] bfloat16; k may differ.
-    ws: as many of [k, n] bfloat16.
-    bias: [n] float32, added.
-    outer: [m] and [n] float32, whose outer product is added.
-    relu: clip at zero from below.
-    mask: [m, n] bfloat16: keep only where it is positive.
-    blocks: how many run at a time (None: one for each multiprocessor).
-    interpret: Pallas' parameters for running without a GPU.
+    xs: one or two arrays [m, k] in bfloat16; k may differ.
+    ws: an array [k, n] in bfloat16 for each of xs.
+    bias: [n] float32, or None.
+    outer: ([m], [n]) float32, whose outer product is added, or None.
+    relu: apply a ReLU.
+    mask: [m, n] bfloat16; the result is 0 where it is not positive. Or None.
+    blocks: number of concurrent blocks (None: one per multiprocessor).
+    interpret: Pallas parameters for running without a GPU.
+
+  Returns:
+    [m, n] bfloat16.
   """
   (m, _), (_, n) = xs[0].shape, ws[0].shape
   blocks = min(blocks or _blocks(), (m // _ROWS) * (n // _COLS))
@@ -154,121 +164,166 @@ def product(
   return _call(body, out, scratch, blocks, interpret)(*xs, *ws, *extras)
 
 
-def _product_kernel(*refs, depths, extras, relu, blocks):
-  refs = list(refs)
-  take = lambda wanted: refs.pop(0) if wanted else None  # noqa: E731
-  has_bias, has_outer, has_mask = extras
-  xs, ws = [take(True) for _ in depths], [take(True) for _ in depths]
-  bias, by_row, by_col, mask = take(has_bias), take(has_outer), take(has_outer), take(has_mask)
-  out, x_ring, w_ring, full, empty, result, mask_came = refs
+class _Refs(NamedTuple):
+  """What `_product_kernel` reads and writes; bias to mask are None if not used."""
 
-  across = out.shape[1] // _COLS
-  tiles = (out.shape[0] // _ROWS) * across
-  steps = sum(depths) // _DEPTH  # Of each tile.
-  stages, half = _PRODUCT_STAGES, _ROWS // _WARPGROUPS
+  xs: list[Any]  # In global memory, as `product` documents them.
+  ws: list[Any]
+  bias: Any
+  by_row: Any  # The two vectors of `outer`.
+  by_col: Any
+  mask: Any
+  out: Any
+  x_ring: Any  # In shared memory.
+  w_ring: Any
+  full: Any  # Barriers of the ring's slots.
+  empty: Any
+  result: Any  # A warpgroup's half of a tile, in pieces [half, _SUB]; holds the mask before.
+  mask_ready: Any  # A barrier per warpgroup.
+
+
+def _product_refs(refs: Sequence[Any], count: int, extras: tuple[bool, bool, bool]) -> _Refs:
+  """Names the kernel's arguments: `count` products, and the extras (bias, outer, mask) in use."""
+  refs = iter(refs)
+  xs, ws = ([next(refs) for _ in range(count)] for _ in range(2))
+  has_bias, has_outer, has_mask = extras
+  optional = [next(refs) if used else None for used in (has_bias, has_outer, has_outer, has_mask)]
+  return _Refs(xs, ws, *optional, *refs)
+
+
+def _product_kernel(*refs, depths, extras, relu, blocks):
+  refs = _product_refs(refs, len(depths), extras)
+  across = refs.out.shape[1] // _COLS
+  tiles = (refs.out.shape[0] // _ROWS) * across
+  half = _ROWS // _WARPGROUPS
+  steps = sum(depths) // _DEPTH  # Per tile.
   warpgroup, block = lax.axis_index('warpgroup'), lax.axis_index('block')
-  mine = lax.div(tiles - block + blocks - 1, blocks)
+  my_tiles = lax.div(tiles - block + blocks - 1, blocks)
 
   def corner(i):
-    """Where this block's i-th tile begins: blocks side by side share rows of x in the cache."""
+    """Returns row and column of this block's i-th tile; neighbours share rows of x in cache."""
     tile = block + i * blocks
     return lax.div(tile, across) * _ROWS, lax.rem(tile, across) * _COLS
 
   @pl.when(warpgroup == _WARPGROUPS)
   def _fetch():
-    def fetch(step, slot):
-      row, col = corner(lax.div(step, steps))
-
-      def copy(x, w, k):
-        depth = pl.ds(k * _DEPTH, _DEPTH)
-        plgpu.copy_gmem_to_smem(x.at[pl.ds(row, _ROWS), depth], x_ring.at[slot], full.at[slot])
-        plgpu.copy_gmem_to_smem(w.at[depth, pl.ds(col, _COLS)], w_ring.at[slot], full.at[slot])
-
-      k = lax.rem(step, steps)
-      if len(xs) == 1:
-        copy(xs[0], ws[0], k)
-      else:
-        first = depths[0] // _DEPTH
-        pl.when(k < first)(lambda: copy(xs[0], ws[0], k))
-        pl.when(k >= first)(lambda: copy(xs[1], ws[1], k - first))
-
-    _fetch_all(mine * steps, stages, empty, fetch)
+    fetch = functools.partial(_fetch_product_step, refs, depths, corner)
+    _fetch_all(my_tiles * steps, _PRODUCT_STAGES, refs.empty, fetch)
 
   @pl.when(warpgroup < _WARPGROUPS)
   def _multiply():
     plgpu.set_max_registers(_MULTIPLY_REGISTERS, action='increase')
     my_rows = pl.ds(warpgroup * half, half)
-    pieces = range(_COLS // _SUB)
 
     def one_tile(i, _):
       row, col = corner(i)
       row = row + warpgroup * half
-
-      def piece_of(ref, p):
-        return ref.at[pl.ds(row, half), pl.ds(col + p * _SUB, _SUB)]
-
-      def accumulate(acc):
-        def step(k, acc):
-          at = i * steps + k
-          slot = lax.rem(at, stages)
-          plgpu.barrier_wait(full.at[slot])
-          plgpu.wgmma(acc, x_ring.at[slot].at[my_rows], w_ring.at[slot])
-          plgpu.wgmma_wait(1)  # The step before is done with its place in the ring.
-          pl.when(k > 0)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(at - 1, stages)]))
-          return acc
-
-        lax.fori_loop(0, _MASK_STEP, step, acc)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        if has_mask:
-          for p in pieces:
-            plgpu.copy_gmem_to_smem(
-              piece_of(mask, p), result.at[warpgroup, p], mask_came.at[warpgroup]
-            )
-        lax.fori_loop(_MASK_STEP, steps, step, acc)
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(empty.at[lax.rem(i * steps + steps - 1, stages)])
-        return acc[...]
-
+      fetch_mask = functools.partial(_fetch_mask, refs, warpgroup, row, col)
+      accumulate = functools.partial(_accumulate_tile, refs, steps, my_rows, i, fetch_mask)
       acc = pl.run_scoped(accumulate, plgpu.ACC((half, _COLS), jnp.float32))
-      if has_mask:
-        plgpu.barrier_wait(mask_came.at[warpgroup])
+      _finish_tile(refs, acc, warpgroup, row, col, relu)
 
-      def vector(ref, start, size, axis):
-        """Part of a vector, spread over the axis of a piece that it does not run along."""
-        layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-        part = plgpu.load(ref, (pl.ds(start, size),), layout=layout, optimized=False)
-        return lax.broadcast_in_dim(part, (half, _SUB), [axis])
-
-      for p in pieces:
-        piece = acc[:, p * _SUB : (p + 1) * _SUB]
-        if has_bias:
-          piece += vector(bias, col + p * _SUB, _SUB, 1)
-        if has_outer:
-          piece += vector(by_row, row, half, 0) * vector(by_col, col + p * _SUB, _SUB, 1)
-        if relu:
-          piece = jnp.maximum(piece, 0.0)
-        if has_mask:
-          piece = jnp.where(result[warpgroup, p] > 0, piece, 0.0)
-        result[warpgroup, p] = piece.astype(jnp.bfloat16)
-      plgpu.commit_smem()
-      for p in pieces:
-        plgpu.copy_smem_to_gmem(result.at[warpgroup, p], piece_of(out, p))
-
-    lax.fori_loop(0, mine, one_tile, None)
+    lax.fori_loop(0, my_tiles, one_tile, None)
     plgpu.wait_smem_to_gmem(0)
+
+
+def _fetch_product_step(refs: _Refs, depths, corner, step, slot) -> None:
+  """Starts copying the tiles of x and w for a step into a slot of the ring."""
+  steps = sum(depths) // _DEPTH
+  row, col = corner(lax.div(step, steps))
+
+  def copy(x, w, k):
+    depth, full = pl.ds(k * _DEPTH, _DEPTH), refs.full.at[slot]
+    plgpu.copy_gmem_to_smem(x.at[pl.ds(row, _ROWS), depth], refs.x_ring.at[slot], full)
+    plgpu.copy_gmem_to_smem(w.at[depth, pl.ds(col, _COLS)], refs.w_ring.at[slot], full)
+
+  k = lax.rem(step, steps)
+  if len(depths) == 1:
+    copy(refs.xs[0], refs.ws[0], k)
+  else:
+    first = depths[0] // _DEPTH  # Steps of the first product.
+    pl.when(k < first)(lambda: copy(refs.xs[0], refs.ws[0], k))
+    pl.when(k >= first)(lambda: copy(refs.xs[1], refs.ws[1], k - first))
+
+
+def _piece(ref, row, col, p: int):
+  """Returns the p-th piece [half, _SUB] of a warpgroup's half tile in global memory."""
+  return ref.at[pl.ds(row, _ROWS // _WARPGROUPS), pl.ds(col + p * _SUB, _SUB)]
+
+
+def _fetch_mask(refs: _Refs, warpgroup, row, col) -> None:
+  """Starts copying a half tile's mask to where its result will be."""
+  ready = refs.mask_ready.at[warpgroup]
+  for p in range(_COLS // _SUB):
+    plgpu.copy_gmem_to_smem(_piece(refs.mask, row, col, p), refs.result.at[warpgroup, p], ready)
+
+
+def _accumulate_tile(refs: _Refs, steps: int, my_rows, i, fetch_mask, acc):
+  """Sums the products of half of tile i in registers [half, _COLS]; meanwhile fetches its mask."""
+  stages = _PRODUCT_STAGES
+
+  def step(k, acc):
+    at = i * steps + k
+    slot = lax.rem(at, stages)
+    plgpu.barrier_wait(refs.full.at[slot])
+    plgpu.wgmma(acc, refs.x_ring.at[slot].at[my_rows], refs.w_ring.at[slot])
+    plgpu.wgmma_wait(1)  # The previous step no longer reads its slot.
+    pl.when(k > 0)(lambda: plgpu.barrier_arrive(refs.empty.at[lax.rem(at - 1, stages)]))
+    return acc
+
+  lax.fori_loop(0, _MASK_STEP, step, acc)
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # `result` still held the previous tile.
+  if refs.mask is not None:
+    fetch_mask()
+  lax.fori_loop(_MASK_STEP, steps, step, acc)
+  plgpu.wgmma_wait(0)
+  plgpu.barrier_arrive(refs.empty.at[lax.rem(i * steps + steps - 1, stages)])
+  return acc[...]
+
+
+def _finish_tile(refs: _Refs, acc, warpgroup, row, col, relu: bool) -> None:
+  """Applies bias, outer product, ReLU and mask to a half tile, and starts storing it."""
+  half, pieces = _ROWS // _WARPGROUPS, range(_COLS // _SUB)
+  if refs.mask is not None:
+    plgpu.barrier_wait(refs.mask_ready.at[warpgroup])
+
+  def vector(ref, start, size, axis):
+    """Loads a part of a vector along `axis` of a piece, broadcast along the other axis."""
+    layout = plgpu.Layout.WGMMA.reduce(1 - axis)
+    part = plgpu.load(ref, (pl.ds(start, size),), layout=layout, optimized=False)
+    return lax.broadcast_in_dim(part, (half, _SUB), [axis])
+
+  for p in pieces:
+    piece = acc[:, p * _SUB : (p + 1) * _SUB]
+    if refs.bias is not None:
+      piece += vector(refs.bias, col + p * _SUB, _SUB, 1)
+    if refs.by_row is not None:
+      rows = vector(refs.by_row, row, half, 0)
+      piece += rows * vector(refs.by_col, col + p * _SUB, _SUB, 1)
+    if relu:
+      piece = jnp.maximum(piece, 0.0)
+    if refs.mask is not None:
+      piece = jnp.where(refs.result[warpgroup, p] > 0, piece, 0.0)
+    refs.result[warpgroup, p] = piece.astype(jnp.bfloat16)
+  plgpu.commit_smem()
+  for p in pieces:
+    plgpu.copy_smem_to_gmem(refs.result.at[warpgroup, p], _piece(refs.out, row, col, p))
 
 
 @functools.partial(jax.jit, static_argnames=('blocks', 'interpret'))
 def weight_gradient(
   x: Array, g: Array, *, blocks: int | None = None, interpret=None
 ) -> tuple[Array, Array]:
-  """A dense layer's gradients: x^T g [k, n] and the sum of g's rows [n], float32.
+  """Computes a dense layer's gradients: of the kernel, x^T g, and of the bias, sum(g, 0).
 
   Args:
-    x: [m, k] bfloat16, the layer's input.
-    g: [m, n] bfloat16, the gradient of what it gave before its ReLU.
-    blocks: how many run at a time (None: one for each multiprocessor).
-    interpret: Pallas' parameters for running without a GPU.
+    x: [m, k] bfloat16, input of the layer.
+    g: [m, n] bfloat16, gradient of the layer's output before its ReLU.
+    blocks: number of concurrent blocks (None: one per multiprocessor).
+    interpret: Pallas parameters for running without a GPU.
+
+  Returns:
+    [k, n] and [n], float32.
   """
   (m, k), n = x.shape, g.shape[1]
   down, across = k // _ROWS, n // _COLS
@@ -297,7 +352,7 @@ def _gradient_kernel(x, g, dw, row_sums, x_ring, g_ring, full, empty, ones, *, d
   @pl.when(warpgroup == _WARPGROUPS)
   def _fetch():
     def fetch(step, slot):
-      # Of every `down` steps block i begins with the i-th, whose rows it also sums.
+      # A round is `down` steps; block i starts it with step i, whose rows of g it also sums.
       turn = lax.rem(step, down)
       row = (part * steps + step - turn + lax.rem(turn + i, down)) * _DEPTH
       rows = pl.ds(row, _DEPTH)
@@ -325,7 +380,7 @@ def _gradient_kernel(x, g, dw, row_sums, x_ring, g_ring, full, empty, ones, *, d
           if turn == 0:
             plgpu.wgmma(sums, ones.at[warpgroup], g_part)
           plgpu.wgmma_wait(2 if turn == 0 else 1)
-          done = empty.at[lax.rem(step + stages - 1, stages)]  # The step before.
+          done = empty.at[lax.rem(step + stages - 1, stages)]  # Slot of the previous step.
           if turn == 0:
             pl.when(r > 0)(functools.partial(plgpu.barrier_arrive, done))
           else:
@@ -342,4 +397,4 @@ def _gradient_kernel(x, g, dw, row_sums, x_ring, g_ring, full, empty, ones, *, d
     )
     cols = pl.ds(j * _COLS + warpgroup * half, half)
     dw[part, pl.ds(i * _ROWS, _ROWS), cols] = totals[0]
-    row_sums[part, i, :, cols] = totals[1]  # Each of its rows is the sum.
+    row_sums[part, i, :, cols] = totals[1]  # ones @ g: all its rows are equal.
