@@ -259,19 +259,25 @@ class TestUnpack:
     'name', ['x/../../evil', 'x/../../../evil', 'x//evil', 'x/..\\..\\evil', 'x/./../../evil']
   )
   def test_nothing_leaves_the_folder(self, tmp_path, name):
-    with pytest.raises(downloads.DownloadError, match='leads out'):
-      self.unpack(tmp_path, zipped({'x/a': b'good', name: b'bad'}))
-    assert [p.name for p in tmp_path.rglob('*') if p.is_file()] == ['a.zip']
+    self.unpack(tmp_path, zipped({'x/a': b'good', name: b'bad'}))
+    assert {p.name for p in (tmp_path / 'in').iterdir()} == {'a.zip', 'x'}
+    assert [p.name for p in tmp_path.iterdir()] == ['in']
+    assert len([p for p in (tmp_path / 'in' / 'x').rglob('*') if p.is_file()]) == 2
 
   @pytest.mark.parametrize('name', ['/evil', '../evil', 'y/evil'])
   def test_what_is_of_no_scene_stays_packed(self, tmp_path, name):
     self.unpack(tmp_path, zipped({'x/a': b'good', name: b'bad'}))
     assert {p.name for p in tmp_path.rglob('*') if p.is_file()} == {'a.zip', 'a'}
 
-  def test_links_are_refused(self, tmp_path):
-    link = {'x/link': stat.S_IFLNK | 0o777}
-    with pytest.raises(downloads.DownloadError, match='a link'):
-      self.unpack(tmp_path, zipped({'x/link': b'/etc', 'x/link/passwd': b'bad'}, **link))
+  def test_links_become_plain_files(self, tmp_path):
+    self.unpack(tmp_path, zipped({'x/link': b'/etc'}, **{'x/link': stat.S_IFLNK | 0o777}))
+    link = tmp_path / 'in' / 'x' / 'link'
+    assert not link.is_symlink()
+    assert link.read_bytes() == b'/etc'
+
+  def test_a_file_that_is_also_a_folder_is_damage(self, tmp_path):
+    with pytest.raises(downloads.DownloadError, match='damaged'):
+      self.unpack(tmp_path, zipped({'x/link': b'/etc', 'x/link/passwd': b'bad'}))
 
   def test_damage_is_found_and_leaves_no_scene(self, tmp_path):
     data = bytearray(zipped(scene_files('x')))

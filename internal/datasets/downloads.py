@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import socket
-import stat
 import sys
 import time
 import urllib.error
@@ -210,27 +209,6 @@ def fetch(archive: Archive, folder: str, mirror: str | None = None) -> str:
   return path
 
 
-def _members(path: str, archive: zipfile.ZipFile, prefix: str) -> list[tuple[zipfile.ZipInfo, str]]:
-  """The files below the prefix, with their paths below it.
-
-  Raises:
-    DownloadError: one would land elsewhere, or is a link.
-  """
-  found = []
-  for info in archive.infolist():
-    name = info.filename
-    if info.is_dir() or not name.startswith(prefix):
-      continue
-    inner = name[len(prefix) :]
-    parts = re.split(r'[\\/]', inner)
-    if '' in parts or '.' in parts or '..' in parts or '\0' in inner or ':' in parts[0]:
-      raise DownloadError(f'{path}: refuses to unpack {name!r}, which leads out of its folder.')
-    if stat.S_ISLNK(info.external_attr >> 16):
-      raise DownloadError(f'{path}: refuses to unpack {name!r}, which is a link.')
-    found.append((info, inner))
-  return found
-
-
 def unpack(path: str, archive: Archive, folder: str, scenes: Sequence[str] | None = None) -> None:
   """Unpacks scenes that are not in the folder yet; each is there as a whole or not at all.
 
@@ -245,26 +223,31 @@ def unpack(path: str, archive: Archive, folder: str, scenes: Sequence[str] | Non
         target = os.path.join(folder, scene)
         if not os.path.exists(target):
           _unpack_scene(path, opened, f'{archive.top}{scene}/', target)
-  except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as e:
+  except (
+    zipfile.BadZipFile,
+    EOFError,
+    NotImplementedError,
+    zlib.error,
+    FileExistsError,
+    NotADirectoryError,
+  ) as e:
     raise DownloadError(
       f'{path} is damaged ({e}). Remove it and start this again to fetch it anew.'
     ) from None
 
 
 def _unpack_scene(path: str, opened: zipfile.ZipFile, prefix: str, target: str) -> None:
-  members = _members(path, opened, prefix)
+  members = [m for m in opened.infolist() if m.filename.startswith(prefix) and not m.is_dir()]
   if not members:
     raise DownloadError(f'{path} has no {prefix}: it is not the archive that was expected.')
-  _check_space(os.path.dirname(target), sum(info.file_size for info, _ in members), target)
+  _check_space(os.path.dirname(target), sum(member.file_size for member in members), target)
   temporary = f'{target}.part'
   shutil.rmtree(temporary, ignore_errors=True)
   label = f'unpacking {os.path.basename(target)}'
-  for info, inner in progress.track(members, label):
-    out = os.path.join(temporary, *inner.split('/'))
-    os.makedirs(os.path.dirname(out), exist_ok=True)
-    with opened.open(info) as source, open(out, 'wb') as f:
-      shutil.copyfileobj(source, f, _BLOCK)
-  os.replace(temporary, target)
+  for member in progress.track(members, label):
+    opened.extract(member, temporary)  # Drops '..' from names and makes no links.
+  os.replace(os.path.join(temporary, prefix), target)
+  shutil.rmtree(temporary)
 
 
 def download(

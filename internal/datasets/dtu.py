@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-from .. import colmap, configs, structs
+from .. import configs
 from . import frames as frames_lib
 from . import images, scenes
 
@@ -56,11 +56,7 @@ def _read_frames(data_dir: str, light: int) -> list[frames_lib.Frame]:
   frames = []
   for name, match in found.items():
     path = os.path.join(calibration, f'pos_{match[1]}.txt')
-    intrinsics, pose = _read_projection(path)
-    picture = f'{folder}/{name}' if folder else name
-    header = images.read_header(images.inside(data_dir, picture))
-    size = header.width, header.height
-    frames.append(frames_lib.Frame(name, folder, name, intrinsics, size, pose, 'PINHOLE'))
+    frames.append(frames_lib.pinhole_frame(data_dir, folder, name, *_read_projection(path)))
   return frames
 
 
@@ -75,8 +71,8 @@ def _find_calibration(data_dir: str) -> str:
   )
 
 
-def _read_projection(path: str) -> tuple[colmap.Intrinsics, np.ndarray]:
-  """Intrinsics, and the pose [3, 4] camera to world, OpenGL axes."""
+def _read_projection(path: str) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the intrinsics [3, 3] and the pose [3, 4], OpenGL camera axes to world."""
   if not os.path.isfile(path):
     raise images.DataNotFoundError(f'No such file: {path!r}. Each picture needs its calibration.')
   try:
@@ -89,9 +85,7 @@ def _read_projection(path: str) -> tuple[colmap.Intrinsics, np.ndarray]:
     ) from None
   if abs(k[0, 1]) > _MAX_SKEW * k[0, 0]:
     raise images.DataError(f'{path}: has skewed pixels ({k[0, 1]:g}), as no camera here can have.')
-  pose = np.concatenate([rotation.T * [1, -1, -1], centre[:, None]], -1)
-  lens = (k[0, 0], k[1, 1], k[0, 2], k[1, 2])
-  return colmap.Intrinsics(*lens, (0.0,) * 6, structs.PERSPECTIVE), pose
+  return k, np.concatenate([rotation.T * [1, -1, -1], centre[:, None]], -1)
 
 
 def decompose(projection: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -39,6 +39,11 @@ class Frame:
   mask: str | None = None  # Relative to data_dir; None: `masks.find` looks for one.
   weight: float = 1.0  # Of its pixels in the data loss.
 
+  @property
+  def picture(self) -> str:
+    """The full-size picture, relative to data_dir."""
+    return images.join(self.folder, self.file)
+
 
 @dataclasses.dataclass(frozen=True)
 class World:
@@ -72,6 +77,39 @@ def named(path: str) -> Iterator[None]:
     yield
   except ValueError as e:
     raise images.DataError(f'{path}: {e}') from None
+
+
+def pinhole_frame(
+  data_dir: str,
+  folder: str,
+  file: str,
+  intrinsics: np.ndarray,
+  pose: np.ndarray,
+  name: str | None = None,
+) -> Frame:
+  """Returns the frame of an undistorted picture, whose size is that of the file.
+
+  Args:
+    data_dir: the capture's folder.
+    folder: the picture's folder, relative to data_dir.
+    file: the picture, relative to the folder.
+    intrinsics: [3, 3] or larger, pinhole intrinsics in pixels.
+    pose: [3, 4], OpenGL camera axes to world.
+    name: the picture's name in the capture; None for `file`.
+  """
+  header = images.read_header(images.inside(data_dir, images.join(folder, file)))
+  k = intrinsics
+  return Frame(
+    name=name or file,
+    folder=folder,
+    file=file,
+    intrinsics=colmap.Intrinsics(
+      k[0, 0], k[1, 1], k[0, 2], k[1, 2], (0.0,) * 6, structs.PERSPECTIVE
+    ),
+    size=(header.width, header.height),
+    pose=pose,
+    model='PINHOLE',
+  )
 
 
 def checked_poses(data_dir: str, frames: Sequence[Frame]) -> np.ndarray:
@@ -166,12 +204,12 @@ def assemble(
     DataError: a picture cannot be read or has another size than its camera; no training image.
   """
   for frame in frames:
-    images.inside(data_dir, f'{frame.folder}/{frame.file}' if frame.folder else frame.file)
+    images.inside(data_dir, frame.picture)
   _check_lenses(data_dir, frames)
-  gone = _missing_rows(data_dir, frames, factor) if read_only else []
-  gone_names = [frames[i].name for i in gone]
-  if gone:
-    frames, world, split = _drop(gone, frames, world, split)
+  missing = _missing_rows(data_dir, frames, factor) if read_only else []
+  missing_names = [frames[i].name for i in missing]
+  if missing:
+    frames, world, split = _drop(missing, frames, world, split)
   if not split[0]:
     raise images.DataError(
       f'{data_dir}: no training images: of {len(frames)} images {len(split[1])} are for testing. '
@@ -186,9 +224,9 @@ def assemble(
   )  # [n, 2]
   table = _camera_table(frames, world, sizes, max(1, factor))
   found_masks = tuple(_find_mask(data_dir, *each) for each in zip(frames, sizes))
-  report = _report(loader, frames, gone_names, unregistered, located, sizes, split, world)
-  if any(found_masks):
-    report['masks'] = sum(mask is not None for mask in found_masks)
+  report = _report(
+    loader, frames, missing_names, unregistered, located, sizes, split, world, found_masks
+  )
   return scenes.Scene(
     loader=loader,
     files=located.files,
@@ -205,13 +243,18 @@ def assemble(
   )
 
 
-def _report(loader, frames, gone, unregistered, located, sizes, split, world) -> dict[str, Any]:
-  """What a preflight prints of a capture; `gone` are the names of missing pictures."""
-  return {
+def _report(
+  loader, frames, missing, unregistered, located, sizes, split, world, found_masks
+) -> dict[str, Any]:
+  """Collects everything that a preflight prints about a capture.
+
+  Counts, notes and warnings that are new belong here. `missing` has the names of missing pictures.
+  """
+  report = {
     'loader': loader,
     'images_found': len(frames) + len(unregistered),
-    'images_registered': len(frames) + len(gone),
-    'images_missing': gone,
+    'images_registered': len(frames) + len(missing),
+    'images_missing': missing,
     'images_unregistered': list(unregistered),
     'images_turned_by_exif': sum(
       (h.width, h.height) != tuple(size) for h, size in zip(located.headers, sizes.tolist())
@@ -225,21 +268,33 @@ def _report(loader, frames, gone, unregistered, located, sizes, split, world) ->
     'training_pixel_bytes': int(3 * sizes[list(split[0])].prod(-1).sum()),
     **_describe(world),
   }
+  if any(found_masks):
+    report['masks'] = sum(mask is not None for mask in found_masks)
+  return report
 
 
 def _missing_rows(data_dir: str, frames: Sequence[Frame], factor: int) -> list[int]:
-  """Rows of frames without a picture; none if all are, which is another error."""
-  gone = set()
-  for folder in {frame.folder for frame in frames}:
-    names = [frame.file for frame in frames if frame.folder == folder]
-    gone |= {(folder, name) for name in pyramid.missing(data_dir, folder, names, factor)}
-  rows = [i for i, frame in enumerate(frames) if (frame.folder, frame.file) in gone]
-  return rows if len(rows) < len(frames) else []
+  """Returns the rows of frames whose picture is missing.
+
+  Raises:
+    DataNotFoundError: all pictures are missing.
+  """
+  missing, by_folder = set(), {}
+  for frame in frames:
+    by_folder.setdefault(frame.folder, []).append(frame.file)
+  for folder, names in by_folder.items():
+    absent = pyramid.missing(data_dir, folder, names, factor)
+    missing |= {images.join(folder, name) for name in absent}
+  rows = [i for i, frame in enumerate(frames) if frame.picture in missing]
+  if len(rows) == len(frames):
+    for folder, names in sorted(by_folder.items()):
+      pyramid.check_present(data_dir, folder, names, factor)
+  return rows
 
 
-def _drop(gone: Sequence[int], frames: Sequence[Frame], world: World, split):
-  """Frames, world and split without some rows."""
-  kept = [i for i in range(len(frames)) if i not in set(gone)]
+def _drop(rows: Sequence[int], frames: Sequence[Frame], world: World, split):
+  """Returns frames, world and split without the given rows."""
+  kept = [i for i in range(len(frames)) if i not in set(rows)]
   row = {old: new for new, old in enumerate(kept)}
   split = tuple(tuple(row[i] for i in part if i in row) for part in split)
   world = dataclasses.replace(world, poses=world.poses[kept])
@@ -279,8 +334,7 @@ def _locate(data_dir, frames, factor, background, read_only) -> pyramid.Pictures
 
 def _find_mask(data_dir: str, frame: Frame, used: np.ndarray) -> str | None:
   """The picture's mask, checked against its size; None if it has none."""
-  picture = f'{frame.folder}/{frame.file}' if frame.folder else frame.file
-  mask = frame.mask or masks.find(data_dir, picture)
+  mask = frame.mask or masks.find(data_dir, frame.picture)
   if mask is not None:
     masks.check(data_dir, mask, frame.size, tuple(used.tolist()))
   return mask

@@ -109,6 +109,11 @@ def _short(name: str) -> str:
   return repr(name if len(name) <= 300 else f'{name[:300]}...')
 
 
+def join(folder: str, name: str) -> str:
+  """Returns a picture's path relative to the capture; `folder` may be ''."""
+  return f'{folder}/{name}' if folder else name
+
+
 def list_images(folder: str) -> list[str]:
   """All pictures in a folder and its subfolders, relative to it, sorted, '/' between folders."""
   found = []

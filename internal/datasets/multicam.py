@@ -9,13 +9,12 @@ world is the capture's own.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from typing import Any
 
 from .. import configs
+from . import blender, images, scenes, transforms
 from . import frames as frames_lib
-from . import images, scenes, transforms
 
 _COLUMNS = ('file_path', 'cam2world', 'width', 'height', 'focal', 'lossmult')
 
@@ -36,30 +35,12 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
     frames = transforms.read_frames(data_dir, f'{path}: {part}', {'frames': rows})
     return [dataclasses.replace(f, weight=row['lossmult']) for f, row in zip(frames, rows)]
 
-  frames, split = frames_lib.train_then_test(read)
-  return frames_lib.assemble(
-    'multicam',
-    data_dir,
-    frames,
-    frames_lib.world_as_is(data_dir, frames),
-    split,
-    factor=config.factor,
-    background='white',
-    read_only=read_only,
-  )
+  return blender.assemble('multicam', config, read, read_only)
 
 
 def _read_tables(path: str) -> dict[str, Any]:
-  if not os.path.isfile(path):
-    raise images.DataNotFoundError(
-      f'No such file: {path!r}. For a Blender scene of one scale use Config.dataset_loader = '
-      "'blender'."
-    )
-  try:
-    with open(path, encoding='utf-8') as f:
-      tables = json.load(f)
-  except (ValueError, RecursionError) as e:
-    raise images.DataError(f'{path}: is not valid JSON ({e}). Make it again.') from None
+  hint = "For a Blender scene of one scale use Config.dataset_loader = 'blender'."
+  tables = transforms.read_json(path, hint)
   if not isinstance(tables, dict):
     raise images.DataError(f"{path}: must have the parts 'train' and 'test'. Make it again.")
   return tables

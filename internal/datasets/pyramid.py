@@ -54,17 +54,19 @@ def locate(
     names: the pictures wanted, relative to the folder.
     factor: 0 or 1 for the full size.
     background: as `images.decode`.
-    read_only: report a missing folder instead of making it.
+    read_only: report a missing folder instead of making it. The caller checks with `missing`
+      that the pictures exist.
 
   Raises:
     DataNotFoundError: a picture is missing.
     DataError: a picture cannot be read; the two folders don't match.
   """
   for name in names:
-    images.inside(data_dir, _join(folder, name))
-  _check_present(data_dir, folder, names, factor)
+    images.inside(data_dir, images.join(folder, name))
+  if not read_only:
+    check_present(data_dir, folder, names, factor)
   if factor <= 1:
-    files = [_join(folder, name) for name in names]
+    files = [images.join(folder, name) for name in names]
     return Pictures(tuple(files), _read_headers(data_dir, files))
   if not folder:
     raise images.DataError(
@@ -77,12 +79,12 @@ def locate(
       return _foresee(data_dir, folder, names, factor)
     make(data_dir, folder, factor, background)
   pairs = pair(data_dir, folder, small, names)
-  files = [_join(small, pairs[name]) for name in names]
+  files = [images.join(small, pairs[name]) for name in names]
   return Pictures(tuple(files), _read_headers(data_dir, files))
 
 
 def missing(data_dir: str, folder: str, names: Sequence[str], factor: int = 0) -> list[str]:
-  """Which of `names` `locate` would miss for want of a full-size picture."""
+  """Returns which of `names` do not exist; downsampled pictures can stand in for full-size ones."""
   if factor > 1 and images.list_images(os.path.join(data_dir, folder_name(folder, factor))):
     return []
   root = os.path.join(data_dir, folder)
@@ -132,7 +134,7 @@ def make(data_dir: str, folder: str, factor: int, background: str = 'none') -> N
   def shrink(names: tuple[str, str]) -> None:
     path = os.path.join(temporary, names[1])
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    _shrink(images.inside(data_dir, _join(folder, names[0])), path, factor, background)
+    _shrink(images.inside(data_dir, images.join(folder, names[0])), path, factor, background)
 
   try:
     os.mkdir(temporary)
@@ -173,16 +175,12 @@ def _foresee(data_dir: str, folder: str, names: Sequence[str], factor: int) -> P
   small = folder_name(folder, factor)
   everything = images.list_images(os.path.join(data_dir, folder))
   target = dict(zip(everything, target_names(everything)))
-  headers = _read_headers(data_dir, [_join(folder, name) for name in names])
+  headers = _read_headers(data_dir, [images.join(folder, name) for name in names])
   headers = tuple(
     images.Header(*downsampled_size((h.width, h.height), factor), h.orientation) for h in headers
   )
-  files = tuple(_join(small, target.get(name, images.stem(name) + '.png')) for name in names)
+  files = tuple(images.join(small, target.get(name, images.stem(name) + '.png')) for name in names)
   return Pictures(files, headers, to_be_made=small)
-
-
-def _join(folder: str, name: str) -> str:
-  return f'{folder}/{name}' if folder else name
 
 
 def _some(names: Sequence[str]) -> str:
@@ -195,14 +193,15 @@ def _read_headers(data_dir: str, files: Sequence[str]) -> tuple[images.Header, .
   return tuple(images.in_threads(images.read_header, paths))
 
 
-def _check_present(data_dir: str, folder: str, names: Sequence[str], factor: int) -> None:
-  gone = missing(data_dir, folder, names, factor)
-  if not gone:
+def check_present(data_dir: str, folder: str, names: Sequence[str], factor: int) -> None:
+  """Raises a DataNotFoundError that names the first missing picture, if one is missing."""
+  absent = missing(data_dir, folder, names, factor)
+  if not absent:
     return
   root = os.path.join(data_dir, folder)
   if not os.path.isdir(root):
-    raise images.DataNotFoundError(f'No such folder: {root!r}. The pictures belong there.')
+    raise images.DataNotFoundError(f'No such folder: {root!r}. Put the pictures there.')
   raise images.DataNotFoundError(
-    f'{os.path.join(root, gone[0])}: no such image, but the capture has its pose '
-    f'({len(gone)} of {len(names)} are missing). Put it back, or pose the capture anew.'
+    f'{os.path.join(root, absent[0])}: no such image, but the capture has a pose for it '
+    f'({len(absent)} of {len(names)} are missing). Put it back, or pose the capture again.'
   )

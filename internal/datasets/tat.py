@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 
-from .. import colmap, configs, structs
+from .. import configs
 from . import frames as frames_lib
 from . import images, scenes
 
@@ -49,19 +49,9 @@ def _read_part(data_dir: str, part: str) -> list[frames_lib.Frame]:
     text = images.stem(name) + '.txt'
     pose = _read_matrix(os.path.join(data_dir, part, 'pose', text))
     k = _read_matrix(os.path.join(data_dir, part, 'intrinsics', text))
-    header = images.read_header(images.inside(data_dir, f'{folder}/{name}'))
-    frame = frames_lib.Frame(
-      name=f'{part}/{images.stem(name)}',
-      folder=folder,
-      file=name,
-      intrinsics=colmap.Intrinsics(
-        k[0, 0], k[1, 1], k[0, 2], k[1, 2], (0.0,) * 6, structs.PERSPECTIVE
-      ),
-      size=(header.width, header.height),
-      pose=pose[:3] * [1, -1, -1, 1],
-      model='PINHOLE',
-    )
-    frames.append(frame)
+    pose = pose[:3] * [1, -1, -1, 1]  # OpenCV to OpenGL axes.
+    label = f'{part}/{images.stem(name)}'
+    frames.append(frames_lib.pinhole_frame(data_dir, folder, name, k, pose, label))
   return frames
 
 

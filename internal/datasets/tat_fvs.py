@@ -12,7 +12,7 @@ import re
 
 import numpy as np
 
-from .. import colmap, configs, structs
+from .. import configs
 from ..system import files
 from . import frames as frames_lib
 from . import images, scenes
@@ -68,21 +68,7 @@ def _read_frames(data_dir: str, folder: str) -> list[frames_lib.Frame]:
   k, r, t = (_read(root, *which) for which in (('Ks', n, 3, 3), ('Rs', n, 3, 3), ('ts', n, 3)))
   rotations = np.swapaxes(r, 1, 2)  # Camera to world.
   poses = np.concatenate([rotations, -rotations @ t[..., None]], -1) * [1, -1, -1, 1]
-  frames = []
-  for i, name in enumerate(names):
-    header = images.read_header(images.inside(data_dir, f'{folder}/{name}'))
-    intrinsics = k[i, 0, 0], k[i, 1, 1], k[i, 0, 2], k[i, 1, 2]
-    frame = frames_lib.Frame(
-      name=name,
-      folder=folder,
-      file=name,
-      intrinsics=colmap.Intrinsics(*intrinsics, (0.0,) * 6, structs.PERSPECTIVE),
-      size=(header.width, header.height),
-      pose=poses[i],
-      model='PINHOLE',
-    )
-    frames.append(frame)
-  return frames
+  return [frames_lib.pinhole_frame(data_dir, folder, *frame) for frame in zip(names, k, poses)]
 
 
 def _read(root: str, name: str, *shape: int) -> np.ndarray:

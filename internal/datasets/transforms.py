@@ -71,22 +71,29 @@ def read_table(path: str) -> dict[str, Any]:
   Raises:
     DataNotFoundError, DataError: there is no such file, or it holds no frames.
   """
-  if not os.path.isfile(path):
-    raise images.DataNotFoundError(
-      f'No such file: {path!r}. For a folder with a COLMAP model in sparse/0 use '
-      "Config.dataset_loader = 'llff'."
-    )
-  try:
-    with open(path, encoding='utf-8') as f:
-      table = json.load(f)
-  except (ValueError, RecursionError) as e:
-    raise images.DataError(f'{path}: is not valid JSON ({e}). Export it again.') from None
+  hint = "For a folder with a COLMAP model in sparse/0 use Config.dataset_loader = 'llff'."
+  table = read_json(path, hint)
   frames = table.get('frames') if isinstance(table, dict) else None
   if not isinstance(frames, list) or not all(isinstance(frame, dict) for frame in frames):
     raise images.DataError(f"{path}: has no list of 'frames'. Export it again.")
   if not frames:
     raise images.DataError(f"{path}: its list of 'frames' is empty. Pose the pictures again.")
   return table
+
+
+def read_json(path: str, hint: str) -> Any:
+  """Reads a JSON file; `hint` ends the message if it does not exist.
+
+  Raises:
+    DataNotFoundError, DataError: the file is missing, or is not valid JSON.
+  """
+  if not os.path.isfile(path):
+    raise images.DataNotFoundError(f'No such file: {path!r}. {hint}')
+  try:
+    with open(path, encoding='utf-8') as f:
+      return json.load(f)
+  except (ValueError, RecursionError) as e:
+    raise images.DataError(f'{path}: is not valid JSON ({e}). Export it again.') from None
 
 
 def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_lib.Frame]:
