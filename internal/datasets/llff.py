@@ -68,7 +68,7 @@ def _read_capture(
       return poses_bounds.read_frames(data_dir), None
     raise
   model = colmap.read_model(folder)
-  with frames_lib.named(folder):
+  with frames_lib.prefix_errors(folder):
     return read_frames(model, by_name), model
 
 
@@ -124,7 +124,7 @@ def forward_facing_world(
   """The average pose becomes the world's axes; scaled so that all lies beyond NDC's near plane."""
   scale = 1 / (_NEAR_MARGIN * bounds[0])
   poses = frames_lib.checked_poses(data_dir, frames)
-  with frames_lib.named(data_dir):
+  with frames_lib.prefix_errors(data_dir):
     poses, transform = paths.recenter_poses(poses)
   poses[:, :, 3] *= scale
   transform = np.diag([scale, scale, scale, 1]) @ transform
@@ -140,7 +140,7 @@ def read_bounds(data_dir: str, model: colmap.Model) -> tuple[float, float]:
   path = os.path.join(data_dir, poses_bounds.FILE)
   if os.path.isfile(path):
     return poses_bounds.read_bounds(path)
-  with frames_lib.named(data_dir):
+  with frames_lib.prefix_errors(data_dir):
     return bounds_from_points(model)
 
 

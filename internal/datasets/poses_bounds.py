@@ -25,7 +25,7 @@ def read_table(path: str) -> np.ndarray:
   Raises:
     DataError: the file holds something else.
   """
-  with frames_lib.named(path):
+  with frames_lib.prefix_errors(path):
     table = files.read_array(path)
   if table.ndim != 2 or table.shape[1] != 17 or not table.size or not np.isfinite(table).all():
     raise images.DataError(

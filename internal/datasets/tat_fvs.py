@@ -76,7 +76,7 @@ def _read(root: str, name: str, *shape: int) -> np.ndarray:
   path = os.path.join(root, f'{name}.npy')
   if not os.path.isfile(path):
     raise images.DataNotFoundError(f'No such file: {path!r}. The pictures need it; download again.')
-  with frames_lib.named(path):
+  with frames_lib.prefix_errors(path):
     numbers = files.read_array(path)
   if numbers.shape != shape or not (np.abs(numbers) < frames_lib.LARGEST).all():
     raise images.DataError(

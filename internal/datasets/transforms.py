@@ -108,7 +108,7 @@ def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_
     if not isinstance(own.get('file_path'), str):
       raise images.DataError(f"{where} has no 'file_path'. Export it again.")
     name = normal_name(own['file_path'])
-    with frames_lib.named(where):
+    with frames_lib.prefix_errors(where):
       file = find_file(data_dir, name)
     where = f'{where} ({name})'
     values = {**table, **own}
@@ -136,7 +136,7 @@ def _read_mask(where: str, own: dict[str, Any], data_dir: str) -> str | None:
   if not isinstance(own['mask_path'], str):
     raise images.DataError(f'{where}: mask_path must be a name. Export it again.')
   name = normal_name(own['mask_path'])
-  with frames_lib.named(where):
+  with frames_lib.prefix_errors(where):
     images.inside(data_dir, name)
   return name
 
