@@ -140,10 +140,10 @@ def test_absurd_counts_inside_records(tmp_path):
   assert 'track of point 1' in error_of(tmp_path)
 
 
-def test_bytes_too_many(tmp_path):
+def test_trailing_bytes_are_an_error(tmp_path):
   content = write_with_tracks(tmp_path)['images.bin']
   (tmp_path / 'images.bin').write_bytes(content + b'\0')
-  assert '1 bytes too many' in error_of(tmp_path)
+  assert '1 unexpected bytes' in error_of(tmp_path)
 
 
 def test_missing_folder_and_missing_model(tmp_path):
@@ -205,17 +205,17 @@ def test_a_lost_line_of_2d_points_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize('ext', ['.bin', '.txt'])
-def test_doubles_are_noticed(tmp_path, ext):
+def test_repeated_names_and_ids_are_errors(tmp_path, ext):
   model = captures.make_model(['a.png', 'b.png', 'a.png'], captures.circle_poses(3))
   colmap.write_model(str(tmp_path), model, ext)
-  assert "images 1 and 3 have one name, 'a.png'" in error_of(tmp_path)
+  assert "images 1 and 3 have the same name, 'a.png'" in error_of(tmp_path)
   images = {key: dataclasses.replace(model.images[1], name=key) for key in 'ab'}
   colmap.write_model(str(tmp_path), dataclasses.replace(model, images=images), ext)
-  assert 'there is an image 1 already' in error_of(tmp_path)
+  assert 'image 1 is defined twice' in error_of(tmp_path)
   cameras = {1: model.cameras[1], 2: model.cameras[1]}
   colmap.write_model(str(tmp_path), dataclasses.replace(model, cameras=cameras), ext)
   assert f'cameras{ext}' in error_of(tmp_path)
-  assert 'there is a camera 1 already' in error_of(tmp_path)
+  assert 'camera 1 is defined twice' in error_of(tmp_path)
 
 
 def test_quaternions_of_any_length():
@@ -226,10 +226,10 @@ def test_quaternions_of_any_length():
     )
 
 
-def test_an_image_of_no_camera(tmp_path):
+def test_an_image_without_its_camera_is_an_error(tmp_path):
   model = captures.make_model(['a.png'], captures.circle_poses(1))
   colmap.write_model(str(tmp_path), colmap.Model({}, model.images, model.points))
-  assert 'is of camera 1, which' in error_of(tmp_path)
+  assert 'uses camera 1, which' in error_of(tmp_path)
 
 
 @pytest.mark.parametrize(

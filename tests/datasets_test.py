@@ -207,7 +207,7 @@ def test_forward_facing_with_bounds_file(tmp_path):
   np.save(tmp_path / 'poses_bounds.npy', table[:, :5])
   assert 'poses_bounds.npy' in refused(tmp_path, forward_facing=True)
   np.save(tmp_path / 'poses_bounds.npy', table[:0])
-  assert 'one picture or more, has [0, 17]' in refused(tmp_path, forward_facing=True)
+  assert 'n > 0, has [0, 17]' in refused(tmp_path, forward_facing=True)
   np.save(tmp_path / 'poses_bounds.npy', -table)
   assert '0 < near <= far' in refused(tmp_path, forward_facing=True)
 
@@ -291,7 +291,7 @@ def test_sizes_that_are_not_the_cameras(tmp_path):
   captures.write_colmap(tmp_path)
   path = str(tmp_path / 'images' / '004.png')
   captures.save_image(path, captures.pixels(4, (12, 16)))
-  assert 'turned by a quarter' in refused(tmp_path)
+  assert 'rotated by 90 degrees' in refused(tmp_path)
   captures.save_image(path, captures.pixels(4, (8, 6)))
   message = refused(tmp_path)
   assert '004.png: is 8x6 pixels, but its camera has 16x12' in message
@@ -313,7 +313,7 @@ def test_unusable_places(tmp_path):
   assert f'{tmp_path}: All 9 cameras stand at' in message
   poses[4, :, 3] = 1e200
   colmap.write_model(str(tmp_path / 'sparse/0'), captures.make_model(names, poses), '.bin')
-  assert "'004.png' was taken at" in refused(tmp_path)
+  assert "'004.png' has the position" in refused(tmp_path)
 
 
 def test_paths_stay_inside(tmp_path):
@@ -345,10 +345,10 @@ def test_pictures_that_lie_elsewhere_are_not_read(tmp_path, name):
   path.unlink(missing_ok=True)
   captures.save_image(str(tmp_path / 'secret.png'), captures.pixels(4))
   path.symlink_to(tmp_path / 'secret.png')
-  assert f'{name}: is a link that leads out' in refused(tmp_path / 'capture', factor=2)
+  assert f'{name}: is a link that leads outside' in refused(tmp_path / 'capture', factor=2)
   assert sorted(os.listdir(tmp_path / 'capture')) == ['images', 'sparse']
   if name == '004.png':
-    assert f'{name}: is a link that leads out' in refused(tmp_path / 'capture')
+    assert f'{name}: is a link that leads outside' in refused(tmp_path / 'capture')
 
 
 def test_nothing_to_train_on(tmp_path):
@@ -471,8 +471,8 @@ def test_transforms_alpha_is_on_white(tmp_path):
   [
     ({'transform_matrix': [[1, 2], [3, 4]]}, 'transform_matrix'),
     ({'transform_matrix': [[float('nan')] * 4] * 4}, 'transform_matrix'),
-    ({'transform_matrix': np.diag([2.0, 2, 2, 1]).tolist()}, 'no rotation'),
-    ({'transform_matrix': np.diag([1.0, 1, -1, 1]).tolist()}, 'no rotation'),
+    ({'transform_matrix': np.diag([2.0, 2, 2, 1]).tolist()}, 'not a rotation'),
+    ({'transform_matrix': np.diag([1.0, 1, -1, 1]).tolist()}, 'not a rotation'),
     ({'fl_x': 'wide'}, 'fl_x must be a number'),
     ({'fl_x': -1}, 'focal length'),
     ({'w': 16.5}, 'pixels'),

@@ -126,7 +126,7 @@ class TestDownload:
     assert content(tmp_path) == wanted
     assert left == [str(tmp_path / 'one.zip'), str(tmp_path / 'two.zip')]
 
-  def test_connections_cut_short_are_taken_up_where_they_ended(self, served, tmp_path, capsys):
+  def test_interrupted_downloads_resume(self, served, tmp_path, capsys):
     whole = len(served.files['/one.zip'])
     served.pieces = [100, 0, whole // 2]
     downloads.download('small', str(tmp_path), ['x'], served.url)
@@ -134,12 +134,12 @@ class TestDownload:
       None, 'bytes=100-', 'bytes=100-', f'bytes={100 + whole // 2}-'
     ]  # fmt: skip
     assert content(tmp_path) == scene_files('x')
-    assert f'100 of {whole:,} bytes came; attempt 2' in capsys.readouterr().err
+    assert f'100 of {whole:,} bytes received; attempt 2' in capsys.readouterr().err
 
-  def test_a_later_start_goes_on(self, served, tmp_path, monkeypatch):
+  def test_a_later_start_resumes(self, served, tmp_path, monkeypatch):
     monkeypatch.setattr(downloads, '_ATTEMPTS', 1)
     served.pieces = [5000]
-    with pytest.raises(downloads.DownloadError, match='What came is kept'):
+    with pytest.raises(downloads.DownloadError, match='The part received is kept'):
       downloads.download('small', str(tmp_path), ['x'], served.url)
     assert (tmp_path / 'one.zip.part').stat().st_size == 5000
     downloads.download('small', str(tmp_path), ['x'], served.url)
@@ -233,11 +233,11 @@ class TestDownload:
   @pytest.mark.parametrize(
     ('args', 'words'),
     [
-      (('361',), "'361': there are 360, llff, blender"),
-      (('360', ['lego']), "no scene 'lego': there are bicycle"),
+      (('361',), "'361'; use one of 360, llff, blender"),
+      (('360', ['lego']), "no scene 'lego'; use one of bicycle"),
     ],
   )
-  def test_unknown_names_are_answered_with_the_known(self, tmp_path, args, words):
+  def test_unknown_names_list_the_choices(self, tmp_path, args, words):
     with pytest.raises(downloads.DownloadError, match=words):
       downloads.download(args[0], str(tmp_path), *args[1:])
 
@@ -265,7 +265,7 @@ class TestUnpack:
     assert len([p for p in (tmp_path / 'in' / 'x').rglob('*') if p.is_file()]) == 2
 
   @pytest.mark.parametrize('name', ['/evil', '../evil', 'y/evil'])
-  def test_what_is_of_no_scene_stays_packed(self, tmp_path, name):
+  def test_files_outside_scenes_stay_packed(self, tmp_path, name):
     self.unpack(tmp_path, zipped({'x/a': b'good', name: b'bad'}))
     assert {p.name for p in tmp_path.rglob('*') if p.is_file()} == {'a.zip', 'a'}
 
@@ -291,11 +291,11 @@ class TestUnpack:
     with pytest.raises(downloads.DownloadError, match='damaged'):
       self.unpack(tmp_path, data)
 
-  def test_another_archive_is_told(self, tmp_path):
+  def test_an_unexpected_archive_is_an_error(self, tmp_path):
     with pytest.raises(downloads.DownloadError, match='has no x/'):
       self.unpack(tmp_path, zipped(scene_files('y')))
 
-  def test_half_an_unpacking_is_done_again(self, tmp_path):
+  def test_incomplete_unpacking_is_repeated(self, tmp_path):
     (tmp_path / 'in' / 'x.part').mkdir(parents=True)
     (tmp_path / 'in' / 'x.part' / 'old').touch()
     path = tmp_path / 'a.zip'

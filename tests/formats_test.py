@@ -105,7 +105,7 @@ def test_dtu_refusals(tmp_path):
   path = tmp_path / 'Calibration/cal18/pos_002.txt'
   for text in ('1 2 3', '0 ' * 12, 'nan ' * 12, '1 0 0 0 ' * 3):
     path.write_text(text)
-    assert 'pos_002.txt: must be a 3x4 matrix' in refused(scan, dataset_loader='dtu')
+    assert 'pos_002.txt: must be a 3x4 projection matrix' in refused(scan, dataset_loader='dtu')
   np.savetxt(path, np.eye(3, 4) + np.eye(3, 4, 1))
   assert 'pos_002.txt: has skewed pixels' in refused(scan, dataset_loader='dtu')
   path.unlink()
@@ -231,4 +231,4 @@ def test_llff_without_a_model(tmp_path):
   assert '8 poses for 9 pictures' in refused(tmp_path, forward_facing=True)
   table[3, 4] = 12.5
   np.save(tmp_path / 'poses_bounds.npy', table)
-  assert "'003.png' cannot be 16x12.5 pixels" in refused(tmp_path, forward_facing=True)
+  assert "'003.png' has the impossible size 16x12.5" in refused(tmp_path, forward_facing=True)

@@ -1,6 +1,6 @@
 """Blender's synthetic scenes: transforms_train.json and transforms_test.json, objects on white.
 
-The world is the capture's own, where the object is near the origin and the cameras are 4 away.
+The capture's world is kept: the object is near the origin, the cameras are 4 units away.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from . import scenes, transforms
 
 
 def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
-  """Reads a Blender scene; `Config.factor` uses (and makes) train_<factor>/ and test_<factor>/.
+  """Loads a Blender scene; `Config.factor` uses (and makes) train_<factor>/ and test_<factor>/.
 
   Raises:
     DataNotFoundError: the folder, a transforms file or a picture is missing.
-    DataError: something there cannot be used.
+    DataError: a file is damaged or contradicts another.
   """
   data_dir = frames_lib.capture_dir(config.data_dir)
 

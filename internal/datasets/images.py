@@ -93,7 +93,7 @@ def inside(data_dir: str, name: str) -> str:
   roots = [data_dir, os.path.join(data_dir, top)] if deeper else [data_dir]
   if not any(_is_below(os.path.realpath(root), target) for root in roots):
     raise DataError(
-      f'{path}: is a link to {target}, outside the capture. Copy the picture here, or '
+      f'{path}: is a link that leads outside the capture, to {target}. Copy the picture here, or '
       f'make {top}/ itself the link.'
     )
   return path
