@@ -1,4 +1,4 @@
-"""COLMAP models: what is written comes back, and what is broken is named."""
+"""COLMAP models: round trips are exact and errors name the damaged file."""
 
 import dataclasses
 import os
@@ -198,7 +198,7 @@ def test_bad_text_lines_are_numbered(tmp_path, file, line):
   assert f'{file}:{number}:' in error_of(tmp_path)
 
 
-def test_a_lost_line_of_2d_points_is_noticed(tmp_path):
+def test_a_missing_line_of_2d_points_is_an_error(tmp_path):
   (tmp_path / 'cameras.txt').write_text('1 PINHOLE 16 12 20 21 8 6\n')
   (tmp_path / 'images.txt').write_text('1 1 0 0 0 0 0 0 1 a.png\n2 1 0 0 0 0 0 0 1 b.png\n')
   assert 'images.txt:2' in error_of(tmp_path)
@@ -258,7 +258,7 @@ def test_intrinsics(model, params, expected):
   assert colmap.intrinsics(colmap.Camera(1, model, 4, 4, params)) == colmap.Intrinsics(*expected)
 
 
-def test_models_without_a_counterpart_are_refused_by_name():
+def test_unsupported_camera_models_are_errors():
   usable = 0
   for model, count in colmap.CAMERA_MODELS.items():
     try:
@@ -273,7 +273,7 @@ def test_models_without_a_counterpart_are_refused_by_name():
 
 
 def test_camera_to_world_inverts_the_pose():
-  """A point before an OpenCV camera is before the OpenGL one, with y and z turned over."""
+  """A point in front of the OpenCV camera is in front of the OpenGL one; y and z are negated."""
   for pose in captures.circle_poses(5):
     quaternion, translation = captures.to_colmap(pose)
     scaled = tuple(3 * q for q in quaternion)  # COLMAP normalises what it reads.

@@ -1,4 +1,4 @@
-"""Loaders, each on a capture that the test writes: right cameras, right pixels, clear refusals."""
+"""Loaders, each on a capture that the test writes: cameras, pixels and error messages."""
 
 import json
 import os
@@ -287,7 +287,7 @@ def test_a_preflight_lists_missing_images(tmp_path):
     assert (report['images_found'], report['images_registered'], counts) == (7, 9, [6, 1])
 
 
-def test_sizes_that_are_not_the_cameras(tmp_path):
+def test_picture_and_camera_sizes_must_match(tmp_path):
   captures.write_colmap(tmp_path)
   path = str(tmp_path / 'images' / '004.png')
   captures.save_image(path, captures.pixels(4, (12, 16)))
@@ -305,7 +305,7 @@ def test_unusable_cameras(tmp_path):
   assert str(tmp_path / 'sparse') in message
 
 
-def test_unusable_places(tmp_path):
+def test_impossible_positions(tmp_path):
   names, poses = captures.write_colmap(tmp_path)
   poses[:, :, 3] = [1, 2, 3]
   colmap.write_model(str(tmp_path / 'sparse/0'), captures.make_model(names, poses), '.bin')
@@ -339,7 +339,7 @@ def test_folders_may_be_links(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['004.png', 'unposed.png'])
-def test_pictures_that_lie_elsewhere_are_not_read(tmp_path, name):
+def test_links_out_of_the_capture_are_not_read(tmp_path, name):
   captures.write_colmap(tmp_path / 'capture')
   path = tmp_path / 'capture' / 'images' / name
   path.unlink(missing_ok=True)
@@ -351,7 +351,7 @@ def test_pictures_that_lie_elsewhere_are_not_read(tmp_path, name):
     assert f'{name}: is a link that leads outside' in refused(tmp_path / 'capture')
 
 
-def test_nothing_to_train_on(tmp_path):
+def test_no_training_images(tmp_path):
   captures.write_colmap(tmp_path)
   assert 'no training images' in refused(tmp_path, llffhold=1)
   model = colmap.Model({}, {}, colmap.make_points())

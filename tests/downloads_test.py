@@ -1,4 +1,4 @@
-"""Fetching from a server on this machine that cuts connections, and zip files that mean ill."""
+"""Downloads from a local server that drops connections, and malicious zip files."""
 
 import http.server
 import io
@@ -147,7 +147,7 @@ class TestDownload:
     assert content(tmp_path) == scene_files('x')
     assert not list(tmp_path.glob('*.part*'))
 
-  def test_pieces_of_another_file_are_not_joined(self, served, tmp_path, monkeypatch):
+  def test_a_changed_file_is_downloaded_again(self, served, tmp_path, monkeypatch):
     monkeypatch.setattr(downloads, '_ATTEMPTS', 1)
     served.pieces = [5000]
     with pytest.raises(downloads.DownloadError):
@@ -195,7 +195,7 @@ class TestDownload:
       downloads.download('small', str(tmp_path / 'new'))
     assert capsys.readouterr().err.count('attempt') == downloads._ATTEMPTS - 1
 
-  def test_without_names_of_hosts_there_is_one_attempt(self, small, tmp_path, monkeypatch, capsys):
+  def test_no_retry_without_name_resolution(self, small, tmp_path, monkeypatch, capsys):
     def no_names(*args, **kwargs):
       raise urllib.error.URLError(socket.gaierror(-2, 'Name or service not known'))
 
@@ -204,19 +204,19 @@ class TestDownload:
       downloads.download('small', str(tmp_path))
     assert capsys.readouterr().err == ''
 
-  def test_a_missing_file_is_not_asked_for_again(self, served, tmp_path):
+  def test_no_retry_for_a_missing_file(self, served, tmp_path):
     served.files.clear()
     with pytest.raises(downloads.DownloadError, match='404'):
       downloads.download('small', str(tmp_path), mirror=served.url)
     assert len(served.asked) == 1
 
-  def test_a_busy_server_is_asked_again(self, served, tmp_path):
+  def test_a_busy_server_is_retried(self, served, tmp_path):
     served.code = 503
     with pytest.raises(downloads.DownloadError, match='503'):
       downloads.download('small', str(tmp_path), mirror=served.url)
     assert len(served.asked) == downloads._ATTEMPTS
 
-  def test_a_web_page_is_no_archive(self, served, tmp_path):
+  def test_a_web_page_is_an_error(self, served, tmp_path):
     served.kind = 'text/html; charset=utf-8'
     with pytest.raises(
       downloads.DownloadError, match=r'web page instead of one\.zip.*https://page'
@@ -224,7 +224,7 @@ class TestDownload:
       downloads.download('small', str(tmp_path), mirror=served.url)
     assert len(served.asked) == 1
 
-  def test_a_full_disk_is_told_before(self, served, tmp_path, monkeypatch):
+  def test_a_full_disk_is_reported_first(self, served, tmp_path, monkeypatch):
     usage = SimpleNamespace(free=1000)
     monkeypatch.setattr(downloads.shutil, 'disk_usage', lambda _: usage)
     with pytest.raises(downloads.DownloadError, match=r'one\.zip needs 0\.0 GB'):

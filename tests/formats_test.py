@@ -1,4 +1,4 @@
-"""Free View Synthesis, DTU, multi-scale Blender and LLFF without COLMAP: miniatures read back."""
+"""Free View Synthesis, DTU, multi-scale Blender and LLFF without COLMAP, on small captures."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_tat_fvs(tmp_path):
   np.testing.assert_allclose(intrinsic_matrix(small, 3)[0], [10, 0, 4], atol=1e-4)
 
 
-def test_tat_fvs_refusals(tmp_path):
+def test_tat_fvs_errors(tmp_path):
   assert 'ibr3d_pw_' in refused(tmp_path, dataset_loader='tat_fvs')
   write_fvs(tmp_path)
   folder = tmp_path / 'dense/ibr3d_pw_0.50'
@@ -99,7 +99,7 @@ def test_dtu(tmp_path, folder):
     assert 'images/' in refused(scan, dataset_loader='dtu', factor=2)
 
 
-def test_dtu_refusals(tmp_path):
+def test_dtu_errors(tmp_path):
   scan, _ = write_dtu(tmp_path)
   assert 'dtu_light_cond' in refused(scan, dataset_loader='dtu', dtu_light_cond=5)
   path = tmp_path / 'Calibration/cal18/pos_002.txt'
@@ -114,7 +114,7 @@ def test_dtu_refusals(tmp_path):
   assert 'cal18' in refused(scan, dataset_loader='dtu')
 
 
-def test_projections_come_apart():
+def test_decompose_projection():
   """Of random cameras, in front of which a known point is, with either sign of the matrix."""
   rng = np.random.default_rng(0)
   for sign in (1, -1) * 5:
@@ -182,7 +182,7 @@ def test_multicam(tmp_path):
     ('cam2world', [3] * 9, 'transform_matrix'),
   ],
 )
-def test_multicam_refusals(tmp_path, key, value, message):
+def test_multicam_errors(tmp_path, key, value, message):
   tables, _ = write_multicam(tmp_path)
   tables['train'][key] = value
   (tmp_path / 'metadata.json').write_text(json.dumps(tables))
