@@ -1,4 +1,4 @@
-"""COLMAP models: what is written comes back, and what is broken is named."""
+"""COLMAP models: round trips are exact and errors name the damaged file."""
 
 import dataclasses
 import os
@@ -140,10 +140,10 @@ def test_absurd_counts_inside_records(tmp_path):
   assert 'track of point 1' in error_of(tmp_path)
 
 
-def test_bytes_too_many(tmp_path):
+def test_trailing_bytes_are_an_error(tmp_path):
   content = write_with_tracks(tmp_path)['images.bin']
   (tmp_path / 'images.bin').write_bytes(content + b'\0')
-  assert '1 bytes too many' in error_of(tmp_path)
+  assert '1 unexpected bytes' in error_of(tmp_path)
 
 
 def test_missing_folder_and_missing_model(tmp_path):
@@ -198,24 +198,24 @@ def test_bad_text_lines_are_numbered(tmp_path, file, line):
   assert f'{file}:{number}:' in error_of(tmp_path)
 
 
-def test_a_lost_line_of_2d_points_is_noticed(tmp_path):
+def test_a_missing_line_of_2d_points_is_an_error(tmp_path):
   (tmp_path / 'cameras.txt').write_text('1 PINHOLE 16 12 20 21 8 6\n')
   (tmp_path / 'images.txt').write_text('1 1 0 0 0 0 0 0 1 a.png\n2 1 0 0 0 0 0 0 1 b.png\n')
   assert 'images.txt:2' in error_of(tmp_path)
 
 
 @pytest.mark.parametrize('ext', ['.bin', '.txt'])
-def test_doubles_are_noticed(tmp_path, ext):
+def test_repeated_names_and_ids_are_errors(tmp_path, ext):
   model = captures.make_model(['a.png', 'b.png', 'a.png'], captures.circle_poses(3))
   colmap.write_model(str(tmp_path), model, ext)
-  assert "images 1 and 3 have one name, 'a.png'" in error_of(tmp_path)
+  assert "images 1 and 3 have the same name, 'a.png'" in error_of(tmp_path)
   images = {key: dataclasses.replace(model.images[1], name=key) for key in 'ab'}
   colmap.write_model(str(tmp_path), dataclasses.replace(model, images=images), ext)
-  assert 'there is an image 1 already' in error_of(tmp_path)
+  assert 'image 1 is defined twice' in error_of(tmp_path)
   cameras = {1: model.cameras[1], 2: model.cameras[1]}
   colmap.write_model(str(tmp_path), dataclasses.replace(model, cameras=cameras), ext)
   assert f'cameras{ext}' in error_of(tmp_path)
-  assert 'there is a camera 1 already' in error_of(tmp_path)
+  assert 'camera 1 is defined twice' in error_of(tmp_path)
 
 
 def test_quaternions_of_any_length():
@@ -226,10 +226,10 @@ def test_quaternions_of_any_length():
     )
 
 
-def test_an_image_of_no_camera(tmp_path):
+def test_an_image_without_its_camera_is_an_error(tmp_path):
   model = captures.make_model(['a.png'], captures.circle_poses(1))
   colmap.write_model(str(tmp_path), colmap.Model({}, model.images, model.points))
-  assert 'is of camera 1, which' in error_of(tmp_path)
+  assert 'uses camera 1, which' in error_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_intrinsics(model, params, expected):
   assert colmap.intrinsics(colmap.Camera(1, model, 4, 4, params)) == colmap.Intrinsics(*expected)
 
 
-def test_models_without_a_counterpart_are_refused_by_name():
+def test_unsupported_camera_models_are_errors():
   usable = 0
   for model, count in colmap.CAMERA_MODELS.items():
     try:
@@ -273,7 +273,7 @@ def test_models_without_a_counterpart_are_refused_by_name():
 
 
 def test_camera_to_world_inverts_the_pose():
-  """A point before an OpenCV camera is before the OpenGL one, with y and z turned over."""
+  """A point in front of the OpenCV camera is in front of the OpenGL one; y and z are negated."""
   for pose in captures.circle_poses(5):
     quaternion, translation = captures.to_colmap(pose)
     scaled = tuple(3 * q for q in quaternion)  # COLMAP normalises what it reads.

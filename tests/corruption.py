@@ -31,7 +31,7 @@ GIN_TOKENS = [
 
 
 def names(outside: str):
-  """What a capture's file could call a picture; `outside` is a folder beside the capture's."""
+  """Picture names for a capture's files; `outside` is a folder outside the capture."""
   return st.sampled_from([
     '../outside/secret.png', '../../outside/secret.png', f'{outside}/secret.png', 'link.png',
     'out/secret.png', 'images/link.png', 'images/out/secret.png', '..\\outside\\secret.png',
@@ -100,7 +100,7 @@ def of_bytes(draw, content: bytes) -> bytes:
 
 @st.composite
 def of_lines(draw, content: bytes, tokens=()) -> bytes:
-  """Drops, doubles and swaps lines; puts other words in the place of words."""
+  """Drops, repeats and swaps lines; replaces words."""
   lines = content.decode('utf-8', 'surrogateescape').split('\n')
   token = st.sampled_from([*_TOKENS, *tokens])
   for _ in range(draw(st.integers(1, 3))):
@@ -147,7 +147,7 @@ def _places(tree, path=()):
 
 @st.composite
 def of_json(draw, content: bytes, name=st.just('x')) -> bytes:  # noqa: B008
-  """Puts other values at any place, drops and doubles entries, nests deeply, doubles keys."""
+  """Replaces values, drops and repeats entries, nests deeply, repeats keys."""
   tree = json.loads(content)
   for _ in range(draw(st.integers(1, 2))):
     # A place by its shape first: few kinds of fields hold thousands of numbers.
@@ -190,7 +190,7 @@ def of_json(draw, content: bytes, name=st.just('x')) -> bytes:  # noqa: B008
 
 @st.composite
 def of_npy(draw, content: bytes) -> bytes:
-  """Headers that promise another shape or kind; archives and pickles are given by the test."""
+  """Headers with another shape or dtype; the test supplies archives and pickles."""
   shape = draw(st.sampled_from(
     ['(1152921504606846976, 17)', '(-1, 17)', '(0, 17)', '(9, 5)', '()', '(17,)',
      '(1000000000, 17)', '(2, 3, 17)', '(1152921504606846976, 0)', '(9, 3, 4)', '(1.5, 17)',
@@ -208,7 +208,7 @@ def of_npy(draw, content: bytes) -> bytes:
 
 
 def of_file(path: str, content: bytes, name=st.just('x')):  # noqa: B008
-  """Damage that fits the kind of file which `path` ends in."""
+  """Returns damage for the file type of `path`."""
   kind, _, ending = path.rpartition('/')[2].partition('.')
   general = st.sampled_from([b'', b'\0', b'\xff\xfe', b'\n\n', b'{}', b'[]']) | of_bytes(content)
   special = {

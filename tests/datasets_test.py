@@ -1,4 +1,4 @@
-"""Loaders, each on a capture that the test writes: right cameras, right pixels, clear refusals."""
+"""Loaders, each on a capture that the test writes: cameras, pixels and error messages."""
 
 import json
 import os
@@ -207,7 +207,7 @@ def test_forward_facing_with_bounds_file(tmp_path):
   np.save(tmp_path / 'poses_bounds.npy', table[:, :5])
   assert 'poses_bounds.npy' in refused(tmp_path, forward_facing=True)
   np.save(tmp_path / 'poses_bounds.npy', table[:0])
-  assert 'one picture or more, has [0, 17]' in refused(tmp_path, forward_facing=True)
+  assert 'n > 0, has [0, 17]' in refused(tmp_path, forward_facing=True)
   np.save(tmp_path / 'poses_bounds.npy', -table)
   assert '0 < near <= far' in refused(tmp_path, forward_facing=True)
 
@@ -287,11 +287,11 @@ def test_a_preflight_lists_missing_images(tmp_path):
     assert (report['images_found'], report['images_registered'], counts) == (7, 9, [6, 1])
 
 
-def test_sizes_that_are_not_the_cameras(tmp_path):
+def test_picture_and_camera_sizes_must_match(tmp_path):
   captures.write_colmap(tmp_path)
   path = str(tmp_path / 'images' / '004.png')
   captures.save_image(path, captures.pixels(4, (12, 16)))
-  assert 'turned by a quarter' in refused(tmp_path)
+  assert 'rotated by 90 degrees' in refused(tmp_path)
   captures.save_image(path, captures.pixels(4, (8, 6)))
   message = refused(tmp_path)
   assert '004.png: is 8x6 pixels, but its camera has 16x12' in message
@@ -305,7 +305,7 @@ def test_unusable_cameras(tmp_path):
   assert str(tmp_path / 'sparse') in message
 
 
-def test_unusable_places(tmp_path):
+def test_impossible_positions(tmp_path):
   names, poses = captures.write_colmap(tmp_path)
   poses[:, :, 3] = [1, 2, 3]
   colmap.write_model(str(tmp_path / 'sparse/0'), captures.make_model(names, poses), '.bin')
@@ -313,7 +313,7 @@ def test_unusable_places(tmp_path):
   assert f'{tmp_path}: All 9 cameras stand at' in message
   poses[4, :, 3] = 1e200
   colmap.write_model(str(tmp_path / 'sparse/0'), captures.make_model(names, poses), '.bin')
-  assert "'004.png' was taken at" in refused(tmp_path)
+  assert "'004.png' has the position" in refused(tmp_path)
 
 
 def test_paths_stay_inside(tmp_path):
@@ -339,19 +339,19 @@ def test_folders_may_be_links(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['004.png', 'unposed.png'])
-def test_pictures_that_lie_elsewhere_are_not_read(tmp_path, name):
+def test_links_out_of_the_capture_are_not_read(tmp_path, name):
   captures.write_colmap(tmp_path / 'capture')
   path = tmp_path / 'capture' / 'images' / name
   path.unlink(missing_ok=True)
   captures.save_image(str(tmp_path / 'secret.png'), captures.pixels(4))
   path.symlink_to(tmp_path / 'secret.png')
-  assert f'{name}: is a link that leads out' in refused(tmp_path / 'capture', factor=2)
+  assert f'{name}: is a link that leads outside' in refused(tmp_path / 'capture', factor=2)
   assert sorted(os.listdir(tmp_path / 'capture')) == ['images', 'sparse']
   if name == '004.png':
-    assert f'{name}: is a link that leads out' in refused(tmp_path / 'capture')
+    assert f'{name}: is a link that leads outside' in refused(tmp_path / 'capture')
 
 
-def test_nothing_to_train_on(tmp_path):
+def test_no_training_images(tmp_path):
   captures.write_colmap(tmp_path)
   assert 'no training images' in refused(tmp_path, llffhold=1)
   model = colmap.Model({}, {}, colmap.make_points())
@@ -471,8 +471,8 @@ def test_transforms_alpha_is_on_white(tmp_path):
   [
     ({'transform_matrix': [[1, 2], [3, 4]]}, 'transform_matrix'),
     ({'transform_matrix': [[float('nan')] * 4] * 4}, 'transform_matrix'),
-    ({'transform_matrix': np.diag([2.0, 2, 2, 1]).tolist()}, 'no rotation'),
-    ({'transform_matrix': np.diag([1.0, 1, -1, 1]).tolist()}, 'no rotation'),
+    ({'transform_matrix': np.diag([2.0, 2, 2, 1]).tolist()}, 'not a rotation'),
+    ({'transform_matrix': np.diag([1.0, 1, -1, 1]).tolist()}, 'not a rotation'),
     ({'fl_x': 'wide'}, 'fl_x must be a number'),
     ({'fl_x': -1}, 'focal length'),
     ({'w': 16.5}, 'pixels'),

@@ -1,4 +1,4 @@
-"""Free View Synthesis, DTU, multi-scale Blender and LLFF without COLMAP: miniatures read back."""
+"""Free View Synthesis, DTU, multi-scale Blender and LLFF without COLMAP, on small captures."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_tat_fvs(tmp_path):
   np.testing.assert_allclose(intrinsic_matrix(small, 3)[0], [10, 0, 4], atol=1e-4)
 
 
-def test_tat_fvs_refusals(tmp_path):
+def test_tat_fvs_errors(tmp_path):
   assert 'ibr3d_pw_' in refused(tmp_path, dataset_loader='tat_fvs')
   write_fvs(tmp_path)
   folder = tmp_path / 'dense/ibr3d_pw_0.50'
@@ -99,13 +99,13 @@ def test_dtu(tmp_path, folder):
     assert 'images/' in refused(scan, dataset_loader='dtu', factor=2)
 
 
-def test_dtu_refusals(tmp_path):
+def test_dtu_errors(tmp_path):
   scan, _ = write_dtu(tmp_path)
   assert 'dtu_light_cond' in refused(scan, dataset_loader='dtu', dtu_light_cond=5)
   path = tmp_path / 'Calibration/cal18/pos_002.txt'
   for text in ('1 2 3', '0 ' * 12, 'nan ' * 12, '1 0 0 0 ' * 3):
     path.write_text(text)
-    assert 'pos_002.txt: must be a 3x4 matrix' in refused(scan, dataset_loader='dtu')
+    assert 'pos_002.txt: must be a 3x4 projection matrix' in refused(scan, dataset_loader='dtu')
   np.savetxt(path, np.eye(3, 4) + np.eye(3, 4, 1))
   assert 'pos_002.txt: has skewed pixels' in refused(scan, dataset_loader='dtu')
   path.unlink()
@@ -114,7 +114,7 @@ def test_dtu_refusals(tmp_path):
   assert 'cal18' in refused(scan, dataset_loader='dtu')
 
 
-def test_projections_come_apart():
+def test_decompose_projection():
   """Of random cameras, in front of which a known point is, with either sign of the matrix."""
   rng = np.random.default_rng(0)
   for sign in (1, -1) * 5:
@@ -182,7 +182,7 @@ def test_multicam(tmp_path):
     ('cam2world', [3] * 9, 'transform_matrix'),
   ],
 )
-def test_multicam_refusals(tmp_path, key, value, message):
+def test_multicam_errors(tmp_path, key, value, message):
   tables, _ = write_multicam(tmp_path)
   tables['train'][key] = value
   (tmp_path / 'metadata.json').write_text(json.dumps(tables))
@@ -231,4 +231,4 @@ def test_llff_without_a_model(tmp_path):
   assert '8 poses for 9 pictures' in refused(tmp_path, forward_facing=True)
   table[3, 4] = 12.5
   np.save(tmp_path / 'poses_bounds.npy', table)
-  assert "'003.png' cannot be 16x12.5 pixels" in refused(tmp_path, forward_facing=True)
+  assert "'003.png' has the impossible size 16x12.5" in refused(tmp_path, forward_facing=True)

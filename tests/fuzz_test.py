@@ -42,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings('ignore')  # Pillow's and numpy's, of da
 
 
 def cases(share: float):
-  """The decorator of a test that takes its share of the cases."""
+  """Returns the decorator for a test that runs a share of the cases."""
   return hypothesis.settings(
     max_examples=max(5, round(share * (CASES or 400))),
     derandomize=not CASES,
@@ -54,7 +54,7 @@ def cases(share: float):
 
 
 class TooSlowError(BaseException):
-  """No Exception, which a reader might catch."""
+  """Not an Exception, so that no reader catches it."""
 
 
 def _too_slow(*_):
@@ -63,7 +63,7 @@ def _too_slow(*_):
 
 @contextlib.contextmanager
 def held(outside=None, traced=True):
-  """Holds a block to a time and a memory, and to open nothing in the folder `outside`.
+  """Limits the time and memory of a block; forbids opening files in the folder `outside`.
 
   `traced` counts Python's and numpy's memory; the process's own is looked at always. Threads of a
   library that live on would not stand the end of the count.
@@ -98,7 +98,7 @@ def held(outside=None, traced=True):
 
 
 def attempt(function, named: str, outside=None, traced=True):
-  """function(), or None if it raises an error that is meant for the user and matches `named`."""
+  """Returns function(), or None if it raises a user error that matches `named`."""
   with held(outside, traced):
     try:
       return function()
@@ -215,7 +215,7 @@ def capture(request, outside):
 
 
 def _set_traps(root: str, outside) -> None:
-  """Among the pictures: links that lead out, a folder and a pipe."""
+  """Adds traps to the pictures: links to the outside, a folder and a pipe."""
   folder = pathlib.Path(root, 'images')
   (folder / 'link.png').symlink_to(outside / 'secret.png')
   (folder / 'out').symlink_to(outside)
@@ -229,7 +229,7 @@ def load(root, kwargs, read_only=False):
 
 @contextlib.contextmanager
 def replaced(path: str, content: bytes | None):
-  """Another content of a file, for a while; None for a folder in its place."""
+  """Temporarily replaces the content of a file; None puts a folder in its place."""
   before = pathlib.Path(path).read_bytes()
   if content is None:
     os.remove(path)
@@ -416,7 +416,7 @@ def test_damaged_pictures(tmp_path_factory, kind, data):
 
 
 class _Trap:
-  """Makes a file when it is unpickled."""
+  """Creates a file when unpickled."""
 
   def __init__(self, path):
     self.path = path

@@ -1,4 +1,4 @@
-"""Decoding: every kind of picture becomes the right uint8 RGB, or is refused by name."""
+"""Decoding: every kind of picture becomes the right uint8 RGB or raises an error with its name."""
 
 import contextlib
 import os
@@ -76,7 +76,7 @@ def test_16_bits_are_scaled_to_the_nearest(tmp_path, channels):
   )
 
 
-def test_kinds_that_would_be_misread_are_refused(tmp_path):
+def test_unsupported_pixel_formats_are_errors(tmp_path):
   path = tmp_path / 'grey_alpha.png'
   path.write_bytes(captures.png_16(np.full((4, 4, 2), 30000)))
   assert '16 bits' in refused(path)
@@ -107,7 +107,7 @@ def test_transparent_palette_and_color_key(tmp_path):
 
 
 @pytest.mark.parametrize('orientation', [5, 6, 7, 8])
-def test_exif_turns_only_where_the_camera_wants_it(tmp_path, orientation):
+def test_exif_rotation_applies_only_if_it_fits_the_camera(tmp_path, orientation):
   exif = Image.Exif()
   exif[0x0112] = orientation
   path = saved(tmp_path, Image.fromarray(RGB), exif=exif)
@@ -128,14 +128,14 @@ def test_exif_turns_only_where_the_camera_wants_it(tmp_path, orientation):
   assert '16x12' in refused(path, size=(11, 16))
 
 
-def test_an_upside_down_tag_is_ignored_as_colmap_does(tmp_path):
+def test_exif_upside_down_is_ignored(tmp_path):
   exif = Image.Exif()
   exif[0x0112] = 3
   path = saved(tmp_path, Image.fromarray(RGB), 'a.png', exif=exif)
   np.testing.assert_array_equal(images.decode(path, size=(16, 12)), RGB)
 
 
-def test_a_turned_size_without_a_tag_is_refused(tmp_path):
+def test_a_rotated_size_without_a_tag_is_an_error(tmp_path):
   path = saved(tmp_path, Image.fromarray(RGB))
   assert 'its camera has 12x16' in refused(path, size=(12, 16))
 
@@ -162,7 +162,7 @@ def test_damaged_files_are_named(tmp_path, name):
     images.decode(str(tmp_path / 'nothing.png'))
 
 
-def test_no_room_is_made_for_what_a_file_only_claims(tmp_path):
+def test_memory_is_bounded_by_the_file_not_its_header(tmp_path):
   path = str(tmp_path / 'a.png')
   captures.save_image(path, captures.pixels(0))
   content = pathlib.Path(path).read_bytes()
@@ -177,7 +177,7 @@ def test_no_room_is_made_for_what_a_file_only_claims(tmp_path):
     tracemalloc.stop()
 
 
-def test_what_is_no_file_is_not_opened(tmp_path):
+def test_folders_and_pipes_are_not_opened(tmp_path):
   with pytest.raises(images.DataNotFoundError, match='no such image') as caught:
     images.read_header('y' * 10**5)  # As a damaged list of frames may have it.
   assert len(str(caught.value)) < 5000
@@ -204,7 +204,7 @@ def test_bombs_and_empty_pictures_are_named(tmp_path):
     tracemalloc.stop()
 
 
-def test_documents_and_films_are_no_pictures(tmp_path):
+def test_documents_and_videos_are_errors(tmp_path):
   for kind in ('GIF', 'EPS'):  # For EPS Pillow would start another program.
     path = tmp_path / f'{kind}.png'
     Image.fromarray(RGB).save(path, kind)

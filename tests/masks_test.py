@@ -1,4 +1,4 @@
-"""Masks and weights: found by name, never drawn, exact on any number of devices, in metrics."""
+"""Masks and weights: finding, sampling on any number of devices, and metrics."""
 
 import captures
 import jax
@@ -55,7 +55,7 @@ class TestFiles:
       write_transforms(tmp_path, table)
       assert message in refused(tmp_path, dataset_loader='transforms')
 
-  def test_a_small_pixel_counts_if_all_of_it_does(self, tmp_path):
+  def test_a_downsampled_pixel_counts_if_all_its_pixels_do(self, tmp_path):
     captures.write_colmap(tmp_path)
     save_mask(tmp_path / 'masks' / '004.png', pattern(1))
     found = load(tmp_path, factor=2)
@@ -113,7 +113,7 @@ class TestDraws:
     allowed = np.array([masked[0].size[0].prod(), masked[2][1].sum(), 2])
     np.testing.assert_allclose(shares, allowed / allowed.sum(), atol=0.06)
 
-  def test_nothing_to_say_changes_nothing(self, masked):
+  def test_without_masks_nothing_changes(self, masked):
     size = masked[0].size
     assert batches.make_supervision(size) is None
     assert batches.make_supervision(size, [None] * 3, ()) is None
@@ -172,7 +172,7 @@ class TestTraining:
     a, b = self.batch(unmasked, 1), self.batch(unmasked, 1, spoiled)
     assert (a[0][0].rgb != b[0][0].rgb).any()
 
-  def test_the_step_itself_heeds_both(self, masked, monkeypatch):
+  def test_the_train_step_uses_masks_and_weights(self, masked, monkeypatch):
     """Seen while it is traced: what it draws by, and what its loss is given."""
     cams, images, allowed = masked
     settings, seen = tiny.settings(), []

@@ -1,4 +1,4 @@
-"""Downsampled folders: right sizes and averages, whole or not at all."""
+"""Downsampled folders: sizes, averages and atomic writes."""
 
 import concurrent.futures
 import os
@@ -90,7 +90,7 @@ def test_a_quarter_turn_stays_a_tag(tmp_path):
   assert found.headers == (images.Header(8, 6, 6),)
 
 
-def test_nothing_is_left_of_a_failure(tmp_path):
+def test_a_failure_leaves_nothing(tmp_path):
   root = fill(tmp_path, [f'{i}.png' for i in range(6)])
   (tmp_path / 'images' / '3.png').write_bytes(b'no picture')
   with pytest.raises(images.DataError, match=r'3\.png'):
@@ -98,7 +98,7 @@ def test_nothing_is_left_of_a_failure(tmp_path):
   only(tmp_path, 'images')
 
 
-def test_nothing_is_left_of_an_interruption(tmp_path, monkeypatch):
+def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
   root = fill(tmp_path, [f'{i}.png' for i in range(6)])
 
   def interrupted(*args):
@@ -153,7 +153,7 @@ def test_endings_may_differ(tmp_path):
   assert pairs == {'b.png': 'b.bmp', 'x/a.png': 'x/a.bmp'}
 
 
-def test_counted_names_pair_by_order(tmp_path):
+def test_numbered_names_pair_by_order(tmp_path):
   fill(tmp_path, ['IMG_7.png', 'IMG_9.png', 'IMG_8.png'])
   root = fill(tmp_path, ['image000.png', 'image001.png', 'image002.png'], 'images_8')
   pairs = pyramid.pair(root, 'images', 'images_8', ['IMG_9.png', 'IMG_8.png'])

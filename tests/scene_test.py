@@ -1,4 +1,4 @@
-"""Scenes: what is saved comes back exactly; pixels are those of the camera's size."""
+"""Scenes: round trips are exact; pixels have the size of the camera."""
 
 import dataclasses
 import json

@@ -1,8 +1,8 @@
 """Reads and writes COLMAP sparse models: cameras, images and points3D, as .bin or as .txt.
 
-Only what a radiance field needs is kept: intrinsics, poses, names, and the points without their
-tracks. Poses are COLMAP's: world to camera, OpenCV axes (x right, y down, z forward), a
-quaternion (w, x, y, z) and a translation. `n` is the number of 3D points.
+Keeps intrinsics, poses, names, and the points without their tracks. Poses are
+COLMAP's: world to camera, OpenCV axes (x right, y down, z forward), a quaternion
+(w, x, y, z) and a translation. `n` is the number of 3D points.
 The layout is that of https://colmap.github.io/format.html.
 """
 
@@ -53,7 +53,7 @@ _KINDS = ('cameras', 'images', 'points3D')
 
 
 def find_extension(folder: str) -> str | None:
-  """'.bin' or '.txt', whichever a whole sparse model in `folder` has ('.bin' first), or None."""
+  """Returns the extension of the model in `folder`, '.bin' (preferred) or '.txt', or None."""
   for ext in _FORMATS:
     if all(os.path.isfile(os.path.join(folder, kind + ext)) for kind in _KINDS[:2]):
       return ext
@@ -61,21 +61,21 @@ def find_extension(folder: str) -> str | None:
 
 
 def read_model(folder: str) -> Model:
-  """Reads cameras, images and points3D (.bin, else .txt) from a folder.
+  """Reads cameras, images and points3D (.bin, or else .txt) from a folder.
 
-  A missing points3D file is taken as an empty point cloud. Whatever the files say, no more memory
-  is taken than a small multiple of their size.
+  Without a points3D file the point cloud is empty. Memory use is at most a small multiple of the
+  file sizes, even for damaged files.
 
   Raises:
-    ModelNotFoundError: there is no such folder, or no sparse model in it.
-    ModelError: a file is truncated, damaged or contradicts another; names the file and the place.
+    ModelNotFoundError: the folder does not exist or has no sparse model.
+    ModelError: a file is truncated, damaged or contradicts another.
   """
   if not os.path.isdir(folder):
     raise ModelNotFoundError(f'No such folder: {folder!r}.')
   ext = find_extension(folder)
   if ext is None:
     raise ModelNotFoundError(
-      f'No sparse model in {folder!r}: it takes cameras and images, both as .bin or as .txt.'
+      f'No sparse model in {folder!r}: it needs cameras and images, both as .bin or as .txt.'
     )
   cameras_file, images_file, points_file = (os.path.join(folder, kind + ext) for kind in _KINDS)
   reader = _FORMATS[ext]
@@ -85,27 +85,27 @@ def read_model(folder: str) -> Model:
   for image in images.values():
     if image.camera_id not in cameras:
       raise ModelError(
-        f'{images_file}: image {image.name!r} is of camera {image.camera_id}, which '
-        f'{cameras_file} does not have: {REDO}.'
+        f'{images_file}: image {image.name!r} uses camera {image.camera_id}, which is '
+        f'not in {cameras_file}; {REDO}.'
       )
     if id_of.setdefault(image.name, image.id) != image.id:
       raise ModelError(
-        f'{images_file}: images {id_of[image.name]} and {image.id} have one name, '
-        f'{image.name!r}: {REDO}.'
+        f'{images_file}: images {id_of[image.name]} and {image.id} have the same '
+        f'name, {image.name!r}; {REDO}.'
       )
   points = reader.read_points(points_file) if os.path.isfile(points_file) else make_points()
   return Model(cameras, images, points)
 
 
 def encode(model: Model, ext: str) -> dict[str, bytes]:
-  """The contents of cameras, images and points3D, without 2D points and tracks."""
+  """Returns the contents of cameras, images and points3D, without 2D points and tracks."""
   return dict(zip(_KINDS, _FORMATS[ext].encode(model)))
 
 
 def write_model(folder: str, model: Model, ext: str = '.txt') -> None:
   """Writes cameras, images and points3D, without 2D points and tracks, into `folder`.
 
-  `ext` is '.txt' or '.bin'. Numbers come back from `read_model` exactly.
+  `ext` is '.txt' or '.bin'. `read_model` restores the numbers exactly.
   """
   os.makedirs(folder, exist_ok=True)
   for kind, content in encode(model, ext).items():

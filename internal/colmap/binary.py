@@ -12,7 +12,7 @@ from .model import CAMERA_MODELS, MODEL_NAMES, REDO, Camera, Image, ModelError, 
 
 
 class _Bytes:
-  """A .bin file in memory and the place reached in it."""
+  """A .bin file in memory and the current position."""
 
   def __init__(self, path: str):
     self.path = path
@@ -22,8 +22,8 @@ class _Bytes:
 
   def fail(self, what: str, size: int):
     raise ModelError(
-      f'{self.path}: truncated or damaged at byte {self.at}, reading {what}: {size} bytes wanted, '
-      f'{len(self.data) - self.at} left; {REDO}.'
+      f'{self.path}: truncated or damaged at byte {self.at}, reading {what}: needs {size} bytes, '
+      f'has {len(self.data) - self.at}; {REDO}.'
     )
 
   def skip(self, size: int, what: str) -> None:
@@ -37,7 +37,7 @@ class _Bytes:
     return struct.unpack_from('<' + layout, self.data, start)
 
   def count(self, record: int, what: str) -> int:
-    """A count of records of at least `record` bytes each: refused if the file can't hold them."""
+    """Reads a number of records; fails if the file is too short for `record` bytes each."""
     (n,) = self.unpack('Q', f'the number of {what}')
     if n * record > len(self.data) - self.at:
       self.fail(f'{n} {what}', n * record)
@@ -46,14 +46,14 @@ class _Bytes:
   def string(self, what: str) -> str:
     end = self.data.find(b'\0', self.at)
     if end < 0:
-      self.fail(f'{what} (no end of it)', len(self.data) - self.at + 1)
+      self.fail(f'{what} (not terminated)', len(self.data) - self.at + 1)
     start, self.at = self.at, end + 1
     return os.fsdecode(self.data[start:end])
 
   def finish(self) -> None:
     if self.at != len(self.data):
       raise ModelError(
-        f'{self.path}: {len(self.data) - self.at} bytes too many after byte {self.at}; {REDO}.'
+        f'{self.path}: {len(self.data) - self.at} unexpected bytes after byte {self.at}; {REDO}.'
       )
 
 
@@ -81,7 +81,7 @@ def read_images(path: str) -> dict[int, Image]:
   for _ in range(data.count(73, 'images')):
     image_id, *pose, camera_id = data.unpack('I7dI', 'an image')
     name = data.string(f'the name of image {image_id}')
-    # Each 2D point is x, y and a point's id: none of it is needed.
+    # Skip the 2D points: x, y and a point's id each.
     data.skip(24 * data.count(24, f'2D points of {name!r}'), f'2D points of {name!r}')
     image = Image(image_id, tuple(pose[:4]), tuple(pose[4:]), camera_id, name)
     model_lib.add_image(images, path, image)
@@ -99,7 +99,7 @@ def read_points(path: str) -> Points:
   n = data.count(_POINT.itemsize, 'points')
   track_length = struct.Struct('<Q').unpack_from
   starts = np.empty(n, np.int64)
-  # Tracks make the records unequal: walk over them, then read all of them at once.
+  # Tracks vary in length: find the start of each record, then read all at once.
   for i in range(n):
     starts[i] = data.at
     data.skip(_POINT.itemsize, f'point {i + 1} of {n}')

@@ -1,4 +1,4 @@
-"""What a COLMAP sparse model holds, and what it means in this system's terms."""
+"""The contents of a COLMAP sparse model, and their conversion to `structs.Cameras` terms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from .. import structs
 from ..errors import UserError
 
-# The models that COLMAP knows, in the order of their ids, with their numbers of parameters.
+# COLMAP's camera models in the order of their ids: number of parameters.
 CAMERA_MODELS = {
   'SIMPLE_PINHOLE': 3,
   'PINHOLE': 4,
@@ -33,7 +33,7 @@ CAMERA_MODELS = {
 }
 MODEL_NAMES = tuple(CAMERA_MODELS)
 
-# What the parameters of the models that we can use mean, in their order.
+# Supported models: projection and parameters, in order.
 LAYOUTS = {
   'SIMPLE_PINHOLE': (structs.PERSPECTIVE, 'f cx cy'),
   'PINHOLE': (structs.PERSPECTIVE, 'fx fy cx cy'),
@@ -45,22 +45,22 @@ LAYOUTS = {
   'RADIAL_FISHEYE': (structs.FISHEYE, 'f cx cy k1 k2'),
 }
 
-# An image with this many pixels a side is no photograph: the file is damaged.
+# Pixels. A larger side means that the file is damaged.
 MAX_SIDE = 1_000_000
 REDO = 'copy the model again, or write it anew with `colmap model_converter`'
 
 
 class ModelError(UserError):
-  """A sparse model that cannot be used; the message names the file and the way out."""
+  """A sparse model that cannot be used."""
 
 
 class ModelNotFoundError(UserError, FileNotFoundError):
-  """No sparse model where one was looked for."""
+  """The folder has no sparse model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Camera:
-  """Intrinsics in pixels of the full-size image, the way that COLMAP's `model` orders them."""
+  """Intrinsics in pixels of the full-size image, in the order of COLMAP's `model`."""
 
   id: int
   model: str
@@ -101,7 +101,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Intrinsics:
-  """A camera in the terms of `structs.Cameras`, in pixels of the full-size image."""
+  """Intrinsics as in `structs.Cameras`, in pixels of the full-size image."""
 
   fx: float
   fy: float
@@ -112,27 +112,29 @@ class Intrinsics:
 
 
 def intrinsics(camera: Camera) -> Intrinsics:
-  """Focal lengths, principal point and distortion of a COLMAP camera.
+  """Returns focal lengths, principal point and distortion of a COLMAP camera.
 
   Raises:
-    ModelError: a camera model that has no counterpart here, or impossible focal lengths.
+    ModelError: the camera model is not supported, or a focal length is not positive.
   """
   if camera.model not in LAYOUTS:
     raise ModelError(
-      f'Camera {camera.id} has the model {camera.model}, which cannot be used here. Undistort the '
+      f'Camera {camera.id} has the unsupported model {camera.model}. Undistort the '
       f'images with `colmap image_undistorter`, or use one of {", ".join(LAYOUTS)}.'
     )
   lens, layout = LAYOUTS[camera.model]
   value = dict(zip(layout.split(), camera.params))
   fx, fy = value.get('fx', value.get('f')), value.get('fy', value.get('f'))
   if not min(fx, fy) > 0:
-    raise ModelError(f'Camera {camera.id} has focal lengths {fx}, {fy}, must be positive: {REDO}.')
+    raise ModelError(
+      f'Camera {camera.id} has focal lengths {fx}, {fy}; they must be positive; {REDO}.'
+    )
   distortion = tuple(value.get(k, 0.0) for k in ('k1', 'k2', 'k3', 'k4', 'p1', 'p2'))
   return Intrinsics(fx, fy, value['cx'], value['cy'], distortion, lens)
 
 
 def camera_to_world(image: Image) -> np.ndarray:
-  """The pose of an image as [3, 4] float64: OpenGL camera axes (y up, z back) to world."""
+  """Returns the pose of an image, [3, 4] float64: OpenGL camera axes (y up, z back) to world."""
   w, x, y, z = np.asarray(image.qvec) / math.hypot(*image.qvec)
   world_to_camera = np.array(
     [
@@ -147,7 +149,7 @@ def camera_to_world(image: Image) -> np.ndarray:
 
 
 def make_points(xyz=(), rgb=None, error=None, ids=None) -> Points:
-  """A point cloud from positions [n, 3]; grey, without error and numbered from 1 by default."""
+  """Makes a point cloud from positions [n, 3]; default: grey, no error, ids from 1."""
   xyz = np.asarray(xyz, np.float64).reshape(-1, 3)
   n = len(xyz)
   return Points(
@@ -159,24 +161,26 @@ def make_points(xyz=(), rgb=None, error=None, ids=None) -> Points:
 
 
 def add_camera(cameras: dict[int, Camera], where: str, camera: Camera) -> None:
-  """Adds a camera that was read at `where`, if its numbers are possible and its id is new."""
+  """Adds a camera read at `where`; raises a ModelError if it is invalid or its id repeats."""
   if not (1 <= camera.width <= MAX_SIDE and 1 <= camera.height <= MAX_SIDE):
     raise ModelError(
-      f'{where}: camera {camera.id} has the size {camera.width}x{camera.height}: {REDO}.'
+      f'{where}: camera {camera.id} has the impossible size {camera.width}x{camera.height}; {REDO}.'
     )
   if not all(map(math.isfinite, camera.params)):
-    raise ModelError(f'{where}: camera {camera.id} has parameters {camera.params}: {REDO}.')
+    raise ModelError(
+      f'{where}: camera {camera.id} has non-finite parameters {camera.params}; {REDO}.'
+    )
   if camera.id in cameras:
-    raise ModelError(f'{where}: there is a camera {camera.id} already: {REDO}.')
+    raise ModelError(f'{where}: camera {camera.id} is defined twice; {REDO}.')
   cameras[camera.id] = camera
 
 
 def add_image(images: dict[int, Image], where: str, image: Image) -> None:
-  """Adds an image that was read at `where`, if its pose is one and its id is new."""
+  """Adds an image read at `where`; raises a ModelError if it is invalid or its id repeats."""
   if not all(map(math.isfinite, image.qvec + image.tvec)) or not any(image.qvec):
     raise ModelError(
-      f'{where}: image {image.name!r} has no proper pose, {image.qvec} {image.tvec}: {REDO}.'
+      f'{where}: image {image.name!r} has an invalid pose, {image.qvec} {image.tvec}; {REDO}.'
     )
   if image.id in images:
-    raise ModelError(f'{where}: there is an image {image.id} already: {REDO}.')
+    raise ModelError(f'{where}: image {image.id} is defined twice; {REDO}.')
   images[image.id] = image

@@ -1,4 +1,4 @@
-"""The .txt files of a sparse model: a record a line (images: two lines), '#' opens a comment."""
+"""The .txt files of a sparse model: one line per record (two for images), '#' starts a comment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _bad_line(path: str, number: int, wanted: str, line: str) -> ModelError:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-  """All lines with their numbers from 1, without their ends."""
+  """Yields (line number from 1, stripped line)."""
   with open(path, encoding='utf-8', errors='surrogateescape') as f:
     for number, line in enumerate(f, 1):
       yield number, line.strip()
@@ -62,7 +62,7 @@ def read_images(path: str) -> dict[int, Image]:
       raise _bad_line(path, number, 'IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME', line)
     image = Image(image_id, pose[:4], pose[4:], camera_id, name)
     model_lib.add_image(images, f'{path}:{number}', image)
-    # The next line holds 2D points, or nothing. Not needed, but its shape tells a lost line.
+    # The next line has 2D points or is empty. Its shape reveals a missing line.
     number, line = next(lines, (number, ''))
     if len(line.split()) % 3:
       raise _bad_line(path, number, f'triples X Y POINT3D_ID of {name!r} or an empty line', line)
@@ -106,5 +106,5 @@ def encode(model: model_lib.Model) -> tuple[bytes, bytes, bytes]:
 
 
 def _numbers(values) -> str:
-  """Floats in as many digits as bring them back exactly."""
+  """Formats floats so that reading restores them exactly."""
   return ' '.join(repr(float(value)) for value in values)

@@ -1,4 +1,4 @@
-"""Captures: a small module per format, and the one table of their names.
+"""Dataset loaders: one module per format, and the table of their names.
 
 A new format is a module with `load(config, read_only) -> Scene` and a row here.
 """
@@ -21,17 +21,17 @@ LOADERS = {
 
 
 def load_dataset(config: configs.Config, read_only: bool = False) -> Scene:
-  """Reads the capture at Config.data_dir, as Config.dataset_loader says, but for its pixels.
+  """Loads the capture at Config.data_dir with Config.dataset_loader; pixels are read later.
 
-  Missing downsampled pictures are made, unless `read_only`; then they are only reported.
+  Makes missing downsampled pictures; with `read_only` it writes nothing and only reports them.
 
   Raises:
     DataError, DataNotFoundError, colmap.ModelError, colmap.ModelNotFoundError: the capture cannot
-      be used; one line says why and what to do.
+      be used.
   """
   name = config.dataset_loader
   if name not in LOADERS:
     raise images.DataError(
-      f'Config.dataset_loader = {name!r} is unknown: there are {", ".join(map(repr, LOADERS))}.'
+      f'Config.dataset_loader = {name!r} is unknown; use one of {", ".join(map(repr, LOADERS))}.'
     )
   return LOADERS[name](config, read_only)

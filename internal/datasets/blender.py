@@ -1,11 +1,12 @@
 """Blender's synthetic scenes: transforms_train.json and transforms_test.json, objects on white.
 
-The world is the capture's own, where the object is near the origin and the cameras are 4 away.
+The capture's world is kept: the object is near the origin, the cameras are 4 units away.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from .. import configs
 from . import frames as frames_lib
@@ -13,11 +14,11 @@ from . import scenes, transforms
 
 
 def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
-  """Reads a Blender scene; `Config.factor` uses (and makes) train_<factor>/ and test_<factor>/.
+  """Loads a Blender scene; `Config.factor` uses (and makes) train_<factor>/ and test_<factor>/.
 
   Raises:
     DataNotFoundError: the folder, a transforms file or a picture is missing.
-    DataError: something there cannot be used.
+    DataError: a file is damaged or contradicts another.
   """
   data_dir = frames_lib.capture_dir(config.data_dir)
 
@@ -25,9 +26,20 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
     path = os.path.join(data_dir, f'transforms_{part}.json')
     return transforms.read_frames(data_dir, path, transforms.read_table(path))
 
+  return assemble('blender', config, read, read_only)
+
+
+def assemble(
+  loader: str,
+  config: configs.Config,
+  read: Callable[[str], list[frames_lib.Frame]],
+  read_only: bool,
+) -> scenes.Scene:
+  """Assembles the frames `read('train')` and `read('test')`: white background, world as it is."""
   frames, split = frames_lib.train_then_test(read)
+  data_dir = config.data_dir
   return frames_lib.assemble(
-    'blender',
+    loader,
     data_dir,
     frames,
     frames_lib.world_as_is(data_dir, frames),

@@ -1,4 +1,4 @@
-"""Fetches the archives of published datasets, going on after interruptions, and unpacks them."""
+"""Downloads the archives of published datasets, resuming after interruptions, and unpacks them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import socket
-import stat
 import sys
 import time
 import urllib.error
@@ -29,18 +28,18 @@ _NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, T
 
 
 class DownloadError(UserError):
-  """An archive that could not be fetched or unpacked; the message says what to do."""
+  """An archive could not be downloaded or unpacked."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-  """A zip file of scenes, at its authors' address."""
+  """A zip file of scenes."""
 
-  file: str  # Its name.
+  file: str  # File name.
   url: str
-  page: str  # Where its authors offer it.
+  page: str  # The authors' download page.
   scenes: tuple[str, ...]
-  top: str = ''  # The folder that they are in, with its slash.
+  top: str = ''  # The folder of the scenes in the archive, with a trailing slash.
 
 
 _STORAGE = 'https://storage.googleapis.com/gresearch/refraw360/'
@@ -85,27 +84,27 @@ ARCHIVES = {
 
 
 class _NotAnArchiveError(Exception):
-  """The server sent a web page: a login, a quota, a notice."""
+  """The server sent a web page, such as a login or a quota notice."""
 
 
-class _CutShortError(ConnectionError):
-  """The connection ended before all was there."""
+class _TruncatedError(ConnectionError):
+  """The connection ended early."""
 
 
 def _open(url: str, have: int, tag: str):
-  """Asks for what comes after `have` bytes of the file that the server called `tag`."""
+  """Requests the file from byte `have` on, if its tag is still `tag`."""
   request = urllib.request.Request(url, headers={'User-Agent': 'mipnerf360-jax'})
   if have and tag:
     request.add_header('Range', f'bytes={have}-')
-    request.add_header('If-Range', tag)  # Another file by now: the whole of it.
+    request.add_header('If-Range', tag)  # If the file has changed, send all of it.
   return urllib.request.urlopen(request, timeout=_TIMEOUT)
 
 
 def _attempt(url: str, part: str, label: str) -> None:
-  """Fetches what `part` lacks, once.
+  """Makes one attempt to download the rest of `part`.
 
   Raises:
-    one of _NETWORK, _NotAnArchiveError; `part` then holds what came.
+    one of _NETWORK, _NotAnArchiveError; `part` keeps what was received.
   """
   tag_file, have, tag = f'{part}.tag', 0, ''
   if os.path.exists(part) and os.path.exists(tag_file):
@@ -116,7 +115,7 @@ def _attempt(url: str, part: str, label: str) -> None:
   except urllib.error.HTTPError as e:
     whole = re.fullmatch(r'bytes \*/(\d+)', e.headers.get('Content-Range', ''))
     if e.code == 416 and whole and int(whole[1]) == have:
-      return  # All had come before.
+      return  # Already complete.
     if e.code == 416:
       os.remove(tag_file)
     raise
@@ -131,13 +130,13 @@ def _attempt(url: str, part: str, label: str) -> None:
       f.write(_tag(response.headers))
     _receive(response, part, have, total, label)
   if total is not None and os.path.getsize(part) != total:
-    raise _CutShortError(f'{os.path.getsize(part):,} of {total:,} bytes came')
+    raise _TruncatedError(f'{os.path.getsize(part):,} of {total:,} bytes received')
 
 
 def _tag(headers) -> str:
-  """What tells this file from another at the same address; '' if the server does not say."""
+  """Returns the version tag of the file; '' if the server sends none."""
   tag = headers.get('ETag', '')
-  # A weak tag is not for pieces.
+  # Weak tags are not valid for ranges.
   return tag if tag and not tag.startswith('W/') else headers.get('Last-Modified', '')
 
 
@@ -161,25 +160,24 @@ def _check_space(folder: str, needed: int, label: str) -> None:
 
 
 def _is_final(error: Exception) -> bool:
-  """Whether asking again is no use: the file is not for us, or there is no network at all."""
+  """Whether a retry is useless: the file is unavailable, or there is no network."""
   if isinstance(error, urllib.error.HTTPError):
     return error.code in (401, 403, 404, 410)
   return isinstance(getattr(error, 'reason', None), socket.gaierror)
 
 
 def fetch(archive: Archive, folder: str, mirror: str | None = None) -> str:
-  """The path of an archive in the folder, fetched if it is not there.
+  """Downloads an archive unless it is in the folder; returns its path.
 
-  What an earlier start has fetched is kept, in FILE.part, if the server still has the same file.
-  The size is checked against what the server says.
+  Resumes FILE.part if the server still has the same file. Checks the size that the server sent.
 
   Args:
-    archive: what to fetch.
-    folder: where to.
-    mirror: an address below which the file is, instead of the authors'.
+    archive: the archive.
+    folder: the target folder, made if missing.
+    mirror: base URL to use instead of the authors'.
 
   Raises:
-    DownloadError: it could not be fetched; the message says how to bring it by hand.
+    DownloadError: the download failed; the message tells how to do it by hand.
   """
   path = os.path.join(folder, archive.file)
   if os.path.exists(path):
@@ -189,7 +187,7 @@ def fetch(archive: Archive, folder: str, mirror: str | None = None) -> str:
   os.makedirs(folder, exist_ok=True)
   url = f'{mirror.rstrip("/")}/{archive.file}' if mirror else archive.url
   part, wait = f'{path}.part', _WAIT
-  by_hand = f'Fetch it elsewhere ({archive.page}), put it there as {path}, and start this again.'
+  by_hand = f'Fetch it elsewhere ({archive.page}), put it there as {path}, and start again.'
   for attempt in range(1, _ATTEMPTS + 1):
     try:
       _attempt(url, part, archive.file)
@@ -199,7 +197,7 @@ def fetch(archive: Archive, folder: str, mirror: str | None = None) -> str:
     except _NETWORK as e:
       if _is_final(e) or attempt == _ATTEMPTS:
         raise DownloadError(
-          f'{url}: {e}. What came is kept. Without a network: {by_hand}'
+          f'{url}: {e}. The part received is kept. Without a network: {by_hand}'
         ) from None
       print(f'{archive.file}: {e}; attempt {attempt + 1} of {_ATTEMPTS}', file=sys.stderr)
       time.sleep(wait)
@@ -210,34 +208,11 @@ def fetch(archive: Archive, folder: str, mirror: str | None = None) -> str:
   return path
 
 
-def _members(path: str, archive: zipfile.ZipFile, prefix: str) -> list[tuple[zipfile.ZipInfo, str]]:
-  """The files below the prefix, with their paths below it.
-
-  Raises:
-    DownloadError: one would land elsewhere, or is a link.
-  """
-  found = []
-  for info in archive.infolist():
-    name = info.filename
-    if info.is_dir() or not name.startswith(prefix):
-      continue
-    inner = name[len(prefix) :]
-    parts = re.split(r'[\\/]', inner)
-    if '' in parts or '.' in parts or '..' in parts or '\0' in inner or ':' in parts[0]:
-      raise DownloadError(f'{path}: refuses to unpack {name!r}, which leads out of its folder.')
-    if stat.S_ISLNK(info.external_attr >> 16):
-      raise DownloadError(f'{path}: refuses to unpack {name!r}, which is a link.')
-    found.append((info, inner))
-  return found
-
-
 def unpack(path: str, archive: Archive, folder: str, scenes: Sequence[str] | None = None) -> None:
-  """Unpacks scenes that are not in the folder yet; each is there as a whole or not at all.
-
-  The zip file's own sums are checked.
+  """Unpacks scenes that are not in the folder yet, each atomically; checks the CRCs.
 
   Raises:
-    DownloadError: the file is damaged, or would write outside the folder.
+    DownloadError: the file is damaged, or is not the expected archive.
   """
   try:
     with zipfile.ZipFile(path) as opened:
@@ -245,45 +220,52 @@ def unpack(path: str, archive: Archive, folder: str, scenes: Sequence[str] | Non
         target = os.path.join(folder, scene)
         if not os.path.exists(target):
           _unpack_scene(path, opened, f'{archive.top}{scene}/', target)
-  except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as e:
+  except (
+    zipfile.BadZipFile,
+    EOFError,
+    NotImplementedError,
+    zlib.error,
+    FileExistsError,
+    NotADirectoryError,
+  ) as e:
     raise DownloadError(
-      f'{path} is damaged ({e}). Remove it and start this again to fetch it anew.'
+      f'{path} is damaged ({e}). Remove it and start again to download it.'
     ) from None
 
 
 def _unpack_scene(path: str, opened: zipfile.ZipFile, prefix: str, target: str) -> None:
-  members = _members(path, opened, prefix)
+  members = [m for m in opened.infolist() if m.filename.startswith(prefix) and not m.is_dir()]
   if not members:
-    raise DownloadError(f'{path} has no {prefix}: it is not the archive that was expected.')
-  _check_space(os.path.dirname(target), sum(info.file_size for info, _ in members), target)
+    raise DownloadError(
+      f'{path} has no {prefix}: it is not the expected archive. Remove it and start again.'
+    )
+  _check_space(os.path.dirname(target), sum(member.file_size for member in members), target)
   temporary = f'{target}.part'
   shutil.rmtree(temporary, ignore_errors=True)
   label = f'unpacking {os.path.basename(target)}'
-  for info, inner in progress.track(members, label):
-    out = os.path.join(temporary, *inner.split('/'))
-    os.makedirs(os.path.dirname(out), exist_ok=True)
-    with opened.open(info) as source, open(out, 'wb') as f:
-      shutil.copyfileobj(source, f, _BLOCK)
-  os.replace(temporary, target)
+  for member in progress.track(members, label):
+    opened.extract(member, temporary)  # Drops '..' from names and makes no links.
+  os.replace(os.path.join(temporary, prefix), target)
+  shutil.rmtree(temporary)
 
 
 def download(
   dataset: str, folder: str, scenes: Sequence[str] | None = None, mirror: str | None = None
 ) -> list[str]:
-  """Fetches and unpacks the scenes of a dataset that are not in the folder.
+  """Downloads and unpacks the scenes of a dataset that are not in the folder.
 
   Returns:
-    Archives in the folder, which are needed no longer.
+    Paths of the archives in the folder, which can now be deleted.
 
   Raises:
-    DownloadError: an unknown dataset or scene; or a file that could not be fetched or unpacked.
+    DownloadError: the dataset or a scene is unknown, or a download or unpacking failed.
   """
   if dataset not in ARCHIVES:
-    raise DownloadError(f'Unknown dataset {dataset!r}: there are {", ".join(ARCHIVES)}.')
+    raise DownloadError(f'Unknown dataset {dataset!r}; use one of {", ".join(ARCHIVES)}.')
   known = [scene for archive in ARCHIVES[dataset] for scene in archive.scenes]
   for scene in scenes or ():
     if scene not in known:
-      raise DownloadError(f'{dataset} has no scene {scene!r}: there are {", ".join(known)}.')
+      raise DownloadError(f'{dataset} has no scene {scene!r}; use one of {", ".join(known)}.')
   done = []
   for archive in ARCHIVES[dataset]:
     wanted = [scene for scene in archive.scenes if scenes is None or scene in scenes]

@@ -1,9 +1,9 @@
 """DTU's multi-view stereo scans: Rectified/scan<n>/rect_001_3_r5000.png, Calibration/cal18/.
 
-Each of 49 or 64 places was photographed in seven lights (0 to 6) and in all of them ('max');
-Config.dtu_light_cond chooses one, 7 standing for 'max'. `pos_001.txt` is the 3x4 projection matrix
-of a place, K [R | t] with OpenCV axes, the same for all scans. Pictures may lie in the scan's
-folder or in images/ within, where Config.factor can make smaller ones.
+Each of 49 or 64 camera positions has pictures in seven lights (0 to 6) and in all of them ('max');
+Config.dtu_light_cond chooses one, 7 means 'max'. `pos_001.txt` is the 3x4 projection matrix of a
+position, K [R | t] with OpenCV axes, the same for all scans. Pictures are in the scan's folder or
+in its images/, where Config.factor can make smaller ones.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import re
 
 import numpy as np
 
-from .. import colmap, configs, structs
+from .. import configs
 from . import frames as frames_lib
 from . import images, scenes
 
 _PICTURE = r'rect_(\d{3})_%s\.\w+'
 _CALIBRATIONS = ('cal18', '../cal18', '../../cal18', '../../Calibration/cal18')
-_MAX_SKEW = 1e-3  # Of the focal length: what is dropped moves a pixel by less than one.
+_MAX_SKEW = 1e-3  # Relative to the focal length: ignoring it moves no point by a pixel.
 
 
 def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
-  """Reads one scan; `Config.data_dir` is its folder. Every llffhold-th place is a test image.
+  """Loads one scan; `Config.data_dir` is its folder. Every llffhold-th position is held out.
 
   Raises:
     DataNotFoundError: the folder, the calibration or a picture is missing.
-    DataError: something there cannot be used.
+    DataError: a file is damaged or contradicts another.
   """
   data_dir = frames_lib.capture_dir(config.data_dir)
   frames = _read_frames(data_dir, config.dtu_light_cond)
@@ -49,18 +49,14 @@ def _read_frames(data_dir: str, light: int) -> list[frames_lib.Frame]:
            if (m := pattern.fullmatch(n))}  # fmt: skip
   if not found:
     raise images.DataNotFoundError(
-      f'No pictures rect_001_{light}_r5000.png in {data_dir!r}: Config.data_dir must be the folder '
-      'of one scan of DTU, and Config.dtu_light_cond one of its lights, 0 to 6 or 7 for all.'
+      f'No pictures rect_001_{light}_r5000.png in {data_dir!r}. Set Config.data_dir to the folder '
+      'of one DTU scan, and Config.dtu_light_cond to one of its lights (0 to 6, 7 for all).'
     )
   calibration = _find_calibration(data_dir)
   frames = []
   for name, match in found.items():
     path = os.path.join(calibration, f'pos_{match[1]}.txt')
-    intrinsics, pose = _read_projection(path)
-    picture = f'{folder}/{name}' if folder else name
-    header = images.read_header(images.inside(data_dir, picture))
-    size = header.width, header.height
-    frames.append(frames_lib.Frame(name, folder, name, intrinsics, size, pose, 'PINHOLE'))
+    frames.append(frames_lib.pinhole_frame(data_dir, folder, name, *_read_projection(path)))
   return frames
 
 
@@ -70,13 +66,13 @@ def _find_calibration(data_dir: str) -> str:
     if os.path.isdir(folder):
       return folder
   raise images.DataNotFoundError(
-    f'No calibration for {data_dir!r}: looked for {", ".join(_CALIBRATIONS)} there. It is in '
-    "DTU's SampleSet, under Calibration/cal18."
+    f'No calibration for {data_dir!r}: looked for {", ".join(_CALIBRATIONS)}. Copy it from '
+    "Calibration/cal18 in DTU's SampleSet."
   )
 
 
-def _read_projection(path: str) -> tuple[colmap.Intrinsics, np.ndarray]:
-  """Intrinsics, and the pose [3, 4] camera to world, OpenGL axes."""
+def _read_projection(path: str) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the intrinsics [3, 3] and the pose [3, 4], OpenGL camera axes to world."""
   if not os.path.isfile(path):
     raise images.DataNotFoundError(f'No such file: {path!r}. Each picture needs its calibration.')
   try:
@@ -84,18 +80,14 @@ def _read_projection(path: str) -> tuple[colmap.Intrinsics, np.ndarray]:
       projection = np.array(f.read().split(), np.float64).reshape(3, 4)
     k, rotation, centre = decompose(projection)
   except (ValueError, np.linalg.LinAlgError):
-    raise images.DataError(
-      f'{path}: must be a 3x4 matrix that projects the world onto a picture. Download it again.'
-    ) from None
+    raise images.DataError(f'{path}: must be a 3x4 projection matrix. Download it again.') from None
   if abs(k[0, 1]) > _MAX_SKEW * k[0, 0]:
-    raise images.DataError(f'{path}: has skewed pixels ({k[0, 1]:g}), as no camera here can have.')
-  pose = np.concatenate([rotation.T * [1, -1, -1], centre[:, None]], -1)
-  lens = (k[0, 0], k[1, 1], k[0, 2], k[1, 2])
-  return colmap.Intrinsics(*lens, (0.0,) * 6, structs.PERSPECTIVE), pose
+    raise images.DataError(f'{path}: has skewed pixels ({k[0, 1]:g}), which is not supported.')
+  return k, np.concatenate([rotation.T * [1, -1, -1], centre[:, None]], -1)
 
 
 def decompose(projection: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """The parts of P = scale K [R | -R c] (Hartley and Zisserman, section 6.2.4).
+  """Decomposes P = scale K [R | -R c] (Hartley and Zisserman, section 6.2.4).
 
   Args:
     projection: [3, 4].
@@ -105,13 +97,13 @@ def decompose(projection: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     the centre c [3].
 
   Raises:
-    ValueError, LinAlgError: no camera has such a matrix.
+    ValueError, LinAlgError: the matrix is not a camera projection.
   """
   matrix = projection[:, :3]
   if not (np.abs(projection) < frames_lib.LARGEST).all() or np.linalg.cond(matrix) > 1e12:
-    raise ValueError('no projection')
+    raise ValueError('not a projection')
   centre = -np.linalg.solve(matrix, projection[:, 3])
-  # A QR decomposition of the matrix turned about its antidiagonal is an RQ one of the matrix.
+  # QR of the matrix flipped about its antidiagonal gives the RQ decomposition.
   q, r = np.linalg.qr(matrix[::-1].T)
   k, rotation = r.T[::-1, ::-1], q.T[::-1]
   signs = np.sign(np.diag(k))

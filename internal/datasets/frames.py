@@ -1,7 +1,7 @@
-"""What all formats have in common: from posed frames to a scene in a normalised world.
+"""Shared by all formats: turns posed frames into a scene in a normalised world.
 
-A loader reads its format into frames (full-size intrinsics, poses in the capture's own world),
-chooses the world and the split, and has `assemble` find the pictures and check them.
+A loader reads its format into frames (full-size intrinsics, poses in the capture's own world) and
+chooses the world and the split. `assemble` then finds the pictures and checks them.
 `n` is the number of frames; poses are [3, 4], OpenGL camera axes to world.
 """
 
@@ -19,9 +19,9 @@ import numpy as np
 from .. import cameras, colmap, paths, structs
 from . import images, masks, pyramid, scenes
 
-# No capture has larger numbers, in pixels or in its own units; products of them fit in a float32.
+# Larger numbers, in pixels or world units, are errors. Products of smaller ones fit in a float32.
 LARGEST = 1e12
-# A downsampled side may be rounded either way from a side that was rounded itself.
+# Pixels: the full-size side and the downsampled side are both rounded.
 _SIZE_TOLERANCE = 1.5
 
 
@@ -29,15 +29,20 @@ _SIZE_TOLERANCE = 1.5
 class Frame:
   """One posed picture."""
 
-  name: str  # What the capture calls it.
-  folder: str  # Where the full-size pictures are, relative to data_dir.
+  name: str  # The name in the capture.
+  folder: str  # The folder of the full-size picture, relative to data_dir.
   file: str  # The picture, relative to the folder.
-  intrinsics: colmap.Intrinsics  # Of the full size.
+  intrinsics: colmap.Intrinsics  # For the full size.
   size: tuple[int, int]  # Width and height of the full size.
   pose: np.ndarray  # [3, 4] float64
   model: str  # The camera model's name, for the report.
-  mask: str | None = None  # Relative to data_dir; None: `masks.find` looks for one.
-  weight: float = 1.0  # Of its pixels in the data loss.
+  mask: str | None = None  # Relative to data_dir; None to search with `masks.find`.
+  weight: float = 1.0  # Multiplier of its pixels in the data loss.
+
+  @property
+  def picture(self) -> str:
+    """The full-size picture, relative to data_dir."""
+    return images.join(self.folder, self.file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,78 +50,113 @@ class World:
   """The normalised world."""
 
   poses: np.ndarray  # [n, 3, 4]
-  transform: np.ndarray  # [4, 4] from the capture's world.
+  transform: np.ndarray  # [4, 4], the capture's world to the normalised one.
   bounds: tuple[float, float] | None = None
-  ndc: bool = False  # Rays are to be in NDC.
+  ndc: bool = False  # Whether rays are converted to NDC.
 
 
 def capture_dir(data_dir: str | None) -> str:
-  """Config.data_dir, if there is such a folder.
+  """Returns Config.data_dir.
 
   Raises:
-    DataNotFoundError: there is not.
+    DataNotFoundError: it is not set, or is not a folder.
   """
   if not data_dir:
-    raise images.DataNotFoundError('Config.data_dir is not set: give the folder of the capture.')
+    raise images.DataNotFoundError(
+      'Config.data_dir is not set. Set it to the folder of the capture.'
+    )
   if not os.path.isdir(data_dir):
     raise images.DataNotFoundError(
-      f'No such folder: {data_dir!r}. Config.data_dir must be the folder of the capture.'
+      f'No such folder: {data_dir!r}. Set Config.data_dir to the folder of the capture.'
     )
   return data_dir
 
 
 @contextlib.contextmanager
-def named(path: str) -> Iterator[None]:
-  """Says of which file or folder a ValueError of a function that knows of none is."""
+def prefix_errors(path: str) -> Iterator[None]:
+  """Re-raises any ValueError as a DataError that starts with `path`."""
   try:
     yield
   except ValueError as e:
     raise images.DataError(f'{path}: {e}') from None
 
 
+def pinhole_frame(
+  data_dir: str,
+  folder: str,
+  file: str,
+  intrinsics: np.ndarray,
+  pose: np.ndarray,
+  name: str | None = None,
+) -> Frame:
+  """Returns the frame of an undistorted picture, whose size is that of the file.
+
+  Args:
+    data_dir: the capture's folder.
+    folder: the picture's folder, relative to data_dir.
+    file: the picture, relative to the folder.
+    intrinsics: [3, 3] or larger, pinhole intrinsics in pixels.
+    pose: [3, 4], OpenGL camera axes to world.
+    name: the picture's name in the capture; None for `file`.
+  """
+  header = images.read_header(images.inside(data_dir, images.join(folder, file)))
+  k = intrinsics
+  return Frame(
+    name=name or file,
+    folder=folder,
+    file=file,
+    intrinsics=colmap.Intrinsics(
+      k[0, 0], k[1, 1], k[0, 2], k[1, 2], (0.0,) * 6, structs.PERSPECTIVE
+    ),
+    size=(header.width, header.height),
+    pose=pose,
+    model='PINHOLE',
+  )
+
+
 def checked_poses(data_dir: str, frames: Sequence[Frame]) -> np.ndarray:
-  """The poses [n, 3, 4] of frames. Poses turn and shift; others would bend the rays.
+  """Returns the poses [n, 3, 4] of the frames.
 
   Raises:
-    DataError: a pose scales or mirrors, or is impossibly far away.
+    DataError: a pose is not a rotation and a translation, or is too far away.
   """
   poses = np.stack([frame.pose for frame in frames])
   for frame, rigid in zip(frames, paths.are_rigid(poses)):
     if not rigid:
       raise images.DataError(
-        f'{data_dir}: the pose of {frame.name!r} is no rotation (it scales, shears or mirrors). '
-        'Export the poses again, with all scales applied.'
+        f'{data_dir}: the pose of {frame.name!r} is not a rotation: it scales, shears or mirrors. '
+        'Apply all scales and export the poses again.'
       )
     if not (np.abs(frame.pose[:, 3]) < LARGEST).all():
       raise images.DataError(
-        f'{data_dir}: {frame.name!r} was taken at {frame.pose[:, 3].tolist()}, which cannot be. '
-        'Export the poses again.'
+        f'{data_dir}: {frame.name!r} has the position {frame.pose[:, 3].tolist()}; coordinates '
+        f'must be below {LARGEST:g}. Export the poses again.'
       )
   return poses
 
 
 def world_as_is(data_dir: str, frames: Sequence[Frame]) -> World:
-  """The capture's own world."""
+  """Keeps the capture's own world."""
   return World(checked_poses(data_dir, frames), np.eye(4))
 
 
 def world_pca(data_dir: str, frames: Sequence[Frame]) -> World:
-  """Centred and turned by PCA of the cameras' positions, which fill [-1, 1]^3."""
+  """Normalises the world by PCA: the camera positions are centred, rotated and fill [-1, 1]^3."""
   poses = checked_poses(data_dir, frames)
-  with named(data_dir):
+  with prefix_errors(data_dir):
     return World(*paths.transform_poses_pca(poses))
 
 
 def split_every(n: int, hold: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """(train, test) rows: every hold-th is a test image, starting with the first."""
+  """Returns (train, test) rows: every hold-th image is held out, starting with the first."""
   test = tuple(range(0, n, hold))
   return tuple(i for i in range(n) if i % hold), test
 
 
 def train_then_test(read: Callable[[str], Sequence[Frame]]):
-  """Frames, and their (train, test) rows, of formats that keep the two parts apart.
+  """Returns the frames of both parts and their (train, test) rows.
 
-  `read` gives the frames of 'train' and of 'test'.
+  For formats that store the parts separately; `read` takes 'train' or 'test'.
   """
   frames, split = [], []
   for part in ('train', 'test'):
@@ -127,7 +167,7 @@ def train_then_test(read: Callable[[str], Sequence[Frame]]):
 
 
 def unposed(data_dir: str, frames: Sequence[Frame]) -> list[str]:
-  """Pictures beside those of the frames that have no pose, sorted."""
+  """Lists pictures without a pose in the folders of the frames, sorted."""
   posed = {(frame.folder, frame.file) for frame in frames}
   return [
     f'{folder}/{name}'
@@ -148,34 +188,35 @@ def assemble(
   unregistered: Sequence[str] = (),
   read_only: bool = False,
 ) -> scenes.Scene:
-  """Finds the pictures, checks them against their cameras, and puts the scene together.
+  """Finds the pictures, checks them against their cameras and returns the scene.
 
   Args:
-    loader: the format's name.
+    loader: the format's name in `LOADERS`.
     data_dir: the capture's folder.
     frames: n posed pictures, in the scene's order.
     world: their poses in the normalised world.
     split: (train, test) rows.
-    factor: of downsampling; 0 or 1 for the full size.
-    background: what alpha is composited on, as `images.decode`.
+    factor: downsampling factor; 0 or 1 for the full size.
+    background: what alpha is composited on, see `images.decode`.
     unregistered: pictures without a pose, for the report.
-    read_only: make no folders, and list missing pictures in the report instead of refusing them.
+    read_only: write nothing, and list missing pictures in the report instead of raising.
 
   Raises:
     DataNotFoundError: a picture is missing.
-    DataError: a picture cannot be read or has another size than its camera; no training image.
+    DataError: a picture cannot be read or its size does not match its camera; there is
+      no training image.
   """
   for frame in frames:
-    images.inside(data_dir, f'{frame.folder}/{frame.file}' if frame.folder else frame.file)
+    images.inside(data_dir, frame.picture)
   _check_lenses(data_dir, frames)
-  gone = _missing_rows(data_dir, frames, factor) if read_only else []
-  gone_names = [frames[i].name for i in gone]
-  if gone:
-    frames, world, split = _drop(gone, frames, world, split)
+  missing = _missing_rows(data_dir, frames, factor) if read_only else []
+  missing_names = [frames[i].name for i in missing]
+  if missing:
+    frames, world, split = _drop(missing, frames, world, split)
   if not split[0]:
     raise images.DataError(
-      f'{data_dir}: no training images: of {len(frames)} images {len(split[1])} are for testing. '
-      'More images, or a larger Config.llffhold, leave some for training.'
+      f'{data_dir}: no training images: {len(split[1])} of {len(frames)} images are held out. '
+      'Add images or raise Config.llffhold.'
     )
   located = _locate(data_dir, frames, factor, background, read_only)
   sizes = np.array(
@@ -186,9 +227,9 @@ def assemble(
   )  # [n, 2]
   table = _camera_table(frames, world, sizes, max(1, factor))
   found_masks = tuple(_find_mask(data_dir, *each) for each in zip(frames, sizes))
-  report = _report(loader, frames, gone_names, unregistered, located, sizes, split, world)
-  if any(found_masks):
-    report['masks'] = sum(mask is not None for mask in found_masks)
+  report = _report(
+    loader, frames, missing_names, unregistered, located, sizes, split, world, found_masks
+  )
   return scenes.Scene(
     loader=loader,
     files=located.files,
@@ -205,13 +246,18 @@ def assemble(
   )
 
 
-def _report(loader, frames, gone, unregistered, located, sizes, split, world) -> dict[str, Any]:
-  """What a preflight prints of a capture; `gone` are the names of missing pictures."""
-  return {
+def _report(
+  loader, frames, missing, unregistered, located, sizes, split, world, found_masks
+) -> dict[str, Any]:
+  """Collects everything that a preflight prints about a capture.
+
+  Counts, notes and warnings that are new belong here. `missing` has the names of missing pictures.
+  """
+  report = {
     'loader': loader,
     'images_found': len(frames) + len(unregistered),
-    'images_registered': len(frames) + len(gone),
-    'images_missing': gone,
+    'images_registered': len(frames) + len(missing),
+    'images_missing': missing,
     'images_unregistered': list(unregistered),
     'images_turned_by_exif': sum(
       (h.width, h.height) != tuple(size) for h, size in zip(located.headers, sizes.tolist())
@@ -225,21 +271,33 @@ def _report(loader, frames, gone, unregistered, located, sizes, split, world) ->
     'training_pixel_bytes': int(3 * sizes[list(split[0])].prod(-1).sum()),
     **_describe(world),
   }
+  if any(found_masks):
+    report['masks'] = sum(mask is not None for mask in found_masks)
+  return report
 
 
 def _missing_rows(data_dir: str, frames: Sequence[Frame], factor: int) -> list[int]:
-  """Rows of frames without a picture; none if all are, which is another error."""
-  gone = set()
-  for folder in {frame.folder for frame in frames}:
-    names = [frame.file for frame in frames if frame.folder == folder]
-    gone |= {(folder, name) for name in pyramid.missing(data_dir, folder, names, factor)}
-  rows = [i for i, frame in enumerate(frames) if (frame.folder, frame.file) in gone]
-  return rows if len(rows) < len(frames) else []
+  """Returns the rows of frames whose picture is missing.
+
+  Raises:
+    DataNotFoundError: all pictures are missing.
+  """
+  missing, by_folder = set(), {}
+  for frame in frames:
+    by_folder.setdefault(frame.folder, []).append(frame.file)
+  for folder, names in by_folder.items():
+    absent = pyramid.missing(data_dir, folder, names, factor)
+    missing |= {images.join(folder, name) for name in absent}
+  rows = [i for i, frame in enumerate(frames) if frame.picture in missing]
+  if len(rows) == len(frames):
+    for folder, names in sorted(by_folder.items()):
+      pyramid.check_present(data_dir, folder, names, factor)
+  return rows
 
 
-def _drop(gone: Sequence[int], frames: Sequence[Frame], world: World, split):
-  """Frames, world and split without some rows."""
-  kept = [i for i in range(len(frames)) if i not in set(gone)]
+def _drop(rows: Sequence[int], frames: Sequence[Frame], world: World, split):
+  """Returns frames, world and split without the given rows."""
+  kept = [i for i in range(len(frames)) if i not in set(rows)]
   row = {old: new for new, old in enumerate(kept)}
   split = tuple(tuple(row[i] for i in part if i in row) for part in split)
   world = dataclasses.replace(world, poses=world.poses[kept])
@@ -247,7 +305,7 @@ def _drop(gone: Sequence[int], frames: Sequence[Frame], world: World, split):
 
 
 def _check_lenses(data_dir: str, frames: Sequence[Frame]) -> None:
-  """Focal lengths are positive, and no number is beyond what a lens can have."""
+  """Raises a DataError unless focal lengths are positive and all intrinsics are in range."""
   for frame in frames:
     k = frame.intrinsics
     values = (k.fx, k.fy, k.cx, k.cy, *k.distortion)
@@ -260,7 +318,7 @@ def _check_lenses(data_dir: str, frames: Sequence[Frame]) -> None:
 
 
 def _locate(data_dir, frames, factor, background, read_only) -> pyramid.Pictures:
-  """`pyramid.locate` for frames of several folders, in the frames' order."""
+  """Calls `pyramid.locate` for each folder; the result is in the order of the frames."""
   files, headers, to_be_made = {}, {}, []
   for folder in sorted({frame.folder for frame in frames}):
     rows = [i for i, frame in enumerate(frames) if frame.folder == folder]
@@ -278,16 +336,15 @@ def _locate(data_dir, frames, factor, background, read_only) -> pyramid.Pictures
 
 
 def _find_mask(data_dir: str, frame: Frame, used: np.ndarray) -> str | None:
-  """The picture's mask, checked against its size; None if it has none."""
-  picture = f'{frame.folder}/{frame.file}' if frame.folder else frame.file
-  mask = frame.mask or masks.find(data_dir, picture)
+  """Returns the mask of a picture after checking its size, or None."""
+  mask = frame.mask or masks.find(data_dir, frame.picture)
   if mask is not None:
     masks.check(data_dir, mask, frame.size, tuple(used.tolist()))
   return mask
 
 
 def _used_size(path: str, header: images.Header, frame: Frame, factor: int) -> tuple[int, int]:
-  """(width, height) of a picture as used, which must be its camera's over factor."""
+  """Returns the (width, height) of a picture; raises unless it is its camera's over `factor`."""
   expected = (frame.size[0] / factor, frame.size[1] / factor)
   tolerance = _SIZE_TOLERANCE if factor > 1 else 0.0
   size = header.fit(expected, tolerance)
@@ -295,10 +352,10 @@ def _used_size(path: str, header: images.Header, frame: Frame, factor: int) -> t
     return size
   turned = dataclasses.replace(header, orientation=6).fit(expected, tolerance)
   hint = (
-    'It is turned by a quarter, without an EXIF tag that says so: turn it back'
+    'It is rotated by 90 degrees without an EXIF tag: rotate it back'
     if turned
-    else 'Use the pictures that were posed; smaller ones belong in images_<factor>/ with '
-    'Config.factor set'
+    else 'Use the pictures that were posed; put smaller ones in images_<factor>/ and set '
+    'Config.factor'
   )
   raise images.DataError(
     f'{path}: is {header.width}x{header.height} pixels, but its camera has '
@@ -307,7 +364,7 @@ def _used_size(path: str, header: images.Header, frame: Frame, factor: int) -> t
 
 
 def _camera_table(frames, world: World, sizes: np.ndarray, factor: int) -> structs.Cameras:
-  """Cameras of the downsampled pictures: intrinsics over the nominal factor."""
+  """Returns the cameras of the downsampled pictures: intrinsics divided by `factor`."""
   lenses = [frame.intrinsics for frame in frames]
   focal_and_center = np.array([(k.fx, k.fy, k.cx, k.cy) for k in lenses]) / factor
   pixtocam = cameras.pixtocam_from_intrinsics(*focal_and_center.T)
@@ -322,7 +379,7 @@ def _camera_table(frames, world: World, sizes: np.ndarray, factor: int) -> struc
 
 
 def _describe(world: World) -> dict[str, Any]:
-  """The world's scale, and how far the cameras are spread in it along x, y and z."""
+  """Returns the world's scale, bounds and the extent of the cameras along x, y and z."""
   spread = np.ptp(world.poses[:, :, 3], axis=0)
   return {
     'world_scale': float(np.cbrt(np.linalg.det(world.transform[:3, :3]))),

@@ -1,12 +1,12 @@
-"""Pictures on disk: finding them, their sizes, and decoding them to uint8 [h, w, 3].
+"""Finds pictures, reads their sizes and decodes them to uint8 [h, w, 3].
 
-What every picture becomes, whatever its file says:
+Rules:
 - grey, palette and CMYK pictures become RGB;
-- 16-bit PNGs are scaled to 8 bits (65535 is 255), other 16-bit colour files are refused;
-- alpha is composited on white where the capture is an object on white (background 'white'), and
-  refused where it is a photograph (background 'none'), unless it is opaque everywhere;
-- the pixels are taken as stored, as COLMAP does, unless only the picture turned by its EXIF
-  orientation has the size of its camera.
+- 16-bit PNGs are scaled to 8 bits (65535 is 255), other 16-bit colour files are errors;
+- alpha is composited on white if the background is 'white'; if it is 'none' (photographs), pixels
+  that are not opaque are errors;
+- EXIF orientation is ignored, as in COLMAP, unless only the rotated picture has the size of its
+  camera.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ from ..system import progress
 
 EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
 
-_LONGEST = 4096  # Characters of a path that there could be.
+_LONGEST = 4096  # Characters of a path in a message.
 _ORIENTATION = 0x0112  # The EXIF tag.
 _GREY_16 = ('I;16', 'I;16B', 'I;16L', 'I;16N')
-# By content, whatever the ending; Pillow's readers of documents and films are left out.
+# Detected by content. Pillow's document and video readers are left out.
 _FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'PPM')
 _PLAIN = ('1', 'L', 'P', 'RGB', 'RGBX', 'CMYK', 'YCbCr', 'HSV')
 
 
 class DataError(UserError):
-  """A capture that cannot be used; the message names the file and the way out."""
+  """A capture that cannot be used."""
 
 
 class DataNotFoundError(UserError, FileNotFoundError):
-  """Something that a capture must have is not there."""
+  """A required file or folder of a capture is missing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-  """What a picture's file says before its pixels."""
+  """Size and EXIF orientation of a picture."""
 
   width: int  # As stored, in pixels.
   height: int
   orientation: int = 1  # EXIF's; 5 to 8 are quarter turns.
 
   def fit(self, size: tuple[float, float], tolerance: float = 0.0) -> tuple[int, int] | None:
-    """The (width, height), stored or else turned by EXIF, that is `size`; None if neither is."""
+    """Returns the stored or the EXIF-rotated (width, height), whichever is `size`, or None."""
     candidates = [(self.width, self.height)]
     if self.orientation >= 5:
       candidates.append((self.height, self.width))
@@ -64,29 +64,28 @@ class Header:
 
 
 def is_relative(name: str) -> bool:
-  """Whether a name leads down from the folder that it is taken in, links aside."""
+  """Whether a path is relative and has no '..'; links are not followed."""
   try:
     os.fsencode(name)
-  except UnicodeEncodeError:  # JSON can say what no file can be called.
+  except UnicodeEncodeError:  # JSON strings can hold lone surrogates.
     return False
   parts = re.split(r'[\\/]', name)
   return all(parts) and '..' not in parts and '\0' not in name and not os.path.isabs(name)
 
 
 def inside(data_dir: str, name: str) -> str:
-  """The path of a picture that a capture's file calls `name`, which must stay in `data_dir`.
+  """Resolves the name of a picture or mask to its path, which must be inside `data_dir`.
 
-  A name is relative, without '..'. Links are followed: `data_dir` and its own folders (images/,
-  images_4/, train/) may be links to anywhere, as whoever keeps captures on several disks makes
-  them; whatever lies in them may not lead out of the capture.
+  Names are relative, without '..'. Links are followed: `data_dir` and its top-level folders
+  (images/, images_4/, train/) may be links to other disks; links inside them must stay inside.
 
   Raises:
     DataError: the name is absolute or climbs out of the folder, or a link leads out of it.
   """
   if not is_relative(name):
     raise DataError(
-      f'{_short(name)} is not a path inside {data_dir!r}: names must be relative to it, without '
-      '"..".'
+      f'{_short(name)} is not a path inside {data_dir!r}: names must be relative, without "..". '
+      'Correct the name.'
     )
   path = os.path.join(data_dir, name)
   top, *deeper = re.split(r'[\\/]', name)
@@ -94,8 +93,8 @@ def inside(data_dir: str, name: str) -> str:
   roots = [data_dir, os.path.join(data_dir, top)] if deeper else [data_dir]
   if not any(_is_below(os.path.realpath(root), target) for root in roots):
     raise DataError(
-      f'{path}: is a link that leads out of the capture, to {target}. Copy the picture there, or '
-      f'make all of {top}/ the link.'
+      f'{path}: is a link that leads outside the capture, to {target}. Copy the picture here, or '
+      f'make {top}/ itself the link.'
     )
   return path
 
@@ -105,12 +104,17 @@ def _is_below(root: str, path: str) -> bool:
 
 
 def _short(name: str) -> str:
-  """Quoted, and cut where no file's name could be so long."""
+  """Returns the quoted name, cut after 300 characters."""
   return repr(name if len(name) <= 300 else f'{name[:300]}...')
 
 
+def join(folder: str, name: str) -> str:
+  """Returns a picture's path relative to the capture; `folder` may be ''."""
+  return f'{folder}/{name}' if folder else name
+
+
 def list_images(folder: str) -> list[str]:
-  """All pictures in a folder and its subfolders, relative to it, sorted, '/' between folders."""
+  """Lists the pictures in a folder and its subfolders: relative paths with '/', sorted."""
   found = []
   for root, folders, files in os.walk(folder):
     folders[:] = [name for name in folders if not name.startswith('.')]
@@ -122,12 +126,12 @@ def list_images(folder: str) -> list[str]:
 
 
 def stem(name: str) -> str:
-  """A file's name without its ending."""
+  """Returns a file name without its extension."""
   return os.path.splitext(name)[0]
 
 
 def in_threads(function: Callable, items: Sequence, label: str | None = None) -> list:
-  """[function(item) for item in items], by threads, with a progress bar if it has a label."""
+  """Maps a function over items in threads; shows a progress bar if there is a label."""
   with concurrent.futures.ThreadPoolExecutor() as pool:
     try:
       results = pool.map(function, items)
@@ -138,17 +142,17 @@ def in_threads(function: Callable, items: Sequence, label: str | None = None) ->
 
 
 def _readable(function: Callable) -> Callable:
-  """Turns whatever Pillow raises on a damaged file into a DataError that names it."""
+  """Decorator that turns any exception of Pillow into a DataError with the file's name."""
 
   @functools.wraps(function)
   def wrapped(path: str, *args, **kwargs):
-    if not os.path.isfile(path):  # To open a pipe would wait for ever.
+    if not os.path.isfile(path):  # Opening a named pipe would block.
       raise DataNotFoundError(f'{path[:_LONGEST]}: no such image.')
     try:
       return function(path, *args, **kwargs)
     except DataError:
       raise
-    except Exception as e:  # Pillow's plugins raise nearly anything.
+    except Exception as e:  # Pillow's plugins raise many types.
       reason = ' '.join(str(e).split()) or type(e).__name__
       raise DataError(
         f'{path}: cannot be read as an image ({reason}). Copy it again, or convert it to PNG.'
@@ -159,7 +163,7 @@ def _readable(function: Callable) -> Callable:
 
 @_readable
 def read_header(path: str) -> Header:
-  """Size and orientation of a picture, without decoding it.
+  """Reads size and orientation of a picture without decoding it.
 
   Raises:
     DataError, DataNotFoundError: the file cannot be read as an image, or is not there.
@@ -170,7 +174,7 @@ def read_header(path: str) -> Header:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Image.Image]:
-  """A picture, all of its file read: from disk, room would be made for as much as it claims."""
+  """Opens a picture from memory: from disk, Pillow allocates the size that the header claims."""
   with open(path, 'rb') as f:
     content = io.BytesIO(f.read())
   with Image.open(content, formats=_FORMATS) as image:
@@ -181,9 +185,9 @@ def _header(image: Image.Image) -> Header:
   if min(image.size) < 1:
     raise ValueError(f'{image.width}x{image.height} pixels')
   orientation = 1
-  # Pillow would decode a whole PNG to look for EXIF data that did not come before its pixels.
+  # Pillow decodes a whole PNG to search for EXIF data after its pixels.
   if image.format != 'PNG' or 'exif' in image.info:
-    with contextlib.suppress(Exception):  # Damaged EXIF data does not make a damaged picture.
+    with contextlib.suppress(Exception):  # Ignore damaged EXIF data.
       orientation = image.getexif().get(_ORIENTATION, 1)
   return Header(*image.size, orientation=orientation if orientation in range(1, 9) else 1)
 
@@ -195,14 +199,14 @@ def decode(path: str, background: str = 'none', size: tuple[int, int] | None = N
   Args:
     path: the file.
     background: 'white' composites alpha on white, 'none' refuses it.
-    size: the (width, height) to deliver, as stored or as turned by EXIF; None: as stored.
+    size: the expected (width, height), stored or EXIF-rotated; None for the stored size.
 
   Returns:
     uint8 [h, w, 3].
 
   Raises:
-    DataError, DataNotFoundError: the file is missing, damaged, of another size or of a kind that
-      would be misread.
+    DataError, DataNotFoundError: the file is missing, damaged, of another size or in an
+      unsupported pixel format.
   """
   with _opened(path) as image:
     header = _header(image)
@@ -212,7 +216,7 @@ def decode(path: str, background: str = 'none', size: tuple[int, int] | None = N
   if header.fit(size) is None:
     raise DataError(
       f'{path}: is {header.width}x{header.height} pixels, but its camera has {size[0]}x{size[1]}. '
-      'The pictures must be those that the cameras were made for.'
+      'Use the pictures that were posed.'
     )
   return _turn(pixels, header.orientation)
 
@@ -230,29 +234,29 @@ def _decode_channels(path: str, image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert('RGBA'))
   if image.mode not in _PLAIN:
     raise DataError(
-      f'{path}: has pixels of the kind {image.mode!r} ({image.format}), which cannot be taken as '
-      'colours. Convert it to an 8-bit PNG or JPEG.'
+      f'{path}: has the unsupported pixel format {image.mode!r} ({image.format}). '
+      'Convert it to an 8-bit PNG or JPEG.'
     )
   return np.asarray(image.convert('RGB'))
 
 
 def _decode_16_bits(path: str, image: Image.Image, raw_mode: str) -> np.ndarray:
-  """16-bit colours, of which Pillow gives but the high byte: read once for each byte."""
+  """Decodes 16-bit colours. Pillow returns the high byte only, so the file is read twice."""
   if raw_mode not in ('RGB;16B', 'RGBA;16B') or image.format != 'PNG':
     raise DataError(
-      f'{path}: has 16 bits a channel in a form that cannot be read ({image.format}, {raw_mode}). '
+      f'{path}: has an unsupported format with 16 bits per channel ({image.format}, {raw_mode}). '
       'Convert it to 8 bits, or to an RGB PNG.'
     )
   high = np.asarray(image).astype(np.uint16)
   with _opened(path) as again:
-    # Told that the bytes are the other way round, the decoder gives the low one.
+    # With the byte order swapped, the decoder returns the low byte.
     again.tile = [tile._replace(args=raw_mode.replace('16B', '16L')) for tile in again.tile]
     low = np.asarray(again)
   return _to_8_bits(high * 256 + low)
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
-  """uint16 to the nearest of 256 levels: 257 of 65536 are one of 256."""
+  """Rounds uint16 values to uint8: 65535 = 255 * 257."""
   return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
@@ -265,14 +269,14 @@ def _composite(path: str, pixels: np.ndarray, background: str) -> np.ndarray:
     return np.ascontiguousarray(color)
   if background != 'white':
     raise DataError(
-      f'{path}: has transparent pixels, which say nothing of the scene. Save it without alpha (in '
+      f'{path}: has transparent pixels. Save it without alpha (in '
       'place: `mogrify -background white -alpha remove -alpha off FILES`).'
     )
   return ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-  """Applies the quarter turns of EXIF (5 to 8)."""
+  """Applies the EXIF orientations 5 to 8, which swap width and height."""
   turned = {
     5: lambda a: a.swapaxes(0, 1),
     6: lambda a: np.rot90(a, -1),
@@ -283,7 +287,7 @@ def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def save_png(path: str, pixels: np.ndarray, orientation: int = 1) -> None:
-  """Writes uint8 [h, w, 3], as stored, with the EXIF orientation of where it came from."""
+  """Writes uint8 [h, w, 3] as PNG, with an EXIF orientation tag."""
   exif = Image.Exif()
   if orientation != 1:
     exif[_ORIENTATION] = orientation

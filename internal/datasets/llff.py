@@ -1,8 +1,8 @@
-"""Any COLMAP-posed folder: images/, images_<factor>/ and sparse/0/, as the 360 dataset ships it.
+"""COLMAP-posed folders: images/, images_<factor>/ and sparse/0/, the layout of the 360 dataset.
 
-With Config.forward_facing also a capture in LLFF's way: normalised device coordinates, with near
-and far from poses_bounds.npy or else from the sparse points. Where there is no sparse model, the
-poses are those of poses_bounds.npy too.
+With Config.forward_facing, LLFF's captures: normalised device coordinates, with near and far from
+poses_bounds.npy, or from the sparse points if it is missing. Without a sparse model the poses come
+from poses_bounds.npy too.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from . import images, poses_bounds, scenes
 
 MODEL_FOLDERS = ('sparse/0', 'sparse', 'colmap/sparse/0')
 
-# The nearest thing seen goes a third beyond the near plane of NDC, which is at 1.
+# Moves the near bound to 1 / 0.75, a third beyond the near plane of NDC at 1.
 _NEAR_MARGIN = 0.75
 
 
 def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
   """Reads a COLMAP-posed folder.
 
-  The images are those that the model has registered, by name (load_alphabetical) or by COLMAP's
-  ids; every llffhold-th is a test image. The world is normalised by PCA (`paths`), or recentred for
-  forward-facing captures.
+  Uses the registered images, sorted by name (load_alphabetical) or by COLMAP's ids; every
+  llffhold-th is held out. The world is normalised by PCA (`paths`), or recentred for forward-facing
+  captures.
 
   Raises:
     DataNotFoundError, colmap.ModelNotFoundError: the folder, the model or a picture is missing.
-    DataError, colmap.ModelError: something there cannot be used.
+    DataError, colmap.ModelError: a file is damaged or contradicts another.
   """
   data_dir = frames_lib.capture_dir(config.data_dir)
   frames, model = _read_capture(data_dir, config.load_alphabetical)
@@ -60,7 +60,7 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
 def _read_capture(
   data_dir: str, by_name: bool
 ) -> tuple[list[frames_lib.Frame], colmap.Model | None]:
-  """The posed pictures, and the sparse model; without one, those of poses_bounds.npy."""
+  """Returns the frames and the sparse model, or the frames of poses_bounds.npy and None."""
   try:
     folder = find_model(data_dir)
   except colmap.ModelNotFoundError:
@@ -68,15 +68,15 @@ def _read_capture(
       return poses_bounds.read_frames(data_dir), None
     raise
   model = colmap.read_model(folder)
-  with frames_lib.named(folder):
+  with frames_lib.prefix_errors(folder):
     return read_frames(model, by_name), model
 
 
 def find_model(data_dir: str) -> str:
-  """The folder of the sparse model.
+  """Returns the folder of the sparse model.
 
   Raises:
-    colmap.ModelNotFoundError: there is none; says where it was looked for and how to make it.
+    colmap.ModelNotFoundError: there is none.
   """
   for folder in MODEL_FOLDERS:
     path = os.path.join(data_dir, folder)
@@ -95,7 +95,7 @@ def find_model(data_dir: str) -> str:
 
 
 def read_frames(model: colmap.Model, by_name: bool = True) -> list[frames_lib.Frame]:
-  """The registered images, sorted by name or by id."""
+  """Returns the registered images, sorted by name or by id."""
   intrinsics = {id_: colmap.intrinsics(camera) for id_, camera in _used_cameras(model).items()}
   result = []
   for image in sorted(model.images.values(), key=lambda i: i.name if by_name else i.id):
@@ -121,10 +121,10 @@ def _used_cameras(model: colmap.Model) -> dict[int, colmap.Camera]:
 def forward_facing_world(
   data_dir: str, frames: Sequence[frames_lib.Frame], bounds: tuple[float, float]
 ) -> frames_lib.World:
-  """The average pose becomes the world's axes; scaled so that all lies beyond NDC's near plane."""
+  """Recentres on the average pose and scales the scene to lie beyond the near plane of NDC."""
   scale = 1 / (_NEAR_MARGIN * bounds[0])
   poses = frames_lib.checked_poses(data_dir, frames)
-  with frames_lib.named(data_dir):
+  with frames_lib.prefix_errors(data_dir):
     poses, transform = paths.recenter_poses(poses)
   poses[:, :, 3] *= scale
   transform = np.diag([scale, scale, scale, 1]) @ transform
@@ -132,23 +132,23 @@ def forward_facing_world(
 
 
 def read_bounds(data_dir: str, model: colmap.Model) -> tuple[float, float]:
-  """The least and the greatest distance seen, in the model's units.
+  """Returns the near and far bounds, in the model's units.
 
   Raises:
-    DataError: poses_bounds.npy is damaged, or there is neither it nor a point to see.
+    DataError: poses_bounds.npy is damaged, or it is missing and no point is in view.
   """
   path = os.path.join(data_dir, poses_bounds.FILE)
   if os.path.isfile(path):
     return poses_bounds.read_bounds(path)
-  with frames_lib.named(data_dir):
+  with frames_lib.prefix_errors(data_dir):
     return bounds_from_points(model)
 
 
 def bounds_from_points(model: colmap.Model) -> tuple[float, float]:
-  """Near and far of the points in the pictures, but for 0.1% outliers at either end.
+  """Returns near and far of the points in view, without 0.1% outliers at either end.
 
   Raises:
-    DataError: no camera has a point before it.
+    DataError: no point is in view of a camera.
   """
   near, far = [], []
   points = model.points.xyz[(np.abs(model.points.xyz) < frames_lib.LARGEST).all(-1)]
@@ -160,9 +160,9 @@ def bounds_from_points(model: colmap.Model) -> tuple[float, float]:
     ahead = z > 1 / frames_lib.LARGEST
     depth = z[ahead]
     u, v = k.fx * x[ahead] / depth + k.cx, k.fy * y[ahead] / depth + k.cy
-    seen = depth[(u >= 0) & (u < camera.width) & (v >= 0) & (v < camera.height)]
-    if seen.size:
-      low, high = np.percentile(seen, [0.1, 99.9])
+    visible = depth[(u >= 0) & (u < camera.width) & (v >= 0) & (v < camera.height)]
+    if visible.size:
+      low, high = np.percentile(visible, [0.1, 99.9])
       near.append(low)
       far.append(high)
   if not near:

@@ -1,10 +1,9 @@
 """Masks: which pixels of a photograph count, in training and in metrics.
 
-A mask is a picture of the photograph's full size or of the size that is used; where it is black (0)
-the photograph's pixel does not count. It is found by name: the photograph `images/a.jpg` has
-`masks/a.jpg.png` (COLMAP's way) or `masks/a.png` (nerfstudio's), one in another folder, say
-`train/rgb/a.png`, has `masks/train/rgb/a.png`. A transforms.json may name others by `mask_path`.
-Photographs without a mask count in full.
+A mask has the full size of its photograph or the size that is used; black (0) pixels do not count.
+It is found by name: `masks/a.jpg.png` (COLMAP) or `masks/a.png` (nerfstudio) for `images/a.jpg`,
+`masks/train/rgb/a.png` for `train/rgb/a.png`. In a transforms.json, `mask_path` can name another.
+In photographs without a mask all pixels count.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _PHOTOGRAPHS = 'images/'
 
 
 def find(data_dir: str, picture: str) -> str | None:
-  """The mask of a full-size picture, both relative to data_dir; None if it has none.
+  """Returns the mask of a full-size picture, or None; both paths are relative to data_dir.
 
   Raises:
     DataError: the mask's name, or a link, leads out of the capture.
@@ -36,17 +35,17 @@ def find(data_dir: str, picture: str) -> str | None:
 
 
 def check(data_dir: str, mask: str, full: tuple[int, int], used: tuple[int, int]) -> None:
-  """Looks at a mask's header.
+  """Checks the size of a mask.
 
   Args:
     data_dir: the capture.
-    mask: relative to it.
+    mask: the mask, relative to data_dir.
     full: (width, height) of the full-size picture.
-    used: of the picture that is used.
+    used: (width, height) of the picture that is used.
 
   Raises:
-    DataNotFoundError: there is no such mask.
-    DataError: it is no picture, or of neither size.
+    DataNotFoundError: the mask is missing.
+    DataError: it is not a picture, or has neither size.
   """
   path = images.inside(data_dir, mask)
   header = images.read_header(path)
@@ -58,12 +57,12 @@ def check(data_dir: str, mask: str, full: tuple[int, int], used: tuple[int, int]
 
 
 def read(path: str, size: tuple[int, int]) -> np.ndarray:
-  """Which pixels count, bool [h, w], in the (width, height) `size`.
+  """Reads which pixels count, bool [h, w], at the (width, height) `size`.
 
-  A pixel of a downsampled picture counts if all that it is made of does.
+  A downsampled pixel counts if all its full-size pixels do.
 
   Raises:
-    DataNotFoundError, DataError: the file is missing, no picture, too small, or black all over.
+    DataNotFoundError, DataError: the file is missing, not a picture, too small, or all black.
   """
   counts = images.decode(path).any(-1)
   if counts.shape[::-1] != tuple(size):
@@ -76,7 +75,7 @@ def read(path: str, size: tuple[int, int]) -> np.ndarray:
     counts = np.asarray(share) > 1 - 1e-5
   if not counts.any():
     raise images.DataError(
-      f'{path}: leaves nothing of its picture. Remove the picture, or mend the mask (black pixels '
-      'do not count).'
+      f'{path}: leaves nothing of its picture: it is all black. Correct the mask or remove the '
+      'picture.'
     )
   return counts

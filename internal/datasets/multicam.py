@@ -1,31 +1,30 @@
-"""Multi-scale Blender scenes as mip-NeRF makes them: one metadata.json for pictures of many sizes.
+"""mip-NeRF's multi-scale Blender scenes: one metadata.json for pictures of several sizes.
 
-Its parts 'train', 'val' and 'test' are tables of columns, a row a picture: `file_path`, `cam2world`
-(OpenGL axes), `width`, `height`, `focal` in pixels of that size, and `lossmult`, by which the data
-loss of its pixels is weighted (mip-NeRF: by the area that a pixel covers). Objects on white; the
-world is the capture's own.
+Its parts 'train', 'val' and 'test' are tables with one row per picture: `file_path`, `cam2world`
+(OpenGL axes), `width`, `height`, `focal` in pixels of that size, and `lossmult`, the weight of its
+pixels in the data loss (in mip-NeRF the area of a pixel). Objects on white; the capture's world is
+kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from typing import Any
 
 from .. import configs
+from . import blender, images, scenes, transforms
 from . import frames as frames_lib
-from . import images, scenes, transforms
 
 _COLUMNS = ('file_path', 'cam2world', 'width', 'height', 'focal', 'lossmult')
 
 
 def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
-  """Reads a multi-scale Blender scene.
+  """Loads a multi-scale Blender scene.
 
   Raises:
     DataNotFoundError: the folder, metadata.json or a picture is missing.
-    DataError: something there cannot be used.
+    DataError: a file is damaged or contradicts another.
   """
   data_dir = frames_lib.capture_dir(config.data_dir)
   path = os.path.join(data_dir, 'metadata.json')
@@ -36,39 +35,21 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
     frames = transforms.read_frames(data_dir, f'{path}: {part}', {'frames': rows})
     return [dataclasses.replace(f, weight=row['lossmult']) for f, row in zip(frames, rows)]
 
-  frames, split = frames_lib.train_then_test(read)
-  return frames_lib.assemble(
-    'multicam',
-    data_dir,
-    frames,
-    frames_lib.world_as_is(data_dir, frames),
-    split,
-    factor=config.factor,
-    background='white',
-    read_only=read_only,
-  )
+  return blender.assemble('multicam', config, read, read_only)
 
 
 def _read_tables(path: str) -> dict[str, Any]:
-  if not os.path.isfile(path):
-    raise images.DataNotFoundError(
-      f'No such file: {path!r}. For a Blender scene of one scale use Config.dataset_loader = '
-      "'blender'."
-    )
-  try:
-    with open(path, encoding='utf-8') as f:
-      tables = json.load(f)
-  except (ValueError, RecursionError) as e:
-    raise images.DataError(f'{path}: is not valid JSON ({e}). Make it again.') from None
+  hint = "For a Blender scene of one scale use Config.dataset_loader = 'blender'."
+  tables = transforms.read_json(path, hint)
   if not isinstance(tables, dict):
     raise images.DataError(f"{path}: must have the parts 'train' and 'test'. Make it again.")
   return tables
 
 
 def _rows(where: str, table: Any) -> list[dict[str, Any]]:
-  """A part's columns as the frames of a transforms.json, with the weight of each."""
+  """Converts the columns of a part to the frames of a transforms.json, plus `lossmult`."""
   if not isinstance(table, dict):
-    raise images.DataError(f'{where}: is missing or no table. Make it again.')
+    raise images.DataError(f'{where}: is missing or not a table. Make it again.')
   columns = [table.get(name) for name in _COLUMNS]
   if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
     raise images.DataError(

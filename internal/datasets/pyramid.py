@@ -1,7 +1,7 @@
 """Downsampled pictures: finds images_<factor>/, or makes it from images/.
 
-The folder is made under another name and renamed when it is whole, so that it is never seen half
-written, whatever happens and however many processes make it at once.
+The write is atomic: pictures go to a temporary folder that is renamed when complete. Several
+processes may do this at once.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from . import images
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-  """Where the pictures of a capture are, in the order that they were asked for."""
+  """The files of a capture's pictures, in the order of the requested names."""
 
   files: tuple[str, ...]  # Relative to the capture's folder.
   headers: tuple[images.Header, ...]
-  to_be_made: str | None = None  # The folder that is missing still (read-only).
+  to_be_made: str | None = None  # The missing folder, if read_only.
 
 
 def folder_name(folder: str, factor: int) -> str:
-  """'images', 4 -> 'images_4'; 0 and 1 stand for the full size."""
+  """'images', 4 -> 'images_4'; factors 0 and 1 mean the full size."""
   return f'{folder}_{factor}' if factor > 1 else folder
 
 
 def downsampled_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
-  """(width, height) over factor, halves rounded up, as the published 360 pictures are."""
+  """Returns (width, height) over factor, halves rounded up, as in the published 360 dataset."""
   return tuple(max(1, int(side / factor + 0.5)) for side in size)
 
 
@@ -46,30 +46,32 @@ def locate(
   background: str = 'none',
   read_only: bool = False,
 ) -> Pictures:
-  """Finds (or makes) the pictures `names` of `folder`, at 1 / factor of their size.
+  """Finds (or makes) the pictures `names` of `folder`, downsampled by `factor`.
 
   Args:
     data_dir: the capture.
-    folder: where the full-size pictures are, relative to data_dir; '' for data_dir itself.
+    folder: the folder of the full-size pictures, relative to data_dir; '' for data_dir itself.
     names: the pictures wanted, relative to the folder.
     factor: 0 or 1 for the full size.
-    background: as `images.decode`.
-    read_only: report a missing folder instead of making it.
+    background: see `images.decode`.
+    read_only: report a missing folder instead of making it. The caller checks with `missing`
+      that the pictures exist.
 
   Raises:
     DataNotFoundError: a picture is missing.
-    DataError: a picture cannot be read; the two folders don't match.
+    DataError: a picture cannot be read; the two folders do not match.
   """
   for name in names:
-    images.inside(data_dir, _join(folder, name))
-  _check_present(data_dir, folder, names, factor)
+    images.inside(data_dir, images.join(folder, name))
+  if not read_only:
+    check_present(data_dir, folder, names, factor)
   if factor <= 1:
-    files = [_join(folder, name) for name in names]
+    files = [images.join(folder, name) for name in names]
     return Pictures(tuple(files), _read_headers(data_dir, files))
   if not folder:
     raise images.DataError(
       f'{data_dir}: Config.factor = {factor} needs pictures in a folder of their own, such as '
-      'images/; use Config.factor = 0.'
+      'images/. Move them there or set Config.factor = 0.'
     )
   small = folder_name(folder, factor)
   if not images.list_images(os.path.join(data_dir, small)):
@@ -77,12 +79,12 @@ def locate(
       return _foresee(data_dir, folder, names, factor)
     make(data_dir, folder, factor, background)
   pairs = pair(data_dir, folder, small, names)
-  files = [_join(small, pairs[name]) for name in names]
+  files = [images.join(small, pairs[name]) for name in names]
   return Pictures(tuple(files), _read_headers(data_dir, files))
 
 
 def missing(data_dir: str, folder: str, names: Sequence[str], factor: int = 0) -> list[str]:
-  """Which of `names` `locate` would miss for want of a full-size picture."""
+  """Returns which of `names` do not exist; downsampled pictures can stand in for full-size ones."""
   if factor > 1 and images.list_images(os.path.join(data_dir, folder_name(folder, factor))):
     return []
   root = os.path.join(data_dir, folder)
@@ -90,34 +92,34 @@ def missing(data_dir: str, folder: str, names: Sequence[str], factor: int = 0) -
 
 
 def pair(data_dir: str, folder: str, small: str, names: Sequence[str]) -> dict[str, str]:
-  """The picture of the folder `small` for each of `names` in `folder`.
+  """Returns the picture in the folder `small` for each of `names` in `folder`.
 
-  They go together by name without the ending. Where no names agree (LLFF's captures count their
-  downsampled pictures), the two sorted lists go together, if they are of one length.
+  Pictures are matched by name without the extension. If no names agree (LLFF numbers its
+  downsampled pictures), the two sorted lists are matched by position; their lengths must be equal.
 
   Raises:
-    DataError: pictures without a counterpart.
+    DataError: a picture has no counterpart.
   """
   full = images.list_images(os.path.join(data_dir, folder)) or sorted(names)
   reduced = images.list_images(os.path.join(data_dir, small))
   by_stem = {images.stem(name): name for name in reduced}
-  lonely = [name for name in names if images.stem(name) not in by_stem]
+  unmatched = [name for name in names if images.stem(name) not in by_stem]
   unique = len(by_stem) == len(reduced) and len({images.stem(n) for n in full}) == len(full)
-  if not lonely and unique:
+  if not unmatched and unique:
     return {name: by_stem[images.stem(name)] for name in names}
-  if len(full) == len(reduced) and (len(lonely) == len(names) or not unique):
+  if len(full) == len(reduced) and (len(unmatched) == len(names) or not unique):
     by_order = dict(zip(full, reduced))
-    lonely = [name for name in names if name not in by_order]
-    if not lonely:
+    unmatched = [name for name in names if name not in by_order]
+    if not unmatched:
       return {name: by_order[name] for name in names}
   raise images.DataError(
     f'{os.path.join(data_dir, small)} does not match {folder}/: {len(reduced)} pictures for '
-    f'{len(full)}, none for {_some(lonely or names)}. Remove {small}/ to have it made anew.'
+    f'{len(full)}, none for {_some(unmatched or names)}. Remove {small}/; it will be made again.'
   )
 
 
 def make(data_dir: str, folder: str, factor: int, background: str = 'none') -> None:
-  """Makes `<folder>_<factor>/` from all pictures of a folder: area (box) filter, PNG.
+  """Makes `<folder>_<factor>/` from all pictures of a folder: box filter, PNG.
 
   Raises:
     DataError: a picture cannot be read, or the folder cannot be written.
@@ -132,7 +134,7 @@ def make(data_dir: str, folder: str, factor: int, background: str = 'none') -> N
   def shrink(names: tuple[str, str]) -> None:
     path = os.path.join(temporary, names[1])
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    _shrink(images.inside(data_dir, _join(folder, names[0])), path, factor, background)
+    _shrink(images.inside(data_dir, images.join(folder, names[0])), path, factor, background)
 
   try:
     os.mkdir(temporary)
@@ -141,13 +143,13 @@ def make(data_dir: str, folder: str, factor: int, background: str = 'none') -> N
     try:
       os.replace(temporary, target)
     except OSError:
-      if not images.list_images(target):  # Else another process made it meanwhile.
+      if not images.list_images(target):  # Otherwise another process was faster.
         raise
   except images.DataNotFoundError:
     raise
   except OSError as e:
     raise images.DataError(
-      f'{target}: cannot be made ({e.strerror or e}). Make the folder writable, or use another '
+      f'{target}: cannot be made ({e.strerror or e}). Make the parent folder writable, or change '
       'Config.factor.'
     ) from None
   finally:
@@ -155,13 +157,13 @@ def make(data_dir: str, folder: str, factor: int, background: str = 'none') -> N
 
 
 def target_names(names: Sequence[str]) -> list[str]:
-  """The .png that each picture becomes; a.jpg beside a.png keeps its ending: a.jpg.png."""
+  """Returns a unique .png name for each picture: a.png, or a.jpg.png if there is also an a.png."""
   count = collections.Counter(map(images.stem, names))
   return [(images.stem(n) if count[images.stem(n)] == 1 else n) + '.png' for n in names]
 
 
 def _shrink(source: str, target: str, factor: int, background: str) -> None:
-  """The orientation stays a tag: only the camera can tell whether the turned size is meant."""
+  """Writes a downsampled PNG. Keeps the EXIF tag: only the camera tells whether it applies."""
   pixels = images.decode(source, background)
   size = downsampled_size((pixels.shape[1], pixels.shape[0]), factor)
   small = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
@@ -169,20 +171,16 @@ def _shrink(source: str, target: str, factor: int, background: str) -> None:
 
 
 def _foresee(data_dir: str, folder: str, names: Sequence[str], factor: int) -> Pictures:
-  """What `make` would make."""
+  """Returns the pictures that `make` would make."""
   small = folder_name(folder, factor)
   everything = images.list_images(os.path.join(data_dir, folder))
   target = dict(zip(everything, target_names(everything)))
-  headers = _read_headers(data_dir, [_join(folder, name) for name in names])
+  headers = _read_headers(data_dir, [images.join(folder, name) for name in names])
   headers = tuple(
     images.Header(*downsampled_size((h.width, h.height), factor), h.orientation) for h in headers
   )
-  files = tuple(_join(small, target.get(name, images.stem(name) + '.png')) for name in names)
+  files = tuple(images.join(small, target.get(name, images.stem(name) + '.png')) for name in names)
   return Pictures(files, headers, to_be_made=small)
-
-
-def _join(folder: str, name: str) -> str:
-  return f'{folder}/{name}' if folder else name
 
 
 def _some(names: Sequence[str]) -> str:
@@ -195,14 +193,15 @@ def _read_headers(data_dir: str, files: Sequence[str]) -> tuple[images.Header, .
   return tuple(images.in_threads(images.read_header, paths))
 
 
-def _check_present(data_dir: str, folder: str, names: Sequence[str], factor: int) -> None:
-  gone = missing(data_dir, folder, names, factor)
-  if not gone:
+def check_present(data_dir: str, folder: str, names: Sequence[str], factor: int) -> None:
+  """Raises a DataNotFoundError that names the first missing picture, if one is missing."""
+  absent = missing(data_dir, folder, names, factor)
+  if not absent:
     return
   root = os.path.join(data_dir, folder)
   if not os.path.isdir(root):
-    raise images.DataNotFoundError(f'No such folder: {root!r}. The pictures belong there.')
+    raise images.DataNotFoundError(f'No such folder: {root!r}. Put the pictures there.')
   raise images.DataNotFoundError(
-    f'{os.path.join(root, gone[0])}: no such image, but the capture has its pose '
-    f'({len(gone)} of {len(names)} are missing). Put it back, or pose the capture anew.'
+    f'{os.path.join(root, absent[0])}: no such image, but the capture has a pose for it '
+    f'({len(absent)} of {len(names)} are missing). Put it back, or pose the capture again.'
   )

@@ -1,7 +1,7 @@
-"""All that is known of a capture but its pixels, and the pixels of one picture at a time.
+"""Scenes: everything about a capture except its pixels, which are read one picture at a time.
 
-A scene is saved beside the checkpoints, so what is rendered later can never mismatch what was
-trained. `n` is the number of images.
+A scene is saved beside the checkpoints, so that rendering uses the cameras of training.
+`n` is the number of images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .. import structs
 from ..system import files
 from . import images, masks
 
-_VERSION = 1  # Of scene.json.
+_VERSION = 1  # Format of scene.json.
 _MAX_SIDE = 1_000_000  # Pixels.
 _ARRAYS = {
   'pixtocam': np.float32,
@@ -35,34 +35,32 @@ _ARRAYS = {
 class Scene:
   """A capture: its pictures' files, their cameras in the normalised world, and the split."""
 
-  loader: str  # The format's name, as Config.dataset_loader has it.
-  files: tuple[str, ...]  # [n] the pictures as used, relative to data_dir, '/' between folders.
-  names: tuple[str, ...]  # [n] their names in the capture's model.
+  loader: str  # Config.dataset_loader.
+  files: tuple[str, ...]  # [n] pictures as used, relative to data_dir, with '/'.
+  names: tuple[str, ...]  # [n] names in the capture's model.
   cameras: structs.Cameras  # numpy leaves, n rows.
   train: tuple[int, ...]  # Rows of the training images.
   test: tuple[int, ...]  # Rows of the held-out images.
-  world_transform: np.ndarray  # [4, 4] float64, the capture's world to the normalised one.
+  world_transform: np.ndarray  # [4, 4] float64, capture's to normalised world.
   background: str  # 'white': alpha is composited on white; 'none': pictures have no alpha.
   bounds: tuple[float, float] | None  # Near and far of a forward-facing capture, normalised.
   report: dict[str, Any]  # What a preflight prints.
-  masks: tuple[
-    str | None, ...
-  ] = ()  # [n] of each picture or None, relative to data_dir; () if none.
-  weights: tuple[float, ...] = ()  # [n] of its pixels in the data loss; () if all are 1.
+  masks: tuple[str | None, ...] = ()  # [n] relative to data_dir, or None; () if there are none.
+  weights: tuple[float, ...] = ()  # [n] weights in the data loss; () if all are 1.
 
   def stem(self, i: int) -> str:
-    """Image i's name as a piece of a file's: no ending, no folders."""
+    """Returns image i's name for file names: no extension, '/' replaced by '_'."""
     return images.stem(self.names[i]).replace('/', '_')
 
 
 def save_scene(path: str, scene: Scene) -> None:
-  """Writes a scene as JSON, whole or not at all; numbers come back exactly."""
+  """Writes a scene as JSON, atomically; numbers are restored exactly."""
   cameras = scene.cameras
   fields = {field.name: getattr(scene, field.name) for field in dataclasses.fields(scene)}
   fields['version'] = _VERSION
   fields['world_transform'] = np.asarray(scene.world_transform, np.float64).tolist()
   fields['cameras'] = {
-    # A float32 is a float64 too, of which repr() gives all digits.
+    # JSON writes all digits of a float64, so float32 values are exact.
     **{name: np.asarray(getattr(cameras, name), dtype).tolist() for name, dtype in _ARRAYS.items()},
     'pixtocam_ndc': None if cameras.pixtocam_ndc is None else cameras.pixtocam_ndc.tolist(),
     'lenses': cameras.lenses,
@@ -73,11 +71,11 @@ def save_scene(path: str, scene: Scene) -> None:
 
 
 def load_scene(path: str) -> Scene:
-  """Reads what `save_scene` wrote, and checks that it may be used.
+  """Loads and validates what `save_scene` wrote.
 
   Raises:
-    DataNotFoundError: no such file.
-    DataError: not a scene, or one of another version of this program.
+    DataNotFoundError: the file is missing.
+    DataError: the file is damaged, or its version is not supported.
   """
   if not os.path.isfile(path):
     raise images.DataNotFoundError(f'No such file: {path!r}. Training writes it.')
@@ -90,18 +88,18 @@ def load_scene(path: str) -> Scene:
   except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as e:
     reason = f'{type(e).__name__}: {" ".join(str(e).split())}'[:300]
     raise images.DataError(
-      f'{path}: is no scene ({reason}). Train anew to have it written.'
+      f'{path}: is no scene file ({reason}). Train anew to write it.'
     ) from None
   raise images.DataError(
-    f'{path}: is of version {reprlib.repr(version)}, this program reads {_VERSION}. Train anew, or '
-    'use the version of the program that wrote it.'
+    f'{path}: has version {reprlib.repr(version)}, but this program reads {_VERSION}. Train anew, '
+    'or use the program version that wrote it.'
   )
 
 
 def _checked_scene(fields: dict[str, Any]) -> Scene:
-  """A scene from what JSON made of it; anything may be raised if it is none."""
+  """Returns a scene from parsed JSON; invalid data may raise any exception."""
   for name in ('files', 'names', 'train', 'test', 'masks', 'weights'):
-    fields[name] = tuple(fields.get(name, ()))  # Scenes once had neither masks nor weights.
+    fields[name] = tuple(fields.get(name, ()))  # Old files have no masks or weights.
   fields['bounds'] = fields['bounds'] and tuple(map(float, fields['bounds']))
   fields['world_transform'] = _numbers(fields['world_transform'], (4, 4), np.float64)
   scene = Scene(cameras=_checked_cameras(fields.pop('cameras'), len(fields['names'])), **fields)
@@ -128,7 +126,7 @@ def _checked_scene(fields: dict[str, Any]) -> Scene:
 
 
 def _checked_cameras(table: dict[str, Any], n: int) -> structs.Cameras:
-  """The table as it was written: its derived fields too, or it is damaged."""
+  """Returns the cameras; stored derived fields must match."""
   shapes = (n, 3, 3), (n, 3, 4), (n, 6), (n,), (n, 2)
   for (name, dtype), shape in zip(_ARRAYS.items(), shapes):
     table[name] = _numbers(table[name], shape, dtype)
@@ -145,7 +143,7 @@ def _checked_cameras(table: dict[str, Any], n: int) -> structs.Cameras:
 
 
 def _numbers(values: Any, shape: tuple[int, ...], dtype) -> np.ndarray:
-  """Lists of finite numbers as an array."""
+  """Converts lists of finite numbers to an array."""
   exact = np.array(values, np.float64)
   most = (np.iinfo if np.issubdtype(dtype, np.integer) else np.finfo)(dtype).max
   if exact.shape != shape or not (np.abs(exact) <= most).all():
@@ -154,10 +152,10 @@ def _numbers(values: Any, shape: tuple[int, ...], dtype) -> np.ndarray:
 
 
 def read_image(data_dir: str, scene: Scene, i: int) -> np.ndarray:
-  """The pixels of image i, uint8 [h, w, 3], in the size that its camera has.
+  """Reads the pixels of image i, uint8 [h, w, 3], in the size of its camera.
 
   Raises:
-    DataError, DataNotFoundError: the picture is missing, damaged or another than before.
+    DataError, DataNotFoundError: the picture is missing, damaged or has changed size.
   """
   path = images.inside(data_dir, scene.files[i])
   width, height = scene.cameras.size[i].tolist()
@@ -167,16 +165,16 @@ def read_image(data_dir: str, scene: Scene, i: int) -> np.ndarray:
 def read_images(
   data_dir: str, scene: Scene, indices: Sequence[int], progress: bool = True
 ) -> list[np.ndarray]:
-  """The pixels of several images, read by threads: a list of uint8 [h, w, 3]."""
+  """Reads the pixels of several images in threads: a list of uint8 [h, w, 3]."""
   label = 'reading images' if progress else None
   return images.in_threads(lambda i: read_image(data_dir, scene, i), list(indices), label)
 
 
 def read_mask(data_dir: str, scene: Scene, i: int) -> np.ndarray | None:
-  """Which pixels of image i count, bool [h, w]; None: all.
+  """Reads which pixels of image i count, bool [h, w]; None for all.
 
   Raises:
-    DataError, DataNotFoundError: the mask is missing, damaged or black all over.
+    DataError, DataNotFoundError: the mask is missing, damaged or all black.
   """
   if not scene.masks or scene.masks[i] is None:
     return None
@@ -186,6 +184,6 @@ def read_mask(data_dir: str, scene: Scene, i: int) -> np.ndarray | None:
 def read_masks(
   data_dir: str, scene: Scene, indices: Sequence[int], progress: bool = True
 ) -> list[np.ndarray | None]:
-  """The masks of several images, read by threads."""
+  """Reads the masks of several images in threads."""
   label = 'reading masks' if progress and any(scene.masks) else None
   return images.in_threads(lambda i: read_mask(data_dir, scene, i), list(indices), label)

@@ -1,4 +1,4 @@
-"""The capture's sparse points as a run keeps them: for pictures, not for training."""
+"""The capture's sparse points in a run's folder: for visualisation, not for training."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..system import files
 from . import llff, scenes
 
 FILE = 'points.npy'  # [m, 6] float32: position in the normalised world, colour 0 to 255.
-_MOST = 50_000
+_MAX_POINTS = 50_000
 
 
 def read(data_dir: str | None, transform: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-  """COLMAP's points [m, 3] of a capture and their colours, uint8; None if there are none.
+  """Returns COLMAP's points [m, 3] and their colours, uint8 [m, 3]; None if there are none.
 
-  `transform` [4, 4] leads from the capture's world to the one that they are wanted in.
+  `transform` [4, 4] maps the capture's world to the world of the result.
   """
   try:
     points = colmap.read_model(llff.find_model(data_dir or '')).points
@@ -29,7 +29,7 @@ def read(data_dir: str | None, transform: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def save(checkpoint_dir: str, config: configs.Config, capture: scenes.Scene) -> None:
-  """Writes the points of a COLMAP-posed capture into the run's folder; others have none."""
+  """Writes the points of a COLMAP-posed capture into the run's folder."""
   if capture.loader != 'llff':
     return
   points = read(config.data_dir, capture.world_transform)
@@ -39,17 +39,17 @@ def save(checkpoint_dir: str, config: configs.Config, capture: scenes.Scene) -> 
   rows = np.flatnonzero((np.abs(xyz) < 1e6).all(-1))
   if not len(rows):
     return
-  if len(rows) > _MOST:
-    rows = np.random.default_rng(0).choice(rows, _MOST, replace=False)
+  if len(rows) > _MAX_POINTS:
+    rows = np.random.default_rng(0).choice(rows, _MAX_POINTS, replace=False)
   table = np.concatenate([xyz, rgb], -1)[rows].astype(np.float32)
   with files.whole(os.path.join(checkpoint_dir, FILE)) as path:
     np.save(path, table)
 
 
 def load(checkpoint_dir: str) -> tuple[np.ndarray, np.ndarray] | None:
-  """Positions [m, 3] in the normalised world and colours, uint8 [m, 3]; None if there are none.
+  """Loads positions [m, 3] in the normalised world and colours, uint8 [m, 3].
 
-  A file that is damaged counts as none: it is for pictures alone.
+  Returns None if the file is missing or damaged, since it is only for visualisation.
   """
   path = os.path.join(checkpoint_dir, FILE)
   if not os.path.isfile(path):

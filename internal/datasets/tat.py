@@ -1,7 +1,7 @@
-"""Tanks and Temples as NeRF++ ships it: {train,test}/{rgb,pose,intrinsics}/, a text file a matrix.
+"""Tanks and Temples in the layout of NeRF++: {train,test}/{rgb,pose,intrinsics}/.
 
-Poses are 4x4, camera to world with OpenCV axes; intrinsics are 4x4 pinhole matrices. The world is
-normalised by PCA, as for a COLMAP-posed folder.
+There is a text file for each matrix. Poses are 4x4, camera to world with OpenCV axes; intrinsics
+are 4x4 pinhole matrices. The world is normalised by PCA, as for a COLMAP-posed folder.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import os
 
 import numpy as np
 
-from .. import colmap, configs, structs
+from .. import configs
 from . import frames as frames_lib
 from . import images, scenes
 
 
 def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
-  """Reads a scene in NeRF++'s layout; `Config.factor` uses (and makes) rgb_<factor>/.
+  """Loads a scene in NeRF++'s layout; `Config.factor` uses (and makes) rgb_<factor>/.
 
   Raises:
     DataNotFoundError: a folder or a file is missing.
-    DataError: something there cannot be used.
+    DataError: a file is damaged or contradicts another.
   """
   data_dir = frames_lib.capture_dir(config.data_dir)
   frames, split = frames_lib.train_then_test(lambda part: _read_part(data_dir, part))
@@ -36,7 +36,7 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
 
 
 def _read_part(data_dir: str, part: str) -> list[frames_lib.Frame]:
-  """The frames of train/ or test/, by name."""
+  """Returns the frames of train/ or test/, sorted by name."""
   folder = f'{part}/rgb'
   names = images.list_images(os.path.join(data_dir, folder))
   if not names:
@@ -49,27 +49,17 @@ def _read_part(data_dir: str, part: str) -> list[frames_lib.Frame]:
     text = images.stem(name) + '.txt'
     pose = _read_matrix(os.path.join(data_dir, part, 'pose', text))
     k = _read_matrix(os.path.join(data_dir, part, 'intrinsics', text))
-    header = images.read_header(images.inside(data_dir, f'{folder}/{name}'))
-    frame = frames_lib.Frame(
-      name=f'{part}/{images.stem(name)}',
-      folder=folder,
-      file=name,
-      intrinsics=colmap.Intrinsics(
-        k[0, 0], k[1, 1], k[0, 2], k[1, 2], (0.0,) * 6, structs.PERSPECTIVE
-      ),
-      size=(header.width, header.height),
-      pose=pose[:3] * [1, -1, -1, 1],
-      model='PINHOLE',
-    )
-    frames.append(frame)
+    pose = pose[:3] * [1, -1, -1, 1]  # OpenCV to OpenGL axes.
+    label = f'{part}/{images.stem(name)}'
+    frames.append(frames_lib.pinhole_frame(data_dir, folder, name, k, pose, label))
   return frames
 
 
 def _read_matrix(path: str) -> np.ndarray:
-  """[4, 4] from 16 numbers, over one line or four."""
+  """Reads a [4, 4] matrix from 16 numbers on one or four lines."""
   if not os.path.isfile(path):
     raise images.DataNotFoundError(
-      f'No such file: {path!r}. Each picture needs its pose and its intrinsics.'
+      f'No such file: {path!r}. Each picture needs a file in pose/ and one in intrinsics/.'
     )
   try:
     with open(path, encoding='utf-8') as f:

@@ -1,8 +1,8 @@
-"""Tanks and Temples as Free View Synthesis ships it: dense/ibr3d_pw_<scale>/.
+"""Tanks and Temples in the layout of Free View Synthesis: dense/ibr3d_pw_<scale>/.
 
-Such a folder has pictures `im_00000000.png` (or .jpg) and, for all of them, `Ks.npy` [n, 3, 3]
-(pinhole intrinsics of these very pictures), `Rs.npy` [n, 3, 3] and `ts.npy` [n, 3] (world to
-camera, OpenCV axes). Of several the one with the largest scale is taken.
+The folder has pictures `im_00000000.png` (or .jpg), their pinhole intrinsics `Ks.npy` [n, 3, 3],
+and `Rs.npy` [n, 3, 3] and `ts.npy` [n, 3] (world to camera, OpenCV axes). If there are several, the
+one with the largest scale is used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 
 import numpy as np
 
-from .. import colmap, configs, structs
+from .. import configs
 from ..system import files
 from . import frames as frames_lib
 from . import images, scenes
@@ -21,13 +21,13 @@ _FOLDER = re.compile(r'ibr3d_pw_(\d+(?:\.\d+)?)')
 
 
 def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
-  """Reads a scene in the layout of Free View Synthesis.
+  """Loads a scene in the layout of Free View Synthesis.
 
-  Every llffhold-th picture by name is a test image; `Config.factor` is of the pictures found.
+  Every llffhold-th picture by name is held out. `Config.factor` is relative to the pictures found.
 
   Raises:
     DataNotFoundError: a folder or a file is missing.
-    DataError: something there cannot be used.
+    DataError: a file is damaged or contradicts another.
   """
   data_dir = frames_lib.capture_dir(config.data_dir)
   frames = _read_frames(data_dir, find_folder(data_dir))
@@ -43,7 +43,7 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
 
 
 def find_folder(data_dir: str) -> str:
-  """The folder of the largest pictures, relative to data_dir.
+  """Returns the folder with the largest scale, relative to data_dir.
 
   Raises:
     DataNotFoundError: there is none.
@@ -53,8 +53,8 @@ def find_folder(data_dir: str) -> str:
   scales = {float(found[1]): name for name in names if (found := _FOLDER.fullmatch(name))}
   if not scales:
     raise images.DataNotFoundError(
-      f'No folder dense/ibr3d_pw_<scale> in {data_dir!r}, in which Free View Synthesis keeps '
-      "Tanks and Temples. For the layout of NeRF++ use Config.dataset_loader = 'tat_nerfpp'."
+      f'No folder dense/ibr3d_pw_<scale> in {data_dir!r}, the layout of Free View '
+      "Synthesis. For the layout of NeRF++ use Config.dataset_loader = 'tat_nerfpp'."
     )
   return f'dense/{scales[max(scales)]}'
 
@@ -68,29 +68,15 @@ def _read_frames(data_dir: str, folder: str) -> list[frames_lib.Frame]:
   k, r, t = (_read(root, *which) for which in (('Ks', n, 3, 3), ('Rs', n, 3, 3), ('ts', n, 3)))
   rotations = np.swapaxes(r, 1, 2)  # Camera to world.
   poses = np.concatenate([rotations, -rotations @ t[..., None]], -1) * [1, -1, -1, 1]
-  frames = []
-  for i, name in enumerate(names):
-    header = images.read_header(images.inside(data_dir, f'{folder}/{name}'))
-    intrinsics = k[i, 0, 0], k[i, 1, 1], k[i, 0, 2], k[i, 1, 2]
-    frame = frames_lib.Frame(
-      name=name,
-      folder=folder,
-      file=name,
-      intrinsics=colmap.Intrinsics(*intrinsics, (0.0,) * 6, structs.PERSPECTIVE),
-      size=(header.width, header.height),
-      pose=poses[i],
-      model='PINHOLE',
-    )
-    frames.append(frame)
-  return frames
+  return [frames_lib.pinhole_frame(data_dir, folder, *frame) for frame in zip(names, k, poses)]
 
 
 def _read(root: str, name: str, *shape: int) -> np.ndarray:
-  """Finite numbers of one shape from NAME.npy."""
+  """Reads finite numbers of the given shape from NAME.npy."""
   path = os.path.join(root, f'{name}.npy')
   if not os.path.isfile(path):
-    raise images.DataNotFoundError(f'No such file: {path!r}. The pictures need it; download again.')
-  with frames_lib.named(path):
+    raise images.DataNotFoundError(f'No such file: {path!r}. Download the scene again.')
+  with frames_lib.prefix_errors(path):
     numbers = files.read_array(path)
   if numbers.shape != shape or not (np.abs(numbers) < frames_lib.LARGEST).all():
     raise images.DataError(

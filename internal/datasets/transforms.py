@@ -1,7 +1,8 @@
-"""transforms.json, as instant-ngp and nerfstudio write it for photographs.
+"""transforms.json of instant-ngp and nerfstudio, for photographs.
 
-Poses are camera to world with OpenGL axes. Each intrinsic value is the frame's own, or else the
-file's. The world is normalised by PCA, as for a COLMAP-posed folder; alpha is composited on white.
+Poses are camera to world with OpenGL axes. A frame's intrinsics override those of
+the file. The world is normalised by PCA, as for a COLMAP-posed folder. Alpha is composited on
+white.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ _SPLITS = ('train_filenames', 'val_filenames', 'test_filenames')
 
 
 def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
-  """Reads `transforms.json`.
+  """Loads `transforms.json`.
 
-  Images are sorted by file name. The split is that of train_filenames and test_filenames (else
-  val_filenames), or every llffhold-th image is a test image. `images_<factor>/` is used, and made,
-  as for a COLMAP-posed folder.
+  Images are sorted by file name. The split is that of train_filenames and test_filenames (or
+  val_filenames); without them every llffhold-th image is held out. `images_<factor>/` is used, and
+  made, as for a COLMAP-posed folder.
 
   Raises:
     DataNotFoundError: the folder, the file or a picture is missing.
-    DataError: something there cannot be used.
+    DataError: a file is damaged or contradicts another.
   """
   data_dir = frames_lib.capture_dir(config.data_dir)
   path = os.path.join(data_dir, 'transforms.json')
@@ -66,21 +67,13 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
 
 
 def read_table(path: str) -> dict[str, Any]:
-  """The JSON object of a transforms file.
+  """Reads the JSON object of a transforms file.
 
   Raises:
-    DataNotFoundError, DataError: there is no such file, or it holds no frames.
+    DataNotFoundError, DataError: the file is missing, or has no frames.
   """
-  if not os.path.isfile(path):
-    raise images.DataNotFoundError(
-      f'No such file: {path!r}. For a folder with a COLMAP model in sparse/0 use '
-      "Config.dataset_loader = 'llff'."
-    )
-  try:
-    with open(path, encoding='utf-8') as f:
-      table = json.load(f)
-  except (ValueError, RecursionError) as e:
-    raise images.DataError(f'{path}: is not valid JSON ({e}). Export it again.') from None
+  hint = "For a folder with a COLMAP model in sparse/0 use Config.dataset_loader = 'llff'."
+  table = read_json(path, hint)
   frames = table.get('frames') if isinstance(table, dict) else None
   if not isinstance(frames, list) or not all(isinstance(frame, dict) for frame in frames):
     raise images.DataError(f"{path}: has no list of 'frames'. Export it again.")
@@ -89,11 +82,26 @@ def read_table(path: str) -> dict[str, Any]:
   return table
 
 
-def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_lib.Frame]:
-  """The frames of a transforms file, in its order.
+def read_json(path: str, hint: str) -> Any:
+  """Reads a JSON file; `hint` ends the message if it does not exist.
 
   Raises:
-    DataError, DataNotFoundError: a frame lacks something or has an impossible value.
+    DataNotFoundError, DataError: the file is missing, or is not valid JSON.
+  """
+  if not os.path.isfile(path):
+    raise images.DataNotFoundError(f'No such file: {path!r}. {hint}')
+  try:
+    with open(path, encoding='utf-8') as f:
+      return json.load(f)
+  except (ValueError, RecursionError) as e:
+    raise images.DataError(f'{path}: is not valid JSON ({e}). Export it again.') from None
+
+
+def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_lib.Frame]:
+  """Returns the frames of a transforms file, in its order.
+
+  Raises:
+    DataError, DataNotFoundError: a value or a picture is missing or invalid.
   """
   result = []
   for number, own in enumerate(table['frames'], 1):
@@ -101,7 +109,7 @@ def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_
     if not isinstance(own.get('file_path'), str):
       raise images.DataError(f"{where} has no 'file_path'. Export it again.")
     name = normal_name(own['file_path'])
-    with frames_lib.named(where):
+    with frames_lib.prefix_errors(where):
       file = find_file(data_dir, name)
     where = f'{where} ({name})'
     values = {**table, **own}
@@ -123,19 +131,19 @@ def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_
 
 
 def _read_mask(where: str, own: dict[str, Any], data_dir: str) -> str | None:
-  """The frame's mask_path, relative to data_dir."""
+  """Returns the frame's mask_path, relative to data_dir."""
   if own.get('mask_path') is None:
     return None
   if not isinstance(own['mask_path'], str):
     raise images.DataError(f'{where}: mask_path must be a name. Export it again.')
   name = normal_name(own['mask_path'])
-  with frames_lib.named(where):
+  with frames_lib.prefix_errors(where):
     images.inside(data_dir, name)
   return name
 
 
 def normal_name(file_path: str) -> str:
-  """'./images\\a.png', as some tools write it, is images/a.png."""
+  """Normalises a path: './images\\a.png', as some tools write it, becomes images/a.png."""
   name = re.sub('/+', '/', file_path.replace('\\', '/'))
   while name.startswith('./'):
     name = name[2:].lstrip('/')
@@ -143,10 +151,10 @@ def normal_name(file_path: str) -> str:
 
 
 def find_file(data_dir: str, name: str) -> str:
-  """The picture of a frame, whose ending the file may leave out: relative to data_dir.
+  """Returns the picture of a frame, relative to data_dir; `name` may lack its extension.
 
   Raises:
-    DataError: the name leads out of data_dir.
+    DataError: the picture is not inside data_dir.
   """
   path = images.inside(data_dir, name)
   found = name
@@ -170,14 +178,14 @@ def _number(where: str, values: dict[str, Any], key: str) -> float | None:
 
 
 def _read_size(where: str, values: dict[str, Any], data_dir: str, file: str) -> tuple[int, int]:
-  """Width and height as the file says, or else as the full-size picture has."""
+  """Returns the width and height from the file, or from the full-size picture."""
   width, height = _number(where, values, 'w'), _number(where, values, 'h')
   if width is None or height is None:
     header = images.read_header(os.path.join(data_dir, file))
     return header.width, header.height
   fits = all(1 <= side <= colmap.MAX_SIDE and side % 1 == 0 for side in (width, height))
   if not fits:
-    raise images.DataError(f'{where}: w, h must be pixels, got {width:g}, {height:g}.')
+    raise images.DataError(f'{where}: w and h must be whole pixels, got {width:g} and {height:g}.')
   return int(width), int(height)
 
 
@@ -194,7 +202,7 @@ def _camera_model(where: str, values: dict[str, Any]) -> str:
 def _intrinsics(
   where: str, values: dict[str, Any], size: tuple[int, int], lens: int
 ) -> colmap.Intrinsics:
-  """Focal lengths in pixels, or else from the fields of view; the principal point or the centre."""
+  """Returns intrinsics. Fields of view can replace focal lengths; the centre is the default."""
 
   def focal(key: str, angle_key: str, side: int) -> float | None:
     pixels, angle = _number(where, values, key), _number(where, values, angle_key)
@@ -207,7 +215,7 @@ def _intrinsics(
   fx, fy = fx if fx is not None else fy, fy if fy is not None else fx
   if fx is None or min(fx, fy) <= 0:
     raise images.DataError(
-      f"{where}: has no focal length: it takes a positive 'fl_x' or a 'camera_angle_x' below pi."
+      f"{where}: has no focal length. Add a positive 'fl_x' or a 'camera_angle_x' below pi."
     )
   cx, cy = _number(where, values, 'cx'), _number(where, values, 'cy')
   keys = ('k1', 'k2', 'k3', 'k4', 'p1', 'p2')
@@ -222,7 +230,7 @@ def _intrinsics(
 
 
 def _read_pose(where: str, own: dict[str, Any]) -> np.ndarray:
-  """[3, 4]"""
+  """Returns the pose, [3, 4]."""
   try:
     matrix = np.array(own['transform_matrix'], np.float64)
   except (KeyError, ValueError, TypeError, OverflowError):
@@ -237,7 +245,7 @@ def _read_pose(where: str, own: dict[str, Any]) -> np.ndarray:
 def _listed_split(
   path: str, table: dict[str, Any], frames: Sequence[frames_lib.Frame]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """(train, test) rows by the file's own lists; what is on no list is left out of both."""
+  """Returns (train, test) rows from the file's lists; unlisted images are in neither."""
   row = {frame.name: i for i, frame in enumerate(frames)}
   rows = {}
   for key in _SPLITS:
@@ -248,7 +256,7 @@ def _listed_split(
     unknown = [name for name in names if name not in row]
     if unknown:
       raise images.DataError(
-        f'{path}: {key} has {reprlib.repr(unknown[0])}, which no frame is of. Remove it, or the '
+        f'{path}: {key} has {reprlib.repr(unknown[0])}, which is not a frame. Remove it, or the '
         f'three lists {", ".join(_SPLITS)}.'
       )
     rows[key] = sorted({row[name] for name in names})
