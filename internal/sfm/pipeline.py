@@ -32,8 +32,6 @@ _MADE_FROM = 'models.json'  # Inside sparse/: the photographs and pairs behind i
 FACTORS = (2, 4, 8)
 MATCHING = ('auto', 'exhaustive', 'sequential', 'alike')
 
-__all__ = ['FACTORS', 'MATCHING', 'STATE', 'Options', 'Photo', 'PosesError', 'make']
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -148,22 +146,12 @@ def _check_folders(source: str, scene_dir: str) -> None:
 def _collect(source: str, scene_dir: str, options: Options) -> list[Photo]:
   """Brings the photographs into the capture, except those that an earlier run finished."""
   path = os.path.join(scene_dir, STATE)
-  asked = {'source': os.path.realpath(source), **dataclasses.asdict(options)}
-  del asked['matching']  # A later run may match more pairs.
-  known: list[Photo] = []
-  if os.path.isfile(path):
-    earlier, known = _read_state(path)
-    for key, value in asked.items():
-      if earlier.get(key) != value:
-        raise PosesError(
-          f'{scene_dir}: was started with {key} {earlier.get(key)!r}, not {value!r}. Use the same '
-          'value, or choose another folder for the capture.'
-        )
-    if os.path.isfile(source) and known:
-      return known
-  else:
-    _write_state(path, asked, [])
+  request = {'source': os.path.realpath(source), **dataclasses.asdict(options)}
+  del request['matching']  # A later run may match more pairs.
+  known = _resume(path, request)
   if os.path.isfile(source):
+    if known:
+      return known
     photos = video_frames.extract_frames(source, scene_dir, options.frames)
   else:
     own_masks = os.path.join(scene_dir, masks.FOLDER)
@@ -175,21 +163,32 @@ def _collect(source: str, scene_dir: str, options: Options) -> list[Photo]:
   if known and len(photos) != len(known) and not in_place:
     for factor in FACTORS:  # These lack the added photographs.
       shutil.rmtree(os.path.join(scene_dir, pyramid.folder_name(FOLDER, factor)), True)
-  _write_state(path, asked, photos)
+  _write_state(path, request, photos)
   return photos
 
 
-def _read_state(path: str) -> tuple[dict, list[Photo]]:
+def _resume(path: str, request: dict) -> list[Photo]:
+  """Returns the photographs of an earlier run with the same request; records a new request."""
+  if not os.path.isfile(path):
+    _write_state(path, request, [])
+    return []
   try:
     with open(path, encoding='utf-8') as f:
       state = json.load(f)
-    return state['asked'], [Photo(**photo) for photo in state['photos']]
+    earlier, photos = state['asked'], [Photo(**photo) for photo in state['photos']]
   except (ValueError, KeyError, TypeError) as e:
     raise PosesError(f'{path}: is damaged ({e}). Remove its folder and start again.') from None
+  for key, value in request.items():
+    if earlier.get(key) != value:
+      raise PosesError(
+        f'{os.path.dirname(path)}: was started with {key} {earlier.get(key)!r}, not {value!r}. Use '
+        'the same value, or choose another folder for the capture.'
+      )
+  return photos
 
 
-def _write_state(path: str, asked: dict, photos: Sequence[Photo]) -> None:
-  state = {'asked': asked, 'photos': [dataclasses.asdict(photo) for photo in photos]}
+def _write_state(path: str, request: dict, photos: Sequence[Photo]) -> None:
+  state = {'asked': request, 'photos': [dataclasses.asdict(photo) for photo in photos]}
   with files.whole(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
     json.dump(state, f, indent=1)
 

@@ -108,8 +108,7 @@ def _focal(found) -> list[Check]:
     if not 25 <= camera['view_degrees'] <= 110:
       status, text = BAD, f'{text}: unlikely for a real lens'
     elif abs(fx / fy - 1) > 0.02:
-      status = DOUBTFUL
-      text = f'{text}; fx / fy is {fx / fy:.2f}: were the pictures stretched?'
+      status, text = DOUBTFUL, f'{text}; fx / fy is {fx / fy:.2f}: were the pictures stretched?'
     elif camera['exif_focal']:
       status = _grade(abs(fx / camera['exif_focal'] - 1), 0.1, 0.25)
       text = f'{text}; EXIF says {camera["exif_focal"]:.0f} px'

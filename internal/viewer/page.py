@@ -47,6 +47,15 @@ class Capture:
   def is_ndc(self) -> bool:
     return self.scene.cameras.pixtocam_ndc is not None
 
+  @property
+  def spacing(self) -> float:
+    """The median distance of cameras to their nearest neighbour, clipped to 0.02 to 0.5."""
+    positions = np.asarray(self.scene.cameras.camtoworld)[:, :, 3]  # [n, 3]
+    distances = np.linalg.norm(positions[:, None] - positions[None], axis=-1)  # [n, n]
+    np.fill_diagonal(distances, np.inf)
+    nearest = np.median(distances.min(-1)) if len(positions) > 1 else 0.3
+    return float(np.clip(nearest, 0.02, 0.5))
+
 
 def vertical_fov(cams, row: int) -> float:
   """Returns a camera's vertical field of view in radians, approximately for a fisheye."""
@@ -105,16 +114,9 @@ class Page:
       self._build_snapshot(gui)
 
   def _build_view(self, gui) -> None:
-    on_cpu = jax.default_backend() == 'cpu'
     self._mode = gui.add_dropdown('Show', session_lib.MODES)
-    self._side = gui.add_slider(
-      'Resolution',
-      64,
-      2048,
-      64,
-      512 if on_cpu else 1024,
-      hint='Pixels of the longer side when the camera is at rest',
-    )
+    side, hint = 512 if jax.default_backend() == 'cpu' else 1024, 'Pixels of the longer side'
+    self._side = gui.add_slider('Resolution', 64, 2048, 64, side, hint=hint)
     fov = float(np.degrees(self._client.camera.fov))
     self._fov = gui.add_slider('Field of view', 10, 120, 1, round(float(np.clip(fov, 10, 120))))
     self._clips = gui.add_checkbox('Clip by distance', False, visible=not self._capture.is_ndc)
@@ -179,13 +181,11 @@ class Page:
   def show(self, picture: session_lib.Picture, step: int, seconds: float, finest: bool) -> None:
     """Shows a picture; see `session.Display`."""
     has_overlay = self._cameras.value or self._dots.value or self._keys
+    depth = _DEPTH_MARGIN * picture.depth if has_overlay and picture.depth is not None else None
     height, width = picture.image.shape[:2]
     with self._client.atomic():
       self._client.scene.set_background_image(
-        picture.image,
-        format='jpeg',
-        jpeg_quality=92 if finest else 75,
-        depth=_DEPTH_MARGIN * picture.depth if has_overlay and picture.depth is not None else None,
+        picture.image, format='jpeg', jpeg_quality=92 if finest else 75, depth=depth
       )
       legend = f'  \n{picture.legend}' if picture.legend else ''
       refining = '' if finest else ', refining'
@@ -220,7 +220,7 @@ class Page:
     scene, cams = self._capture.scene, self._capture.scene.cameras
     if not self._camera_nodes:
       held_out = set(scene.test)
-      size = 0.35 * _spacing(np.asarray(cams.camtoworld)[:, :, 3])
+      size = 0.35 * self._capture.spacing
       for row in sorted({*scene.train, *held_out}):
         node = self._client.scene.add_camera_frustum(
           f'/cameras/{row}',
@@ -250,7 +250,7 @@ class Page:
       )
 
   def _add_points(self, positions: np.ndarray, colours: np.ndarray) -> None:
-    size = 0.05 * _spacing(np.asarray(self._capture.scene.cameras.camtoworld)[:, :, 3])
+    size = 0.05 * self._capture.spacing
     self._points = self._client.scene.add_point_cloud(
       '/points', np.float32(positions), colours, point_size=size, precision='float32',
       point_shape='circle', visible=self._dots.value,
@@ -292,7 +292,7 @@ class Page:
     for node in self._path_nodes:
       node.remove()
     scene, size = self._client.scene, tuple(self._path_size.value)
-    scale = 0.25 * _spacing(np.asarray(self._capture.scene.cameras.camtoworld)[:, :, 3])
+    scale = 0.25 * self._capture.spacing
     self._path_nodes = [
       scene.add_camera_frustum(
         f'/path/key{k}', key.fov, size[0] / size[1], scale=scale, thickness=scale / 25,
@@ -364,11 +364,3 @@ def _checked_size(size) -> tuple[int, int]:
   if not (0 < width <= _MAX_SIDE and 0 < height <= _MAX_SIDE):
     raise ViewerError(f'Width and height must be in [1, {_MAX_SIDE}], got {width} x {height}.')
   return width, height
-
-
-def _spacing(positions: np.ndarray) -> float:
-  """Returns the median distance of cameras [n, 3] to their nearest neighbour, within bounds."""
-  distances = np.linalg.norm(positions[:, None] - positions[None], axis=-1)  # [n, n]
-  np.fill_diagonal(distances, np.inf)
-  nearest = np.median(distances.min(-1)) if len(positions) > 1 else 0.3
-  return float(np.clip(nearest, 0.02, 0.5))
