@@ -1,6 +1,5 @@
 """Tests of the viewer's page with a fake viser client, in a real browser, and during training."""
 
-import argparse
 import contextlib
 import json
 import signal
@@ -257,6 +256,12 @@ class TestPage:
     assert not any(node.visible for node in page.client.nodes.values())
     assert page.client.sent[-1][1]['depth'] is None
 
+  def test_keyframes_are_counted(self, page):
+    page.gui['Add this view'].press()
+    assert page.page._key_text.content == '1 keyframe; a path needs two.'
+    page.gui['Remove the last'].press()
+    assert page.page._key_text.content == '0 keyframes; a path needs two.'
+
   def test_path_is_saved_in_the_captures_frame(self, page):
     page.gui['Save the path'].press()
     assert 'at least two keyframes' in page.client.notes[-1][1]
@@ -297,19 +302,17 @@ class TestPage:
 
 
 class TestOpening:
-  settings, args = None, argparse.Namespace(host='localhost', port=8080)
-
-  def fails(self, monkeypatch, words, **args):
+  def fails(self, words, **args):
     with pytest.raises(page_lib.ViewerError, match=words):
       server_lib._open_server(**{'host': 'localhost', 'port': 8080, **args})
 
   def test_without_viser(self, monkeypatch):
     monkeypatch.setitem(sys.modules, 'viser', None)
-    self.fails(monkeypatch, 'viser is not installed: pip install -r requirements-viewer.txt')
+    self.fails('viser is not installed: pip install -r requirements-viewer.txt')
 
-  def test_invalid_port(self, monkeypatch):
+  def test_invalid_port(self):
     pytest.importorskip('viser')
-    self.fails(monkeypatch, r'\[1, 65535\], got 0', port=0)
+    self.fails(r'\[1, 65535\], got 0', port=0)
 
   def test_several_processes(self, monkeypatch):
     monkeypatch.setattr(jax, 'process_count', lambda: 2)

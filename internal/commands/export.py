@@ -38,7 +38,7 @@ def parse(argv: list[str] | None):
   add('--points', type=int, default=1_000_000, help='maximum number of points')
   corners = ('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1')
   cube = [-2.0] * 3 + [2.0] * 3
-  add('--box', nargs=6, type=float, default=cube, metavar=corners, help='corners of the export')
+  add('--box', nargs=6, type=float, default=cube, metavar=corners, help='lower and upper corner')
   units = "units of the box: normalized (training cameras fill [-1, 1]) or the capture's own"
   add('--box_units', choices=('normalized', 'capture'), default='normalized', help=units)
   add('--resolution', type=int, default=256, help='mesh cells along the longest side of the box')

@@ -105,8 +105,8 @@ def grid_of(box: np.ndarray, contract: Callable, resolution: int) -> tuple[np.nd
     The lower and upper bound along each axis, [3, 2], found by sampling the box, and the width.
   """
   side = np.linspace(0, 1, 33)
-  mesh = np.stack(np.meshgrid(side, side, side, indexing='ij'), -1).reshape(-1, 3)  # [33^3, 3]
-  z = np.asarray(contract(jnp.asarray(box[0] + mesh * (box[1] - box[0]), jnp.float32)))
+  samples = np.stack(np.meshgrid(side, side, side, indexing='ij'), -1).reshape(-1, 3)  # [33^3, 3]
+  z = np.asarray(contract(jnp.asarray(box[0] + samples * (box[1] - box[0]), jnp.float32)))
   low, high = z.min(0).astype(np.float64), z.max(0).astype(np.float64)
   return np.stack([low, high], -1), float((high - low).max() / resolution)
 
@@ -141,7 +141,7 @@ def extract(
   measure = library('skimage.measure')
   contract, to_world = space
   bounds, width = grid_of(box, contract, resolution)
-  axes = [np.arange(low, high + width, width) for low, high in bounds]  # 3 times [cells + 1]
+  axes = [np.arange(low, high + width, width) for low, high in bounds]  # Each is [cells + 1].
   volume = np.empty([len(axis) for axis in axes], np.float32)
   for i, x in enumerate(progress.track(axes[0], 'density')):
     z = np.stack(np.meshgrid([x], axes[1], axes[2], indexing='ij'), -1).reshape(-1, 3)

@@ -95,7 +95,7 @@ def support(xyz: np.ndarray, views: Views, tolerance: float = 0.03) -> Support:
   seen, through = np.zeros((2, len(xyz)), np.int32)
   colors, weights = np.zeros((len(xyz), 3)), np.full((len(xyz), 1), 1e-30)
   for k, pose in enumerate(np.asarray(views.cams.camtoworld, np.float64)):
-    x, y, back = ((xyz - pose[:, 3]) @ pose[:, :3]).T  # 3 times [m]
+    x, y, back = ((xyz - pose[:, 3]) @ pose[:, :3]).T  # Each is [m].
     focal_x, focal_y = 1 / np.asarray(views.cams.pixtocam, np.float64)[k, [0, 1], [0, 1]]
     width, height = np.asarray(views.cams.size)[k]
     with np.errstate(all='ignore'):

@@ -232,9 +232,12 @@ def explain(row: Row, sizes: Sequence[int] = ()) -> str | None:
   if row.sharpness < BLURRED:
     return f'blurred: {max(row.sharpness, 0.01):.0%} as sharp as its neighbours'
   if row.features < FEW_FEATURES:
-    return f'too few features: {row.features}; it may be dark, or show a bare wall or sky'
+    return f'too few features: {row.features}; too dark, or a bare wall or sky?'
   if row.matches < FEW_MATCHES:
-    return f'too few matches: at most {row.matches} with any other photograph; too little overlap'
+    return (
+      f'too few matches: at most {row.matches} with any other photograph; take some in between, '
+      'with more overlap'
+    )
   return (
     f'no consistent pose: up to {row.matches} matches with {row.partners} photographs contradict '
     'each other; movement, mirrors or repeats?'

@@ -104,7 +104,7 @@ def _focal(found) -> list[Check]:
   result = []
   for camera in found.cameras:
     fx, fy = camera['focal']
-    status, text = GOOD, f'{fx:.0f} px, a field of view of {camera["view_degrees"]:.0f} degrees'
+    status, text = GOOD, f'{fx:.0f} px, field of view {camera["view_degrees"]:.0f} degrees'
     if not 25 <= camera['view_degrees'] <= 110:
       status, text = BAD, f'{text}: unlikely for a real lens'
     elif abs(fx / fy - 1) > 0.02:
@@ -147,7 +147,7 @@ def _link(found) -> list[Check]:
 def _sharp(found) -> Check:
   blurred = sum(row.sharpness < diagnosis.BLURRED for row in found.rows)
   n = len(found.rows)
-  text = f'{blurred} of {n} photographs are blurred' if blurred else 'no photograph is blurred'
+  text = f'{blurred} of {n} photographs blurred' if blurred else 'no photograph is blurred'
   return Check('sharpness', _grade(blurred / n, 0.05, 0.2), text)
 
 

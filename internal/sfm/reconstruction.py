@@ -121,7 +121,7 @@ def _without_features(scene_dir: str, names: list[str]) -> list[str]:
 
 
 def choose_pairs(scene_dir: str, names: Sequence[str], matching: str, ordered: bool) -> set:
-  """Returns the pairs of photographs to match, as indices into `names`.
+  """Returns the pairs (i, j), i < j, of photographs to match, as indices into `names`.
 
   Args:
     scene_dir: the capture, with features.
