@@ -1,4 +1,4 @@
-"""A headless browser with a page in it, driven by Chrome's DevTools protocol."""
+"""Drives a page in headless Chromium by the DevTools protocol."""
 
 import base64
 import contextlib
@@ -24,12 +24,12 @@ _FLAGS = (
 
 
 def find() -> str | None:
-  """The browser's program, or None."""
+  """Returns the path of the browser, or None if none is installed."""
   return next(filter(None, map(shutil.which, _NAMES)), None)
 
 
 class Page:
-  """A page; `errors` are the exceptions and console errors of its scripts so far."""
+  """A page; `errors` collects the exceptions and console errors of its scripts."""
 
   def __init__(self, socket):
     self._socket, self._ids, self.errors = socket, itertools.count(1), []
@@ -37,33 +37,33 @@ class Page:
       self.call(f'{domain}.enable')
 
   def call(self, method: str, **params) -> dict:
-    """Calls a method of the protocol."""
+    """Calls a method of the protocol and returns its result."""
     number = next(self._ids)
     self._socket.send(json.dumps({'id': number, 'method': method, 'params': params}))
     while True:
       message = json.loads(self._socket.recv(timeout=60))
-      self._note(message)
+      self._collect_errors(message)
       if message.get('id') == number:
         assert 'error' not in message, message
         return message['result']
 
-  def _note(self, message: dict) -> None:
-    kind, params = message.get('method'), message.get('params', {})
-    if kind == 'Runtime.exceptionThrown':
+  def _collect_errors(self, message: dict) -> None:
+    event, params = message.get('method'), message.get('params', {})
+    if event == 'Runtime.exceptionThrown':
       self.errors.append(json.dumps(params['exceptionDetails'])[:500])
-    if kind == 'Runtime.consoleAPICalled' and params['type'] == 'error':
+    if event == 'Runtime.consoleAPICalled' and params['type'] == 'error':
       self.errors.append(json.dumps(params['args'])[:500])
-    if kind == 'Log.entryAdded' and params['entry']['level'] == 'error':
+    if event == 'Log.entryAdded' and params['entry']['level'] == 'error':
       self.errors.append(json.dumps(params['entry'])[:500])
 
   def run(self, script: str):
-    """The value of a JavaScript expression; promises are awaited."""
+    """Evaluates a JavaScript expression, awaiting promises."""
     done = self.call('Runtime.evaluate', expression=script, returnByValue=True, awaitPromise=True)
     assert 'exceptionDetails' not in done, done
     return done['result'].get('value')
 
   def until(self, script: str, seconds: float = 150):
-    """The expression's value once it is true."""
+    """Waits until an expression is truthy; returns its value."""
     end = time.monotonic() + seconds
     while not (value := self.run(script)):
       assert time.monotonic() < end, (script, self.run('document.body?.innerText'), self.errors)
@@ -71,16 +71,16 @@ class Page:
     return value
 
   def settled(self, script: str):
-    """The expression's value once it is true and stays as it is: where things are that move."""
+    """Waits until an expression is truthy and stops changing, as a moving element's position."""
     value, before = self.until(script), None
     while value != before:
       time.sleep(0.25)
       value, before = self.until(script), value
     return value
 
-  def mouse(self, kind: str, x: float, y: float, **more) -> None:
-    """A 'mousePressed', 'mouseMoved', 'mouseReleased' or 'mouseWheel'."""
-    self.call('Input.dispatchMouseEvent', type=kind, x=x, y=y, **more)
+  def mouse(self, event: str, x: float, y: float, **params) -> None:
+    """Sends 'mousePressed', 'mouseMoved', 'mouseReleased' or 'mouseWheel'."""
+    self.call('Input.dispatchMouseEvent', type=event, x=x, y=y, **params)
 
   def drag(self, start: tuple, end: tuple, steps: int = 8) -> None:
     """Drags with the left button."""
@@ -95,7 +95,7 @@ class Page:
     self.drag((x, y), (x, y), 1)
 
   def type(self, x: float, y: float, text: str) -> None:
-    """Replaces what a field holds, and leaves the field."""
+    """Replaces the text of an input and presses Enter."""
     self.mouse('mousePressed', x, y, button='left', clickCount=3)
     self.mouse('mouseReleased', x, y, button='left', clickCount=3)
     self.call('Input.insertText', text=text)
@@ -105,7 +105,7 @@ class Page:
       )
 
   def screenshot(self, path) -> None:
-    """Writes what is on the screen as PNG."""
+    """Saves a screenshot as PNG."""
     shot = self.call('Page.captureScreenshot', format='png')
     with open(path, 'wb') as f:
       f.write(base64.b64decode(shot['data']))
@@ -113,9 +113,9 @@ class Page:
 
 @contextlib.contextmanager
 def page(url: str, folder, size=(1280, 720), mobile: bool = False):
-  """Opens a page in a new browser, whose profile goes to `folder`."""
-  told = pathlib.Path(folder) / 'browser.txt'
-  with told.open('w') as out:
+  """Opens a page in a new browser, which keeps its profile in `folder`."""
+  log = pathlib.Path(folder) / 'browser.txt'
+  with log.open('w') as out:
     browser = subprocess.Popen(
       [find(), *_FLAGS, f'--user-data-dir={folder}/profile', 'about:blank'],
       stdout=out, stderr=out, start_new_session=True,
@@ -123,14 +123,14 @@ def page(url: str, folder, size=(1280, 720), mobile: bool = False):
   try:
     end, found = time.monotonic() + 120, None
     while not found:
-      assert browser.poll() is None, told.read_text()
-      assert time.monotonic() < end, told.read_text()
+      assert browser.poll() is None, log.read_text()
+      assert time.monotonic() < end, log.read_text()
       time.sleep(0.1)
-      found = re.search(r'ws://[^/]+', told.read_text())
+      found = re.search(r'ws://[^/]+', log.read_text())
     address = found[0].replace('ws:', 'http:') + '/json'
     tabs = json.load(urllib.request.urlopen(address, timeout=30))
-    where = next(tab['webSocketDebuggerUrl'] for tab in tabs if tab['type'] == 'page')
-    with websockets.sync.client.connect(where, max_size=None) as socket:
+    tab_url = next(tab['webSocketDebuggerUrl'] for tab in tabs if tab['type'] == 'page')
+    with websockets.sync.client.connect(tab_url, max_size=None) as socket:
       shown = Page(socket)
       width, height = size
       shown.call(

@@ -1,4 +1,4 @@
-"""Exports of a world that is known: a ball before the cameras, in a capture's own frame."""
+"""Tests of the export of a known scene: a ball, in a capture's own frame."""
 
 import dataclasses
 import json
@@ -23,14 +23,14 @@ RADIUS = 0.4
 
 
 def make_scene():
-  """Cameras on the unit circle; the capture's own frame is turned, moved and twice as large."""
+  """Cameras on the unit circle; the capture's own frame is rotated, shifted and twice as large."""
   transform = np.eye(4)
   transform[:3] = [[0, -0.5, 0, 1], [0.5, 0, 0, 2], [0, 0, 0.5, 3]]
   return dataclasses.replace(trajectory_test.make_scene(12), world_transform=transform)
 
 
 def render_ball(params, cams, k, fraction):
-  """What a renderer gives of an opaque ball about the origin, coloured by position."""
+  """Renders an opaque ball around the origin, coloured by position."""
   origins, directions = (a.astype(np.float64) for a in surface_points.pixel_rays(cams, k))
   a, b = (directions**2).sum(-1), (origins * directions).sum(-1)
   root = b**2 - a * ((origins**2).sum(-1) - RADIUS**2)
@@ -68,23 +68,23 @@ def test_points_lie_on_the_ball_and_have_its_colours(views):
   assert (points.point_cloud(views, half, 100)[0][:, 0] >= 0).all()
 
 
-def test_points_that_float_are_left_out(views):
-  # Two views from one place see a patch before the ball, through which most others look.
+def test_floaters_are_left_out(views):
+  # Two views from the same pose see a patch in front of the ball; most others see through it.
   origins, directions = surface_points.pixel_rays(views.cams, 0)
   t = 0.45 / np.linalg.norm(directions, axis=-1)
   at = origins + directions * t[..., None]
   patch = np.linalg.norm(at - 0.55 * origins / np.linalg.norm(origins[0, 0]), axis=-1) < 0.04
   assert patch.sum() > 100
-  fooled = dict(views.images[0])
-  fooled['distance_median'] = np.where(patch, t, fooled['distance_median'])
-  fooled['acc'] = np.where(patch, 1, fooled['acc'])
-  spread = fooled['distance_percentiles']
-  fooled['distance_percentiles'] = np.where(patch[..., None], t[..., None], spread)
-  rows, images = np.array([0, *range(11)]), [fooled, fooled, *views.images[1:]]
+  floater = dict(views.images[0])
+  floater['distance_median'] = np.where(patch, t, floater['distance_median'])
+  floater['acc'] = np.where(patch, 1, floater['acc'])
+  spread = floater['distance_percentiles']
+  floater['distance_percentiles'] = np.where(patch[..., None], t[..., None], spread)
+  rows, images = np.array([0, *range(11)]), [floater, floater, *views.images[1:]]
   twice = points.Views(views.cams.take(rows), images)
-  told = points.support(at[patch], twice)
-  assert (told.seen == 2).all()
-  assert (told.through > 2).all()
+  votes = points.support(at[patch], twice)
+  assert (votes.seen == 2).all()
+  assert (votes.through > 2).all()
   xyz, _ = points.point_cloud(twice, CUBE, 10**6)
   assert len(xyz) > 1000
   np.testing.assert_allclose(np.linalg.norm(xyz, axis=-1), RADIUS, atol=1e-5)
@@ -115,7 +115,7 @@ def test_mesh_is_the_ball_seen_from_outside(views):
   np.testing.assert_allclose(distance, RADIUS, atol=0.005)
   shape = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
   outward = (shape.face_normals * shape.triangles_center).sum(-1)
-  assert np.mean(outward > 0) > 0.999  # Anticlockwise, from outside.
+  assert np.mean(outward > 0) > 0.999  # Anticlockwise seen from outside.
   assert shape.area > 0.75 * 4 * np.pi * RADIUS**2  # All but the poles, which no camera sees.
   np.testing.assert_allclose(mesh.colors, 255 * (0.5 + mesh.vertices), atol=12)
 
@@ -125,7 +125,7 @@ def test_mesh_is_cropped_by_the_box(views):
   assert extract(views, box).vertices[:, 2].min() >= 0.1
 
 
-def test_what_no_view_sees_is_no_mesh(views):
+def test_an_unseen_surface_is_an_error(views):
   blind = [{**image, 'acc': 0 * image['acc']} for image in views.images]
   with pytest.raises(points.ExportError, match=r'density 50 in the box'):
     extract(dataclasses.replace(views, images=blind))
@@ -133,7 +133,7 @@ def test_what_no_view_sees_is_no_mesh(views):
     extract(views, level=1e6)
 
 
-def test_files_come_back_in_the_captures_frame(scene, views, tmp_path):
+def test_files_are_in_the_captures_frame(scene, views, tmp_path):
   mesh = extract(views)
   vertices = points.to_capture(scene, mesh.vertices)
   np.testing.assert_allclose(vertices.mean(0), [-4, 2, -6], atol=0.02)  # Where (0, 0, 0) was.
@@ -157,14 +157,14 @@ def test_files_come_back_in_the_captures_frame(scene, views, tmp_path):
   np.testing.assert_array_equal(mesh_lib._linear(np.array([0, 188, 255])), [0, 128, 255])
 
 
-def test_a_picture_of_the_loaded_mesh_is_that_of_the_ball(scene, views, tmp_path):
+def test_the_loaded_mesh_looks_like_the_ball(scene, views, tmp_path):
   mesh = extract(views)
   path = str(tmp_path / 'mesh.ply')
   mesh_lib.write(path, points.to_capture(scene, mesh.vertices), mesh.colors, mesh.faces)
   shape = trimesh.load(path, process=False)
   inverse = np.linalg.inv(scene.world_transform)
   pose = paths.transform_poses(inverse, np.asarray(views.cams.camtoworld, np.float64))[4]
-  # Many points of the surface, the nearest of each pixel: a rasteriser.
+  # Rasterises the mesh: many points of its surface, of which each pixel shows the nearest.
   dots, of = trimesh.sample.sample_surface(shape, 400_000, seed=0)
   colors = shape.visual.vertex_colors[shape.faces[of, 0], :3]
   x, y, back = ((dots - pose[:, 3]) @ pose[:, :3]).T
@@ -179,7 +179,7 @@ def test_a_picture_of_the_loaded_mesh_is_that_of_the_ball(scene, views, tmp_path
   assert (picture[40, 60] < 250).any()
 
 
-def test_depth_folder_is_read_as_a_capture(scene, views, tmp_path):
+def test_depth_folder_loads_as_a_capture(scene, views, tmp_path):
   points.write_depth_folder(str(tmp_path), scene, views)
   table = transforms.read_table(str(tmp_path / 'transforms.json'))
   frames = transforms.read_frames(str(tmp_path), str(tmp_path / 'transforms.json'), table)
@@ -195,17 +195,17 @@ def test_depth_folder_is_read_as_a_capture(scene, views, tmp_path):
   np.testing.assert_allclose(np.linalg.norm(xyz - [-4, 2, -6], axis=-1), 2 * RADIUS, atol=1e-3)
 
 
-@pytest.mark.parametrize('more', [(), ('Model.num_multisamples = 6',)])
-def test_the_field_is_the_models(more, monkeypatch):
-  monkeypatch.setattr(mesh_lib, '_CHUNK', 4)  # Several, the last one partly filled.
-  settings = tiny.settings('NerfMLP.max_deg_point = 4', *more)
+@pytest.mark.parametrize('bindings', [(), ('Model.num_multisamples = 6',)])
+def test_the_field_agrees_with_the_model(bindings, monkeypatch):
+  monkeypatch.setattr(mesh_lib, '_CHUNK', 4)  # Several batches, the last one padded.
+  settings = tiny.settings('NerfMLP.max_deg_point = 4', *bindings)
   model = models.build(settings)
   params = models.init_params(model, jax.random.PRNGKey(0))
   field = mesh_lib.make_field(settings)
   x = np.random.default_rng(0).normal(size=(9, 3)) * 2
   z = np.asarray(coord.contract(jnp.asarray(x, jnp.float32)))
   density = field(params, z, 1e-6)
-  # Thin intervals of a ray through the points, moved onto them.
+  # Thin intervals of rays, shifted to the points.
   ray = structs.Rays(jnp.zeros((9, 3)), jnp.tile(jnp.array([0, 0, -1.0]), (9, 1)),
                      jnp.tile(jnp.array([0, 0, -1.0]), (9, 1)), jnp.full((9, 1), 1e-6),
                      jnp.zeros(9, jnp.int32))  # fmt: skip
@@ -228,16 +228,16 @@ def test_forward_facing_runs_are_refused():
     points.pinhole_views(flat, 3, 20)
 
 
-def test_the_program(scene, tmp_path, monkeypatch, capsys):
+def test_the_command(scene, tmp_path, monkeypatch, capsys):
   settings = tiny.settings()
   monkeypatch.setattr(checkpoints, 'open_run', lambda _: (settings, scene))
   monkeypatch.setattr(checkpoints, 'restore_params', lambda *_, **__: ({}, 5))
   monkeypatch.setattr(renderer, 'make_image_renderer', lambda *_: render_ball)
   monkeypatch.setattr(mesh_lib, 'make_field', lambda _: ball_field)
-  told = [str(tmp_path), '--views', '8', '--width', '60', '--resolution', '48']
-  # About the ball, which is at (-4, 2, -6) there and of radius 0.8.
+  arguments = [str(tmp_path), '--views', '8', '--width', '60', '--resolution', '48']
+  # Around the ball, which has the centre (-4, 2, -6) and the radius 0.8 in this frame.
   box = ['--box_units', 'capture', '--box', '-6', '0', '-6', '-2', '4', '-4']
-  export.main([*told, *box])
+  export.main([*arguments, *box])
   assert 'mesh.glb' in capsys.readouterr().out
   for name in ('mesh', 'points'):
     vertices = trimesh.load(tmp_path / 'export' / f'{name}.ply', process=False).vertices
@@ -245,4 +245,4 @@ def test_the_program(scene, tmp_path, monkeypatch, capsys):
     assert np.linalg.norm(vertices - [-4, 2, -6], axis=-1) == pytest.approx(0.8, abs=0.02)
   assert len(json.loads((tmp_path / 'export/depth/transforms.json').read_text())['frames']) == 8
   with pytest.raises(points.ExportError, match='X0 < X1'):
-    export.main([*told, '--box', '1', '0', '0', '0', '1', '1'])
+    export.main([*arguments, '--box', '1', '0', '0', '0', '1', '1'])

@@ -1,10 +1,10 @@
-"""Photographs and videos that become pictures of a capture."""
+"""Tests of how photographs and videos are imported into a capture."""
 
 import numpy as np
 import pytest
 import scipy.ndimage
 from PIL import Image
-from rooms import texture
+from textured_corner import texture
 
 from internal.sfm import diagnosis, pipeline, video_frames
 from internal.sfm import photos as photos_lib
@@ -12,7 +12,7 @@ from internal.vis import pictures, video
 
 
 def save_turned(path, pixels, orientation, **exif_tags):
-  """As a camera writes it that was held askew."""
+  """Saves a JPEG with an EXIF orientation, as a camera does."""
   exif = Image.Exif()
   exif[0x0112] = orientation
   details = exif.get_ifd(0x8769)
@@ -41,7 +41,7 @@ def test_photographs_stand_upright_and_originals_are_untouched(tmp_path, orienta
   source = tmp_path / 'photos' / 'a.jpg'
   save_turned(source, np.ascontiguousarray(stored), orientation, focal=28)
   before = source.read_bytes()
-  photo = photos_lib.take_photos(str(tmp_path / 'photos'), str(tmp_path / 'scene'))[0]
+  photo = photos_lib.import_photos(str(tmp_path / 'photos'), str(tmp_path / 'scene'))[0]
   assert source.read_bytes() == before
   with Image.open(tmp_path / 'scene' / 'images' / 'a.jpg') as taken:
     assert taken.getexif().get(0x0112, 1) == 1
@@ -50,21 +50,21 @@ def test_photographs_stand_upright_and_originals_are_untouched(tmp_path, orienta
   assert photo.camera == 'Phone 5 28 64x48'
 
 
-def test_upright_photographs_are_copied_and_odd_ones_become_png(tmp_path):
+def test_upright_photographs_are_copied_and_other_formats_become_png(tmp_path):
   photos, scene = tmp_path / 'photos', tmp_path / 'scene'
   pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
   save_turned(photos / 'sub' / 'a.jpg', pixels, 1)
   Image.fromarray(pixels).save(photos / 'b.webp', lossless=True)
-  Image.fromarray(pixels).save(photos / 'c ä (1).png')  # COLMAP's lists part names by spaces.
-  names = [photo.name for photo in photos_lib.take_photos(str(photos), str(scene))]
+  Image.fromarray(pixels).save(photos / 'c ä (1).png')  # Spaces separate names in COLMAP's lists.
+  names = [photo.name for photo in photos_lib.import_photos(str(photos), str(scene))]
   assert names == ['b.png', 'c_ä_(1).png', 'sub/a.jpg']
   assert (scene / 'images/sub/a.jpg').read_bytes() == (photos / 'sub/a.jpg').read_bytes()
   np.testing.assert_array_equal(np.asarray(Image.open(scene / 'images/b.png')), pixels)
 
 
-def test_names_sort_as_people_count():
+def test_names_sort_in_natural_order():
   names = ['IMG_10.jpg', 'IMG_9.jpg', 'a².jpg', '2.jpg', 'img_1.jpg']
-  assert sorted(names, key=photos_lib.natural) == [
+  assert sorted(names, key=photos_lib.natural_key) == [
     '2.jpg',
     'a².jpg',
     'img_1.jpg',
@@ -73,7 +73,7 @@ def test_names_sort_as_people_count():
   ]
 
 
-def test_order_is_that_of_the_times_else_of_the_numbers(tmp_path):
+def test_photographs_are_in_order_of_time_else_of_name(tmp_path):
   pixels = np.zeros((8, 8, 3), np.uint8)
   for name, taken in (('IMG_10', '2024:01:01 10:00:00'), ('IMG_9', '2024:01:01 11:00:00')):
     save_turned(tmp_path / 'timed' / f'{name}.jpg', pixels, 1, taken=taken)
@@ -81,14 +81,14 @@ def test_order_is_that_of_the_times_else_of_the_numbers(tmp_path):
   order = [
     [
       photo.name
-      for photo in photos_lib.take_photos(str(tmp_path / kind), str(tmp_path / f'{kind}_scene'))
+      for photo in photos_lib.import_photos(str(tmp_path / kind), str(tmp_path / f'{kind}_scene'))
     ]
     for kind in ('timed', 'plain')
   ]
   assert order == [['IMG_10.jpg', 'IMG_9.jpg'], ['IMG_9.jpg', 'IMG_10.jpg']]
 
 
-def test_masks_are_turned_with_their_photographs(tmp_path):
+def test_masks_are_rotated_with_their_photographs(tmp_path):
   stored = np.zeros((30, 20, 3), np.uint8)
   save_turned(tmp_path / 'photos/a.jpg', stored, 6)
   save_turned(tmp_path / 'photos/b.jpg', np.zeros((20, 30, 3), np.uint8), 1)
@@ -96,34 +96,36 @@ def test_masks_are_turned_with_their_photographs(tmp_path):
   mask[:5] = 255
   (tmp_path / 'masks').mkdir()
   Image.fromarray(mask).save(tmp_path / 'masks/a.png')
-  photos_lib.take_photos(str(tmp_path / 'photos'), str(tmp_path / 'scene'), str(tmp_path / 'masks'))
+  photos_lib.import_photos(
+    str(tmp_path / 'photos'), str(tmp_path / 'scene'), str(tmp_path / 'masks')
+  )
   upright = np.asarray(Image.open(tmp_path / 'scene/masks/a.jpg.png'))
   np.testing.assert_array_equal(upright, np.rot90(mask, -1))
   Image.fromarray(mask[:-1]).save(tmp_path / 'masks/b.png')
-  with pytest.raises(ValueError, match=r'b\.png: is 20x29 pixels, but its photograph has 30x20'):
-    photos_lib.take_photos(
+  with pytest.raises(ValueError, match=r'b\.png: is 20x29 pixels, but its photograph is 30x20'):
+    photos_lib.import_photos(
       str(tmp_path / 'photos'), str(tmp_path / 'other'), str(tmp_path / 'masks')
     )
 
 
-def test_photographs_may_lie_in_the_capture_but_are_not_turned_there(tmp_path):
+def test_photographs_in_the_capture_are_never_changed(tmp_path):
   folder = tmp_path / 'scene' / 'images'
   save_turned(folder / 'a.jpg', np.zeros((8, 12, 3), np.uint8), 1)
   before = (folder / 'a.jpg').stat().st_mtime_ns
-  assert len(photos_lib.take_photos(str(folder), str(tmp_path / 'scene'))) == 1
+  assert len(photos_lib.import_photos(str(folder), str(tmp_path / 'scene'))) == 1
   assert (folder / 'a.jpg').stat().st_mtime_ns == before
   save_turned(folder / 'b.jpg', np.zeros((8, 12, 3), np.uint8), 6)
   with pytest.raises(
-    pipeline.PosesError, match=r'b\.jpg: must be turned, .* no photograph is changed'
+    pipeline.PosesError, match=r'b\.jpg: must be rotated, .* no photograph is changed'
   ):
-    photos_lib.take_photos(str(folder), str(tmp_path / 'scene'))
+    photos_lib.import_photos(str(folder), str(tmp_path / 'scene'))
 
 
 # Videos.
 
 
-def write_film(path, sharp, frames=24):
-  """A film of which only the frames in `sharp` are; all have the number as a grey stripe."""
+def write_sample_video(path, sharp, frames=24):
+  """Writes a video in which only the frames `sharp` are; a grey stripe encodes the number."""
   rng = np.random.default_rng(0)
   base = scipy.ndimage.gaussian_filter(rng.uniform(0, 255, (96, 128, 3)), (1, 1, 0))
   base = (base - base.min()) / np.ptp(base)
@@ -139,16 +141,16 @@ def write_film(path, sharp, frames=24):
 
 def test_the_sharpest_frame_of_each_window_is_taken(tmp_path):
   sharp = (2, 11, 12, 23)
-  write_film(tmp_path / 'film.mp4', sharp)
-  photos = video_frames.take_frames(str(tmp_path / 'film.mp4'), str(tmp_path / 'scene'), 4)
+  write_sample_video(tmp_path / 'video.mp4', sharp)
+  photos = video_frames.extract_frames(str(tmp_path / 'video.mp4'), str(tmp_path / 'scene'), 4)
   assert [photo.source for photo in photos] == [str(k) for k in sharp]
   assert [photo.name for photo in photos] == [f'frame_{k:04d}.jpg' for k in range(4)]
   for photo, number in zip(photos, sharp):
     with Image.open(tmp_path / 'scene' / 'images' / photo.name) as frame:
       assert frame.size == (128, 96)
       assert abs(np.asarray(frame)[2:12].mean() - 255 * number / 24) < 5
-  with pytest.raises(pipeline.PosesError, match='has 2 frames, too few'):
-    video_frames.take_frames(str(tmp_path / 'film.mp4'), str(tmp_path / 'other'), 2)
+  with pytest.raises(pipeline.PosesError, match='has 2 frames; at least 3 are needed'):
+    video_frames.extract_frames(str(tmp_path / 'video.mp4'), str(tmp_path / 'other'), 2)
 
 
 def test_windows_cover_all_frames_evenly():
@@ -164,7 +166,7 @@ def test_windows_cover_all_frames_evenly():
   assert video_frames.sensible_count(90_000, 3000.0) == 300
 
 
-def test_sharpness_falls_with_blur_and_not_with_light():
+def test_sharpness_depends_on_blur_and_not_on_brightness():
   img = texture(5, 200).astype(np.uint8)
   blurred = [
     pictures.to_uint8(scipy.ndimage.gaussian_filter(img, (s, s, 0)) / 255.0) for s in (1, 2, 4)

@@ -1,17 +1,17 @@
-"""What is said of a posed capture: its errors, what failed and why, and the picture of it."""
+"""Tests of the report on a posed capture, and of the comparison of poses."""
 
 import json
 
 import captures
+import compare_poses
 import numpy as np
 import pytest
 import scipy.sparse
 from PIL import Image
-from rooms import VIEWS, room_pose, true_model, turns
+from textured_corner import VIEWS, room_pose, true_model, turns
 
 from internal import colmap
-from internal.sfm import align, diagnosis, picture, preflight
-from scripts import compare_poses
+from internal.sfm import diagnosis, picture, preflight
 
 
 def test_an_alignment_takes_back_a_similarity():
@@ -19,15 +19,17 @@ def test_an_alignment_takes_back_a_similarity():
   points = rng.normal(size=(20, 3))
   turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
   turn *= np.sign(np.linalg.det(turn))
-  found = align.fit(points, 2.5 * points @ turn.T + [1, -2, 3])
+  found = compare_poses.fit(points, 2.5 * points @ turn.T + [1, -2, 3])
   np.testing.assert_allclose(found.rotation, turn, atol=1e-12)
   np.testing.assert_allclose(found.shift, [1, -2, 3], atol=1e-12)
   assert abs(found.scale - 2.5) < 1e-12
-  mirrored = align.fit(points, points * [1, 1, -1])
+  mirrored = compare_poses.fit(points, points * [1, 1, -1])
   assert np.linalg.det(mirrored.rotation) == pytest.approx(1)  # Never itself a mirror.
   flat = points * [1, 1, 0]  # Cameras in a plane: no mirror image of it either.
-  assert np.linalg.det(align.fit(flat, flat @ turn.T).rotation) > 0.99
-  np.testing.assert_allclose(align.fit(flat, flat @ turn.T)(flat), flat @ turn.T, atol=1e-12)
+  assert np.linalg.det(compare_poses.fit(flat, flat @ turn.T).rotation) > 0.99
+  np.testing.assert_allclose(
+    compare_poses.fit(flat, flat @ turn.T)(flat), flat @ turn.T, atol=1e-12
+  )
 
 
 def test_errors_of_poses_are_in_degrees_and_shares_of_the_radius():
@@ -39,7 +41,7 @@ def test_errors_of_poses_are_in_degrees_and_shares_of_the_radius():
   pose[:, :3] = pose[:, :3] @ np.array(about_x)
   images[4] = colmap.Image(4, *captures.to_colmap(pose), 1, images[4].name)
   del images[9]
-  found = align.compare(colmap.Model(truth.cameras, images, truth.points), truth)
+  found = compare_poses.compare(colmap.Model(truth.cameras, images, truth.points), truth)
   assert found.only_second == ('view_8.png',)
   assert not found.only_first
   worst = found.names[int(found.rotation.argmax())]
@@ -47,15 +49,15 @@ def test_errors_of_poses_are_in_degrees_and_shares_of_the_radius():
   assert abs(found.rotation.max() - 2) < 1e-6
   assert np.median(found.rotation) < 1e-5
   assert found.position.max() < 1e-6
-  assert '| rotation, degrees | 0.000 | 0.400 | 2.000 |' in align.table(found)
-  assert align.as_json(found)['photographs'][0].keys() >= {'name', 'rotation_degrees'}
+  assert '| rotation, degrees | 0.000 | 0.400 | 2.000 |' in compare_poses.table(found)
+  assert compare_poses.as_json(found)['photographs'][0].keys() >= {'name', 'rotation_degrees'}
 
 
 def test_models_of_other_pictures_cannot_be_compared():
   truth = true_model()
   two = {k: truth.images[k] for k in (1, 2)}
   with pytest.raises(ValueError, match='share 2 photographs'):
-    align.compare(colmap.Model(truth.cameras, two, truth.points), truth)
+    compare_poses.compare(colmap.Model(truth.cameras, two, truth.points), truth)
 
 
 def test_compare_poses_prints_a_table(tmp_path, capsys):
@@ -81,11 +83,11 @@ def row(**kwargs):
   ('photo', 'words'),
   [
     (row(model=0), None),
-    (row(model=2), 'in another model, of 7 photographs'),
+    (row(model=2), 'in a separate model of 7 photographs'),
     (row(sharpness=0.1, features=20), 'blurred: 10%'),
     (row(features=20, matches=3), 'too few features: 20'),
     (row(matches=3), 'too few matches: at most 3'),
-    (row(), 'fit no one place'),
+    (row(), 'no consistent pose: up to 80 matches with 5 photographs'),
   ],
 )
 def test_failures_are_explained(photo, words):

@@ -1,4 +1,4 @@
-"""From pictures of a textured room, whose cameras are known, to poses."""
+"""Tests of pose estimation on renderings of a textured room, whose cameras are known."""
 
 import json
 import multiprocessing
@@ -8,21 +8,22 @@ import signal
 import sys
 from pathlib import Path
 
+import compare_poses
 import numpy as np
 import pytest
 import scipy.ndimage
 from PIL import Image
-from rooms import FOCAL, SIZE, VIEWS, render_room, room_pose, true_model, turns
+from textured_corner import FOCAL, SIZE, VIEWS, render_room, room_pose, true_model, turns
 
 from internal import colmap, configs, datasets
-from internal.sfm import align, pairs, reconstruction
+from internal.sfm import pairs, reconstruction
 from internal.sfm import photos as photos_lib
 from internal.sfm import pipeline as pipeline_lib
 
 
 @pytest.fixture(scope='session')
 def room(tmp_path_factory):
-  """A folder of photographs of the room: ten that go together, a blurred one, one of nothing."""
+  """A folder of photographs of the room: ten good ones, a blurred one and a uniformly grey one."""
   folder = tmp_path_factory.mktemp('room')
   for k, turn in enumerate(turns(VIEWS)):
     Image.fromarray(render_room(room_pose(turn))).save(folder / f'view_{k}.png')
@@ -33,10 +34,9 @@ def room(tmp_path_factory):
 
 
 def make_until(source, scene, module, name, after):
-  """Poses until the call of a function after so many is made, where the process kills itself."""
-  module = {'gather': photos_lib, 'pycolmap': reconstruction.colmap(), 'sfm': reconstruction}[
-    module
-  ]
+  """Runs `make`; kills the process when the function is called for the (after + 1)-th time."""
+  modules = {'photos': photos_lib, 'pycolmap': reconstruction.colmap(), 'sfm': reconstruction}
+  module = modules[module]
   original, calls = getattr(module, name), []
 
   def patched(*args, **kwargs):
@@ -52,40 +52,42 @@ def make_until(source, scene, module, name, after):
 
 @pytest.fixture(scope='session')
 def scene(room, tmp_path_factory):
-  """The room posed, after four runs that were killed, one a stage; and what each had done."""
+  """The capture after four runs that were killed, one in each stage, and the progress of each."""
   folder = tmp_path_factory.mktemp('scene') / 'room'
-  had = {}
+  progress = {}
   context = multiprocessing.get_context('forkserver')
-  context.set_forkserver_preload(['internal.sfm.pipeline', 'poses_test'])  # Imported but once.
+  context.set_forkserver_preload(['internal.sfm.pipeline', 'poses_test'])  # One import for all.
 
-  def kill(*where):
-    life = context.Process(target=make_until, args=(room, folder, *where))
-    life.start()
-    life.join()
-    assert life.exitcode == -signal.SIGKILL
+  def kill(*args):
+    process = context.Process(target=make_until, args=(room, folder, *args))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
-  kill('gather', '_copy', 5)
-  had['photographs'] = sorted(os.listdir(folder / 'images'))
+  kill('photos', '_copy', 5)
+  progress['photographs'] = sorted(os.listdir(folder / 'images'))
   kill('pycolmap', 'extract_features', 1)
   with reconstruction.database(folder) as db:
-    had['features'] = db.num_keypoints()
+    progress['features'] = db.num_keypoints()
   kill('pycolmap', 'match_image_pairs', 1)
   with reconstruction.database(folder) as db:
-    had['pairs'] = db.num_matched_image_pairs()
+    progress['pairs'] = db.num_matched_image_pairs()
   kill('sfm', '_save_snapshot', 7)
-  newest, found = reconstruction._newest_snapshot, []
+  newest, snapshots = reconstruction._newest_snapshot, []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
-      reconstruction, '_newest_snapshot', lambda *args: found.append(newest(*args)) or found[-1]
+      reconstruction,
+      '_newest_snapshot',
+      lambda *args: snapshots.append(newest(*args)) or snapshots[-1],
     )
-    had['told'] = pipeline_lib.make(str(room), str(folder))
-  had['gone on with'] = found
-  return folder, had
+    progress['report'] = pipeline_lib.make(str(room), str(folder))
+  progress['snapshots'] = snapshots
+  return folder, progress
 
 
 def test_poses_are_those_of_the_cameras(scene):
   folder, _ = scene
-  found = align.compare(colmap.read_model(str(folder / 'sparse' / '0')), true_model())
+  found = compare_poses.compare(colmap.read_model(str(folder / 'sparse' / '0')), true_model())
   assert len(found.names) == VIEWS
   assert not found.only_first
   assert found.rotation.max() < 0.3
@@ -95,25 +97,25 @@ def test_poses_are_those_of_the_cameras(scene):
   assert abs(camera.params[0] / FOCAL - 1) < 0.03
 
 
-def test_a_killed_run_is_gone_on_with_at_each_stage(scene):
-  folder, had = scene
-  assert 0 < len(had['photographs']) < VIEWS + 2  # None of them half-written:
-  assert all(name.startswith('view_') and name.endswith('.png') for name in had['photographs'])
+def test_a_killed_run_is_resumed_at_each_stage(scene):
+  folder, progress = scene
+  assert 0 < len(progress['photographs']) < VIEWS + 2  # None of them half-written:
+  assert all(name.startswith('view_') and name.endswith('.png') for name in progress['photographs'])
   with reconstruction.database(folder) as db:
-    assert 0 < had['features'] < db.num_keypoints()
-    assert 0 < had['pairs'] < db.num_matched_image_pairs()
-  assert had['gone on with'] == [str(folder / '.mapping' / '000006')]
+    assert 0 < progress['features'] < db.num_keypoints()
+    assert 0 < progress['pairs'] < db.num_matched_image_pairs()
+  assert progress['snapshots'] == [str(folder / '.mapping' / '000006')]
   assert not (folder / '.mapping').exists()
 
 
-def test_what_is_done_is_not_done_again(scene, room, monkeypatch):
+def test_a_finished_capture_is_not_computed_again(scene, room, monkeypatch):
   folder, _ = scene
   before = {path: path.stat().st_mtime_ns for path in folder.rglob('*.bin')}
 
   def never(*_, **__):
-    raise AssertionError('done already')
+    raise AssertionError('was done before')
 
-  monkeypatch.setattr(photos_lib, '_take', never)
+  monkeypatch.setattr(photos_lib, '_import_photo', never)
   for name in ('extract_features', 'match_image_pairs', 'IncrementalPipeline'):
     monkeypatch.setattr(reconstruction.colmap(), name, never)
   pipeline_lib.make(str(room), str(folder))
@@ -121,7 +123,7 @@ def test_what_is_done_is_not_done_again(scene, room, monkeypatch):
   assert {p: p.stat().st_mtime_ns for p in folder.rglob('*.bin')} == before
 
 
-def test_training_finds_all_that_it_needs(scene):
+def test_the_capture_loads_at_every_factor(scene):
   folder, _ = scene
   for factor, width in ((0, 256), (2, 128), (4, 64), (8, 32)):
     loaded = datasets.load_dataset(configs.Config(data_dir=str(folder), factor=factor), True)
@@ -129,18 +131,18 @@ def test_training_finds_all_that_it_needs(scene):
     assert loaded.cameras.size[0].tolist() == [width, width * 3 // 4]
 
 
-def test_the_report_names_the_failed_and_why(scene):
-  folder, had = scene
-  told = json.loads((folder / 'preflight.json').read_text())
-  assert told == had['told']
-  assert (told['photographs'], told['posed'], told['factor']) == (12, VIEWS, 0)
-  assert set(told['failed']) == {'view_10.png', 'view_11.png'}
-  assert 'blurred' in told['failed']['view_10.png']
-  assert told['reprojection_error'] < 0.8
-  errors = [one['error'] for one in told['per_photograph'] if one['model'] == 0]
-  assert np.mean(errors) == pytest.approx(told['reprojection_error'], rel=0.2)
-  assert told['capture']['images_unregistered'] == ['images/view_10.png', 'images/view_11.png']
-  assert {check['name'] for check in told['checks']} >= {'posed', 'focal length', 'spread'}
+def test_the_report_gives_reasons_for_failures(scene):
+  folder, progress = scene
+  report = json.loads((folder / 'preflight.json').read_text())
+  assert report == progress['report']
+  assert (report['photographs'], report['posed'], report['factor']) == (12, VIEWS, 0)
+  assert set(report['failed']) == {'view_10.png', 'view_11.png'}
+  assert 'blurred' in report['failed']['view_10.png']
+  assert report['reprojection_error'] < 0.8
+  errors = [row['error'] for row in report['per_photograph'] if row['model'] == 0]
+  assert np.mean(errors) == pytest.approx(report['reprojection_error'], rel=0.2)
+  assert report['capture']['images_unregistered'] == ['images/view_10.png', 'images/view_11.png']
+  assert {check['name'] for check in report['checks']} >= {'posed', 'focal length', 'spread'}
   picture_file = Image.open(folder / 'preflight.png')
   assert picture_file.format == 'PNG'
   assert picture_file.width == 1600
@@ -172,24 +174,24 @@ def test_the_largest_model_comes_first(monkeypatch, tmp_path):
   assert written == ['9', '6', '4']
 
 
-def test_without_colmap_it_says_what_to_install(monkeypatch, room, tmp_path):
+def test_a_missing_colmap_says_what_to_install(monkeypatch, room, tmp_path):
   monkeypatch.setitem(sys.modules, 'pycolmap', None)
   with pytest.raises(pipeline_lib.PosesError, match=r'pip install -r requirements-poses\.txt'):
     pipeline_lib.make(str(room), str(tmp_path / 'scene'))
   assert not (tmp_path / 'scene').exists()
 
 
-def test_two_runs_do_not_work_on_one_capture(scene, room):
+def test_a_capture_is_locked(scene, room):
   folder, _ = scene
   with (
-    pipeline_lib._alone(str(folder)),
-    pytest.raises(pipeline_lib.PosesError, match='another run is making'),
+    pipeline_lib._locked(str(folder)),
+    pytest.raises(pipeline_lib.PosesError, match='another run is working on this capture'),
   ):
     pipeline_lib.make(str(room), str(folder))
   assert not (folder / '.incoming').exists()
 
 
-def test_photographs_added_later_are_taken_in(tmp_path, scene, room):
+def test_photographs_can_be_added_later(tmp_path, scene, room):
   folder, photos = tmp_path / 'scene', tmp_path / 'photos'
   shutil.copytree(scene[0], folder)
   shutil.copytree(room, photos)
@@ -197,8 +199,8 @@ def test_photographs_added_later_are_taken_in(tmp_path, scene, room):
   state['asked']['source'] = os.path.realpath(photos)
   (folder / 'poses.json').write_text(json.dumps(state))
   Image.fromarray(render_room(room_pose(np.radians(43)))).save(photos / 'view_12.png')
-  told = pipeline_lib.make(str(photos), str(folder))
-  assert (told['photographs'], told['posed']) == (13, VIEWS + 1)
+  report = pipeline_lib.make(str(photos), str(folder))
+  assert (report['photographs'], report['posed']) == (13, VIEWS + 1)
   assert len(os.listdir(folder / 'images_2')) == 13
   with reconstruction.database(folder) as db:
     assert db.num_cameras() == 1  # The new one was taken by the same camera.
@@ -207,20 +209,20 @@ def test_photographs_added_later_are_taken_in(tmp_path, scene, room):
     pipeline_lib.make(str(photos), str(folder))
 
 
-def test_pictures_that_share_nothing_are_an_error_with_a_report(tmp_path):
+def test_without_a_pose_there_is_an_error_and_a_report(tmp_path):
   (tmp_path / 'photos').mkdir()
   for k in range(3):
     noise = np.random.default_rng(k).integers(0, 256, (64, 80, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / 'photos' / f'{k} ö.png')
-  with pytest.raises(pipeline_lib.PosesError, match='None of the 3 photographs could be placed'):
+  with pytest.raises(pipeline_lib.PosesError, match='None of the 3 photographs could be posed'):
     pipeline_lib.make(str(tmp_path / 'photos'), str(tmp_path / 'scene'))
-  told = json.loads((tmp_path / 'scene' / 'preflight.json').read_text())
-  assert told['posed'] == 0
-  assert len(told['failed']) == 3
+  report = json.loads((tmp_path / 'scene' / 'preflight.json').read_text())
+  assert report['posed'] == 0
+  assert len(report['failed']) == 3
   assert (tmp_path / 'scene' / 'preflight.png').is_file()
 
 
-def test_features_are_not_found_where_masked(tmp_path, room):
+def test_masked_areas_have_no_features(tmp_path, room):
   photos, masks = tmp_path / 'photos', tmp_path / 'masks'
   photos.mkdir()
   masks.mkdir()
@@ -229,8 +231,8 @@ def test_features_are_not_found_where_masked(tmp_path, room):
   mask = np.full((SIZE[1], SIZE[0]), 255, np.uint8)
   mask[:, :128] = 0
   Image.fromarray(mask).save(masks / 'view_0.png')
-  taken = photos_lib.take_photos(str(photos), str(tmp_path / 'scene'), str(masks))
-  reconstruction.extract(str(tmp_path / 'scene'), taken, None)
+  imported = photos_lib.import_photos(str(photos), str(tmp_path / 'scene'), str(masks))
+  reconstruction.extract_features(str(tmp_path / 'scene'), imported, None)
   ids = reconstruction.image_ids(str(tmp_path / 'scene'))
   with reconstruction.database(tmp_path / 'scene') as db:
     across = [db.read_keypoints(ids[f'view_{k}.png'])[:, 0] for k in range(2)]
@@ -239,7 +241,7 @@ def test_features_are_not_found_where_masked(tmp_path, room):
   assert across[1].min() < 60  # It has no mask.
 
 
-def test_bad_input_is_one_line_that_says_what_to_do(tmp_path, room):
+def test_bad_input_is_a_one_line_error(tmp_path, room):
   def fails(source, scene, words, **kwargs):
     with pytest.raises((pipeline_lib.PosesError, OSError, ValueError), match=words) as error:
       pipeline_lib.make(str(source), str(scene), pipeline_lib.Options(**kwargs))
@@ -250,23 +252,25 @@ def test_bad_input_is_one_line_that_says_what_to_do(tmp_path, room):
   (tmp_path / 'empty').mkdir()
   fails(tmp_path / 'empty', new / '1', 'has no photographs')
   (tmp_path / 'empty' / 'a.HEIC').write_bytes(b'x')
-  fails(tmp_path / 'empty', new / '2', r'a\.HEIC, which cannot be read here\. Export')
+  fails(tmp_path / 'empty', new / '2', r'a\.HEIC, are in a format that cannot be read\. Export')
   shutil.copytree(room, tmp_path / 'twins')
   shutil.copy(room / 'view_1.png', tmp_path / 'twins' / 'VIEW_1.jpg')
-  fails(tmp_path / 'twins', new / '3', 'have one name')
+  fails(tmp_path / 'twins', new / '3', 'have the same name')
   shutil.copytree(room, tmp_path / 'cut')
   whole = (room / 'view_4.png').read_bytes()
   (tmp_path / 'cut' / 'view_4.png').write_bytes(whole[: len(whole) // 2])
   fails(tmp_path / 'cut', new / '4', r'view_4\.png: cannot be read as an image')
-  (tmp_path / 'film.mp4').write_bytes(b'no film')
-  fails(tmp_path / 'film.mp4', new / '5', 'cannot be read as a video')
-  fails(room, new / '5', 'begun with source')
-  fails(room, new / '7', 'is a folder, and --frames is for a video', frames=9)
-  fails(tmp_path / 'film.mp4', new / '7', '--frames 2: to pose pictures takes 3', frames=2)
+  (tmp_path / 'video.mp4').write_bytes(b'not a video')
+  fails(tmp_path / 'video.mp4', new / '5', 'cannot be read as a video')
+  fails(room, new / '5', 'was started with source')
+  fails(room, new / '7', '--frames works with a video, not with a folder', frames=9)
+  fails(
+    tmp_path / 'video.mp4', new / '7', '--frames must be at least 3, better 100, got 2', frames=2
+  )
   fails(room, new / '7', 'no such folder of masks', masks=str(new / 'no'))
-  fails(room, new / '7', '--camera_model FOV: training knows', camera_model='FOV')
-  fails(tmp_path / 'film.mp4', new / '7', 'Masks are for photographs', masks='m')
-  fails(room, room / 'scene', 'lies in the folder of the photographs')
+  fails(room, new / '7', '--camera_model must be one of .* got FOV', camera_model='FOV')
+  fails(tmp_path / 'video.mp4', new / '7', '--masks works with photographs', masks='m')
+  fails(room, room / 'scene', 'must not be inside the folder of photographs')
   (tmp_path / 'mine' / 'sparse').mkdir(parents=True)
   fails(room, tmp_path / 'mine', 'was not made by this command')
   (tmp_path / 'two').mkdir()
@@ -279,19 +283,19 @@ def test_bad_input_is_one_line_that_says_what_to_do(tmp_path, room):
 
 
 def walk_descriptors(n, seed=0):
-  """Descriptors of `n` places along a closed walk: neighbours share most of what they see."""
+  """Descriptors of `n` places on a closed walk: neighbours have most features in common."""
   rng = np.random.default_rng(seed)
   landmarks = rng.integers(0, 200, (n * 12, 128)).astype(np.uint8)
 
   def read(i):
-    seen = (np.arange(120) + 12 * i) % len(landmarks)
+    visible = (np.arange(120) + 12 * i) % len(landmarks)
     noise = np.random.default_rng(i).integers(0, 6, (120, 128))
-    return np.clip(landmarks[seen] + noise, 0, 255).astype(np.uint8)
+    return np.clip(landmarks[visible] + noise, 0, 255).astype(np.uint8)
 
   return read
 
 
-def test_loops_are_closed_by_what_looks_alike():
+def test_similar_photographs_close_loops():
   n = 60
   similarity = pairs.similarities(walk_descriptors(n), n)
   np.testing.assert_allclose(np.diagonal(similarity), 1, atol=1e-5)
@@ -304,7 +308,7 @@ def test_loops_are_closed_by_what_looks_alike():
   assert not pairs.is_ordered(similarity[np.ix_(shuffled, shuffled)])
 
 
-def test_pairs_are_all_or_the_near_ones():
+def test_exhaustive_and_sequential_pairs():
   assert pairs.exhaustive(4) == {(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)}
   near = pairs.sequential(300)
   assert {(0, 1), (0, 10), (0, 16), (0, 32), (0, 64), (0, 128), (289, 299)} <= near
@@ -320,7 +324,7 @@ def test_pairs_are_all_or_the_near_ones():
   [
     (200, 'auto', False, 'all'),
     (201, 'auto', True, 'near'),
-    (201, 'auto', False, 'alike'),  # Descriptors of no order.
+    (201, 'auto', False, 'alike'),  # The descriptors are in no order.
     (80, 'sequential', False, 'near'),
     (80, 'alike', True, 'alike'),
     (201, 'exhaustive', True, 'all'),

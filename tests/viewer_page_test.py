@@ -1,6 +1,5 @@
-"""The viewer's page: with a stand-in for viser's client, and in a real browser; and in training."""
+"""Tests of the viewer's page with a fake viser client, in a real browser, and during training."""
 
-import argparse
 import contextlib
 import json
 import signal
@@ -29,7 +28,7 @@ STEPS = 24
 WALK = np.linspace(0, 1, 1000)
 
 
-def told(data, run):
+def bindings(data, run):
   return (
     *lives.SMALLEST,
     f"Config.data_dir = '{data}'",
@@ -40,54 +39,54 @@ def told(data, run):
   )
 
 
-class Walker:
-  """A visitor who moves on with every picture."""
+class MovingDisplay:
+  """A display whose camera moves after each picture."""
 
-  def __init__(self, watched):
+  def __init__(self, viewer):
     self.pictures, self.failures = [], []
-    self._visitor = watched.join(self)
+    self._visitor = viewer.join(self)
     self._move()
 
   def _move(self):
     pose = np.eye(3, 4)
     pose[:, 3] = WALK[len(self.pictures)]
-    self._visitor.want(session.View(pose, 0.8, (40, 30), session.MODES[len(self.pictures) % 3]))
+    self._visitor.set_view(session.View(pose, 0.8, (40, 30), session.MODES[len(self.pictures) % 3]))
 
   def show(self, picture, step, seconds, finest):
     self.pictures.append((picture, step))
     self._move()
 
-  def wait(self):
+  def show_compiling(self):
     pass
 
-  def fail(self, reason):
+  def show_error(self, reason):
     self.failures.append(reason)
 
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-  """The folder of a short run that was watched, of one that was not, and the watcher."""
+  """A folder with two short runs, `watched` in the viewer and `alone`, and the display."""
   folder = tmp_path_factory.mktemp('viewer')
   camera = ('PINHOLE', (20.0, 20.0, 8.0, 8.0))
   captures.write_colmap(folder / 'data', n=9, camera=camera, size=(16, 16))
-  walker = None
+  display = None
   for name in ('alone', 'watched'):
-    settings = configs.load_config(['configs/360.gin'], told(folder / 'data', folder / name))
+    settings = configs.load_config(['configs/360.gin'], bindings(folder / 'data', folder / name))
     scene, mesh = datasets.load_dataset(settings.config), tiny.mesh(1)
-    watched = session.Viewer(session.Renderer(settings, scene, mesh))
+    viewer = session.Session(session.Renderer(settings, scene, mesh))
     if name == 'watched':
-      walker = Walker(watched)
-    look = session.Live(watched, lambda step: step / STEPS, jax.block_until_ready)
+      display = MovingDisplay(viewer)
+    on_step = session.Live(viewer, lambda step: step / STEPS, jax.block_until_ready)
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(session, 'SHARE', 1.0)  # After every step.
-      train_program.train(settings, scene, mesh, look)
-  return folder, walker
+      train_program.train(settings, scene, mesh, on_step)
+  return folder, display
 
 
 def test_training_does_not_depend_on_being_watched(trained):
-  folder, walker = trained
-  assert {step for _, step in walker.pictures} == set(range(1, STEPS + 1))
-  assert not walker.failures
+  folder, display = trained
+  assert {step for _, step in display.pictures} == set(range(1, STEPS + 1))
+  assert not display.failures
   states = []
   for name in ('alone', 'watched'):
     settings, _ = checkpoints.open_run(str(folder / name))
@@ -97,7 +96,7 @@ def test_training_does_not_depend_on_being_watched(trained):
 
 
 class Handle:
-  """A field or a button; `set` and `press` do what a person does."""
+  """A fake input or button; `set` and `press` act as a user."""
 
   def __init__(self, value=None, **more):
     self.value, self.content, self.visible, self._called = value, value, True, []
@@ -177,7 +176,7 @@ class FakeRenderer:
   def __init__(self):
     self.wanted = []
 
-  def knows(self, wanted):
+  def is_compiled(self, wanted):
     return True
 
   def __call__(self, params, frac, wanted, size, progress=None):
@@ -191,7 +190,7 @@ class FakeRenderer:
 
 @pytest.fixture
 def page(tmp_path):
-  """A page, its fake client, its fake renderer, and a function that does all the work."""
+  """A page, its fake client and renderer, and a function that renders all requests."""
   pytest.importorskip('viser', reason='requirements-viewer.txt is not installed')
   cams, _ = tiny.capture()
   transform = np.diag([0.5, 0.5, 0.5, 1])
@@ -199,24 +198,24 @@ def page(tmp_path):
     cameras=cams, names=('a', '<b>', 'c'), train=(1, 2), test=(0,), world_transform=transform
   )
   renderer, client = FakeRenderer(), Client()
-  watched = session.Viewer(renderer)
+  viewer = session.Session(renderer)
   capture = page_lib.Capture(str(tmp_path), scene, None, 50)
-  made = page_lib.Page(client, capture, watched)
+  made = page_lib.Page(client, capture, viewer)
 
   def work():
-    while watched.work('params', 3, 0.5):
+    while viewer.work('params', 3, 0.5):
       pass
 
   work()
   return SimpleNamespace(page=made, client=client, gui=client.gui, renderer=renderer, work=work,
-                         watched=watched, folder=tmp_path, cams=cams)  # fmt: skip
+                         viewer=viewer, folder=tmp_path, cams=cams)  # fmt: skip
 
 
 class TestPage:
-  def test_shows_what_the_browsers_camera_sees(self, page):
+  def test_shows_the_view_of_the_browsers_camera(self, page):
     image, more = page.client.sent[-1]
     assert image.shape == (256, 512, 3)
-    assert more['depth'] is None  # There is nothing to hide.
+    assert more['depth'] is None  # Without overlays, no depth is sent.
     wanted = page.renderer.wanted[-1]
     np.testing.assert_allclose(wanted.pose[:, :3], np.diag([1, -1, -1]))  # OpenCV to OpenGL.
     np.testing.assert_allclose(wanted.pose[:, 3], [0.1, 0.2, 0.3])
@@ -228,7 +227,7 @@ class TestPage:
     page.gui['Resolution'].set(128)
     page.gui['Clip by distance'].set(True)
     page.gui['Near'].set(1.0)
-    page.gui['Far'].set(0.5)  # Impossible: behind the near plane.
+    page.gui['Far'].set(0.5)  # In front of the near plane.
     page.work()
     wanted = page.renderer.wanted[-1]
     assert (wanted.mode, wanted.size) == ('depth', (128, 64))
@@ -243,7 +242,7 @@ class TestPage:
     np.testing.assert_allclose(page.renderer.wanted[-1].pose, page.cams.camtoworld[1], atol=1e-6)
     assert page.renderer.wanted[-1].fov == pytest.approx(2 * np.arctan(0.4), abs=1e-6)
 
-  def test_cameras_and_points_come_and_go(self, page):
+  def test_cameras_and_points_can_be_shown_and_hidden(self, page):
     page.gui['Cameras'].set(True)
     page.gui['Points'].set(True)
     page.work()
@@ -256,6 +255,12 @@ class TestPage:
     page.work()
     assert not any(node.visible for node in page.client.nodes.values())
     assert page.client.sent[-1][1]['depth'] is None
+
+  def test_keyframes_are_counted(self, page):
+    page.gui['Add this view'].press()
+    assert page.page._key_text.content == '1 keyframe; a path needs two.'
+    page.gui['Remove the last'].press()
+    assert page.page._key_text.content == '0 keyframes; a path needs two.'
 
   def test_path_is_saved_in_the_captures_frame(self, page):
     page.gui['Save the path'].press()
@@ -290,44 +295,41 @@ class TestPage:
     page.gui['Save as PNG'].press()
     assert '[1, 4096]' in page.client.notes[-1][1]
 
-  def test_gone_browsers_cost_nothing(self, page):
+  def test_disconnected_browsers_cost_nothing(self, page):
     page.page.close()
-    page.page._look()
-    assert not page.watched.work('params', 4, 0.5)
+    page.page._request_view()
+    assert not page.viewer.work('params', 4, 0.5)
 
 
 class TestOpening:
-  settings, args = None, argparse.Namespace(host='localhost', port=8080)
-
-  def fails(self, monkeypatch, words, **args):
+  def fails(self, words, **args):
     with pytest.raises(page_lib.ViewerError, match=words):
       server_lib._open_server(**{'host': 'localhost', 'port': 8080, **args})
 
   def test_without_viser(self, monkeypatch):
     monkeypatch.setitem(sys.modules, 'viser', None)
-    self.fails(monkeypatch, 'pip install -r requirements-viewer.txt')
+    self.fails('viser is not installed: pip install -r requirements-viewer.txt')
 
-  def test_impossible_port(self, monkeypatch):
+  def test_invalid_port(self):
     pytest.importorskip('viser')
-    self.fails(monkeypatch, r'\[1, 65535\], got 0', port=0)
+    self.fails(r'\[1, 65535\], got 0', port=0)
 
   def test_several_processes(self, monkeypatch):
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
-    with pytest.raises(page_lib.ViewerError, match='one process'):
+    with pytest.raises(page_lib.ViewerError, match='one process only'):
       server_lib.open_page(None, None, None, None)
 
-  def test_is_local_and_makes_no_tunnel(self, capsys):
+  def test_is_local_and_opens_no_tunnel(self, capsys):
     pytest.importorskip('viser', reason='requirements-viewer.txt is not installed')
     server = server_lib._open_server('localhost', free_port())
     try:
       assert server.get_host() == 'localhost'
       assert server.request_share_url() is None
-      said = capsys.readouterr()
-      assert (said.out, said.err) == ('', '')
+      assert capsys.readouterr() == ('', '')
     finally:
       server.stop()
     server_lib._open_server('0.0.0.0', free_port()).stop()
-    assert 'Warning: whoever reaches 0.0.0.0' in capsys.readouterr().err
+    assert 'Warning: anyone who can reach 0.0.0.0' in capsys.readouterr().err
 
 
 def free_port():
@@ -336,8 +338,8 @@ def free_port():
     return s.getsockname()[1]
 
 
-# The middle of what has a label, or of the field that the label is of.
-_WHERE = """(() => {
+# The centre of the element with a label, or of the input that the label belongs to.
+_CENTRE_OF = """(() => {
   const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let n; n = walk.nextNode();) {
     if (n.textContent.trim() !== %r) continue;
@@ -368,24 +370,24 @@ def test_in_a_browser(trained, tmp_path):
       text = 'document.body?.innerText'
       shown.until(f"{text}?.includes('step {STEPS} of {STEPS}')")
 
-      def where(label, field=True):
-        return shown.settled(_WHERE % (label, str(field).lower()))
+      def centre(label, field=True):
+        return shown.settled(_CENTRE_OF % (label, str(field).lower()))
 
-      shown.type(*where('Resolution'), '128')
+      shown.type(*centre('Resolution'), '128')
       shown.until(f"{text}.includes('128 x') && !{text}.includes('refining')")
-      shown.click(*where('Snapshot', False))
-      shown.type(*where('Size'), '120')
-      shown.click(*where('Save as PNG'))
-      shown.until(f"{text}.includes('Saved: ')")
+      shown.click(*centre('Snapshot', False))
+      shown.type(*centre('Size'), '120')
+      shown.click(*centre('Save as PNG'))
+      shown.until(f"{text}.includes('Saved ')")
       shown.screenshot(tmp_path / 'shot.png')
-      shown.click(*where('Snapshot', False))
-      shown.click(*where('Camera path', False))
-      shown.click(*where('Add this view'))
-      shown.until(f"{text}.includes('1 keyframes')")
+      shown.click(*centre('Snapshot', False))
+      shown.click(*centre('Camera path', False))
+      shown.click(*centre('Add this view'))
+      shown.until(f"{text}.includes('1 keyframe;')")
       shown.drag((300, 400), (340, 410))
-      shown.click(*where('Add this view'))
+      shown.click(*centre('Add this view'))
       shown.until(f"{text}.includes('2 keyframes')")
-      shown.click(*where('Save the path'))
+      shown.click(*centre('Save the path'))
       shown.until(f"{text}.includes('render.py')")
       assert not shown.errors
   finally:
@@ -396,7 +398,7 @@ def test_in_a_browser(trained, tmp_path):
 
 
 def _check_picture(screenshot, run):
-  """The page shows what the snapshot has; left of its controls, below viser's own notices."""
+  """Compares the page, left of its controls and below viser's notices, with the snapshot."""
   page = Image.open(screenshot).convert('RGB')
   (snapshot,) = (run / 'snapshots').glob('*.png')
   picture = Image.open(snapshot)
@@ -404,14 +406,14 @@ def _check_picture(screenshot, run):
   width = round(page.height * picture.width / picture.height)
   picture = picture.resize((width, page.height))
   left = (width - page.width) // 2
-  seen = np.asarray(page.crop((20, 350, 600, 690)), np.float32)
-  wanted = np.asarray(picture.crop((20 + left, 350, 600 + left, 690)), np.float32)
-  assert wanted.std() > 1
-  assert np.abs(seen - wanted).mean() < 4
+  actual = np.asarray(page.crop((20, 350, 600, 690)), np.float32)
+  expected = np.asarray(picture.crop((20 + left, 350, 600 + left, 690)), np.float32)
+  assert expected.std() > 1
+  assert np.abs(actual - expected).mean() < 4
 
 
 def _check_path(run):
-  """The first keyframe is where visitors begin, the first test picture; as the capture has it."""
+  """Checks that the first keyframe is the first test camera, in the capture's own frame."""
   saved = json.loads((run / 'camera_paths' / 'path.json').read_text())
   _, scene = checkpoints.open_run(str(run))
   first = np.reshape(saved['keyframes'][0]['matrix'], (4, 4))

@@ -1,4 +1,4 @@
-"""The rendering loop of the viewer, with visitors that are no browsers."""
+"""Tests of the viewer's rendering session, with displays that are not browsers."""
 
 import dataclasses
 
@@ -28,19 +28,19 @@ def make_scene(cams, **more):
   )  # fmt: skip
 
 
-class Guest:
-  """Sees what is shown."""
+class FakeDisplay:
+  """Records what is shown."""
 
   def __init__(self):
-    self.shown, self.waits, self.failures = [], 0, []
+    self.shown, self.compilations, self.failures = [], 0, []
 
   def show(self, picture, step, seconds, finest):
     self.shown.append((picture, step, finest))
 
-  def wait(self):
-    self.waits += 1
+  def show_compiling(self):
+    self.compilations += 1
 
-  def fail(self, reason):
+  def show_error(self, reason):
     self.failures.append(reason)
 
   @property
@@ -49,7 +49,7 @@ class Guest:
 
 
 class FakeRenderer:
-  """Takes `cost` seconds of a clock per ray, in chunks of 100."""
+  """Takes `cost` seconds of a fake clock for each ray, in chunks of 100."""
 
   def __init__(self, cost=1e-3):
     self.now, self.cost, self.calls, self.during = 0.0, cost, [], None
@@ -57,7 +57,7 @@ class FakeRenderer:
   def clock(self):
     return self.now
 
-  def knows(self, wanted):
+  def is_compiled(self, wanted):
     return bool(self.calls)
 
   def __call__(self, params, train_frac, wanted, size, progress=None):
@@ -77,177 +77,177 @@ def fake():
 
 
 @pytest.fixture
-def watched(fake):
-  return session.Viewer(fake, fake.clock)
+def viewer(fake):
+  return session.Session(fake, fake.clock)
 
 
-def work_all(watched, step=1, limit=50):
+def work_all(viewer, step=1, limit=50):
   done = 0
-  while watched.work('params', step, 0.5):
+  while viewer.work('params', step, 0.5):
     done += 1
     assert done < limit
   return done
 
 
 class TestLoop:
-  def test_coarse_at_once_then_finer_until_finest(self, watched, fake):
-    guest = Guest()
-    visitor = watched.join(guest)
-    visitor.want(view(size=(640, 360)))
-    work_all(watched)
-    assert guest.sizes[-1] == (640, 360)
-    assert [finest for *_, finest in guest.shown] == [False] * (len(guest.shown) - 1) + [True]
-    areas = [w * h for w, h in guest.sizes]
+  def test_first_picture_is_coarse_then_refined_to_full_size(self, viewer, fake):
+    display = FakeDisplay()
+    visitor = viewer.join(display)
+    visitor.set_view(view(size=(640, 360)))
+    work_all(viewer)
+    assert display.sizes[-1] == (640, 360)
+    assert [finest for *_, finest in display.shown] == [False] * (len(display.shown) - 1) + [True]
+    areas = [w * h for w, h in display.sizes]
     assert areas[0] <= 64**2
     assert areas == sorted(areas)
     assert len(areas) == len(set(areas)) >= 3
-    assert guest.waits == 1  # For the one that is compiled.
+    assert display.compilations == 1  # The first one is compiled.
 
-  def test_first_picture_is_as_large_as_there_is_time_for(self, watched, fake):
-    guest = Guest()
-    visitor = watched.join(guest)
-    visitor.want(view(size=(640, 360)))
-    work_all(watched)
+  def test_first_picture_is_as_large_as_its_time_allows(self, viewer, fake):
+    display = FakeDisplay()
+    visitor = viewer.join(display)
+    visitor.set_view(view(size=(640, 360)))
+    work_all(viewer)
     fake.cost = 1e-5  # A faster device.
-    work_all(watched, step=2)
-    visitor.want(view(size=(640, 360)))
+    work_all(viewer, step=2)
+    visitor.set_view(view(size=(640, 360)))
     before = fake.now
-    assert watched.work('params', 2, 0.5)
-    assert 0.25 * session.PROMPT < fake.now - before <= session.PROMPT + 0.01
+    assert viewer.work('params', 2, 0.5)
+    assert 0.25 * session.FIRST_SECONDS < fake.now - before <= session.FIRST_SECONDS + 0.01
 
-  def test_nobody_and_nothing_to_do(self, watched, fake):
-    assert not watched.work('params', 1, 0.5)
-    visitor = watched.join(Guest())
-    assert not watched.work('params', 1, 0.5)  # It has not said what it wants.
-    visitor.want(view())
-    work_all(watched)
+  def test_no_work_without_visitors_or_requests(self, viewer, fake):
+    assert not viewer.work('params', 1, 0.5)
+    visitor = viewer.join(FakeDisplay())
+    assert not viewer.work('params', 1, 0.5)  # It has not set a view.
+    visitor.set_view(view())
+    work_all(viewer)
     calls = len(fake.calls)
-    assert not watched.work('params', 1, 0.5)
-    watched.leave(visitor)
-    visitor.want(view())
-    assert not watched.work('params', 2, 0.5)
+    assert not viewer.work('params', 1, 0.5)
+    viewer.leave(visitor)
+    visitor.set_view(view())
+    assert not viewer.work('params', 2, 0.5)
     assert len(fake.calls) == calls
 
-  def test_moving_gives_up_fine_pictures_but_not_the_first(self, watched, fake):
-    guest = Guest()
-    visitor = watched.join(guest)
-    visitor.want(view(size=(640, 360)))
+  def test_moving_cancels_refinements_but_not_the_first_picture(self, viewer, fake):
+    display = FakeDisplay()
+    visitor = viewer.join(display)
+    visitor.set_view(view(size=(640, 360)))
     other = view(size=(640, 360), pose=POSE + 1)
 
     def move(done):
       if done == 300:
-        visitor.want(other)
+        visitor.set_view(other)
 
     fake.during = move
-    watched.work('params', 1, 0.5)
-    assert len(guest.shown) == 1  # The first is shown all the same.
+    viewer.work('params', 1, 0.5)
+    assert len(display.shown) == 1  # The first one is shown nevertheless.
     fake.during = None
-    assert watched.work('params', 1, 0.5)
+    assert viewer.work('params', 1, 0.5)
     fake.during = move
     began = fake.now
-    watched.work('params', 1, 0.5)
-    assert len(guest.shown) == 2
-    assert fake.now - began < 0.6  # And not the whole picture's time.
+    viewer.work('params', 1, 0.5)
+    assert len(display.shown) == 2
+    assert fake.now - began < 0.6  # Much less than a full picture takes.
     fake.during = None
-    watched.work('params', 1, 0.5)
+    viewer.work('params', 1, 0.5)
     assert fake.calls[-1][0] is other
-    assert guest.sizes[-1] == guest.sizes[0]
-    assert not guest.failures
+    assert display.sizes[-1] == display.sizes[0]
+    assert not display.failures
 
-  def test_of_two_the_one_who_moved_comes_first(self, watched, fake):
-    first, second = Guest(), Guest()
-    a, b = watched.join(first), watched.join(second)
-    a.want(view(size=(640, 360)))
-    watched.work('params', 1, 0.5)
-    b.want(view(size=(640, 360)))
-    watched.work('params', 1, 0.5)
+  def test_the_visitor_who_moved_comes_first(self, viewer, fake):
+    first, second = FakeDisplay(), FakeDisplay()
+    a, b = viewer.join(first), viewer.join(second)
+    a.set_view(view(size=(640, 360)))
+    viewer.work('params', 1, 0.5)
+    b.set_view(view(size=(640, 360)))
+    viewer.work('params', 1, 0.5)
     assert (len(first.shown), len(second.shown)) == (1, 1)
-    work_all(watched)
+    work_all(viewer)
     assert first.sizes[-1] == second.sizes[-1] == (640, 360)
     assert len(first.shown) == len(second.shown)  # They take turns.
 
-  def test_new_parameters_are_shown_in_full_at_once(self, watched):
-    guest = Guest()
-    watched.join(guest).want(view(size=(640, 360)))
-    work_all(watched)
-    seen = len(guest.shown)
-    assert work_all(watched, step=2) == 1
-    assert guest.shown[seen][1:] == (2, True)
+  def test_new_parameters_are_shown_at_full_size_at_once(self, viewer):
+    display = FakeDisplay()
+    viewer.join(display).set_view(view(size=(640, 360)))
+    work_all(viewer)
+    before = len(display.shown)
+    assert work_all(viewer, step=2) == 1
+    assert display.shown[before][1:] == (2, True)
 
-  def test_failure_is_told_once_and_others_go_on(self, watched, fake):
-    bad, good = Guest(), Guest()
-    visitor = watched.join(bad)
-    visitor.want(view())
+  def test_an_error_is_shown_once_and_others_go_on(self, viewer, fake):
+    bad, good = FakeDisplay(), FakeDisplay()
+    visitor = viewer.join(bad)
+    visitor.set_view(view())
     fake.during = lambda done: 1 / 0
-    work_all(watched)
+    work_all(viewer)
     assert bad.failures == ['ZeroDivisionError: division by zero']
     fake.during = None
-    watched.join(good).want(view())
-    work_all(watched)
+    viewer.join(good).set_view(view())
+    work_all(viewer)
     assert good.shown
     assert not good.failures
-    visitor.want(view())
-    work_all(watched)
+    visitor.set_view(view())
+    work_all(viewer)
     assert bad.shown
 
-  def test_jobs_come_first_and_get_the_field(self, watched, fake):
-    guest, seen = Guest(), []
-    visitor = watched.join(guest)
-    visitor.want(view())
-    visitor.ask(lambda *args: seen.append(args))
-    assert watched.work('params', 7, 0.5)
-    assert seen == [(fake, 'params', 0.5, 7)]
-    assert not guest.shown
+  def test_jobs_come_first_and_get_the_parameters(self, viewer, fake):
+    display, calls = FakeDisplay(), []
+    visitor = viewer.join(display)
+    visitor.set_view(view())
+    visitor.submit(lambda *args: calls.append(args))
+    assert viewer.work('params', 7, 0.5)
+    assert calls == [(fake, 'params', 0.5, 7)]
+    assert not display.shown
 
-  def test_serve_sleeps_until_woken_and_ends_by_an_exception(self, watched):
+  def test_serve_waits_for_work_and_ends_with_an_exception(self, viewer):
     class End(BaseException):
       pass
 
-    guest, naps = Guest(), []
-    visitor = watched.join(guest)
+    display, naps = FakeDisplay(), []
+    visitor = viewer.join(display)
 
-    class Woken:
+    class FakeEvent:
       set, clear = staticmethod(lambda: None), staticmethod(lambda: None)
 
       def wait(self):
-        naps.append(len(guest.shown))
+        naps.append(len(display.shown))
         if len(naps) == 2:
           raise End
-        visitor.want(view())
+        visitor.set_view(view())
 
-    watched.woken = Woken()
+    viewer.has_work = FakeEvent()
     with pytest.raises(End):
-      watched.serve('params', 1, 0.5)
-    assert naps == [0, len(guest.shown)]
-    assert guest.shown
+      viewer.serve('params', 1, 0.5)
+    assert naps == [0, len(display.shown)]
+    assert display.shown
 
 
 class TestLive:
-  def test_no_work_and_no_waiting_when_nobody_looks(self, watched, fake):
+  def test_costs_nothing_without_visitors(self, viewer, fake):
     waits = []
-    live = session.Live(watched, lambda step: 0.5, waits.append)
+    live = session.Live(viewer, lambda step: 0.5, waits.append)
     assert [live('params', step) for step in range(100)] == [0.0] * 100
     assert not waits
     assert not fake.calls
 
-  def test_takes_its_share_and_no_more(self, watched, fake, monkeypatch):
+  def test_takes_its_share_of_the_time_and_no_more(self, viewer, fake, monkeypatch):
     monkeypatch.setattr(session.time, 'monotonic', fake.clock)
-    live = session.Live(watched, lambda step: 0.5, lambda params: None)
-    watched.join(Guest()).want(view(size=(64, 36)))
-    told = 0.0
+    live = session.Live(viewer, lambda step: 0.5, lambda params: None)
+    viewer.join(FakeDisplay()).set_view(view(size=(64, 36)))
+    seconds = 0.0
     for step in range(2000):
-      told += live('params', step)
+      seconds += live('params', step)
       fake.now += 0.01  # A step of training.
     rendering = sum(w * h // 100 + bool(w * h % 100) for _, (w, h) in fake.calls) * 0.1
-    assert told == pytest.approx(rendering)
+    assert seconds == pytest.approx(rendering)
     assert 0.4 < rendering / fake.now <= session.SHARE + 0.02
 
 
-class TestCoarsest:
+class TestLevel:
   @pytest.mark.parametrize('size', [(640, 360), (360, 640), (50, 50), (1, 1), (2048, 3)])
   @pytest.mark.parametrize('rays', [1, 1000, 1e5, 1e9])
-  def test_is_the_finest_that_fits_or_the_smallest_worth_it(self, size, rays):
-    level = session.coarsest(size, rays)
+  def test_is_the_finest_that_fits_or_the_smallest_allowed(self, size, rays):
+    level = session.level_within(size, rays)
     w, h = session.shrunk(size, level)
     assert w * h <= rays or max(session.shrunk(size, level + 1)) < 48
     if level:
@@ -255,7 +255,7 @@ class TestCoarsest:
       assert w * h > rays
 
 
-SEEN = {
+RENDERING = {
   'rgb': np.full((2, 3, 3), 0.5),
   'acc': np.float32([[0, 0.5, 1]] * 2),
   'distance_median': np.float32([[1, 2, 3]] * 2),
@@ -266,21 +266,21 @@ SEEN = {
 
 class TestModes:
   @pytest.mark.parametrize('mode', session.MODES)
-  def test_each_is_a_picture(self, mode):
-    image, legend = session.draw_mode(mode, SEEN)
+  def test_each_gives_a_picture(self, mode):
+    image, legend = session.draw_mode(mode, RENDERING)
     assert image.shape == (2, 3, 3)
     assert image.dtype == np.uint8
     assert bool(legend) == (mode != 'colour')
 
   def test_spread_is_the_ratio_of_percentiles(self):
-    image, _ = session.draw_mode('spread of distance', SEEN)
+    image, _ = session.draw_mode('spread of distance', RENDERING)
     from internal.vis import pictures
 
     np.testing.assert_array_equal(image[0], pictures.apply_colormap(np.array([0, 0.5, 1])))
 
   def test_unknown(self):
     with pytest.raises(ValueError, match='must be one of colour'):
-      session.draw_mode('smell', SEEN)
+      session.draw_mode('smell', RENDERING)
 
 
 @pytest.fixture(scope='module')
@@ -306,7 +306,7 @@ def renderer(field):
 
 
 class TestRenderer:
-  def test_is_what_the_image_renderer_shows(self, field, renderer):
+  def test_agrees_with_the_image_renderer(self, field, renderer):
     settings, _, params = field
     wanted = view(size=(20, 12))
     picture = renderer(params, 1.0, wanted, (10, 6))
@@ -324,20 +324,20 @@ class TestRenderer:
     assert up[1] > 0 > down[1]
     np.testing.assert_allclose(rays.origins, [POSE[:, 3]] * 2)
 
-  def test_planes_bound_what_is_seen(self, field, renderer):
+  def test_clipping_planes_bound_distances(self, field, renderer):
     _, _, params = field
     near, far = 2.0, 5.0
     picture = renderer(params, 1.0, view(clip=(near, far)), (8, 6))
     assert (picture.depth >= near).all()
-    seen = renderer._program(view(clip=(near, far)))(
+    rendering = renderer._program(view(clip=(near, far)))(
       params, session.camera(view(), (8, 6)), 0, bounds=(near, far)
     )
-    assert (seen['acc'] < 0.999).any()  # One looks through the far plane.
-    for distances in (seen['distance_percentiles'], seen['distance_mean']):
+    assert (rendering['acc'] < 0.999).any()  # The far plane is transparent.
+    for distances in (rendering['distance_percentiles'], rendering['distance_mean']):
       assert (distances >= near - 1e-4).all()
       assert (distances <= far + 1e-4).all()
 
-  def test_planes_are_the_configs_near_and_far(self, field, renderer):
+  def test_clipping_planes_work_as_config_near_and_far(self, field, renderer):
     settings, _, params = field
     table, clip = session.camera(view(), (8, 6)), (1.5, 50.0)
     other = dataclasses.replace(settings, config=dataclasses.replace(settings.config, near=1.5))
@@ -346,7 +346,7 @@ class TestRenderer:
     for name in want:
       np.testing.assert_allclose(got[name], want[name], rtol=2e-4, atol=2e-5)
 
-  def test_points_lie_where_cameras_see_surfaces(self, field, renderer):
+  def test_points_are_near_the_cameras(self, field, renderer):
     _, _, params = field
     places, colours = renderer.points(params, 1.0)
     assert places.shape == colours.shape
@@ -359,11 +359,11 @@ class TestRenderer:
     settings, scene, params = field
     cams = scene.cameras.replace(pixtocam_ndc=np.asarray(scene.cameras.pixtocam[0]))
     ndc = session.Renderer(settings, make_scene(cams), tiny.mesh(1))
-    ndc._program = lambda wanted: lambda *_: SEEN
+    ndc._program = lambda wanted: lambda *_: RENDERING
     assert ndc(params, 1.0, view(), (3, 2)).depth is None
 
 
-def test_sparse_points_are_moved_to_the_normalised_world(tmp_path):
+def test_sparse_points_are_in_the_normalised_world(tmp_path):
   from internal import colmap
 
   assert sparse_points.read(None, np.eye(4)) is None

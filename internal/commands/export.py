@@ -1,12 +1,12 @@
-"""Exports a trained scene: coloured points, a mesh, depth maps with their poses.
+"""Exports a trained scene as coloured points, a mesh, and depth maps with their poses.
 
     python scripts/export.py runs/garden
     python scripts/export.py runs/garden --only mesh --resolution 512 --box -1 -1 -0.5 1 1 0.8
     python scripts/export.py runs/garden --box_units capture --box -3 -3 -3 3 3 3
 
-Writes points.ply and .glb, mesh.ply and .glb, and depth/ (transforms.json, images/, depths/) into
-<run>/export, all in the capture's own frame; a .glb stands upright by turning y up. Needs
-`pip install -r requirements-export.txt`. docs/export.md says more.
+Writes points.ply and .glb, mesh.ply and .glb, and depth/ (transforms.json, images/, depths/) to
+RUN/export, all in the capture's own frame; a .glb is rotated so that y is up. It needs optional
+packages: pip install -r requirements-export.txt. docs/export.md explains the files.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from ..system import progress
 from ..training import checkpoints, train_step
 
 _KINDS = ('points', 'mesh', 'depth')
-_SEEN_QUANTILE = 0.1  # Of the densities where views see surfaces: the mesh's level.
+_LEVEL_QUANTILE = 0.1  # The mesh's default level, among the densities at the views' surfaces.
 
 
 def parse(argv: list[str] | None):
   parser = cli.make_parser(__doc__)
   add = parser.add_argument
   add('run', metavar='RUN', help="the training run's folder")
-  add('--out', metavar='DIR', help='where to write; RUN/export if not given')
-  add('--only', nargs='+', choices=_KINDS, default=_KINDS, help='what to export; all by default')
-  add('--views', type=int, default=48, help='training poses that are rendered, at most')
-  add('--width', type=int, default=400, help='of the rendered views, in pixels')
-  add('--points', type=int, default=1_000_000, help='of the cloud, at most')
+  add('--out', metavar='DIR', help='output folder (default: RUN/export)')
+  add('--only', nargs='+', choices=_KINDS, default=_KINDS, help='what to export (default: all)')
+  add('--views', type=int, default=48, help='maximum number of training poses to render')
+  add('--width', type=int, default=400, help='width of the rendered views in pixels')
+  add('--points', type=int, default=1_000_000, help='maximum number of points')
   corners = ('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1')
   cube = [-2.0] * 3 + [2.0] * 3
-  add('--box', nargs=6, type=float, default=cube, metavar=corners, help='corners of what is kept')
-  units = 'the world of the box: where training cameras fill [-1, 1], or the capture'
+  add('--box', nargs=6, type=float, default=cube, metavar=corners, help='lower and upper corner')
+  units = "units of the box: normalized (training cameras fill [-1, 1]) or the capture's own"
   add('--box_units', choices=('normalized', 'capture'), default='normalized', help=units)
-  add('--resolution', type=int, default=256, help="of the mesh: cells along the box's longest side")
-  add('--density', type=float, help="of the mesh's surface; by default from the views")
+  add('--resolution', type=int, default=256, help='mesh cells along the longest side of the box')
+  add('--density', type=float, help="density of the mesh's surface (default: from the views)")
   return parser.parse_args(argv)
 
 
 def read_box(args, scene) -> np.ndarray:
-  """The box [2, 3] in the world; one in the capture's frame becomes the box around it."""
+  """Returns the box [2, 3] in the world; one in the capture's frame is enclosed by a larger one."""
   box = np.array(args.box).reshape(2, 3)
   if not (box[0] < box[1]).all():
     raise points.ExportError('--box must be X0 Y0 Z0 X1 Y1 Z1 with X0 < X1, Y0 < Y1, Z0 < Z1.')
@@ -65,8 +65,8 @@ def export_mesh_files(args, settings, params, scene, views, box, write) -> None:
     xyz, _ = points.point_cloud(views, box, 20_000)
     z = np.asarray(space[0](xyz.astype(np.float32)))
     width = mesh_lib.grid_of(box, space[0], args.resolution)[1]
-    level = float(np.quantile(field(params, z, width), _SEEN_QUANTILE))
-    progress.say(f'The surface is where density is {level:.3g} (--density sets another).')
+    level = float(np.quantile(field(params, z, width), _LEVEL_QUANTILE))
+    progress.say(f'Extracting the surface of density {level:.3g}; --density sets another.')
   mesh = mesh_lib.extract(field, params, space, box, args.resolution, views, level)
   write('mesh', mesh.vertices, mesh.colors, mesh.faces)
 
@@ -90,14 +90,14 @@ def main(argv: list[str] | None = None) -> None:
   views = points.render_views(render_image, params, cams, fraction)
   train = np.asarray(scene.cameras.camtoworld, np.float64)[list(scene.train)]
   up = orbits.mean_up(paths.transform_poses(np.linalg.inv(scene.world_transform), train))
-  left = {}
+  written = {}
 
   def write(name, xyz, rgb, faces=None):
     for ending in ('ply', 'glb'):
       path = os.path.join(out, f'{name}.{ending}')
       mesh_lib.write(path, points.to_capture(scene, xyz), rgb, faces, up)
       what = f'{len(xyz):,} {"points" if faces is None else "vertices"}'
-      left[f'{name}.{ending}'] = f'{path}  ({what})'
+      written[f'{name}.{ending}'] = f'{path}  ({what})'
 
   if 'points' in args.only:
     write('points', *points.point_cloud(views, box, args.points))
@@ -106,5 +106,5 @@ def main(argv: list[str] | None = None) -> None:
   if 'depth' in args.only:
     folder = os.path.join(out, 'depth')
     points.write_depth_folder(folder, scene, views)
-    left['depth'] = os.path.join(folder, 'transforms.json')
-  progress.summary(left)
+    written['depth'] = os.path.join(folder, 'transforms.json')
+  progress.summary(written)

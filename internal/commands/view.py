@@ -1,10 +1,10 @@
-"""Opens a web page to move about a trained scene.
+"""Opens a web page to explore a trained scene interactively.
 
     python scripts/view.py runs/bonsai
     python scripts/view.py runs/bonsai --port 9000 --gin_bindings "Config.far = 100"
 
-What the page saves goes to the run's folder: camera paths for render.py to camera_paths/, pictures
-to snapshots/. Only this machine can open it, unless --host says otherwise. It is an extra:
+The page saves camera paths for render.py to camera_paths/ in the run's folder, and pictures to
+snapshots/. Only this machine can open it unless --host allows others. It needs an optional package:
 pip install -r requirements-viewer.txt
 """
 

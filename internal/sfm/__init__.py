@@ -1,1 +1,1 @@
-"""Structure from motion: from photographs or a video to a posed capture."""
+"""Structure from motion: estimates the camera poses of photographs or of a video."""

@@ -1,7 +1,7 @@
-"""What became of each photograph, and whether a posing can be trusted: numbers for the report.
+"""Computes the numbers of the report: why photographs failed, and how reliable the poses are.
 
-Angles in degrees, reprojection errors in pixels of the full-size photographs. `n` is the number of
-posed photographs; poses are [n, 3, 4], camera to world, OpenGL axes.
+Angles are in degrees, reprojection errors in pixels of the full-size photographs. `n` is the number
+of posed photographs; poses are [n, 3, 4], camera to world, OpenGL axes.
 """
 
 from __future__ import annotations
@@ -20,65 +20,64 @@ from . import photos as photos_lib
 from . import reconstruction
 
 MODELS = 'sparse'
-BLURRED = 0.35  # Of the median sharpness of the photographs taken before and after.
+BLURRED = 0.35  # Times the median sharpness of the photographs around it.
 FEW_FEATURES = 500
-FEW_MATCHES = 30  # What COLMAP asks of a photograph that it places.
-_VERIFIED = 15
-_LARGEST_PICTURE = 1600  # Pixels of the longer side that training can do with.
+FEW_MATCHES = 30  # COLMAP's mapper requires this many of each photograph.
+_VERIFIED = 15  # Inliers from which two photographs count as matched.
+_LARGEST_PICTURE = 1600  # Pixels of the longer side; training gains little from more.
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """What became of one photograph."""
+  """The result of one photograph."""
 
   name: str
-  model: int | None  # 0 for the one kept, another one's number, or None.
+  model: int | None  # The model it is in: 0 is the largest, which is used; None: not posed.
   features: int
-  partners: int  # Photographs that it shares verified matches with.
-  matches: int  # Verified ones with the best of those.
-  points: int = 0  # Points of the model that it sees.
+  partners: int  # Photographs that share verified matches with it.
+  matches: int  # Verified matches with the best of its partners.
+  points: int = 0  # 3D points of the model that it observes.
   error: float | None = None  # Mean reprojection error.
-  sharpness: float = 1.0  # Over the median of those taken before and after it.
-  reason: str | None = None  # Why it is not in the model that was kept, likely.
+  sharpness: float = 1.0  # Divided by the median of the photographs around it.
+  reason: str | None = None  # The likely reason why it is not in model 0.
 
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-  """All that the report shows."""
+  """Everything that the report shows."""
 
   rows: tuple[Row, ...]  # In the order of the photographs.
-  model_sizes: tuple[int, ...]
-  poses: np.ndarray  # [n, 3, 4] of the posed ones in that order, z up, the focus point at 0.
+  model_sizes: tuple[int, ...]  # Photographs in each model.
+  poses: np.ndarray  # [n, 3, 4] of the rows in model 0; z is up, the focus point is the origin.
   xyz: np.ndarray  # [p, 3] in the same world
   rgb: np.ndarray  # [p, 3] uint8
-  error: float | None
-  track_length: float | None
-  cameras: tuple[dict, ...]
-  spread: dict | None
-  weakest_link: dict | None
-  factor: int
+  error: float | None  # Mean reprojection error.
+  track_length: float | None  # Mean number of photographs that observe a point.
+  cameras: tuple[dict, ...]  # As `_cameras` returns them.
+  spread: dict | None  # As `describe_spread` returns it.
+  weakest_link: dict | None  # As `_Observations.weakest_link` returns it.
+  factor: int  # Recommended Config.factor.
 
 
 def recommend_factor(size: tuple[int, int]) -> int:
-  """The least of 0 (as it is), 2, 4, 8 that brings the longer side to 1600 pixels or less."""
+  """Returns the least factor of 0 (full size), 2, 4, 8 with at most 1600 pixels a side, or 8."""
   return next((f for f in (0, 2, 4) if max(size) / max(f, 1) <= _LARGEST_PICTURE), 8)
 
 
 def examine(scene_dir: str, photos: Sequence[photos_lib.Photo]) -> Findings:
-  """Reads a capture's database and models."""
+  """Computes the findings from a capture's database and models."""
   folder = os.path.join(scene_dir, MODELS)
   names = sorted(filter(str.isdigit, os.listdir(folder)), key=int) if os.path.isdir(folder) else []
   pycolmap = reconstruction.colmap()
   models = [pycolmap.Reconstruction(os.path.join(folder, name)) for name in names]
-  seen = _Seen(models[0]) if models else None
-  rows = _rows(scene_dir, photos, models, seen)
+  observations = _Observations(models[0]) if models else None
+  rows = _rows(scene_dir, photos, models, observations)
   poses, xyz, rgb = np.zeros((0, 3, 4)), np.zeros((0, 3)), np.zeros((0, 3), np.uint8)
   if models:
-    kept = colmap.read_model(os.path.join(folder, '0'))
-    by_name = {image.name: colmap.camera_to_world(image) for image in kept.images.values()}
-    poses = np.stack([by_name[row.name] for row in rows if row.model == 0])
-    poses, move = _level(poses)
-    xyz, rgb = paths.transform_points(move, kept.points.xyz), kept.points.rgb
+    largest = colmap.read_model(os.path.join(folder, '0'))
+    by_name = {image.name: colmap.camera_to_world(image) for image in largest.images.values()}
+    poses, to_level = _level(np.stack([by_name[row.name] for row in rows if row.model == 0]))
+    xyz, rgb = paths.transform_points(to_level, largest.points.xyz), largest.points.rgb
   return Findings(
     rows=tuple(rows),
     model_sizes=tuple(model.num_reg_images() for model in models),
@@ -89,19 +88,19 @@ def examine(scene_dir: str, photos: Sequence[photos_lib.Photo]) -> Findings:
     track_length=models[0].compute_mean_track_length() if models else None,
     cameras=tuple(_cameras(scene_dir, models[0])) if models else (),
     spread=describe_spread(poses) if models else None,
-    weakest_link=seen.weakest_link() if models else None,
+    weakest_link=observations.weakest_link() if models else None,
     factor=recommend_factor(_largest_size(scene_dir)),
   )
 
 
 def _largest_size(scene_dir: str) -> tuple[int, int]:
-  """(width, height) of the pictures with the longest side."""
+  """Returns (width, height) of the photographs with the longest side."""
   with reconstruction.database(scene_dir) as db:
     return max(((camera.width, camera.height) for camera in db.read_all_cameras()), key=max)
 
 
-class _Seen:
-  """Which photographs of a model see which points, and how far from where they should."""
+class _Observations:
+  """Which photographs of a model observe which points, and with which reprojection error."""
 
   def __init__(self, model):
     self.names, self.errors, observed = [], {}, []
@@ -114,14 +113,14 @@ class _Seen:
       self.names.append(image.name)
       self.errors[image.name] = _mean_error(image, points, xyz[observed[-1]])
     counts = [len(columns) for columns in observed]
-    places = np.repeat(np.arange(len(observed)), counts), np.concatenate(observed)
+    entries = np.repeat(np.arange(len(observed)), counts), np.concatenate(observed)
     shape = (len(observed), len(column))
-    self._table = scipy.sparse.csr_matrix((np.ones(sum(counts)), places), shape)
+    self._table = scipy.sparse.csr_matrix((np.ones(sum(counts)), entries), shape)  # [n, points]
     self.points = dict(zip(self.names, counts))
 
   def weakest_link(self) -> dict | None:
-    """Where the model would come apart most easily, as `weakest_link` below, by names."""
-    found = weakest_link(self._table @ self._table.T)
+    """Applies `weakest_link` below to this model; returns names instead of indices."""
+    found = weakest_link(self._table @ self._table.T)  # [n, n]
     if found is None:
       return None
     count, (a, b), side = found
@@ -133,47 +132,47 @@ class _Seen:
 
 
 def _mean_error(image, points, xyz: np.ndarray) -> float | None:
-  """Of a photograph's points, the mean distance in pixels from where they are seen."""
+  """Returns the mean reprojection error of a photograph's points, None if it has none."""
   if not len(points):
     return None
-  pose = image.cam_from_world().matrix()
-  projected = image.camera.img_from_cam(xyz @ pose[:, :3].T + pose[:, 3])
+  in_camera = paths.transform_points(image.cam_from_world().matrix(), xyz)  # [p, 3]
+  projected = image.camera.img_from_cam(in_camera)  # [p, 2]
   return float(np.linalg.norm(projected - np.array([p.xy for p in points]), axis=-1).mean())
 
 
 def weakest_link(shared: scipy.sparse.spmatrix, smallest: float = 0.1):
-  """Where a model would come apart most easily into two parts of some size.
+  """Finds the weakest link between two large parts of a model.
 
-  Along the tree that joins all photographs by the strongest links there are, the weakest link is
-  the best that its two sides have in common. A model that was torn and glued has a poor one.
+  In the maximum spanning tree of the shared points, each edge is the strongest link between the two
+  parts that it joins. A weak one means that the parts may be posed wrongly relative to each other.
 
   Args:
-    shared: [n, n] how many points two photographs both see.
-    smallest: the share of the photographs that each side must have.
+    shared: [n, n] number of points that two photographs both observe.
+    smallest: the least fraction of the photographs that each part must have.
 
   Returns:
-    The points shared across, the two photographs that share them, and which photographs are on the
-    first one's side [n] bool; None if no link of the tree has sides of that size.
+    The number of shared points, the two photographs (a, b) that share them, and the part of the
+    photographs on the side of a, [n] bool. None if no edge of the tree has two parts that large.
   """
   n = shared.shape[0]
   strength = scipy.sparse.csr_matrix(shared, dtype=float)
   strength.setdiag(0)
   strength.eliminate_zeros()
-  # The strongest tree is the lightest one of reciprocals.
+  # scipy has minimum spanning trees; reciprocals turn them into maximum ones.
   tree = scipy.sparse.csgraph.minimum_spanning_tree(strength.power(-1.0)).tocoo()
   links = sorted(zip(tree.row.tolist(), tree.col.tolist()), key=lambda link: strength[link])
   for a, b in links:
     keep = [link for link in links if link != (a, b)]
     graph = scipy.sparse.csr_matrix((np.ones(len(keep)), tuple(zip(*keep)) or ((), ())), (n, n))
     _, label = scipy.sparse.csgraph.connected_components(graph, directed=False)
-    side = label == label[a]
+    side = label == label[a]  # [n]
     if smallest * n <= side.sum() <= (1 - smallest) * n:
       return int(strength[a, b]), (a, b), side
   return None
 
 
-def _rows(scene_dir: str, photos, models, seen) -> list[Row]:
-  """What became of each photograph."""
+def _rows(scene_dir: str, photos, models, observations: _Observations | None) -> list[Row]:
+  """Returns the row of each photograph."""
   ids = reconstruction.image_ids(scene_dir)
   best, partners = collections.Counter(), collections.Counter()
   with reconstruction.database(scene_dir) as db:
@@ -198,8 +197,8 @@ def _rows(scene_dir: str, photos, models, seen) -> list[Row]:
       features=features[photo.name],
       partners=partners[k],
       matches=best[k],
-      points=seen.points.get(photo.name, 0) if seen else 0,
-      error=seen.errors.get(photo.name) if seen else None,
+      points=observations.points.get(photo.name, 0) if observations else 0,
+      error=observations.errors.get(photo.name) if observations else None,
       sharpness=sharp,
     )
     rows.append(dataclasses.replace(row, reason=explain(row, sizes)))
@@ -207,47 +206,52 @@ def _rows(scene_dir: str, photos, models, seen) -> list[Row]:
 
 
 def relative_sharpness(values: Sequence[float]) -> list[float]:
-  """Each photograph's sharpness over the median of the 17 around it, which show about the same."""
+  """Divides each sharpness by the median of the 17 photographs around it.
+
+  Sharpness depends on the subject, and neighbours show about the same one.
+  """
   values = np.asarray(values, float)
-  around = [np.median(values[max(0, k - 8) : k + 9]) for k in range(len(values))]
-  return (values / np.maximum(around, 1e-9)).tolist()
+  medians = [np.median(values[max(0, k - 8) : k + 9]) for k in range(len(values))]
+  return (values / np.maximum(medians, 1e-9)).tolist()
 
 
 def explain(row: Row, sizes: Sequence[int] = ()) -> str | None:
-  """Why a photograph is not in the model that was kept, likely; None if it is.
+  """Returns the likely reason why a photograph is not in model 0; None if it is.
 
   Args:
-    row: the photograph; its own `reason` does not count.
-    sizes: how many photographs each model has.
+    row: the photograph; its `reason` is ignored.
+    sizes: number of photographs in each model.
   """
   if row.model == 0:
     return None
-  blurred = f'blurred: {max(row.sharpness, 0.01):.0%} as sharp as its neighbours'
   if row.model is not None:
     return (
-      f'in another model, of {sizes[row.model]} photographs, that nothing joins to this one: '
-      'photograph what lies between'
+      f'in a separate model of {sizes[row.model]} photographs, not connected to the largest one: '
+      'take photographs of the area between them'
     )
   if row.sharpness < BLURRED:
-    return blurred
+    return f'blurred: {max(row.sharpness, 0.01):.0%} as sharp as its neighbours'
   if row.features < FEW_FEATURES:
-    return f'too few features: {row.features}; a bare wall, sky, or too dark'
+    return f'too few features: {row.features}; too dark, or a bare wall or sky?'
   if row.matches < FEW_MATCHES:
-    return f'too few matches: at most {row.matches} with any other; too little overlap'
+    return (
+      f'too few matches: at most {row.matches} with any other photograph; take some in between, '
+      'with more overlap'
+    )
   return (
-    f'its {row.matches} matches with the best of {row.partners} others fit no one place: something '
-    'moved, mirrors or repeats'
+    f'no consistent pose: up to {row.matches} matches with {row.partners} photographs contradict '
+    'each other; movement, mirrors or repeats?'
   )
 
 
 def _cameras(scene_dir: str, model) -> list[dict]:
-  """Focal lengths and distortion of the cameras that took the posed photographs."""
+  """Returns the model, size and focal length of each camera with posed photographs."""
   count = collections.Counter(model.image(i).camera_id for i in model.reg_image_ids())
   result = []
   for camera_id, photographs in sorted(count.items()):
     camera = model.cameras[camera_id]
     with reconstruction.database(scene_dir) as db:
-      before = db.read_camera(camera_id)
+      initial = db.read_camera(camera_id)  # From EXIF, if it has a focal length.
     focal = np.array([camera.focal_length_x, camera.focal_length_y])
     size = np.array([camera.width, camera.height])
     result.append(
@@ -257,25 +261,29 @@ def _cameras(scene_dir: str, model) -> list[dict]:
         'size': size.tolist(),
         'focal': focal.tolist(),
         'view_degrees': float(np.degrees(2 * np.arctan(size / focal / 2)).max()),
-        'exif_focal': before.mean_focal_length() if before.has_prior_focal_length else None,
+        'exif_focal': initial.mean_focal_length() if initial.has_prior_focal_length else None,
       }
     )
   return result
 
 
 def _level(poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """The poses with z up, the focus point at 0 and the longer way across along x; and the [4, 4].
+  """Moves the poses into a world with z up, the focus point at 0 and the widest extent along x.
 
-  Up is what the cameras' right-hand axes, level as a rule, are least along, and what they call up.
+  Most people hold a camera level, so up is the direction to which the cameras' right axes are most
+  orthogonal; the mean of their own up decides where that is ambiguous.
+
+  Returns:
+    The poses [n, 3, 4] in that world, and the transformation [4, 4] to it.
   """
-  right, up = poses[:, :, 0], poses[:, :, 1].mean(0)
+  right, up = poses[:, :, 0], poses[:, :, 1].mean(0)  # [n, 3], [3]
   up = up / max(np.linalg.norm(up), 1e-9)
   z = np.linalg.eigh(right.T @ right / len(right) - 0.1 * np.outer(up, up))[1][:, 0]
   z = z if z @ up >= 0 else -z
   centred = poses[:, :, 3] - poses[:, :, 3].mean(0)
-  flat = centred - np.outer(centred @ z, z)
+  flat = centred - np.outer(centred @ z, z)  # [n, 3], in the horizontal plane.
   x = np.linalg.eigh(flat.T @ flat)[1][:, -1]
-  x = paths.viewmatrix(z, x, np.zeros(3))[:, 1]  # Orthogonal to z, even where all stand on a line.
+  x = paths.viewmatrix(z, x, np.zeros(3))[:, 1]  # Orthogonal to z, even for cameras on a line.
   move = np.eye(4)
   move[:3, :3] = np.stack([x, np.cross(z, x), z])
   move[:3, 3] = -move[:3, :3] @ paths.focus_point(poses)
@@ -283,18 +291,20 @@ def _level(poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def describe_spread(poses: np.ndarray) -> dict:
-  """How the cameras stand and look, z up.
+  """Describes the viewing directions of cameras in a world with z up.
 
   Returns:
-    kind: 'around' (looking in, from more than half way round), 'outwards', 'forward' (all in about
-      one direction) or 'arc'; directions: how many of the 360 degrees of the compass cameras look
-      in, to within 15; largest_gap: the widest angle in which none looks; heights: the lowest and
-      highest angle that cameras look up or down at.
+    A dict with
+      kind: 'around' (looking inwards from more than half a circle), 'arc' (from less), 'outwards',
+        or 'forward' (all in about the same direction);
+      directions: degrees of azimuth that are covered, to within 15;
+      largest_gap: the largest angle of azimuth without a camera;
+      tilt: the lowest and the highest elevation of the viewing directions.
   """
-  ahead = -poses[:, :, 2]
+  ahead = -poses[:, :, 2]  # [n, 3]
   azimuth = np.sort(np.degrees(np.arctan2(ahead[:, 1], ahead[:, 0])) % 360)
   gaps = np.diff(azimuth, append=azimuth[0] + 360)
-  tilt = np.degrees(np.arcsin(np.clip(ahead[:, 2], -1, 1)))
+  tilt = np.degrees(np.arcsin(np.clip(ahead[:, 2], -1, 1)))  # [n]
   centre = poses[:, :, 3].mean(0)
   outwards = ((poses[:, :, 3] - centre) * ahead).sum(-1) > 0
   gap = float(gaps.max())

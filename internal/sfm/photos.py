@@ -1,8 +1,8 @@
-"""Photographs into a capture: upright, in formats that all programs read, the originals untouched.
+"""Imports photographs into a capture: upright, as JPEG or PNG. The originals are not changed.
 
-A photograph that is upright already is copied byte for byte. One whose EXIF data asks for a turn is
-turned, since COLMAP takes pixels as they are stored and a capture half of which lies on its side
-has two cameras where there is one. What is neither an 8-bit JPEG nor an 8-bit PNG becomes a PNG.
+An upright photograph is copied byte for byte. One with an EXIF orientation is rotated: COLMAP reads
+the pixels as stored and ignores the orientation, so portrait and landscape pictures of one camera
+would count as two cameras. Anything but an 8-bit JPEG or PNG is converted to PNG.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ FOLDER = 'images'
 STAGING = '.incoming'
 JPEG = {'quality': 95, 'subsampling': 0}
 
-_SHARPNESS_SIDE = 1024  # Pixels: finer detail than this is mostly noise.
-_SHOWN = 3  # Names in an error.
-# What a phone makes and Pillow cannot read by itself.
-_FOREIGN = ('.heic', '.heif', '.avif', '.dng', '.raw', '.cr2', '.cr3', '.nef', '.arw', '.jxl')
+_SHARPNESS_SIDE = 1024  # Pixels; at a higher resolution, fine detail is mostly noise.
+_SHOWN = 3  # Names in an error message.
+# Formats of phones and cameras that Pillow cannot read by itself.
+_UNREADABLE = ('.heic', '.heif', '.avif', '.dng', '.raw', '.cr2', '.cr3', '.nef', '.arw', '.jxl')
 
 
 class PosesError(UserError):
-  """Photographs or a video that cannot be posed; the message says what to do."""
+  """Photographs or a video that cannot be posed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Photo:
-  """A picture of the capture, in the order in which it was taken as far as that is known."""
+  """One picture of the capture."""
 
-  name: str  # Below images/, '/' between folders.
-  source: str  # Below the folder given, or the frame's number in the video.
-  camera: str  # Pictures of one text were taken by one camera with one focal length.
-  sharpness: float
-  bytes: int = 0  # Of the source, by which a changed one is known.
+  name: str  # Path below images/, with '/' as separator.
+  source: str  # Path below the source folder, or the frame's number in the video.
+  camera: str  # Equal for pictures by the same camera at the same focal length.
+  sharpness: float  # As `sharpness` returns it.
+  bytes: int = 0  # Size of the source file, to notice changes.
 
 
 @contextlib.contextmanager
-def placed(scene_dir: str, target: str) -> Iterator[str]:
-  """Yields a name to write to; then that file becomes `target`, below the capture, at once.
+def atomic_write(scene_dir: str, target: str) -> Iterator[str]:
+  """Yields a temporary path, and renames that file to `target`, a path below the capture.
 
-  What a killed run leaves behind lies beside images/, where nobody takes it for a photograph.
+  The temporary file is outside images/, so that a killed run leaves no partial photograph there.
   """
   path = os.path.join(scene_dir, target)
   staged = os.path.join(scene_dir, STAGING, uuid.uuid4().hex + os.path.splitext(target)[1])
@@ -63,85 +63,89 @@ def placed(scene_dir: str, target: str) -> Iterator[str]:
   os.replace(staged, path)
 
 
-def natural(name: str) -> list:
-  """A key that sorts IMG_9 before IMG_10."""
-  parts = re.split(r'(\d+)', name)  # Every other one is a number.
+def natural_key(name: str) -> list:
+  """Returns a sort key that puts IMG_9 before IMG_10."""
+  parts = re.split(r'(\d+)', name)  # The odd ones are numbers.
   return [int(part) if k % 2 else part.lower() for k, part in enumerate(parts)]
 
 
 def sharpness(pixels: np.ndarray) -> float:
-  """How much of a picture's variance is fine detail: its mean squared Laplacian over its variance.
+  """Returns the mean squared Laplacian of a picture divided by its variance.
 
-  It falls as a picture is blurred and does not change with its brightness or contrast.
+  Blur lowers it; brightness and contrast do not change it.
 
   Args:
-    pixels: uint8 [h, w, 3] or [h, w]; taken at 1024 pixels a side where it is larger.
+    pixels: uint8 [h, w, 3] or [h, w]; larger pictures are reduced to 1024 pixels a side.
   """
   picture = Image.fromarray(pixels).convert('L')
   picture.thumbnail((_SHARPNESS_SIDE,) * 2, Image.Resampling.BOX)
   grey = np.asarray(picture, np.float32)
-  middle = grey[1:-1, 1:-1]
+  middle = grey[1:-1, 1:-1]  # [h - 2, w - 2]
   if middle.size == 0 or grey.std() < 1e-3:
     return 0.0
-  around = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
-  return float(np.square(4 * middle - around).mean() / grey.var())
+  neighbours = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
+  return float(np.square(4 * middle - neighbours).mean() / grey.var())
 
 
 def list_photos(folder: str) -> list[str]:
-  """The photographs of a folder and its subfolders, relative to it, in their natural order.
+  """Lists the photographs of a folder and its subfolders, relative to it, in natural order.
 
   Raises:
-    PosesError: there is none, or two would have one name once they are PNG files.
+    PosesError: there are none, or two of them would have the same name as PNG files.
   """
-  names = sorted(images.list_images(folder), key=natural)
-  others = [n for _, _, found in os.walk(folder) for n in found if n.lower().endswith(_FOREIGN)]
+  names = sorted(images.list_images(folder), key=natural_key)
+  others = [n for _, _, found in os.walk(folder) for n in found if n.lower().endswith(_UNREADABLE)]
   if others and not names:
     raise PosesError(
-      f'{folder}: has {len(others)} files such as {others[0]}, which cannot be read here. Export '
-      'them as JPEG.'
+      f'{folder}: its {len(others)} photographs, such as {others[0]}, are in a format that cannot '
+      'be read. Export them as JPEG.'
     )
   if not names:
     raise PosesError(
-      f'{folder}: has no photographs ({", ".join(images.EXTENSIONS)}). Name the folder they are '
-      'in, or a video.'
+      f'{folder}: has no photographs ({", ".join(images.EXTENSIONS)}). Name a folder with '
+      'photographs, or a video.'
     )
   if others:
-    said = f'{len(others)} files such as {others[0]} cannot be read here and are left out'
-    print(f'Note: {folder}: {said}.', file=sys.stderr)
+    print(
+      f'Note: {folder}: skips {len(others)} files in formats that cannot be read, such as '
+      f'{others[0]}. Export them as JPEG to use them.',
+      file=sys.stderr,
+    )
   by_stem = collections.defaultdict(list)
   for name in names:
     by_stem[_without_spaces(images.stem(name)).lower()].append(name)
   for twins in by_stem.values():
     if len(twins) > 1:
       raise PosesError(
-        f'{folder}: {" and ".join(map(repr, twins[:_SHOWN]))} have one name but for its ending, '
-        'case or spaces. Keep one of them, or rename one.'
+        f'{folder}: {" and ".join(map(repr, twins[:_SHOWN]))} have the same name except for '
+        'extension, case or spaces. Remove or rename all but one of them.'
       )
   return names
 
 
 def _without_spaces(name: str) -> str:
-  """As a word in a list of COLMAP's."""
+  """Replaces whitespace, which separates the names in COLMAP's lists."""
   return re.sub(r'\s', '_', name)
 
 
-def take_photos(
+def import_photos(
   folder: str, scene_dir: str, masks_dir: str | None = None, known: Sequence[Photo] = ()
 ) -> list[Photo]:
-  """Puts the photographs of a folder, upright, into `scene_dir`/images, and masks into /masks.
+  """Imports the photographs of a folder into `scene_dir`/images and their masks into /masks.
 
   Args:
-    folder: of the photographs; may be `scene_dir`/images itself if none needs to be changed.
+    folder: the photographs; may be `scene_dir`/images itself if none of them must be changed.
     scene_dir: the capture.
-    masks_dir: black where a photograph is to be ignored: a.jpg.png or a.png for a.jpg; or None.
-    known: photographs that are done and are left alone.
+    masks_dir: folder of masks or None. The mask of a.jpg is a.jpg.png or a.png, black where the
+      photograph is to be ignored.
+    known: photographs that an earlier run imported; they are skipped.
 
   Returns:
-    All of them, in the order of the times they were taken where all say when, else of their names.
+    All photographs, in the order of their EXIF times if all have one, else by name.
 
   Raises:
-    PosesError: there is none, two have one name, or a known one is gone or has changed.
-    DataError: one cannot be read, or a mask does not fit.
+    PosesError: there are no photographs, two have the same name, or a known one was changed.
+    DataError: a photograph cannot be read, or a mask has the wrong size.
   """
   names = list_photos(folder)
   done = {photo.source: photo for photo in known}
@@ -149,26 +153,25 @@ def take_photos(
     path = os.path.join(folder, name)
     if not os.path.isfile(path) or os.path.getsize(path) != photo.bytes:
       raise PosesError(
-        f'{path}: has been changed or removed since {scene_dir} was begun. Put it back, or name '
-        'another folder for the capture.'
+        f'{path}: has been changed or removed since {scene_dir} was started. Put it back, or '
+        'choose another folder for the capture.'
       )
   missing = [name for name in names if name not in done]
   added = images.in_threads(
-    lambda name: _take(folder, name, scene_dir, masks_dir),
+    lambda name: _import_photo(folder, name, scene_dir, masks_dir),
     missing,
     'reading photographs' if missing else None,
   )
   photos = {**done, **dict(zip(missing, added))}
-  return [photos[name] for name in _by_time(folder, names)]
+  return [photos[name] for name in _sorted_by_time(folder, names)]
 
 
-def _take(folder: str, name: str, scene_dir: str, masks_dir: str | None) -> Photo:
-  """Puts one photograph where it belongs."""
+def _import_photo(folder: str, name: str, scene_dir: str, masks_dir: str | None) -> Photo:
   source = os.path.join(folder, name)
-  pixels = images.decode(source)  # Also finds out whether all of it is there.
+  pixels = images.decode(source)  # Decodes copied files too, to find truncated ones.
   with Image.open(source) as image:
     exif = image.getexif()
-    # A phone's JPEG with a second picture in it is an MPO.
+    # Phones write JPEG files with a second picture in them; Pillow calls these MPO.
     plain = image.format in ('JPEG', 'MPO', 'PNG') and image.mode in ('RGB', 'L')
     turn = images.read_header(source).orientation
     target_name = _without_spaces(name if plain else images.stem(name) + '.png')
@@ -180,11 +183,11 @@ def _take(folder: str, name: str, scene_dir: str, masks_dir: str | None) -> Phot
     else:
       upright = _upright(pixels, turn)
       exif[ExifTags.Base.Orientation] = 1
-      with placed(scene_dir, target) as temporary:
+      with atomic_write(scene_dir, target) as temporary:
         upright.save(temporary, exif=exif, **(JPEG if plain and image.format != 'PNG' else {}))
       pixels = np.asarray(upright)
   if masks_dir:
-    _take_mask(masks_dir, name, scene_dir, target_name, turn, pixels.shape[1::-1])
+    _import_mask(masks_dir, name, scene_dir, target_name, turn, pixels.shape[1::-1])
   return Photo(
     name=target_name,
     source=name,
@@ -198,7 +201,7 @@ def _copy(source: str, scene_dir: str, target: str) -> None:
   path = os.path.join(scene_dir, target)
   if os.path.exists(path) and os.path.samefile(source, path):
     return
-  with placed(scene_dir, target) as temporary:
+  with atomic_write(scene_dir, target) as temporary:
     shutil.copyfile(source, temporary)
 
 
@@ -206,52 +209,52 @@ def _refuse_in_place(source: str, target: str) -> None:
   folder = os.path.dirname(target)
   if os.path.isdir(folder) and os.path.samefile(os.path.dirname(source), folder):
     raise PosesError(
-      f'{source}: must be turned, converted or renamed, and no photograph is changed in place. '
-      'Move them all out of the capture and name their new folder.'
+      f'{source}: must be rotated, converted or renamed, but no photograph is changed in place. '
+      'Move the photographs out of the capture, and name their new folder.'
     )
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> Image.Image:
-  """Turned and mirrored as the EXIF orientation (1 to 8) asks."""
+  """Applies an EXIF orientation (1 to 8)."""
   image = Image.fromarray(pixels)
   image.getexif()[ExifTags.Base.Orientation] = orientation
   return ImageOps.exif_transpose(image)
 
 
-def _take_mask(
+def _import_mask(
   masks_dir: str, name: str, scene_dir: str, target: str, turn: int, size: tuple[int, int]
 ) -> None:
-  """A photograph's mask, upright as the photograph, as masks/<photograph>.png."""
+  """Writes a photograph's mask, rotated like the photograph, to masks/<photograph>.png."""
   candidates = [os.path.join(masks_dir, n) for n in (f'{name}.png', f'{images.stem(name)}.png')]
   path = next((c for c in candidates if os.path.isfile(c)), None)
-  # COLMAP wants a mask for each: white is all of it.
+  # With masks, COLMAP needs one for each photograph; an all-white one hides nothing.
   mask = Image.fromarray(images.decode(path)) if path else Image.new('L', size, 255)
   if mask.size != tuple(size):
     mask = _upright(np.asarray(mask), turn)
   if mask.size != tuple(size):
     raise images.DataError(
-      f'{path}: is {mask.width}x{mask.height} pixels, but its photograph has {size[0]}x{size[1]}. '
+      f'{path}: is {mask.width}x{mask.height} pixels, but its photograph is {size[0]}x{size[1]}. '
       'A mask must have the size of its photograph.'
     )
   target = f'{masks.FOLDER}/{target}.png'
   if path and os.path.realpath(path) == os.path.realpath(os.path.join(scene_dir, target)):
     return
-  with placed(scene_dir, target) as temporary:
+  with atomic_write(scene_dir, target) as temporary:
     mask.convert('L').save(temporary)
 
 
 def _camera(name: str, exif: Image.Exif, size: tuple[int, int]) -> str:
-  """What tells one camera and its focal length from another."""
+  """Returns a text that identifies the camera, its lens and focal length, and the picture size."""
   details = exif.get_ifd(ExifTags.IFD.Exif)
   tags = ExifTags.Base
-  told: list[Any] = [exif.get(tags.Make), exif.get(tags.Model)]
-  told += [details.get(t) for t in (tags.FocalLength, tags.FocalLengthIn35mmFilm, tags.LensModel)]
-  told = [str(part).strip('\0 ') for part in told if part]
-  return ' '.join([*told, f'{size[0]}x{size[1]}', os.path.dirname(name)]).strip()
+  values: list[Any] = [exif.get(tags.Make), exif.get(tags.Model)]
+  values += [details.get(t) for t in (tags.FocalLength, tags.FocalLengthIn35mmFilm, tags.LensModel)]
+  values = [str(value).strip('\0 ') for value in values if value]
+  return ' '.join([*values, f'{size[0]}x{size[1]}', os.path.dirname(name)]).strip()
 
 
-def _by_time(folder: str, names: list[str]) -> list[str]:
-  """Sorted by the times the photographs tell, if all tell one and hardly two are the same."""
+def _sorted_by_time(folder: str, names: list[str]) -> list[str]:
+  """Sorts by EXIF time if all photographs have one and at least 80% of the times are distinct."""
   times = {}
   for name in names:
     with Image.open(os.path.join(folder, name)) as image:
@@ -262,4 +265,4 @@ def _by_time(folder: str, names: list[str]) -> list[str]:
     times[name] = (taken, str(details.get(ExifTags.Base.SubsecTimeOriginal) or ''))
   if len(set(times.values())) < 0.8 * len(names):
     return names
-  return sorted(names, key=times.__getitem__)  # Stable: names decide where times do not.
+  return sorted(names, key=times.__getitem__)  # Stable: equal times stay sorted by name.

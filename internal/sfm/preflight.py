@@ -1,4 +1,4 @@
-"""The report on a posed capture, as JSON and as a picture: what was found, and how good it is."""
+"""Writes the report on a posed capture, as JSON and as a picture, and judges its quality."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILE = 'preflight'
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """One thing that was looked at."""
+  """A judgement on one aspect of the capture."""
 
   name: str
   status: str  # GOOD, DOUBTFUL or BAD
@@ -28,18 +28,18 @@ class Check:
 
 
 def write(scene_dir: str, photos: Sequence[photos_lib.Photo]) -> dict:
-  """Examines a capture, writes preflight.json and preflight.png into it, and returns the former."""
+  """Writes preflight.json and preflight.png into a capture; returns what the JSON file holds."""
   found = diagnosis.examine(scene_dir, photos)
   checks = all_checks(found)
-  told = as_json(scene_dir, found, checks)
-  metrics.write_json(os.path.join(scene_dir, f'{FILE}.json'), told)
+  report = as_json(scene_dir, found, checks)
+  metrics.write_json(os.path.join(scene_dir, f'{FILE}.json'), report)
   drawn = picture.draw(scene_dir, found, checks)
   pictures.write_png(os.path.join(scene_dir, f'{FILE}.png'), drawn)
-  return told
+  return report
 
 
 def as_json(scene_dir: str, found: diagnosis.Findings, checks: Sequence[Check]) -> dict:
-  """Everything in the report; `capture` is what `train.py --dry_run` says of it."""
+  """Returns the report as a dict; its `capture` is what `train.py --dry_run` reports."""
   capture = None
   if len(found.poses):
     config = configs.Config(data_dir=scene_dir, factor=found.factor)
@@ -63,14 +63,14 @@ def as_json(scene_dir: str, found: diagnosis.Findings, checks: Sequence[Check]) 
 
 
 def _grade(value: float, good: float, doubtful: float) -> str:
-  """Where less is better."""
+  """Grades a value of which less is better by its two thresholds."""
   return GOOD if value <= good else DOUBTFUL if value <= doubtful else BAD
 
 
 def all_checks(found: diagnosis.Findings) -> list[Check]:
-  """What the report judges, most important first."""
+  """Returns all checks, most important first."""
   if not len(found.poses):
-    return [Check('posed', BAD, 'No photograph could be placed. See why below.')]
+    return [Check('posed', BAD, 'no photograph could be posed; see the likely reasons below')]
   checks = [_posed(found), _error(found), _points(found), *_focal(found), _spread(found)]
   checks += _link(found)
   return [*checks, _sharp(found), _factor(found)]
@@ -79,58 +79,57 @@ def all_checks(found: diagnosis.Findings) -> list[Check]:
 def _posed(found) -> Check:
   n, posed = len(found.rows), len(found.poses)
   others = sum(bool(row.model) for row in found.rows)
-  text = f'{posed} of {n} photographs' + (f'; {others} in models apart' if others else '')
+  text = f'{posed} of {n} photographs' + (f'; {others} in separate models' if others else '')
   return Check('posed', _grade(1 - posed / n, 0.05, 0.25), text)
 
 
 def _error(found) -> Check:
-  used = found.error / max(found.factor, 1)
-  text = f'{found.error:.2f} px' + (
-    f', {used:.2f} at factor {found.factor}' if found.factor else ''
-  )
-  return Check('reprojection error', _grade(used, 0.8, 1.5), text)
+  scaled = found.error / max(found.factor, 1)  # At the resolution that training uses.
+  text = f'{found.error:.2f} px'
+  text += f', {scaled:.2f} px at factor {found.factor}' if found.factor else ''
+  return Check('reprojection error', _grade(scaled, 0.8, 1.5), text)
 
 
 def _points(found) -> Check:
   median = float(np.median([row.points for row in found.rows if row.model == 0]))
   text = (
-    f'{len(found.xyz):,}; a photograph sees {median:,.0f}, a point is in {found.track_length:.1f}'
+    f'{len(found.xyz):,}; {median:,.0f} in the median photograph; each is seen in '
+    f'{found.track_length:.1f} photographs on average'
   )
   return Check('points', _grade(-median, -300, -100), text)
 
 
 def _focal(found) -> list[Check]:
-  """Views of 25 to 110 degrees are a lens's; pixels are square; EXIF agrees within 10%."""
+  """Checks the field of view (25 to 110 degrees), square pixels, and the focal length in EXIF."""
   result = []
   for camera in found.cameras:
     fx, fy = camera['focal']
-    status, text = GOOD, f'{fx:.0f} px, {camera["view_degrees"]:.0f} degrees across'
+    status, text = GOOD, f'{fx:.0f} px, field of view {camera["view_degrees"]:.0f} degrees'
     if not 25 <= camera['view_degrees'] <= 110:
-      status, text = BAD, f'{text}: hardly a real lens'
+      status, text = BAD, f'{text}: unlikely for a real lens'
     elif abs(fx / fy - 1) > 0.02:
-      status, text = DOUBTFUL, f'{text}; pixels {fx / fy:.2f} times as wide as high: stretched?'
+      status, text = DOUBTFUL, f'{text}; fx / fy is {fx / fy:.2f}: were the pictures stretched?'
     elif camera['exif_focal']:
-      off = fx / camera['exif_focal'] - 1
-      status = _grade(abs(off), 0.1, 0.25)
-      text = f'{text}; EXIF says {camera["exif_focal"]:.0f}'
-    several = f' of {camera["photographs"]}' if len(found.cameras) > 1 else ''
-    result.append(Check(f'focal length{several}', status, text))
+      status = _grade(abs(fx / camera['exif_focal'] - 1), 0.1, 0.25)
+      text = f'{text}; EXIF says {camera["exif_focal"]:.0f} px'
+    share = f' of {camera["photographs"]}' if len(found.cameras) > 1 else ''
+    result.append(Check(f'focal length{share}', status, text))
   return sorted(result, key=lambda check: (BAD, DOUBTFUL, GOOD).index(check.status))[:3]
 
 
 _KINDS = {
-  'around': 'all round, looking in',
+  'around': 'all around, looking inwards',
   'outwards': 'looking outwards',
-  'forward': 'all looking one way',
-  'arc': 'an arc',
+  'forward': 'all looking in the same direction',
+  'arc': 'along an arc',
 }
 
 
 def _spread(found) -> Check:
   spread = found.spread
-  text = f'{_KINDS[spread["kind"]]}; looks in {spread["directions"]} of 360 degrees'
+  text = f'{_KINDS[spread["kind"]]}; covers {spread["directions"]} of 360 degrees'
   if spread['kind'] in ('forward', 'arc'):
-    return Check('spread', DOUBTFUL, f'{text}: free views only from that side')
+    return Check('spread', DOUBTFUL, f'{text}: new views will be good only from that side')
   return Check('spread', _grade(spread['largest_gap'], 30, 90), text)
 
 
@@ -139,17 +138,19 @@ def _link(found) -> list[Check]:
   if link is None:
     return []
   sides = ' and '.join(map(str, link['photographs']))
-  text = f'{link["shared_points"]} points join the parts of {sides} photographs'
+  text = f'{link["shared_points"]} points connect parts of {sides} photographs'
   status = _grade(-link['shared_points'], -100, -30)
-  return [Check('weakest link', status, text + ('' if status == GOOD else ': may be torn there'))]
+  warning = '' if status == GOOD else ': the model may be torn there'
+  return [Check('weakest link', status, text + warning)]
 
 
 def _sharp(found) -> Check:
-  soft = [row for row in found.rows if row.sharpness < diagnosis.BLURRED]
-  text = f'{len(soft)} of {len(found.rows)} photographs blurred' if soft else 'none is blurred'
-  return Check('sharpness', _grade(len(soft) / len(found.rows), 0.05, 0.2), text)
+  blurred = sum(row.sharpness < diagnosis.BLURRED for row in found.rows)
+  n = len(found.rows)
+  text = f'{blurred} of {n} photographs blurred' if blurred else 'no photograph is blurred'
+  return Check('sharpness', _grade(blurred / n, 0.05, 0.2), text)
 
 
 def _factor(found) -> Check:
   sides = [max(1, round(side / max(found.factor, 1))) for side in found.cameras[0]['size']]
-  return Check('Config.factor', GOOD, f'{found.factor}: pictures of {sides[0]}x{sides[1]}')
+  return Check('Config.factor', GOOD, f'{found.factor}: trains on {sides[0]}x{sides[1]} pixels')

@@ -1,7 +1,7 @@
-"""The stages that COLMAP does, each going on from where it was stopped: features, matches, models.
+"""COLMAP's stages: features, matches and models. Each of them resumes after an interruption.
 
-All that the first two stages find is in the capture's database.db, block by block, and what is in
-there is not done again. While photographs are placed, the model so far is saved every minute or so.
+Features and matches go to the capture's database.db, block by block; those it already has are not
+computed again. The mapper saves a snapshot of its model about once a minute.
 """
 
 from __future__ import annotations
@@ -25,48 +25,51 @@ from . import photos as photos_lib
 DATABASE = 'database.db'
 _SNAPSHOTS = '.mapping'
 _SNAPSHOT_SECONDS = 60.0
-_FEATURES_AT_ONCE = 8  # Photographs: a stop loses at most this many.
-_FEW = 20  # Photographs that are too few to fit OPENCV's eight numbers to.
-_SMALLEST_MODEL = 3
+_FEATURES_AT_ONCE = 8  # An interruption loses the features of at most 8 photographs.
+_FEW = 20  # With fewer photographs, OPENCV's eight intrinsics are poorly determined.
+_SMALLEST_MODEL = 3  # Photographs.
 
 
 def colmap():
-  """pycolmap, told to be quiet.
+  """Imports pycolmap and silences its log.
 
   Raises:
-    PosesError: it is not installed.
+    PosesError: pycolmap is not installed.
   """
   first = 'pycolmap' not in sys.modules
   try:
     import pycolmap
   except ImportError as e:
     raise photos_lib.PosesError(
-      f'To pose photographs takes COLMAP: pip install -r requirements-poses.txt ({e}).'
+      f'COLMAP is not installed: pip install -r requirements-poses.txt ({e}).'
     ) from None
   if first:
-    signals.listen_again()  # It answers SIGTERM with a stack trace.
+    signals.listen_again()  # Its import installs a SIGTERM handler that prints a stack trace.
   pycolmap.logging.minloglevel = pycolmap.logging.FATAL.value
   return pycolmap
 
 
 def database(scene_dir: str):
-  """The capture's database, made where there is none; a context manager."""
+  """Opens the capture's database, which is created if missing; a context manager."""
   return colmap().Database.open(os.path.join(scene_dir, DATABASE))
 
 
 def image_ids(scene_dir: str) -> dict[str, int]:
-  """The database's number of each photograph."""
+  """Returns the database's id of each photograph, by name."""
   with database(scene_dir) as db:
     return {image.name: image.image_id for image in db.read_all_images()}
 
 
-def extract(scene_dir: str, photos: Sequence[photos_lib.Photo], camera_model: str | None) -> None:
-  """Finds the features of the photographs that have none yet.
+def extract_features(
+  scene_dir: str, photos: Sequence[photos_lib.Photo], camera_model: str | None
+) -> None:
+  """Extracts the SIFT features of the photographs that have none yet.
 
   Args:
-    scene_dir: the capture; photographs in images/, masks in masks/.
-    photos: pictures of one `camera` share its intrinsics.
-    camera_model: COLMAP's name; None: OPENCV, or SIMPLE_RADIAL for a camera of few photographs.
+    scene_dir: the capture, with photographs in images/ and masks in masks/.
+    photos: the photographs; those with the same `camera` share intrinsics.
+    camera_model: COLMAP's name; None: OPENCV, or SIMPLE_RADIAL for cameras with fewer than 20
+      photographs.
   """
   pycolmap = colmap()
   folders = _folders(scene_dir)
@@ -97,7 +100,7 @@ def _folders(scene_dir: str) -> tuple[str, str]:
 
 
 def _import(scene_dir: str, names: list[str], options) -> None:
-  """Adds photographs of one camera that the database does not have."""
+  """Adds the photographs of one camera that the database does not have yet."""
   pycolmap = colmap()
   known = image_ids(scene_dir)
   missing = [name for name in names if name not in known]
@@ -118,13 +121,14 @@ def _without_features(scene_dir: str, names: list[str]) -> list[str]:
 
 
 def choose_pairs(scene_dir: str, names: Sequence[str], matching: str, ordered: bool) -> set:
-  """Which of the photographs, by their places in `names`, are to be matched.
+  """Returns the pairs (i, j), i < j, of photographs to match, as indices into `names`.
 
   Args:
     scene_dir: the capture, with features.
-    names: the photographs in their order.
-    matching: 'exhaustive', 'sequential', 'alike' or 'auto', which chooses among them.
-    ordered: whether the order is known to mean something (a video); else it is found out.
+    names: the photographs, in order.
+    matching: 'exhaustive', 'sequential', 'alike', or 'auto', which chooses one of these.
+    ordered: True if consecutive photographs are known to be neighbours, as in a video; otherwise
+      `pairs.is_ordered` decides.
   """
   n = len(names)
   if matching == 'exhaustive' or (matching == 'auto' and n <= pairs.EXHAUSTIVE):
@@ -138,23 +142,23 @@ def choose_pairs(scene_dir: str, names: Sequence[str], matching: str, ordered: b
 
 
 def _largest(db, image_id: int) -> np.ndarray:
-  """Descriptors of a photograph, [features, 128], the features of the largest scale first."""
+  """Returns the descriptors of a photograph, [features, 128], sorted by scale, largest first."""
   descriptors = db.read_descriptors(image_id).data
-  shape = db.read_keypoints(image_id)[:, 2:6]  # An affine shape [2, 2], row by row.
-  size = np.abs(shape[:, 0] * shape[:, 3] - shape[:, 1] * shape[:, 2])
-  return descriptors[np.argsort(-size, kind='stable')]
+  shape = db.read_keypoints(image_id)[:, 2:6]  # [features, 4], an affine [2, 2] row by row.
+  area = np.abs(shape[:, 0] * shape[:, 3] - shape[:, 1] * shape[:, 2])
+  return descriptors[np.argsort(-area, kind='stable')]
 
 
-def match(scene_dir: str, names: Sequence[str], wanted: set) -> None:
-  """Matches and verifies those of the wanted pairs that are not in the database yet."""
+def match_pairs(scene_dir: str, names: Sequence[str], wanted: set) -> None:
+  """Matches and verifies the wanted pairs that are not in the database yet."""
   pycolmap = colmap()
   ids = image_ids(scene_dir)
   with database(scene_dir) as db:
-    left = [p for p in wanted if not _is_matched(db, ids[names[p[0]]], ids[names[p[1]]])]
-  if not left:
+    missing = [(i, j) for i, j in wanted if not _is_matched(db, ids[names[i]], ids[names[j]])]
+  if not missing:
     return
   path = _folders(scene_dir)[0]
-  for block in progress.track(pairs.blocks(left), f'matching {len(left)} pairs, in blocks'):
+  for block in progress.track(pairs.blocks(missing), f'matching {len(missing)} pairs, in blocks'):
     with tempfile.NamedTemporaryFile('w', suffix='.txt', encoding='utf-8') as f:
       f.writelines(f'{names[i]} {names[j]}\n' for i, j in block)
       f.flush()
@@ -168,14 +172,14 @@ def _is_matched(db, a: int, b: int) -> bool:
 
 
 def reconstruct(scene_dir: str, count: int) -> list:
-  """Places the photographs: pycolmap's Reconstructions, the largest first.
+  """Poses the photographs; returns pycolmap's Reconstructions, largest first.
 
-  A model that was saved by a run before is gone on with if it has more than half of the
-  photographs, since then it is the largest whatever comes; else they are placed anew.
+  Resumes from the newest snapshot if it has more than half of the photographs, since its model is
+  then certain to be the largest one. Otherwise starts from the beginning.
 
   Args:
     scene_dir: the capture, with matches.
-    count: photographs.
+    count: number of photographs.
   """
   pycolmap = colmap()
   pycolmap.set_random_seed(0)
@@ -189,20 +193,20 @@ def reconstruct(scene_dir: str, count: int) -> list:
     manager.read(newest)
   with pycolmap.Database.open(database_path) as db:
     pipeline = pycolmap.IncrementalPipeline(options, db, manager)
-  watch = _Watch(manager, count, scene_dir)
+  monitor = _Monitor(manager, count, scene_dir)
   events = pycolmap.IncrementalPipelineCallback
   for event in (events.INITIAL_IMAGE_PAIR_REG_CALLBACK, events.NEXT_IMAGE_REG_CALLBACK):
-    pipeline.add_callback(event.value, watch)
+    pipeline.add_callback(event.value, monitor)
   try:
     pipeline.run()
   finally:
-    watch.close()
+    monitor.close()
   models = [manager.get(k) for k in range(manager.size())]
   return sorted(models, key=lambda m: (-m.num_reg_images(), -m.num_points3D()))
 
 
-class _Watch:
-  """Tells how many photographs are placed, and saves the model now and then."""
+class _Monitor:
+  """Callback of the mapper: shows how many photographs are posed, and saves snapshots."""
 
   def __init__(self, manager, count: int, scene_dir: str):
     self._manager, self._count, self._scene_dir = manager, count, scene_dir
@@ -217,7 +221,7 @@ class _Watch:
     if size != self._model:
       self.close()
       self._model = size
-      label = 'placing photographs' + (f', model {size}' if size > 1 else '')
+      label = 'posing photographs' + (f', model {size}' if size > 1 else '')
       self._bar = progress.Bar(label, self._count).__enter__()
     self._bar.show(min(model.num_reg_images(), self._count))
     if time.monotonic() - self._saved > _SNAPSHOT_SECONDS:
@@ -230,17 +234,17 @@ class _Watch:
 
 
 def _save_snapshot(model, scene_dir: str) -> None:
-  """Saves a model, and removes those saved before."""
+  """Saves a snapshot of a model, then removes the older ones."""
   folder = os.path.join(scene_dir, _SNAPSHOTS)
-  before = _listed(folder)
-  number = int(before[-1]) + 1 if before else 0
-  write_whole(model.write_binary, scene_dir, f'{_SNAPSHOTS}/{number:06d}')
-  for name in before:
+  older = _snapshots(folder)
+  number = int(older[-1]) + 1 if older else 0
+  write_folder(model.write_binary, scene_dir, f'{_SNAPSHOTS}/{number:06d}')
+  for name in older:
     shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
 
 
-def write_whole(write: Callable[[str], None], scene_dir: str, name: str) -> None:
-  """Has `write` fill a folder, which gets its name, and replaces what had it, once it is whole."""
+def write_folder(write: Callable[[str], None], scene_dir: str, name: str) -> None:
+  """Calls `write(temporary folder)`, then renames the folder to `name`, replacing an older one."""
   folder = os.path.join(scene_dir, name)
   temporary = os.path.join(scene_dir, photos_lib.STAGING, uuid.uuid4().hex)
   os.makedirs(temporary)
@@ -255,19 +259,19 @@ def write_whole(write: Callable[[str], None], scene_dir: str, name: str) -> None
     os.rename(temporary, folder)
 
 
-def _listed(folder: str) -> list[str]:
+def _snapshots(folder: str) -> list[str]:
   return sorted(n for n in os.listdir(folder) if n.isdigit()) if os.path.isdir(folder) else []
 
 
 def _newest_snapshot(folder: str, count: int) -> str | None:
-  """The newest saved model, if it has more than half of the photographs."""
-  for name in reversed(_listed(folder)):
+  """Returns the newest snapshot that has more than half of the photographs, or None."""
+  for name in reversed(_snapshots(folder)):
     path = os.path.join(folder, name)
     if colmap().Reconstruction(path).num_reg_images() > count / 2:
       return path
   return None
 
 
-def forget_snapshots(scene_dir: str) -> None:
-  """Once the models are in their place."""
+def remove_snapshots(scene_dir: str) -> None:
+  """Removes all snapshots, once the finished models are written."""
   shutil.rmtree(os.path.join(scene_dir, _SNAPSHOTS), ignore_errors=True)

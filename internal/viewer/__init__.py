@@ -1,1 +1,1 @@
-"""The interactive viewer."""
+"""The interactive viewer, a web page."""

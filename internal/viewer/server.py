@@ -1,4 +1,4 @@
-"""Opens the viewer of a run, trained or in training: a web page on `viser` for each visitor."""
+"""Opens the viewer of a run, finished or in training: a `viser` server with a page per visitor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..rendering import orbits
 from ..system import progress
 from ..training import train_step
 from . import page as page_lib
-from . import session
+from . import session as session_lib
 from .page import ViewerError
 
 _LOCAL = ('localhost', '127.0.0.1', '::1')
@@ -26,83 +26,90 @@ _LOCAL = ('localhost', '127.0.0.1', '::1')
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds --host and --port."""
   parser.add_argument(
-    '--host', default='localhost', help="the viewer's address; 0.0.0.0 lets other machines in"
+    '--host', default='localhost', help='address of the viewer; 0.0.0.0 admits other machines'
   )
   parser.add_argument(
-    '--port', type=int, default=8080, help="the viewer's port; the next free one if it is taken"
+    '--port', type=int, default=8080, help='port of the viewer; if it is in use, the next free one'
   )
 
 
 def open_page(
   args: argparse.Namespace, settings: configs.Settings, scene: scenes.Scene, mesh
-) -> session.Viewer:
-  """Opens the page of a run and says where; the result is to be worked by the caller's thread.
+) -> session_lib.Session:
+  """Starts the server of a run and prints its address.
+
+  Returns:
+    The session, which renders when the caller's thread calls `work` or `serve`.
 
   Raises:
-    ViewerError: viser is missing, the address cannot be used, or there are several processes.
+    ViewerError: viser is not installed, the address cannot be used, or there are several processes.
   """
   if jax.process_count() > 1:
     raise ViewerError(
-      'The viewer is for one process. Train without --viewer, and look at the checkpoints with '
-      'scripts/view.py.'
+      'The viewer works with one process only. Train without --viewer, and view the checkpoints '
+      'with scripts/view.py.'
     )
   config = settings.config
   points = sparse_points.read(config.data_dir, scene.world_transform)
   capture = page_lib.Capture(config.checkpoint_dir, scene, points, config.last_step)
-  watched = session.Viewer(session.Renderer(settings, scene, mesh))
+  session = session_lib.Session(session_lib.Renderer(settings, scene, mesh))
   server = _open_server(args.host, args.port)
   server.gui.configure_theme(control_width='medium', show_logo=False, show_share_button=False)
   server.gui.set_panel_label('mip-NeRF 360')
-  _place(server, capture)
-  _receive(server, lambda client: page_lib.Page(client, capture, watched))
+  _set_initial_camera(server, capture)
+  _serve_pages(server, lambda client: page_lib.Page(client, capture, session))
   host = server.get_host()
   progress.say(f'viewer at http://{"localhost" if host in _LOCAL else host}:{server.get_port()}')
-  return watched
+  return session
 
 
 def live(
   args: argparse.Namespace, settings: configs.Settings, scene: scenes.Scene, mesh
 ) -> Callable:
-  """A function that training calls after each step with its parameters and number.
+  """Opens a page as `open_page` does, for a run in training.
 
-  It returns the seconds that it took. As `open_page`, of which it also has the errors.
+  Returns:
+    A callback `(params, step) -> seconds spent` that training calls after each step.
   """
-  watched = open_page(args, settings, scene, mesh)
-  fraction = lambda step: float(train_step.train_fraction(step, settings.config.max_steps))  # noqa: E731
-  return session.Live(watched, fraction, jax.block_until_ready)
+  session = open_page(args, settings, scene, mesh)
+
+  def fraction(step: int) -> float:
+    return float(train_step.train_fraction(step, settings.config.max_steps))
+
+  return session_lib.Live(session, fraction, jax.block_until_ready)
 
 
 def _open_server(host: str, port: int):
   try:
     import viser
   except ImportError:
-    raise ViewerError('The viewer needs viser: pip install -r requirements-viewer.txt') from None
+    raise ViewerError('viser is not installed: pip install -r requirements-viewer.txt') from None
   if not 0 < port < 65536:
     raise ViewerError(f'--port must be in [1, 65535], got {port}.')
   if host not in _LOCAL:
     print(
-      f'Warning: whoever reaches {host}:{port} can look at the scene, and save paths and pictures '
-      'in the folder of the run.',
+      f'Warning: anyone who can reach {host}:{port} can view the scene, and save paths and '
+      "pictures in the run's folder.",
       file=sys.stderr,
     )
   try:
-    with contextlib.redirect_stdout(io.StringIO()):  # It prints a panel of its own.
+    with contextlib.redirect_stdout(io.StringIO()):  # viser prints its own banner.
       server = viser.ViserServer(host=host, port=port, verbose=False)
   except OSError as error:
-    raise ViewerError(f'No viewer at --host {host} --port {port}: {error}.') from None
-  # Any visitor could have it make a tunnel to the outside.
+    raise ViewerError(f'--host {host} --port {port} cannot be used: {error}.') from None
+  # Otherwise any visitor could open a public tunnel to this server.
   server.request_share_url = lambda *_, **__: None
   return server
 
 
-def _receive(server, make_page: Callable) -> None:
-  """Has a page made for each browser, and closed when it is gone."""
+def _serve_pages(server, make_page: Callable) -> None:
+  """Makes a page for each browser that connects, and closes it when the browser disconnects."""
   pages = {}
 
   @server.on_client_connect
   def _(client):
     page = pages[client.client_id] = make_page(client)
-    if client.client_id not in server.get_clients():  # Gone already, and nobody will say so.
+    if client.client_id not in server.get_clients():  # Disconnected before the page was stored.
       page.close()
 
   @server.on_client_disconnect
@@ -111,8 +118,8 @@ def _receive(server, make_page: Callable) -> None:
       page.close()
 
 
-def _place(server, capture: page_lib.Capture) -> None:
-  """Where visitors stand at first: at a photograph, turning around what the cameras look at."""
+def _set_initial_camera(server, capture: page_lib.Capture) -> None:
+  """Starts visitors at the first test photograph, orbiting the point that the cameras look at."""
   scene = capture.scene
   cams = scene.cameras
   poses = np.asarray(cams.camtoworld, np.float64)

@@ -1,7 +1,7 @@
-"""Pictures for people who look at a field as they please: coarse at once, finer while they wait.
+"""Interactive rendering: a coarse picture at once, refined while the camera rests.
 
-One thread renders, for all visitors; what they want comes from other threads. Nothing here knows of
-browsers (internal/viewer_ui.py does).
+One thread renders for all visitors. Their requests come from other threads. This module does not
+depend on browsers; page.py connects it to one.
 """
 
 from __future__ import annotations
@@ -22,106 +22,111 @@ from ..rendering import surface_points, trajectory
 from ..vis import pictures
 
 MODES = ('colour', 'depth', 'opacity', 'normals', 'spread of distance')
-SPREAD_MAX = 4.0  # The ratio of distances that is drawn brightest; fixed, to compare pictures.
-PROMPT = 0.12  # Seconds that the first picture of a view should take.
-SHARE = 0.5  # Of the time, at most, that training gives to those who look.
-_FEWEST = 48  # Pixels of the long side that are worth a picture.
-_CHUNK_ON_CPU = 2048  # Rays at once: what a picture that is no longer wanted is given up after.
-_POINT_SIDE, _POINT_VIEWS = 48, 24  # Pixels and cameras that points are taken from.
+SPREAD_MAX = 4.0  # The ratio drawn at full brightness; fixed, so that pictures are comparable.
+FIRST_SECONDS = 0.12  # Target time of the first picture of a view.
+SHARE = 0.5  # Of the training time, the most that rendering may take.
+_MIN_SIDE = 48  # Pixels; a picture whose longer side is shorter is not worth showing.
+_CHUNK_ON_CPU = 2048  # Rays; rendering can be cancelled after each chunk.
+_POINT_SIDE, _POINT_VIEWS = 48, 24  # Size and number of the views that `points` renders.
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """What somebody wants to see."""
+  """A view to render."""
 
   pose: np.ndarray  # [3, 4] OpenGL camera axes to the normalised world.
   fov: float  # Vertical, radians.
-  size: tuple[int, int]  # Width and height in pixels, of the finest picture.
+  size: tuple[int, int]  # Width and height of the finest picture, in pixels.
   mode: str = MODES[0]
-  clip: tuple[float, float] | None = None  # Distances of the near and far plane; None: none.
+  clip: tuple[float, float] | None = None  # Distances of the near and far planes; None: no planes.
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """What is seen in a view."""
+  """A rendered view."""
 
   image: np.ndarray  # [h, w, 3] uint8
   depth: np.ndarray | None  # [h, w] along the optical axis; None in NDC, which has no lengths.
-  legend: str  # What its colours mean.
+  legend: str  # Explains the colours.
 
 
-class Moved(Exception):
-  """The view is no longer wanted."""
+class ViewChanged(Exception):
+  """Cancels the rendering of a view that is out of date."""
 
 
 def camera(view: View, size: tuple[int, int], pixtocam_ndc=None) -> structs.Cameras:
-  """The one-row table of a view's camera, a pinhole of `size` (width, height)."""
+  """Returns the camera of a view, a pinhole with `size` (width, height) pixels, as one row."""
   width, height = size
   focal = height / 2 / np.tan(view.fov / 2)
   pixtocam = cameras.pixtocam_from_intrinsics(focal, focal, width / 2, height / 2)
   return cameras.make_cameras(pixtocam, view.pose[None], size, pixtocam_ndc=pixtocam_ndc)
 
 
-def draw_mode(mode: str, seen: dict[str, np.ndarray]) -> tuple[np.ndarray, str]:
-  """A rendering, as `evaluation.make_image_renderer` has it, in one of MODES, and its legend.
+def draw_mode(mode: str, rendering: dict[str, np.ndarray]) -> tuple[np.ndarray, str]:
+  """Draws a rendering of `renderer.make_image_renderer` in one of MODES.
+
+  Returns:
+    The picture, uint8 [h, w, 3], and its legend.
 
   Raises:
-    ValueError: an unknown mode.
+    ValueError: the mode is unknown.
   """
   if mode == 'colour':
-    return pictures.to_uint8(seen['rgb']), ''
+    return pictures.to_uint8(rendering['rgb']), ''
   if mode == 'depth':
-    near, far = pictures.depth_range(seen['distance_median'], seen['acc'])
-    image = pictures.depth_picture(seen['distance_median'], seen['acc'], (near, far))
+    median, opacity = rendering['distance_median'], rendering['acc']
+    near, far = pictures.depth_range(median, opacity)
+    image = pictures.depth_picture(median, opacity, (near, far))
     return image, f'median distance, bright {near:.3g} to dark {far:.3g}'
   if mode == 'opacity':
-    return pictures.apply_colormap(seen['acc']), 'opacity, dark 0 to bright 1'
+    return pictures.apply_colormap(rendering['acc']), 'opacity, dark 0 to bright 1'
   if mode == 'normals':
-    return pictures.normal_picture(seen['normals'], seen['acc']), 'red, green, blue are x, y, z'
+    image = pictures.normal_picture(rendering['normals'], rendering['acc'])
+    return image, 'red, green, blue are x, y, z'
   if mode == 'spread of distance':
-    low, _, high = np.moveaxis(np.maximum(seen['distance_percentiles'], 1e-9), -1, 0)
+    low, _, high = np.moveaxis(np.maximum(rendering['distance_percentiles'], 1e-9), -1, 0)
     image = pictures.apply_colormap(np.log(np.maximum(high / low, 1)) / np.log(SPREAD_MAX))
     return image, f'95th over 5th percentile of distance, dark 1 to bright {SPREAD_MAX:g} or more'
   raise ValueError(f'The mode must be one of {", ".join(MODES)}, got {mode!r}.')
 
 
 class Renderer:
-  """Renders views of a scene; its programs are compiled when first needed."""
+  """Renders views of a scene; compiles its programs on first use."""
 
   def __init__(self, settings: configs.Settings, scene: scenes.Scene, mesh):
     config = settings.config
     if mesh.devices.flat[0].platform == 'cpu':
-      fitting = max(1, min(config.render_chunk_size, _CHUNK_ON_CPU) // mesh.size) * mesh.size
-      config = dataclasses.replace(config, render_chunk_size=fitting)
+      chunk = max(1, min(config.render_chunk_size, _CHUNK_ON_CPU) // mesh.size) * mesh.size
+      config = dataclasses.replace(config, render_chunk_size=chunk)
     self._settings = dataclasses.replace(settings, config=config)
     self._scene, self._mesh, self._programs = scene, mesh, {}
 
   @property
   def far(self) -> float:
-    """The distance at which the field ends."""
+    """The distance up to which rays are sampled."""
     return self._settings.config.far
 
-  def knows(self, view: View) -> bool:
-    """Whether what the view needs has been compiled."""
-    return self._kind(view) in self._programs
+  def is_compiled(self, view: View) -> bool:
+    """Returns whether the program that the view needs has been compiled."""
+    return self._variant(view) in self._programs
 
-  def _kind(self, view: View) -> tuple[bool, bool, bool]:
-    """With normals; between planes; and with a far plane that one can look through."""
+  def _variant(self, view: View) -> tuple[bool, bool, bool]:
+    """Returns the key of a program: (has normals, is clipped, has a transparent far plane)."""
     clipped = view.clip is not None
     return view.mode == 'normals', clipped, clipped and view.clip[1] < self.far
 
   def _program(self, view: View) -> Callable:
-    kind = self._kind(view)
-    if kind not in self._programs:
-      with_normals, _, see_through = kind
+    variant = self._variant(view)
+    if variant not in self._programs:
+      with_normals, _, transparent = variant
       settings = self._settings
-      if see_through:
+      if transparent:
         model = dataclasses.replace(settings.model, opaque_background=False)
         settings = dataclasses.replace(settings, model=model)
-      self._programs[kind] = renderer_lib.make_image_renderer(
+      self._programs[variant] = renderer_lib.make_image_renderer(
         settings, self._mesh, with_normals=with_normals
       )
-    return self._programs[kind]
+    return self._programs[variant]
 
   def __call__(
     self,
@@ -131,84 +136,95 @@ class Renderer:
     size: tuple[int, int],
     progress: Callable[[int, int], None] | None = None,
   ) -> Picture:
-    """The view in `size` (width, height); `progress` as in `evaluation.make_image_renderer`."""
+    """Renders a view with `size` (width, height) pixels.
+
+    `progress(done, total)` is called after each chunk of rays; an exception cancels the rendering.
+    """
     ndc = self._scene.cameras.pixtocam_ndc
-    table = camera(view, size, ndc)
-    seen = self._program(view)(params, table, 0, train_frac, progress, view.clip)
-    image, legend = draw_mode(view.mode, seen)
-    # Directions have z = -1 in the camera, so distances in units of them are along the axis.
-    depth = np.where(seen['acc'] > 0.5, seen['distance_median'], self.far) if ndc is None else None
+    cams = camera(view, size, ndc)
+    rendering = self._program(view)(params, cams, 0, train_frac, progress, view.clip)
+    image, legend = draw_mode(view.mode, rendering)
+    depth = None
+    if ndc is None:
+      # Ray directions have z = -1 in camera axes, so their distances are depths along the axis.
+      depth = np.where(rendering['acc'] > 0.5, rendering['distance_median'], self.far)
     return Picture(image, depth, legend)
 
   def points(self, params, train_frac: float) -> tuple[np.ndarray, np.ndarray]:
-    """Points [n, 3] where training cameras see surfaces, at median distance, and their colours.
+    """Renders small training views; returns the surface points at their pixels.
 
-    Colours are uint8 [n, 3]. What is farther away than ten times the cameras' spread is left out.
+    Leaves out points farther than 10 from the origin; the cameras are within about 1.
+
+    Returns:
+      Positions [n, 3] in the normalised world, and colours, uint8 [n, 3].
     """
-    table = trajectory.shrink(self._scene.cameras.take(np.array(self._scene.train)), _POINT_SIDE)
-    count = len(table.size)
+    cams = trajectory.shrink(self._scene.cameras.take(np.array(self._scene.train)), _POINT_SIDE)
+    count = len(cams.size)
     rows = np.unique(np.linspace(0, count - 1, min(count, _POINT_VIEWS)).round().astype(int))
-    plain = View(np.eye(3, 4), 1.0, (1, 1))
-    places, colours = [], []
+    colour_program = self._program(View(np.eye(3, 4), 1.0, (1, 1)))
+    positions, colours = [], []
     for row in rows.tolist():
-      seen = self._program(plain)(params, table, row, train_frac)
-      origins, directions = surface_points.pixel_rays(table, row)
-      place = origins + directions * seen['distance_median'][..., None]
-      kept = (seen['acc'] > 0.5) & (np.linalg.norm(place, axis=-1) < 10)
-      places.append(place[kept])
-      colours.append(pictures.to_uint8(seen['rgb'])[kept])
-    return np.concatenate(places), np.concatenate(colours)
+      rendering = colour_program(params, cams, row, train_frac)
+      origins, directions = surface_points.pixel_rays(cams, row)
+      xyz = origins + directions * rendering['distance_median'][..., None]  # [h, w, 3]
+      kept = (rendering['acc'] > 0.5) & (np.linalg.norm(xyz, axis=-1) < 10)  # [h, w]
+      positions.append(xyz[kept])
+      colours.append(pictures.to_uint8(rendering['rgb'])[kept])
+    return np.concatenate(positions), np.concatenate(colours)
 
 
-def coarsest(size: tuple[int, int], rays: float) -> int:
-  """How often to halve a picture's sides for it to have at most so many pixels, within reason."""
+def level_within(size: tuple[int, int], rays: float) -> int:
+  """Returns how often to halve a picture's sides for at most `rays` pixels.
+
+  Stops halving before the longer side has fewer than 48 pixels.
+  """
   level = 0
-  while np.prod(shrunk(size, level)) > rays and max(shrunk(size, level + 1)) >= _FEWEST:
+  while np.prod(shrunk(size, level)) > rays and max(shrunk(size, level + 1)) >= _MIN_SIDE:
     level += 1
   return level
 
 
 def shrunk(size: tuple[int, int], level: int) -> tuple[int, int]:
-  """Width and height after halving so often."""
+  """Returns (width, height) after halving both `level` times."""
   return tuple(max(1, round(side / 2**level)) for side in size)
 
 
-class Audience(Protocol):
-  """Where pictures go; all of it is called by the rendering thread."""
+class Display(Protocol):
+  """Shows pictures to a visitor; the rendering thread calls its methods."""
 
   def show(self, picture: Picture, step: int, seconds: float, finest: bool) -> None:
-    """Shows a picture of the field at a step, which took so long."""
+    """Shows a picture of the model at a training step, which took `seconds` to render."""
 
-  def wait(self) -> None:
-    """Something is compiled first."""
+  def show_compiling(self) -> None:
+    """Shows that a program must be compiled first."""
 
-  def fail(self, reason: str) -> None:
-    """What was asked for could not be done."""
+  def show_error(self, reason: str) -> None:
+    """Shows that a view or a job failed."""
 
 
 class Visitor:
-  """Somebody who looks. The methods are for any thread; `wake` is called when there is work."""
+  """A visitor and the view it wants. Any thread may call the methods; `wake` wakes the renderer."""
 
-  def __init__(self, audience: Audience, wake: Callable[[], None]):
-    self.audience, self._wake = audience, wake
+  def __init__(self, display: Display, wake: Callable[[], None]):
+    self.display, self._wake = display, wake
     self.jobs = collections.deque()
     self.view, self.version = None, 0
-    # Of the rendering thread: what has been drawn, and how often its sides are halved.
+    # For the rendering thread: what was drawn last, how often its sides were halved, and when.
     self.drawn_version, self.drawn_step, self.level, self.served = 0, -1, 0, 0.0
 
-  def want(self, view: View) -> None:
-    """This view is wanted, and none before it."""
+  def set_view(self, view: View) -> None:
+    """Requests a view, which replaces the one before."""
     self.view = view
     self.version += 1
     self._wake()
 
-  def ask(self, job: Callable) -> None:
-    """Has the rendering thread call `job(renderer, params, train_frac, step)`."""
+  def submit(self, job: Callable) -> None:
+    """Makes the rendering thread call `job(renderer, params, train_frac, step)`."""
     self.jobs.append(job)
     self._wake()
 
-  def unfinished(self, step: int) -> int | None:
-    """How bad what it sees is: 0 (nothing of its view) is worst; None where nothing is to do."""
+  def priority(self, step: int) -> int | None:
+    """Returns 0 for a new view, 1 to refine it, 2 for new parameters, None if all is drawn."""
     if self.view is None:
       return None
     if self.drawn_version != self.version:
@@ -218,30 +234,30 @@ class Visitor:
     return 2 if self.drawn_step != step else None
 
 
-class Viewer:
-  """Decides what is rendered next, and renders it."""
+class Session:
+  """Schedules and renders the views of all visitors."""
 
   def __init__(self, renderer: Renderer, clock: Callable[[], float] = time.monotonic):
     self.renderer, self._clock = renderer, clock
     self.visitors: list[Visitor] = []
-    self.woken = threading.Event()
-    self._rate = None  # Rays a second.
+    self.has_work = threading.Event()
+    self._rate = None  # Rays per second.
 
-  def join(self, audience: Audience) -> Visitor:
-    """A new visitor (from any thread)."""
-    visitor = Visitor(audience, self.woken.set)
+  def join(self, display: Display) -> Visitor:
+    """Adds a visitor; any thread may call this."""
+    visitor = Visitor(display, self.has_work.set)
     self.visitors = [*self.visitors, visitor]
     return visitor
 
   def leave(self, visitor: Visitor) -> None:
-    """The visitor is gone (from any thread); what it waits for is given up."""
+    """Removes a visitor and cancels its rendering; any thread may call this."""
     visitor.version += 1
     self.visitors = [v for v in self.visitors if v is not visitor]
 
   def work(self, params, step: int, train_frac: float) -> bool:
-    """Renders the one picture, or does the one job, that is needed most; False if there is none.
+    """Runs one job or renders one picture, the most urgent one; returns False if there is none.
 
-    What fails is told to the visitor whose wish it was, and is not tried again.
+    Errors are shown to the visitor who made the request, which is not tried again.
     """
     visitors = self.visitors
     for visitor in visitors:
@@ -249,10 +265,10 @@ class Viewer:
         job = visitor.jobs.popleft()
         self._try(visitor, lambda job=job: job(self.renderer, params, train_frac, step))
         return True
-    waiting = [v for v in visitors if v.unfinished(step) is not None]
+    waiting = [v for v in visitors if v.priority(step) is not None]
     if not waiting:
       return False
-    visitor = min(waiting, key=lambda v: (v.unfinished(step), v.served))
+    visitor = min(waiting, key=lambda v: (v.priority(step), v.served))
     visitor.served = self._clock()
     self._try(visitor, lambda: self._draw(visitor, params, step, train_frac))
     return True
@@ -260,63 +276,67 @@ class Viewer:
   def _try(self, visitor: Visitor, act: Callable[[], None]) -> None:
     try:
       act()
-    except Moved:
+    except ViewChanged:
       pass
-    except Exception as error:  # Whatever it is, neither training nor other visitors suffer.
+    except Exception as error:  # Any error: training and other visitors must go on.
       visitor.level = 0
-      visitor.audience.fail(f'{type(error).__name__}: {" ".join(str(error).split())[:300]}')
+      visitor.display.show_error(f'{type(error).__name__}: {" ".join(str(error).split())[:300]}')
 
   def _draw(self, visitor: Visitor, params, step: int, train_frac: float) -> None:
-    """The next picture of a visitor's view."""
+    """Renders the next picture of a visitor's view."""
     version, view = visitor.version, visitor.view
     first = visitor.drawn_version != version
     if first:
-      rays = _FEWEST**2 if self._rate is None else PROMPT * self._rate
-      level = coarsest(view.size, rays)
+      rays = _MIN_SIDE**2 if self._rate is None else FIRST_SECONDS * self._rate
+      level = level_within(view.size, rays)
     else:
       level = max(visitor.level - 1, 0)
-    # Noted first, so that what fails is not tried for ever.
+    # Set before rendering, so that a view that fails is not tried again.
     visitor.drawn_version, visitor.drawn_step, visitor.level = version, step, level
 
-    def still_wanted(*_):
+    def check_view(*_):
       if visitor.version != version:
-        raise Moved
+        raise ViewChanged
 
-    compiled, size = self.renderer.knows(view), shrunk(view.size, level)
+    compiled, size = self.renderer.is_compiled(view), shrunk(view.size, level)
     if not compiled:
-      visitor.audience.wait()
-    began = self._clock()
-    # Who moves all the time must see something all the time: first pictures are not given up.
-    picture = self.renderer(params, train_frac, view, size, None if first else still_wanted)
-    seconds = self._clock() - began
+      visitor.display.show_compiling()
+    start = self._clock()
+    # First pictures are never cancelled: while the camera moves, they are all that is shown.
+    picture = self.renderer(params, train_frac, view, size, None if first else check_view)
+    seconds = self._clock() - start
     if compiled:
       self._rate = np.prod(size) / max(seconds, 1e-6)
-    visitor.audience.show(picture, step, seconds, level == 0)
+    visitor.display.show(picture, step, seconds, level == 0)
 
   def serve(self, params, step: int, train_frac: float) -> None:
-    """Works until an exception, such as `signals.Stopped`, ends it."""
+    """Renders until an exception, such as `signals.Stopped`, ends the loop."""
     while True:
-      self.woken.clear()
+      self.has_work.clear()
       if not self.work(params, step, train_frac):
-        self.woken.wait()
+        self.has_work.wait()
 
 
 class Live:
-  """A viewer of a field in training, worked by the training thread between its steps."""
+  """A training callback that renders for visitors between two steps."""
 
-  def __init__(self, viewer: Viewer, fraction: Callable[[int], float], wait: Callable):
-    """`fraction(step)` is the share of training done, `wait(params)` awaits the steps so far."""
-    self._viewer, self._fraction, self._wait = viewer, fraction, wait
-    self._again = 0.0  # When there is time to render.
+  def __init__(self, session: Session, fraction: Callable[[int], float], wait: Callable):
+    """Takes `fraction(step)`, the fraction of training done, and `wait(params)`, which blocks."""
+    self._session, self._fraction, self._wait = session, fraction, wait
+    self._next = 0.0  # Time from which rendering is allowed again.
 
   def __call__(self, params, step: int) -> float:
-    """Renders if somebody looks and training has had its share; returns the seconds it took."""
-    if not self._viewer.visitors or time.monotonic() < self._again:
+    """Renders one picture if there are visitors and training has had its share of the time.
+
+    Returns:
+      The seconds spent rendering.
+    """
+    if not self._session.visitors or time.monotonic() < self._next:
       return 0.0
     self._wait(params)
-    began = time.monotonic()
-    if not self._viewer.work(params, step, self._fraction(step)):
+    start = time.monotonic()
+    if not self._session.work(params, step, self._fraction(step)):
       return 0.0
-    ended = time.monotonic()
-    self._again = ended + (ended - began) * (1 / SHARE - 1)
-    return ended - began
+    end = time.monotonic()
+    self._next = end + (end - start) * (1 / SHARE - 1)
+    return end - start

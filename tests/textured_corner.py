@@ -1,4 +1,4 @@
-"""The corner of a textured room, rendered by cameras that are known."""
+"""Renders the corner of a textured room from known cameras."""
 
 import captures
 import numpy as np
@@ -11,7 +11,7 @@ SIZE, FOCAL, VIEWS = (256, 192), 220.0, 10
 
 
 def texture(seed, n=512):
-  """Blobs of many sizes, [n, n, 3] in 0..255: what SIFT finds everywhere."""
+  """Random blobs of many sizes, [n, n, 3] in 0..255, so that SIFT finds features everywhere."""
   rng = np.random.default_rng(seed)
   total = 0
   for blur in (1.5, 3, 6, 12):
@@ -24,7 +24,7 @@ TEXTURES = [texture(seed) for seed in range(3)]
 
 
 def room_pose(turn, height=1.4, distance=2.6):
-  """Camera to world [3, 4], OpenGL axes, looking into the corner at 0 of floor and two walls."""
+  """Returns a camera-to-world pose [3, 4], OpenGL axes, that looks into the corner at 0."""
   position = np.array([distance * np.cos(turn), distance * np.sin(turn), height])
   back = position - np.array([0.35, 0.35, 0.5])
   back = back / np.linalg.norm(back)
@@ -34,12 +34,12 @@ def room_pose(turn, height=1.4, distance=2.6):
 
 
 def render_room(pose, size=SIZE, focal=FOCAL):
-  """The corner of a room, uint8 [h, w, 3]: the nearest of the planes x = 0, y = 0, z = 0."""
+  """Renders the corner, uint8 [h, w, 3]: the floor z = 0 and the walls x = 0 and y = 0."""
   width, height = size
   y, x = np.mgrid[:height, :width] + 0.5
   rays = np.stack([(x - width / 2) / focal, (height / 2 - y) / focal, -np.ones_like(x)], -1)
   rays = rays @ pose[:, :3].T
-  t = -pose[:, 3] / rays
+  t = -pose[:, 3] / rays  # [h, w, 3], the distance to each plane.
   t = np.where(t > 1e-6, t, np.inf)
   nearest = t.argmin(-1)
   hits = pose[:, 3] + t.min(-1)[..., None] * rays
@@ -55,11 +55,12 @@ def render_room(pose, size=SIZE, focal=FOCAL):
 
 
 def turns(n):
+  """Azimuths of `n` cameras, in radians."""
   return np.linspace(np.radians(15), np.radians(75), n)
 
 
 def true_model():
-  """What the reconstruction is held against."""
+  """Returns the COLMAP model of the true cameras."""
   width, height = SIZE
   camera = colmap.Camera(1, 'PINHOLE', width, height, (FOCAL, FOCAL, width / 2, height / 2))
   images = {

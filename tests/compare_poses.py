@@ -1,13 +1,24 @@
-"""How two posings of one capture differ, once one is laid on the other by a similarity."""
+"""Compares the camera poses of two COLMAP models of the same photographs.
+
+    python tests/compare_poses.py A/sparse/0 B/sparse/0 [--json out.json]
+
+The models may be .bin or .txt. A is aligned to B by the similarity that brings their cameras
+closest. Position errors are in percent of the radius, which is the median distance of B's cameras
+from their mean.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+import sys
 
 import numpy as np
 
-from .. import colmap
-from ..errors import UserError
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from internal import cli, colmap
+from internal.errors import UserError
+from internal.evaluation import metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,89 +30,80 @@ class Similarity:
   shift: np.ndarray  # [3]
 
   def __call__(self, points: np.ndarray) -> np.ndarray:
-    """Points [..., 3]."""
+    """Transforms points [..., 3]."""
     return self.scale * points @ self.rotation.T + self.shift
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """Of the photographs that both models have; `n` of them, by name."""
+  """Errors of the `n` photographs that both models have."""
 
   names: tuple[str, ...]
   only_first: tuple[str, ...]
   only_second: tuple[str, ...]
   rotation: np.ndarray  # [n] degrees
-  position: np.ndarray  # [n] as a share of the radius
-  radius: float  # Of the second model's cameras about their mean: the median distance.
+  position: np.ndarray  # [n] as a fraction of the radius
+  radius: float  # Median distance of the second model's cameras from their mean.
   alignment: Similarity  # From the first model's world to the second's.
 
 
 def fit(source: np.ndarray, target: np.ndarray) -> Similarity:
-  """The similarity that takes points to others with the least sum of squared distances.
-
-  (Umeyama, IEEE TPAMI 13(4), 1991.)
+  """Fits the least-squares similarity from source to target (Umeyama, IEEE TPAMI 13(4), 1991).
 
   Args:
-    source: [n, 3], not all at one place.
+    source: [n, 3], n >= 3, not all at the same place.
     target: [n, 3].
-
-  Raises:
-    ValueError: the points are fewer than three or all at one place.
   """
   if len(source) < 3:
-    raise UserError(f'An alignment takes three points or more, got {len(source)}.')
+    raise UserError(f'An alignment needs at least three points, got {len(source)}.')
   source_mean, target_mean = source.mean(0), target.mean(0)
   a, b = source - source_mean, target - target_mean
   variance = (a**2).sum() / len(a)
   if variance <= 1e-18 * max(1.0, (source_mean**2).sum()):
-    raise UserError('An alignment takes points that are not all at one place.')
-  u, singular, vt = np.linalg.svd(b.T @ a / len(a))
-  signs = np.array([1, 1, np.sign(np.linalg.det(u) * np.linalg.det(vt))])
+    raise UserError('An alignment needs points that are not all at the same place.')
+  u, singular, vt = np.linalg.svd(b.T @ a / len(a))  # [3, 3], [3], [3, 3]
+  signs = np.array([1, 1, np.sign(np.linalg.det(u) * np.linalg.det(vt))])  # No reflections.
   rotation = (u * signs) @ vt
   scale = float((singular * signs).sum() / variance)
   return Similarity(scale, rotation, target_mean - scale * rotation @ source_mean)
 
 
 def compare(first: colmap.Model, second: colmap.Model) -> Comparison:
-  """Lays the first model's cameras on the second's.
-
-  Raises:
-    ValueError: they share fewer than three photographs, or all cameras are at one place.
-  """
+  """Aligns the first model's cameras to the second's and computes their errors."""
   poses = [{i.name: colmap.camera_to_world(i) for i in m.images.values()} for m in (first, second)]
   names = sorted(poses[0].keys() & poses[1].keys())
   if len(names) < 3:
     raise UserError(
-      f'The models share {len(names)} photographs by name, and to compare them takes 3. Are they '
-      'of the same pictures?'
+      f'The models share {len(names)} photographs by name; a comparison needs at least 3. Are they '
+      'models of the same photographs?'
     )
-  a, b = (np.stack([p[name] for name in names]) for p in poses)
+  a, b = (np.stack([p[name] for name in names]) for p in poses)  # [n, 3, 4]
   alignment = fit(a[:, :, 3], b[:, :, 3])
-  turned = alignment.rotation @ a[:, :, :3]
+  rotated = alignment.rotation @ a[:, :, :3]  # [n, 3, 3]
   centre = b[:, :, 3].mean(0)
   radius = float(np.median(np.linalg.norm(b[:, :, 3] - centre, axis=-1)))
-  away = np.linalg.norm(alignment(a[:, :, 3]) - b[:, :, 3], axis=-1)
+  distance = np.linalg.norm(alignment(a[:, :, 3]) - b[:, :, 3], axis=-1)  # [n]
   return Comparison(
     names=tuple(names),
     only_first=tuple(sorted(poses[0].keys() - poses[1].keys())),
     only_second=tuple(sorted(poses[1].keys() - poses[0].keys())),
-    rotation=np.degrees(_angles(turned, b[:, :, :3])),
-    position=away / radius,
+    rotation=np.degrees(_angles(rotated, b[:, :, :3])),
+    position=distance / radius,
     radius=radius,
     alignment=alignment,
   )
 
 
 def _angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  """Radians between rotations [n, 3, 3]; exact for small ones, where the arc cosine is not."""
-  chord = np.linalg.norm(a - b, axis=(-2, -1))
+  """Returns radians between rotations [n, 3, 3]; accurate for small ones, unlike the arc cosine."""
+  chord = np.linalg.norm(a - b, axis=(-2, -1))  # [n]
   return 2 * np.arcsin(np.clip(chord / np.sqrt(8), 0, 1))
 
 
 def table(comparison: Comparison, worst: int = 5) -> str:
-  """The comparison as text in Markdown."""
+  """Formats a comparison as Markdown."""
   rotation, position = comparison.rotation, 100 * comparison.position
-  told = [
+  outliers = [
     f'{comparison.names[k]} ({position[k]:.2f}%, {rotation[k]:.2f} degrees)'
     for k in np.argsort(-position)[:worst]
   ]
@@ -114,7 +116,7 @@ def table(comparison: Comparison, worst: int = 5) -> str:
     _row('rotation, degrees', rotation),
     _row('position, % of the radius', position),
     '',
-    f'The worst by position: {", ".join(told)}.',
+    f'The worst by position: {", ".join(outliers)}.',
   ]
   return '\n'.join(lines)
 
@@ -125,7 +127,7 @@ def _row(name: str, values: np.ndarray) -> str:
 
 
 def as_json(comparison: Comparison) -> dict:
-  """The errors of each photograph, worst position first, and what was aligned how."""
+  """Returns the alignment, and the errors of each photograph, worst position first."""
   rows = zip(comparison.names, comparison.rotation.tolist(), comparison.position.tolist())
   return {
     'radius': comparison.radius,
@@ -135,7 +137,23 @@ def as_json(comparison: Comparison) -> dict:
     'only_first': list(comparison.only_first),
     'only_second': list(comparison.only_second),
     'photographs': [
-      {'name': name, 'rotation_degrees': turn, 'position_share_of_radius': away}
-      for name, turn, away in sorted(rows, key=lambda row: -row[2])
+      {'name': name, 'rotation_degrees': rotation, 'position_share_of_radius': position}
+      for name, rotation, position in sorted(rows, key=lambda row: -row[2])
     ],
   }
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = cli.make_parser(__doc__)
+  parser.add_argument('first', metavar='A', help='folder of the model to align')
+  parser.add_argument('second', metavar='B', help='folder of the reference model')
+  parser.add_argument('--json', metavar='FILE', help='also write the errors of each photograph')
+  args = parser.parse_args(argv)
+  comparison = compare(colmap.read_model(args.first), colmap.read_model(args.second))
+  print(table(comparison))
+  if args.json:
+    metrics.write_json(args.json, as_json(comparison))
+
+
+if __name__ == '__main__':
+  cli.run(main)
