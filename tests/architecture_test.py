@@ -11,9 +11,9 @@ INTERNAL = ROOT / 'internal'
 # own, so there are no circles; within a folder the same holds for its modules.
 FLOORS = (
   ('errors', 'math', 'structs', 'system'),
-  ('cameras', 'colmap', 'config_checks', 'coord', 'demo', 'devices', 'geopoly', 'image', 'paths',
+  ('cameras', 'colmap', 'config_checks', 'coord', 'devices', 'geopoly', 'image', 'paths',
    'stepfun', 'vis'),
-  ('configs', 'fields', 'render'),
+  ('configs', 'demo', 'fields', 'render'),
   ('cli', 'datasets', 'losses', 'models'),
   ('training',),
   ('rendering',),

@@ -16,7 +16,7 @@ from internal.__main__ import COMMANDS
 from internal.system import installation
 
 ROOT = pathlib.Path(__file__).parents[1]
-OTHERS = {'compare_poses', 'make_large_capture'}  # Scripts that are no commands.
+OTHERS = {'compare_poses'}  # Scripts that are no commands.
 
 
 class TestArguments:
