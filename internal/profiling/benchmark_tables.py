@@ -1,4 +1,4 @@
-"""How the benchmark prints what it measured: lines as they come, markdown at the end of a sweep."""
+"""The benchmark's output: a line per measurement, a markdown table per sweep."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from . import costs
 
 _GIB = 2**30
 
-# Heading, key of a row, alignment and width, format.
+# Heading, key in a row, alignment and width, number format.
 _COLUMNS = (
   ('', 'name', '<30', '{}'),
   ('devices', 'devices', '>7', '{}'),
@@ -31,7 +31,7 @@ def say(text: str = '') -> None:
 
 
 def cell(row: dict, key: str, form: str) -> str:
-  """One number of a row as text; nothing, or 'failed', where the row does not have it."""
+  """Formats one number of a row: '' if it is missing, 'failed' if the measurement failed."""
   value = row.get(key)
   if value is None:
     return 'failed' if 'error' in row else ''
@@ -39,37 +39,35 @@ def cell(row: dict, key: str, form: str) -> str:
 
 
 def say_row(row: dict | None = None) -> None:
-  """Prints a measurement as a line of the table; None prints the heading."""
+  """Prints a row as a line of the table; None prints the heading."""
   if row is not None and 'error' in row:
     say(f'{row["name"]:30} failed: {row["error"]}')
     return
-  kept = '  (compiled before, and kept)' if row and row.get('compiled_from_cache') else ''
+  kept = '  (from the compilation cache)' if row and row.get('compiled_from_cache') else ''
   cells = (title if row is None else cell(row, key, form) for title, key, _, form in _COLUMNS)
   say(' '.join(format(c, column[2]) for c, column in zip(cells, _COLUMNS)).rstrip() + kept)
 
 
 def say_kernels(row: dict, found: Sequence[costs.Kernel], top: int) -> None:
-  """Prints the kernels that take the most of a row's time."""
+  """Prints the `top` slowest kernels of a row."""
   busy = sum(k.ms for k in found)
-  say(f'\n{row["name"]}: kernels take {busy:.2f} of {row["ms"]:.2f} ms; {len(found)} names')
-  say(f'{"ms":>9} {"%":>6} {"count":>7}  kernel  (and the operation that it is most of)')
+  say(
+    f'\n{row["name"]}: kernels take {busy:.2f} of {row["ms"]:.2f} ms; {len(found)} different ones'
+  )
+  say(f'{"ms":>9} {"%":>6} {"count":>7}  kernel  (and its main operation)')
   for k in found[:top]:
     say(f'{k.ms:9.3f} {100 * k.ms / row["ms"]:6.1f} {k.count:7.1f}  {k.name[:80]}  {k.source}')
   say()
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """Formats a table as markdown."""
   lines = [heads, ['---'] * len(heads), *rows]
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
-def image_table(points: Sequence[dict]) -> str:
-  forms = {'rays': '{:,}', 'measured_seconds': '{:.3f}', 'computed_seconds': '{:.3f}'}
-  rows = [[p['name'], *(cell(p, key, form) for key, form in forms.items())] for p in points]
-  return markdown(['', 'rays', 'seconds, measured', 'seconds, from the rate'], rows)
-
-
 def cost_table(points: Sequence[dict]) -> str:
+  """Formats the points of a sweep as markdown."""
   forms = {
     'ms': '{:.2f}',
     'rays_per_second': '{:,.0f}',
