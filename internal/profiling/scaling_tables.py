@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -37,50 +37,64 @@ def loss_difference(rows: Sequence[dict]) -> tuple[int, float, float] | None:
   return len(one), float(apart.mean()), float(apart.max())
 
 
+_COLUMNS = {  # Heading and number format, by key of a row.
+  'batch': ('rays', '{:,}'),
+  'devices': ('devices', '{}'),
+  'ms': ('ms', '{:.2f}'),
+  'rays_per_second': ('rays/s', '{:,.0f}'),
+  'speedup': ('speed-up, same batch', '{:.2f}'),
+  'growing_speedup': ('grown batch', '{:.2f}'),
+  'of_linear': ('of linear', '{:.3f}'),
+  'collective_ms': ('ms in collectives', '{:.2f}'),
+  'own_ms_fastest': ('ms in other kernels: fastest device', '{:.2f}'),
+  'own_ms_slowest': ('slowest', '{:.2f}'),
+  'temp_bytes': ('temporary GiB', '{:.2f}'),
+  'micro_batches': ('micro-batches', '{}'),
+  'compile_seconds': ('compile s', '{:.0f}'),
+}
+
+
+def _rates_table(rates: Sequence[dict]) -> str:
+  in_order = sorted(rates, key=lambda r: (KINDS.index(r['kind']), r['batch'], r['devices']))
+  cell = benchmark_tables.cell
+  rows = [[r['kind'], *(cell(r, k, form) for k, (_, form) in _COLUMNS.items())] for r in in_order]
+  return benchmark_tables.markdown(['', *(head for head, _ in _COLUMNS.values())], rows)
+
+
+def _sentences(found: Mapping) -> Iterator[str]:
+  """Yields a sentence for each other measurement of a config."""
+  if 'products' in found:
+    alone, each = ([f'{v:.3g}' for v in values] for values in found['products'].values())
+    yield (
+      f'Large matrix products: {alone[0]} TFLOP/s on one device alone, {", ".join(each)} on all '
+      'devices at once.'
+    )
+  if difference := loss_difference(found.get('rates', ())):
+    steps, mean, most = difference
+    yield (
+      f'Losses of the first {steps} steps on all devices and on one differ by {mean:.1e} on '
+      f'average and {most:.1e} at most (relative).'
+    )
+  for count, took in found.get('start', {}).items():
+    yield (
+      f'First step on {count} devices: after {took["first"]:.1f} s, or {took["second"]:.1f} s '
+      'with a compilation cache.'
+    )
+  if 'dataset' in found:
+    scenes, many, one = (found['dataset'][k] for k in ('scenes', 'seconds', 'one_seconds'))
+    yield (
+      f'{scenes} scenes on as many devices: {many:.0f} s; one scene on one device: {one:.0f} s '
+      f'({one / many:.2f} of linear).'
+    )
+
+
 def markdown(results: Mapping) -> str:
   """Formats all results as markdown."""
   parts = []
   for gin, found in results['configs'].items():
     parts.append(f'## {os.path.basename(gin)}\n')
-    if 'rates' in found:
-      heads = ['', 'rays', 'devices', 'ms', 'rays/s', 'speed-up, same batch', 'grown batch']
-      heads += ['of linear', 'ms in collectives', 'ms in other kernels: fastest device', 'slowest']
-      heads += ['temporary GiB', 'micro-batches', 'compile s']
-      forms = {
-        'batch': '{:,}', 'devices': '{}', 'ms': '{:.2f}', 'rays_per_second': '{:,.0f}',
-        'speedup': '{:.2f}', 'growing_speedup': '{:.2f}', 'of_linear': '{:.3f}',
-        'collective_ms': '{:.2f}', 'own_ms_fastest': '{:.2f}', 'own_ms_slowest': '{:.2f}',
-        'temp_bytes': '{:.2f}', 'micro_batches': '{}', 'compile_seconds': '{:.0f}',
-      }  # fmt: skip
-      cell = benchmark_tables.cell
-      in_order = sorted(
-        found['rates'], key=lambda r: (KINDS.index(r['kind']), r['batch'], r['devices'])
-      )
-      rows = [[r['kind'], *(cell(r, k, form) for k, form in forms.items())] for r in in_order]
-      parts.append(benchmark_tables.markdown(heads, rows) + '\n')
-    if 'products' in found:
-      alone, each = ([f'{v:.3g}' for v in values] for values in found['products'].values())
-      parts.append(
-        f'Large matrix products: {alone[0]} TFLOP/s on one device alone, {", ".join(each)} on all '
-        'devices at once.\n'
-      )
-    if apart := loss_difference(found.get('rates', ())):
-      steps, mean, most = apart
-      parts.append(
-        f'Losses of the first {steps} steps on all devices and on one differ by {mean:.1e} on '
-        f'average and {most:.1e} at most (relative).\n'
-      )
-    for count, took in found.get('start', {}).items():
-      parts.append(
-        f'First step on {count} devices: after {took["first"]:.1f} s, or '
-        f'{took["second"]:.1f} s with a compilation cache.\n'
-      )
-    if 'dataset' in found:
-      scenes, many, one = (found['dataset'][k] for k in ('scenes', 'seconds', 'one_seconds'))
-      parts.append(
-        f'{scenes} scenes on as many devices: {many:.0f} s; one scene on one device: {one:.0f} s '
-        f'({one / many:.2f} of linear).\n'
-      )
+    parts += [_rates_table(found['rates']) + '\n'] if 'rates' in found else []
+    parts += [f'{sentence}\n' for sentence in _sentences(found)]
   return '\n'.join(parts)
 
 
