@@ -255,6 +255,13 @@ class TestOtherParts:
     assert [('error' in p['train'], 'error' in p['render']) for p in points] == [(True, False)] * 3
     assert 'failed' in capsys.readouterr().out
 
+  def test_a_sweep_measures_nothing_twice(self, tmp_path, stand_ins):
+    results = run(tmp_path, '--only', 'train', '--sweep', 'batch', '--seconds', '0')
+    points = results['sweep']['batch']
+    assert points[2]['train']['ms'] == results['train']['ms']
+    assert [kind for kind, *_ in stand_ins] == ['train', *['train', 'render'] * 2, 'render',
+                                                'train', 'render']  # fmt: skip
+
   def test_too_many_devices(self, tmp_path):
     with pytest.raises(configs.ConfigError, match='--devices must be from 1 to 8'):
       run(tmp_path, '--devices', '99')

@@ -205,7 +205,9 @@ def test_pixels_depend_only_on_the_seed():
 def test_a_second_run_is_skipped_and_new_settings_replace_the_scene(scene_folder, tmp_path, capsys):
   folder = tmp_path / 'scene'
   small = ['--width', '8', '--height', '8', '--images', '3']
+  environment = dict(os.environ)
   demo_scene.main([str(folder), *small])
+  assert dict(os.environ) == environment
   before = os.stat(folder / 'images' / 'view_000.png').st_mtime_ns
   demo_scene.main([str(folder), *small])
   assert 'already exists' in capsys.readouterr().out
@@ -222,6 +224,13 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(capture, '_write_capture', fail)
   with pytest.raises(RuntimeError, match='disk full'):
     demo_scene.main([str(tmp_path / 'scene')])
+  assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('wrong', [{'width': 7}, {'height': 7}, {'images': 2}, {'seed': -1}])
+def test_arguments_out_of_range_are_errors(tmp_path, wrong):
+  with pytest.raises(capture.DemoSceneError, match='at least 3 images of at least 8x8'):
+    capture.make_demo_scene(tmp_path / 'scene', **wrong)
   assert os.listdir(tmp_path) == []
 
 

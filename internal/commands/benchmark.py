@@ -154,7 +154,7 @@ class Benchmark:
     synthetic = self.results.get('train', {})
     if 'ms' in row and 'ms' in synthetic:
       row['ms_ratio_to_synthetic'] = row['ms'] / synthetic['ms']
-      tables.say(f'real takes {row["ms_ratio_to_synthetic"]:.3f} x the time of synthetic')
+      print(f'real takes {row["ms_ratio_to_synthetic"]:.3f} x the time of synthetic')
     self.keep('real', {**row, 'pixels_on': place})
 
   def sweep(self) -> None:
@@ -168,7 +168,7 @@ class Benchmark:
           point[kind] = {k: v for k, v in row.items() if k != 'profile'}
         points.append(point)
         self.keep('sweep', found)
-      tables.say(f'\n{tables.cost_table(points)}\n')
+      print(f'\n{tables.cost_table(points)}\n')
 
 
 def shrink(settings: configs.Settings) -> configs.Settings:
@@ -227,13 +227,13 @@ def main(argv=None) -> None:
   shrunk = programs.on_cpu() and shrink(settings) != settings
   if shrunk:
     settings = shrink(settings)
-    tables.say(f'On a CPU: reduced to at most {_CPU_RAYS} rays at once.')
+    print(f'On a CPU: reduced to at most {_CPU_RAYS} rays at once.')
   scene = datasets.load_dataset(settings.config) if 'real' in args.parts else None
   benchmark = Benchmark(args, settings, scene)
   benchmark.results['shrunk'] = shrunk
   for key, value in benchmark.results.items():
-    tables.say(f'{key:20} {value:,}' if type(value) is int else f'{key:20} {value}')
-  tables.say()
+    print(f'{key:20} {value:,}' if type(value) is int else f'{key:20} {value}')
+  print()
   tables.say_row()
   for part in args.parts:
     getattr(benchmark, part)()

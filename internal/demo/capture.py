@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 import PIL.Image
@@ -93,6 +95,23 @@ def _surface_points(poses, images, depths, focal, seed, count=600):
   return np.array(xyz, np.float64), np.array(rgb, np.uint8)
 
 
+@contextlib.contextmanager
+def _workers() -> Iterator[concurrent.futures.Executor]:
+  """Yields a pool with a single-threaded process for each core."""
+  name = 'OPENBLAS_NUM_THREADS'  # Read when a worker imports NumPy.
+  before = os.environ.get(name)
+  os.environ[name] = '1'
+  # Spawned, because forking a process with threads, such as JAX's, can deadlock.
+  context = multiprocessing.get_context('spawn')
+  try:
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
+      yield pool
+  finally:
+    os.environ.pop(name)
+    if before is not None:
+      os.environ[name] = before
+
+
 def _write_capture(folder: pathlib.Path, width: int, height: int, count: int, seed: int) -> None:
   """Renders all views into `folder`/images and writes the COLMAP model into `folder`/sparse/0."""
   from .. import colmap  # Imports JAX, which the workers do not need.
@@ -102,10 +121,7 @@ def _write_capture(folder: pathlib.Path, width: int, height: int, count: int, se
   (folder / 'images').mkdir(parents=True)
   names = [f'view_{i:03d}.png' for i in range(count)]
   images, depths = [], []
-  os.environ['OPENBLAS_NUM_THREADS'] = '1'  # There is a worker for each core.
-  # Spawned, because forking a process with threads, such as JAX's, can deadlock.
-  context = multiprocessing.get_context('spawn')
-  with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
+  with _workers() as pool:
     jobs = [pool.submit(render_view, pose, width, height, focal, seed) for pose in poses]
     for job, name in zip(progress.track(jobs, 'rendering the demo scene'), names):
       image, depth = job.result()
@@ -140,7 +156,8 @@ def make_demo_scene(
   """Makes the demo capture, a COLMAP folder with images/ and sparse/0/.
 
   The folder appears when it is complete. A demo scene that is already there is kept if its settings
-  are the same, else replaced. The pixels are a function of the arguments.
+  are the same, else replaced. The pixels are a function of the arguments. Rendering starts worker
+  processes, so a script must call this below `if __name__ == '__main__':`.
 
   Args:
     folder: where the capture goes.

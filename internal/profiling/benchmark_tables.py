@@ -26,10 +26,6 @@ _COLUMNS = (
 )
 
 
-def say(text: str = '') -> None:
-  print(text)
-
-
 def cell(row: dict, key: str, form: str) -> str:
   """Formats one number of a row: '' if it is missing, 'failed' if the measurement failed."""
   value = row.get(key)
@@ -41,23 +37,23 @@ def cell(row: dict, key: str, form: str) -> str:
 def say_row(row: dict | None = None) -> None:
   """Prints a row as a line of the table; None prints the heading."""
   if row is not None and 'error' in row:
-    say(f'{row["name"]:30} failed: {row["error"]}')
+    print(f'{row["name"]:30} failed: {row["error"]}')
     return
   kept = '  (from the compilation cache)' if row and row.get('compiled_from_cache') else ''
   cells = (title if row is None else cell(row, key, form) for title, key, _, form in _COLUMNS)
-  say(' '.join(format(c, column[2]) for c, column in zip(cells, _COLUMNS)).rstrip() + kept)
+  print(' '.join(format(c, column[2]) for c, column in zip(cells, _COLUMNS)).rstrip() + kept)
 
 
 def say_kernels(row: dict, found: Sequence[costs.Kernel], top: int) -> None:
   """Prints the `top` slowest kernels of a row."""
   busy = sum(k.ms for k in found)
-  say(
+  print(
     f'\n{row["name"]}: kernels take {busy:.2f} of {row["ms"]:.2f} ms; {len(found)} different ones'
   )
-  say(f'{"ms":>9} {"%":>6} {"count":>7}  kernel  (and its main operation)')
+  print(f'{"ms":>9} {"%":>6} {"count":>7}  kernel  (and its main operation)')
   for k in found[:top]:
-    say(f'{k.ms:9.3f} {100 * k.ms / row["ms"]:6.1f} {k.count:7.1f}  {k.name[:80]}  {k.source}')
-  say()
+    print(f'{k.ms:9.3f} {100 * k.ms / row["ms"]:6.1f} {k.count:7.1f}  {k.name[:80]}  {k.source}')
+  print()
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
