@@ -37,7 +37,7 @@ def profile(folder: str, program: programs.Program, row: dict, top: int) -> dict
   steps = 3 if row['ms'] > 500 else 10
   program.trace(folder, steps)
   found = costs.kernels(folder, steps, costs.op_names(program.hlo))
-  tables.say_kernels(row, found, top)
+  tables.print_kernels(row, found, top)
   return {
     'steps': steps,
     'kernel_ms': sum(k.ms for k in found),
@@ -105,7 +105,7 @@ class Benchmark:
       'fraction_of_chip': tflops / (chip * self.mesh.size) if chip else None,
       'peak_bytes': costs.peak_bytes(self.mesh.devices.flat),
     }
-    tables.say_row(row)
+    tables.print_row(row)
     if folder:
       row['profile'] = profile(os.path.join(folder, kind), program, row, self.args.top)
     return row
@@ -130,7 +130,7 @@ class Benchmark:
     rows = {}
     for dtype in sorted(dtypes):
       rows[dtype] = programs.matmul_row(dtype, self.args.seconds)
-      tables.say_row(rows[dtype])
+      tables.print_row(rows[dtype])
       self.chip[dtype] = rows[dtype]['tflops']
     self.keep('matmul', rows)
 
@@ -234,7 +234,7 @@ def main(argv=None) -> None:
   for key, value in benchmark.results.items():
     print(f'{key:20} {value:,}' if type(value) is int else f'{key:20} {value}')
   print()
-  tables.say_row()
+  tables.print_row()
   for part in args.parts:
     getattr(benchmark, part)()
     gc.collect()

@@ -34,7 +34,7 @@ def cell(row: dict, key: str, form: str) -> str:
   return form.format(value / _GIB if key.endswith('_bytes') else value)
 
 
-def say_row(row: dict | None = None) -> None:
+def print_row(row: dict | None = None) -> None:
   """Prints a row as a line of the table; None prints the heading."""
   if row is not None and 'error' in row:
     print(f'{row["name"]:30} failed: {row["error"]}')
@@ -44,7 +44,7 @@ def say_row(row: dict | None = None) -> None:
   print(' '.join(format(c, column[2]) for c, column in zip(cells, _COLUMNS)).rstrip() + kept)
 
 
-def say_kernels(row: dict, found: Sequence[costs.Kernel], top: int) -> None:
+def print_kernels(row: dict, found: Sequence[costs.Kernel], top: int) -> None:
   """Prints the `top` slowest kernels of a row."""
   busy = sum(k.ms for k in found)
   print(
@@ -64,20 +64,14 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def cost_table(points: Sequence[dict]) -> str:
   """Formats the points of a sweep as markdown."""
-  forms = {
-    'ms': '{:.2f}',
-    'rays_per_second': '{:,.0f}',
-    'tflops': '{:.3g}',
-    'fraction_of_chip': '{:.0%}',
-    'temp_bytes': '{:.2f}',
+  columns = {
+    'ms': ('ms', '{:.2f}'),
+    'rays_per_second': ('rays/s', '{:,.0f}'),
+    'tflops': ('TFLOP/s', '{:.3g}'),
+    'fraction_of_chip': ('of chip', '{:.0%}'),
+    'temp_bytes': ('temp GiB', '{:.2f}'),
   }
-  heads = [
-    f'{which} {head}'
-    for which in ('train', 'render')
-    for head in ('ms', 'rays/s', 'TFLOP/s', 'of chip', 'temp GiB')
-  ]
-  rows = [
-    [p['label'], *(cell(p[which], k, f) for which in ('train', 'render') for k, f in forms.items())]
-    for p in points
-  ]
+  every = [(kind, key, *column) for kind in ('train', 'render') for key, column in columns.items()]
+  heads = [f'{kind} {head}' for kind, _, head, _ in every]
+  rows = [[p['label'], *(cell(p[kind], key, form) for kind, key, _, form in every)] for p in points]
   return markdown(['', *heads], rows)

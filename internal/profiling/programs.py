@@ -24,6 +24,7 @@ from . import benchmark_tables, costs
 
 
 def on_cpu() -> bool:
+  """Whether JAX runs on a CPU, where measurements use smaller sizes."""
   return jax.default_backend() == 'cpu'
 
 
@@ -41,7 +42,7 @@ def attempt(name: str, function: Callable[[], dict]) -> dict:
     message = ' '.join(str(error).split())[:300]
     row = {'name': name, 'error': f'{type(error).__name__}: {message}'}
   gc.collect()
-  benchmark_tables.say_row(row)
+  benchmark_tables.print_row(row)
   return row
 
 
