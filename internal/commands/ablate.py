@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ablations.make_run(row, args.data_dir, args.out, args.gin_configs, args.gin_bindings)
     for row in rows
   ]
-  unfinished = [run for run in all_runs if not ablations.is_finished(run)]
+  unfinished = [run for run in all_runs if not runs.is_finished(run)]
   failed = {}
   if unfinished and not args.table_only:
 

@@ -161,8 +161,7 @@ def make_demo_scene(
 
   Args:
     folder: where the capture goes.
-    width: image width in pixels, at least 8.
-    height: image height in pixels, at least 8.
+    width, height: image size in pixels, at least 8x8.
     images: number of images, at least 3.
     seed: of the landscape, 0 or more.
 

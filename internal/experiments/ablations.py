@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import configs
 from ..evaluation import metrics, results
 from ..system import files, installation
 from ..training import runlog
@@ -71,23 +70,7 @@ def make_run(
   paths = {'data_dir': os.path.abspath(data_dir), 'checkpoint_dir': folder}
   bindings = [*gin_bindings, *(f'Config.{name} = {path!r}' for name, path in paths.items())]
   gin = [os.path.join(installation.DATA, row.config), *gin_configs]
-  return runs.make_run(row.name, folder, gin, bindings)
-
-
-def is_finished(run: runs.Run) -> bool:
-  """Whether the run is finished on its scene.
-
-  Raises:
-    RunError: the folder holds a run on another scene or with other settings.
-  """
-  stored = os.path.join(run.folder, 'config.gin')
-  if os.path.exists(stored):
-    scene = configs.load_config([stored]).config.data_dir
-    if scene != run.settings.config.data_dir:
-      raise runs.RunError(
-        f'{run.folder} holds a run on another scene ({scene}): remove it, or choose another --out.'
-      )
-  return runs.is_finished(run)
+  return runs.make_run(row.name, folder, gin, bindings, fixed=('factor', 'data_dir'))
 
 
 def rays_per_second(folder: str) -> float | None:
@@ -179,7 +162,7 @@ def to_markdown(table: Mapping[str, Any]) -> str:
 
 def write_table(out: str, rows: Sequence[Row], all_runs: Sequence[runs.Run]) -> str:
   """Writes `out`/ablations.json and .md from the finished runs; returns the markdown."""
-  finished = {run.name: results.read(run.results) for run in all_runs if is_finished(run)}
+  finished = {run.name: results.read(run.results) for run in all_runs if runs.is_finished(run)}
   speeds = {run.name: rays_per_second(run.folder) for run in all_runs if run.name in finished}
   table = make_table(rows, finished, speeds)
   metrics.write_json(os.path.join(out, 'ablations.json'), table)

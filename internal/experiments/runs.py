@@ -29,20 +29,23 @@ class Run:
   folder: str
   flags: tuple[str, ...]  # --gin_configs and then --gin_bindings, for train.py.
   settings: configs.Settings
+  fixed: tuple[str, ...] = ('factor',)  # Config fields outside of the hash that must match.
 
   @property
   def results(self) -> str:
     return os.path.join(self.folder, 'eval', 'results.json')
 
 
-def make_run(name: str, folder: str, paths: Sequence[str], bindings: Sequence[str]) -> Run:
-  """Makes the run of these gin files and bindings.
+def make_run(
+  name: str, folder: str, paths: Sequence[str], bindings: Sequence[str], **fields
+) -> Run:
+  """Makes the run of these gin files and bindings; `fields` are further fields of `Run`.
 
   Raises:
     ConfigError: the settings are invalid.
   """
   flags = ('--gin_configs', *paths, '--gin_bindings', *bindings)
-  return Run(name, folder, flags, configs.load_config(paths, bindings))
+  return Run(name, folder, flags, configs.load_config(paths, bindings), **fields)
 
 
 def is_finished(run: Run) -> bool:
@@ -55,8 +58,9 @@ def is_finished(run: Run) -> bool:
   stored = os.path.join(run.folder, 'config.gin')
   if os.path.exists(stored):
     existing = configs.load_config([stored])
-    same_size = existing.config.factor == run.settings.config.factor
-    if not same_size or metrics.config_hash(existing) != wanted:
+    both = existing.config, run.settings.config
+    differs = any(getattr(both[0], name) != getattr(both[1], name) for name in run.fixed)
+    if differs or metrics.config_hash(existing) != wanted:
       raise RunError(
         f'{run.folder} holds a run with other settings ({stored}): remove it, or choose another '
         '--out.'
