@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The whole system on a scene made on the spot: scripts/demo.sh [OUT_DIR]
+# Runs the whole system on the demo scene: scripts/demo.sh [OUT_DIR]
 #
-# Sets up (once), makes the scene, trains configs/demo.gin on it, evaluates, renders the video.
-# 3 to 4 minutes on two CPU cores. A second run goes on from whatever the first one reached.
+# Sets up the environment (once), makes the scene, trains configs/demo.gin on it, evaluates and
+# renders a video. Takes 3 to 4 minutes on two CPU cores. A second run resumes the first one.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 setup_env requirements.lock
-# On a CPU XLA's buffers come from malloc; in huge pages the system has far less to do for each.
+# On a CPU, XLA allocates buffers with malloc; huge pages make that much faster.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
-SECONDS=0 # Bash counts them up; set-up is not part of the demo.
+SECONDS=0 # Counted up by bash; set-up does not count.
 
 out=${1:-$ROOT/runs/demo}
 mkdir -p "$out"
@@ -43,8 +43,8 @@ print(f"test images  {results['num_images']}, mean PSNR {mean['psnr']:.2f} dB, S
 END
 cat <<END
 metrics      $run/eval/results.json
-report       $run/eval/report.html, to open in a browser
-pictures     $run/eval/contact_sheet.png, and beside it those of each test image
+report       $run/eval/report.html (open it in a browser)
+images       $run/eval/contact_sheet.png, and one file per test image beside it
 video        $run/render/color.mp4 (and depth.mp4)
 training     $run/metrics.jsonl, tensorboard --logdir $run/tensorboard
 END

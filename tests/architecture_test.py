@@ -11,9 +11,9 @@ INTERNAL = ROOT / 'internal'
 # own, so there are no circles; within a folder the same holds for its modules.
 FLOORS = (
   ('config_checks', 'errors', 'math', 'structs', 'system'),
-  ('cameras', 'colmap', 'configs', 'coord', 'demo', 'devices', 'geopoly', 'image', 'paths',
+  ('cameras', 'colmap', 'configs', 'coord', 'devices', 'geopoly', 'image', 'paths',
    'stepfun', 'vis'),
-  ('fields', 'render'),
+  ('demo', 'fields', 'render'),
   ('cli', 'datasets', 'losses', 'models'),
   ('training',),
   ('rendering',),

@@ -16,7 +16,7 @@ from internal.__main__ import COMMANDS
 from internal.system import installation
 
 ROOT = pathlib.Path(__file__).parents[1]
-OTHERS = {'make_large_capture'}  # Scripts that are not commands.
+
 
 
 class TestArguments:
@@ -247,7 +247,7 @@ def test_lines_come_as_they_are_said_where_nobody_watches():
 
 
 def test_each_script_starts_a_command_and_each_command_has_a_script():
-  scripts = {p.stem for p in (ROOT / 'scripts').glob('*.py')} - OTHERS
+  scripts = {p.stem for p in (ROOT / 'scripts').glob('*.py')}
   found = {pathlib.Path(installation.command(name)[1]) for name in COMMANDS}
   top = {ROOT / f'{name}.py' for name in ('train', 'eval', 'render')}
   assert found == top | {ROOT / 'scripts' / f'{name}.py' for name in scripts}
@@ -255,7 +255,7 @@ def test_each_script_starts_a_command_and_each_command_has_a_script():
     assert f"main(['{name}'])" in pathlib.Path(installation.command(name)[1]).read_text()
 
 
-@pytest.mark.parametrize('name', [*COMMANDS, *sorted(OTHERS)])
+@pytest.mark.parametrize('name', COMMANDS)
 def test_help_is_complete_with_an_example(name, monkeypatch):
   parsers = []
 
@@ -264,11 +264,9 @@ def test_help_is_complete_with_an_example(name, monkeypatch):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse)
-  where = 'scripts' if name in OTHERS else 'internal.commands'
-  module = importlib.import_module(f'{where}.{name}')
+  module = importlib.import_module(f'internal.commands.{name}')
   with pytest.raises(KeyboardInterrupt):
     module.main()
   (parser,) = parsers
-  shown = f'python scripts/{name}.py' if name in OTHERS else installation.command_text(name)
-  assert shown in parser.format_help()
+  assert installation.command_text(name) in parser.format_help()
   assert [action.dest for action in parser._actions if not action.help] == []

@@ -1,4 +1,4 @@
-"""The demo scene: its tracer against marching, its ground against sampling, its folder."""
+"""The demo scene: the tracer against ray marching, the ground against sampling, the folder."""
 
 import json
 import os
@@ -12,12 +12,12 @@ import pytest
 from internal import colmap, configs, datasets
 from internal.commands import demo_scene
 from internal.datasets import scenes
-from internal.demo import world
+from internal.demo import capture, world
 from internal.system import installation
 
 SETTINGS = ['--width', '24', '--height', '16', '--images', '9', '--seed', '3']
 
-# Inside (negative) or outside of each unit shape.
+# Implicit function of each unit shape: negative inside.
 IMPLICIT = {
   'ball': lambda p: np.linalg.norm(p, axis=-1) - 1,
   'box': lambda p: np.abs(p).max(-1) - 1,
@@ -35,7 +35,7 @@ def solid_of(shape):
 
 
 def rays_at(solid, n=400, seed=0):
-  """Rays from around towards and past a solid."""
+  """Returns rays from all around that hit or miss a solid closely."""
   rng = np.random.default_rng(seed)
   origins = solid.centre + 3 * world.unit(rng.normal(size=(n, 3)))
   aims = solid.centre + solid.reach * rng.uniform(-0.8, 0.8, (n, 3))
@@ -75,7 +75,7 @@ def test_normals_are_those_of_the_implicit_surface(shape):
   )
   agree = (normals * world.unit(gradient)).sum(-1)
   assert np.median(agree) > 0.9999
-  assert (agree > 0.99).mean() > 0.97  # But for points right on an edge.
+  assert (agree > 0.99).mean() > 0.97  # Except for points right on an edge.
 
 
 def test_the_nearest_of_several_solids_is_seen():
@@ -85,7 +85,7 @@ def test_the_nearest_of_several_solids_is_seen():
   assert t[0] == pytest.approx(1.5)
 
 
-def test_still_life_casts_shadows():
+def test_the_still_life_casts_shadows():
   solids, land = world.build_solids(0), world.Landscape(0)
   toward_sun = np.append(world.unit(world.SUN[:2]), 0)
   down = np.array([[0, 0, -1]], np.float32)
@@ -98,8 +98,8 @@ def test_still_life_casts_shadows():
 
 
 @pytest.mark.parametrize('distance', [2.0, 6.0, 15.0])
-def test_ground_is_filtered_as_averaging_over_the_footprint_would(distance):
-  """A filtered lookup is the mean of sharp lookups under a Gaussian spread of rays."""
+def test_ground_is_averaged_over_the_footprint(distance):
+  """A filtered lookup equals the mean of sharp lookups over a Gaussian spread of rays."""
   land, spread = world.Landscape(0), 0.004
   eye = np.array([0.3, -0.2, 1.2])
   rng = np.random.default_rng(0)
@@ -137,12 +137,12 @@ def test_ground_has_no_detail_left_at_the_horizon():
   assert albedo.std(0).max() < 0.05
 
 
-def test_quaternion_turns_as_the_matrix_does():
-  for pose in demo_scene.camera_poses(12, 0):
+def test_quaternion_equals_the_rotation_matrix():
+  for pose in capture.camera_poses(12, 0):
     rotation = pose[:, :3]
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-12)
     assert np.linalg.det(rotation) == pytest.approx(1)
-    w, x, y, z = demo_scene.qvec(rotation)
+    w, x, y, z = capture.qvec(rotation)
     again = [
       [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
       [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
@@ -152,7 +152,7 @@ def test_quaternion_turns_as_the_matrix_does():
 
 
 def test_cameras_circle_at_two_heights_and_look_at_the_middle():
-  poses = demo_scene.camera_poses(72, 0)
+  poses = capture.camera_poses(72, 0)
   eyes = -np.einsum('nij,ni->nj', poses[:, :, :3], poses[:, :, 3])
   heights = np.sort(eyes[:, 2])
   assert heights[36] - heights[35] > 0.5
@@ -168,7 +168,7 @@ def scene_folder(tmp_path_factory):
   return folder
 
 
-def test_the_real_loader_reads_it(scene_folder):
+def test_the_colmap_loader_reads_it(scene_folder):
   config = configs.Config(data_dir=str(scene_folder), near=0.2, far=1e6)
   scene = datasets.load_dataset(config)
   assert len(scene.names) == 9
@@ -182,7 +182,7 @@ def test_points_lie_under_pixels_of_their_colour(scene_folder):
   model = colmap.read_model(str(scene_folder / 'sparse' / '0'))
   assert len(model.points.xyz) >= 300
   focal = model.cameras[1].params[0]
-  poses = demo_scene.camera_poses(9, 3)
+  poses = capture.camera_poses(9, 3)
   best = np.full(len(model.points.xyz), np.inf)
   for pose, image in zip(poses, model.images.values()):
     pixels = np.asarray(PIL.Image.open(scene_folder / 'images' / image.name)).astype(float)
@@ -195,45 +195,54 @@ def test_points_lie_under_pixels_of_their_colour(scene_folder):
   assert (best == 0).all()
 
 
-def test_same_seed_same_pixels_other_seed_other_pixels():
-  pose = demo_scene.camera_poses(5, 0)[2]
-  a, b, c = (demo_scene.render_view(pose, 12, 8, 10.0, seed)[0] for seed in (0, 0, 1))
+def test_pixels_depend_only_on_the_seed():
+  pose = capture.camera_poses(5, 0)[2]
+  a, b, c = (capture.render_view(pose, 12, 8, 10.0, seed)[0] for seed in (0, 0, 1))
   assert (a == b).all()
   assert (a != c).any()
 
 
-def test_second_run_is_skipped_and_new_settings_replace(scene_folder, tmp_path, capsys):
+def test_a_second_run_is_skipped_and_new_settings_replace_the_scene(scene_folder, tmp_path, capsys):
   folder = tmp_path / 'scene'
   small = ['--width', '8', '--height', '8', '--images', '3']
+  environment = dict(os.environ)
   demo_scene.main([str(folder), *small])
+  assert dict(os.environ) == environment
   before = os.stat(folder / 'images' / 'view_000.png').st_mtime_ns
   demo_scene.main([str(folder), *small])
-  assert 'there already' in capsys.readouterr().out
+  assert 'already exists' in capsys.readouterr().out
   assert os.stat(folder / 'images' / 'view_000.png').st_mtime_ns == before
   demo_scene.main([str(folder), *small, '--seed', '1'])
   assert json.loads((folder / 'demo_scene.json').read_text())['seed'] == 1
-  assert os.listdir(tmp_path) == ['scene']  # Nothing half-made is left.
+  assert os.listdir(tmp_path) == ['scene']  # No temporary folder is left.
 
 
-def test_failure_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
   def fail(*args):
     raise RuntimeError('disk full')
 
-  monkeypatch.setattr(demo_scene, 'make_scene', fail)
+  monkeypatch.setattr(capture, '_write_capture', fail)
   with pytest.raises(RuntimeError, match='disk full'):
     demo_scene.main([str(tmp_path / 'scene')])
   assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize('wrong', [{'width': 7}, {'height': 7}, {'images': 2}, {'seed': -1}])
+def test_arguments_out_of_range_are_errors(tmp_path, wrong):
+  with pytest.raises(capture.DemoSceneError, match='at least 3 images of at least 8x8'):
+    capture.make_demo_scene(tmp_path / 'scene', **wrong)
+  assert os.listdir(tmp_path) == []
+
+
 def test_a_users_folder_is_never_replaced(tmp_path):
   (tmp_path / 'photo.png').write_bytes(b'mine')
-  with pytest.raises(SystemExit, match='is no demo scene'):
+  with pytest.raises(SystemExit, match='is not a demo scene'):
     demo_scene.main([str(tmp_path)])
   assert (tmp_path / 'photo.png').read_bytes() == b'mine'
 
 
 def test_command_line_needs_no_jax(scene_folder):
-  """A skipped run is quick, because JAX is not imported for it."""
+  """A skipped run is quick because it does not import JAX."""
   script = installation.command('demo_scene')[1]
   code = (
     f'import runpy, sys; sys.argv = [{script!r}, {str(scene_folder)!r}, *{SETTINGS!r}];'
@@ -241,4 +250,4 @@ def test_command_line_needs_no_jax(scene_folder):
   )
   run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert run.returncode == 0, run.stderr
-  assert 'there already' in run.stdout
+  assert 'already exists' in run.stdout

@@ -311,7 +311,7 @@ class TestProgram:
     program.main(['blender', str(tmp_path), '--mirror', server.url, '--scenes', 'lego'])
     out = capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ['lego']
-    assert f'Needed no longer: {tmp_path / "nerf_synthetic.zip"}' in out
+    assert f'No longer needed: {tmp_path / "nerf_synthetic.zip"}' in out
     assert f'scripts/run_dataset.py --dataset blender --root {tmp_path}' in out
 
   def test_all_scenes_of_the_benchmarks_can_be_fetched(self):

@@ -14,7 +14,7 @@ from internal.system import signals
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# Until a file is there, but not for ever.
+# Waits for a file, for up to 20 seconds.
 WAIT = 'for i in $(seq 2000); do [ -e {} ] && break; sleep 0.01; done; [ $i -lt 2000 ]'
 
 
@@ -27,18 +27,18 @@ def job(folder, name, *scripts):
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-  monkeypatch.setattr(jobs, '_POLL', 0.01)
+def _poll_quickly(monkeypatch):
+  monkeypatch.setattr(jobs, '_POLL_SECONDS', 0.01)
 
 
 class TestRun:
-  def test_commands_follow_each_other(self, tmp_path):
+  def test_commands_run_in_order(self, tmp_path):
     todo = [job(tmp_path, name, 'echo one', 'echo two') for name in 'ab']
     assert jobs.run(todo, [{}]) == {}
     for name in 'ab':
       assert (tmp_path / name / 'log.txt').read_text() == 'one\ntwo\n'
 
-  def test_a_failure_ends_its_job_alone(self, tmp_path):
+  def test_a_failure_ends_only_its_job(self, tmp_path):
     todo = [
       job(tmp_path, 'a', 'echo fine; echo "no luck" >&2; exit 3', 'echo never'),
       job(tmp_path, 'b', 'echo b'),
@@ -47,28 +47,28 @@ class TestRun:
     assert 'never' not in (tmp_path / 'a' / 'log.txt').read_text()
     assert (tmp_path / 'b' / 'log.txt').read_text() == 'b\n'
 
-  def test_each_slot_has_one_job_at_a_time_and_its_own_variables(self, tmp_path):
-    # Two of them can only end together.
+  def test_each_slot_runs_one_job_at_a_time_with_its_own_variables(self, tmp_path):
+    # Each waits for the other, so they must run at the same time.
     meet = 'echo $GPU; touch ../{0}.here; ' + WAIT.format('../{1}.here')
     todo = [
       job(tmp_path, 'a', f'cd {tmp_path}/a; {meet.format("a", "b")}'),
       job(tmp_path, 'b', f'cd {tmp_path}/b; {meet.format("b", "a")}'),
       job(tmp_path, 'c', 'echo $GPU'),
     ]
-    most = []
+    counts = []
     slots = [{'GPU': '5'}, {'GPU': '7'}]
-    assert jobs.run(todo, slots, lambda running: most.append(len(running))) == {}
+    assert jobs.run(todo, slots, lambda running: counts.append(len(running))) == {}
     used = [(tmp_path / name / 'log.txt').read_text().strip() for name in 'abc']
     assert used[:2] == ['5', '7']
     assert used[2] in used[:2]
-    assert max(most) == 2
+    assert max(counts) == 2
 
-  def test_a_log_is_continued(self, tmp_path):
+  def test_a_log_is_appended_to(self, tmp_path):
     for word in ('first', 'second'):
       jobs.run([job(tmp_path, 'a', f'echo {word}')], [{}])
     assert (tmp_path / 'a' / 'log.txt').read_text() == 'first\nsecond\n'
 
-  def test_a_signal_ends_what_is_at_work_and_starts_no_more(self, tmp_path):
+  def test_a_signal_ends_running_jobs_and_starts_no_others(self, tmp_path):
     ready = tmp_path / 'a' / 'ready'
     trapped = f"trap 'echo saved; exit 143' TERM; touch {ready}; {WAIT.format('never')}"
     todo = [job(tmp_path, 'a', trapped, 'echo never'), job(tmp_path, 'b', 'echo never')]
@@ -87,7 +87,7 @@ class TestRun:
     assert (tmp_path / 'a' / 'log.txt').read_text() == 'saved\n'
     assert not (tmp_path / 'b').exists()
 
-  def test_a_folder_at_work_is_left_alone_even_if_its_starter_was_killed(self, tmp_path):
+  def test_a_folder_stays_locked_after_its_starter_was_killed(self, tmp_path):
     program = (
       'import sys; sys.path.insert(0, sys.argv[1]); from internal.experiments import jobs\n'
       'work = ("/bin/sh", "-c", sys.argv[3])\n'
@@ -102,7 +102,7 @@ class TestRun:
     starter.wait()
     todo = [job(tmp_path, 'a', 'echo second'), job(tmp_path, 'b', 'echo b')]
     failed = jobs.run(todo, [{}])
-    assert failed == {'a': f'another program is at work in {tmp_path / "a"}'}
+    assert failed == {'a': f'{tmp_path / "a"} is in use by another program'}
     assert (tmp_path / 'b' / 'log.txt').read_text() == 'b\n'
     (tmp_path / 'off').touch()
     deadline = time.monotonic() + 20
@@ -114,7 +114,7 @@ class TestRun:
 class TestVisibleGpus:
   @pytest.fixture
   def smi(self, tmp_path, monkeypatch):
-    """An nvidia-smi that prints what it is told."""
+    """Installs an nvidia-smi that runs the given script."""
 
     def install(script):
       path = tmp_path / 'nvidia-smi'
@@ -125,7 +125,7 @@ class TestVisibleGpus:
 
     return install
 
-  def test_are_those_that_the_driver_lists(self, smi):
+  def test_lists_those_of_the_driver(self, smi):
     smi('echo "GPU 0: NVIDIA H200 (UUID: GPU-1)"; echo "  MIG x"; echo "GPU 1: NVIDIA H200"')
     assert jobs.visible_gpus() == ['0', '1']
 
@@ -139,15 +139,15 @@ class TestVisibleGpus:
     assert jobs.visible_gpus() == []
 
   @pytest.mark.parametrize(
-    ('told', 'found'), [('2, 3', ['2', '3']), ('', []), ('GPU-8a', ['GPU-8a'])]
+    ('variable', 'found'), [('2, 3', ['2', '3']), ('', []), ('GPU-8a', ['GPU-8a'])]
   )
-  def test_the_variable_wins(self, smi, monkeypatch, told, found):
+  def test_cuda_visible_devices_wins(self, smi, monkeypatch, variable, found):
     smi('echo "GPU 0: x"')
-    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', told)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', variable)
     assert jobs.visible_gpus() == found
 
 
-def test_the_last_line_that_was_said(tmp_path):
+def test_last_line_of_a_log(tmp_path):
   assert jobs.last_line(str(tmp_path)) == ''
   (tmp_path / 'log.txt').write_bytes(b'x' * 9000 + b'\nError: \xff it broke\n\n')
   assert jobs.last_line(str(tmp_path)) == 'Error: \ufffd it broke'

@@ -6,6 +6,7 @@ from concurrent import futures
 
 import captures
 import jax
+import large_capture
 import numpy as np
 import pytest
 import tiny
@@ -13,7 +14,6 @@ import tiny
 from internal import configs, datasets
 from internal.datasets import images
 from internal.training import batches, pixel_store
-from scripts import make_large_capture
 
 
 @pytest.fixture
@@ -213,6 +213,6 @@ def test_more_pixels_than_32_bits_count_stay_off_the_device(monkeypatch):
 
 
 def test_a_capture_made_for_measuring_is_read(tmp_path):
-  make_large_capture.main([str(tmp_path / 'c'), '--images=12', '--width=32', '--height=24'])
+  large_capture.main([str(tmp_path / 'c'), '--images=12', '--width=32', '--height=24'])
   store = read(str(tmp_path / 'c'))
   assert store.rgb.nbytes == 3 * 10 * 32 * 24

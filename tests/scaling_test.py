@@ -1,4 +1,4 @@
-"""The scaling script: which rows there are, what is said of them, and a whole small run."""
+"""scaling.py: its rows, speed-ups and errors, and a whole small run."""
 
 import json
 import types
@@ -13,13 +13,13 @@ from internal.profiling import programs, scaling_tables
 SMALLER = ('Model.num_levels = 2', 'PropMLP.net_depth = 1', 'NerfMLP.net_depth = 1')
 
 
-def test_rows_are_each_batch_on_all_counts_and_the_smallest_grown():
+def test_rows_are_each_batch_on_all_counts_and_the_smallest_batch_grown():
   assert scaling.points([16, 128], [1, 2, 4, 8]) == [
     (16, 1), (16, 2), (16, 4), (16, 8), (32, 2), (64, 4), (128, 1), (128, 2), (128, 4), (128, 8),
   ]  # fmt: skip
 
 
-def test_speedups_are_to_one_device_of_the_same_batch_and_to_that_of_the_smallest():
+def test_speedups_compare_with_one_device_and_the_same_or_the_smallest_batch():
   rows = [
     {'kind': 'train', 'batch': b, 'devices': n, 'rays_per_second': r}
     for b, n, r in ((16, 1, 100.0), (16, 2, 150.0), (32, 1, 110.0), (32, 2, 198.0))
@@ -33,12 +33,12 @@ def test_speedups_are_to_one_device_of_the_same_batch_and_to_that_of_the_smalles
 
 
 @pytest.mark.parametrize(
-  ('flags', 'said'),
-  [(['--devices', '1', '16'], 'there are 8'), (['--batches', '12'], 'must be a multiple')],
+  ('flags', 'message'),
+  [(['--devices', '1', '16'], 'must be from 1 to 8'), (['--batches', '12'], 'must be multiples')],
 )
-def test_what_cannot_be_measured_is_refused(monkeypatch, flags, said):
+def test_impossible_measurements_are_errors(monkeypatch, flags, message):
   monkeypatch.setattr(scaling, 'probe', lambda: ('cpu', 'cpu', 8))
-  with pytest.raises(scaling.ScalingError, match=said):
+  with pytest.raises(scaling.ScalingError, match=message):
     scaling.parse(['--out', 'x', *flags])
 
 
@@ -54,7 +54,7 @@ def test_names_of_collectives_on_gpus_and_cpus():
     assert not scaling._COLLECTIVE.search(name)
 
 
-def test_devices_of_a_program_of_its_own(monkeypatch):
+def test_a_program_gets_its_own_devices(monkeypatch):
   monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5,6,7')
   assert scaling.visible('gpu', 3) == {'CUDA_VISIBLE_DEVICES': '4,5,6'}
   assert scaling.visible('cpu', 3) == {'XLA_FLAGS': '--xla_force_host_platform_device_count=3'}
@@ -70,7 +70,7 @@ def test_losses_on_one_device_and_on_all_are_compared():
   assert scaling_tables.loss_difference(rows[:2]) is None
 
 
-def test_a_small_run_that_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_small_run_that_is_interrupted_and_resumed(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(scaling, 'probe', lambda: ('cpu', 'cpu', 8))
   cams_and_pixels = programs.synthetic()
   monkeypatch.setattr(programs, 'synthetic', lambda: cams_and_pixels)
@@ -81,13 +81,13 @@ def test_a_small_run_that_goes_on(tmp_path, monkeypatch, capsys):
   flags += ['--seconds', '0.01', '--steps', '3', '--devices', '1', '2', '--threads', '4']
   measure, measured = scaling.measure, []
 
-  def measure_but_for_the_last(program, *args):
+  def measure_all_but_the_last(program, *args):
     measured.append(program.rays)
     if len(measured) == 6:
       raise KeyboardInterrupt
     return measure(program, *args)
 
-  monkeypatch.setattr(scaling, 'measure', measure_but_for_the_last)
+  monkeypatch.setattr(scaling, 'measure', measure_all_but_the_last)
   with pytest.raises(KeyboardInterrupt):
     scaling.main(flags)
   begun = json.loads((out / 'scaling.json').read_text())['configs'][str(gin)]['rates']
@@ -95,23 +95,23 @@ def test_a_small_run_that_goes_on(tmp_path, monkeypatch, capsys):
   same = [('train', 32, 2), ('render', 32, 2)]
   assert [(r['kind'], r['batch'], r['devices']) for r in begun] == [*grown, same[0]]
   scaling.main(flags)
-  assert measured == [32, 32, 64, 64, 32, 32, 32]  # The last once more, and nothing else.
+  assert measured == [32, 32, 64, 64, 32, 32, 32]  # Only the last one again.
   found = json.loads((out / 'scaling.json').read_text())
   assert found['jax'] == jax.__version__
-  told = found['configs'][str(gin)]['rates']
-  assert told[:5] == begun
-  rows = {(r['kind'], r['batch'], r['devices']): r for r in told}
+  resumed = found['configs'][str(gin)]['rates']
+  assert resumed[:5] == begun
+  rows = {(r['kind'], r['batch'], r['devices']): r for r in resumed}
   assert rows.keys() == {*grown, *same}
   assert all(r['rays_per_second'] > 0 and r['collective_ms'] >= 0 for r in rows.values())
   assert all(0 < r['own_ms_fastest'] <= r['own_ms_slowest'] for r in rows.values())
   assert rows['render', 64, 2]['of_linear'] == rows['render', 64, 2]['growing_speedup'] / 2
   alone, two = rows['train', 32, 1], rows['train', 64, 2]
-  assert two['collective_ms'] > 2 * alone['collective_ms']  # One has nothing to do in it.
+  assert two['collective_ms'] > 2 * alone['collective_ms']  # One device has no collectives.
   assert len(set(alone['losses'])) == 3
-  assert scaling_tables.loss_difference(told)[2] < 1e-5
+  assert scaling_tables.loss_difference(resumed)[2] < 1e-5
   table = (out / 'scaling.md').read_text()
   assert '| train | 64 | 2 |' in table
-  assert 'Loss of the first 3 steps' in table
+  assert 'Losses of the first 3 steps' in table
   products = found['configs'][str(gin)]['products']
   assert len(products['alone']) == 1
   assert len(products['together']) == 2
@@ -122,7 +122,7 @@ def test_a_small_run_that_goes_on(tmp_path, monkeypatch, capsys):
     scaling.main([*flags, '--seconds', '0.02'])
 
 
-def test_rates_are_measured_by_a_process_that_lets_go_of_the_devices(tmp_path, monkeypatch):
+def test_rates_are_measured_by_a_process_that_then_frees_the_devices(tmp_path, monkeypatch):
   monkeypatch.setattr(scaling, 'probe', lambda: ('cpu', 'cpu', 8))
   seen = []
   monkeypatch.setattr(scaling.subprocess, 'run', lambda command, **_: seen.append(command))
@@ -135,7 +135,7 @@ def test_rates_are_measured_by_a_process_that_lets_go_of_the_devices(tmp_path, m
   assert rest == ['programs']
 
 
-def test_scenes_are_started_with_devices_of_their_own(tmp_path, monkeypatch):
+def test_each_scene_gets_its_own_device(tmp_path, monkeypatch):
   seen = []
   monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0,1,2,3')
   monkeypatch.setattr(
@@ -150,5 +150,5 @@ def test_scenes_are_started_with_devices_of_their_own(tmp_path, monkeypatch):
   assert how['env']['CUDA_VISIBLE_DEVICES'] == '0,1,2'
   assert [command[command.index('--scenes') + k] for k in (1, 2, 3)] == names
   assert {'Config.near = 1', 'Config.max_steps = 7'} <= set(command)
-  with pytest.raises(scaling.ScalingError, match='there are 9 scenes'):
+  with pytest.raises(scaling.ScalingError, match='has 9 scenes'):
     scaling.make_scenes(str(tmp_path), 10)

@@ -1,4 +1,4 @@
-"""The set-up script: which Python, which JAX, and that a finished set-up is skipped."""
+"""setup_env.sh: which Python and JAX it chooses, and that a finished set-up is skipped."""
 
 import os
 import re
@@ -13,7 +13,7 @@ SETUP = os.path.join(ROOT, 'scripts', 'setup_env.sh')
 
 
 def bash(code, path=None, setup=SETUP, **variables):
-  """Runs bash code after sourcing the set-up; only `variables` steer it."""
+  """Runs bash code after sourcing setup_env.sh, in an environment of only `variables`."""
   keep = {k: os.environ[k] for k in ('PATH', 'HOME') if k in os.environ}
   env = {**keep, **variables}
   if path:
@@ -36,7 +36,7 @@ def executable(path, text):
     ('580.159.04, 9.0', 'cuda13'),
     ('580.65.06, 7.5\n580.65.06, 9.0', 'cuda13'),
     ('595.1.2, 12.0', 'cuda13'),
-    ('580.65.06, 7.0', 'cuda12'),  # CUDA 13 has left Volta behind.
+    ('580.65.06, 7.0', 'cuda12'),  # CUDA 13 dropped Volta.
     ('550.54.15, 8.9', 'cuda12'),
     ('525.60.13, 8.0', 'cuda12'),
     ('470.82.01, 8.0', 'cpu'),
@@ -60,28 +60,28 @@ def test_no_working_driver_means_cpu(tmp_path, text):
   [
     ('/dev/accel[0-9]*', {}, 'tpu'),
     ('/dev/vfio/[0-9]*', {'TPU_WORKER_ID': '0'}, 'tpu'),
-    ('/dev/vfio/[0-9]*', {}, 'cpu'),  # Any passed-through device.
+    ('/dev/vfio/[0-9]*', {}, 'cpu'),  # Any device passed through to a virtual machine.
     ('none', {'TPU_WORKER_ID': '0'}, 'cpu'),
   ],
 )
-def test_tpu_is_found_by_its_devices(tmp_path, devices, variables, backend):
+def test_tpu_is_detected_by_its_devices(tmp_path, devices, variables, backend):
   executable(tmp_path / 'nvidia-smi', 'exit 9')
   code = f"compgen() {{ [[ $2 = '{devices}' ]]; }}; jax_backend"
   assert bash(code, path=tmp_path, **variables).stdout.strip() == backend
 
 
-def test_backend_can_be_named():
+def test_backend_can_be_set():
   assert bash('jax_backend', JAX_BACKEND='cuda12').stdout.strip() == 'cuda12'
   got = bash('jax_backend', JAX_BACKEND='rocm')
   assert got.returncode == 1
   assert got.stderr == 'error: JAX_BACKEND must be cpu, cuda12, cuda13 or tpu, got rocm.\n'
 
 
-def test_python_can_be_named():
+def test_python_can_be_set():
   assert bash('find_python', PYTHON=sys.executable).stdout.strip() == sys.executable
 
 
-def test_wrong_python_is_refused(tmp_path):
+def test_unsupported_python_is_an_error(tmp_path):
   old = executable(tmp_path / 'python3.8', 'exit 1')
   for python in (str(old), '/nowhere/python'):
     got = bash('find_python', PYTHON=python)
@@ -89,7 +89,7 @@ def test_wrong_python_is_refused(tmp_path):
     assert f'PYTHON={python} is not a working Python' in got.stderr
 
 
-def test_no_python_at_all_is_told(tmp_path):
+def test_no_python_is_an_error(tmp_path):
   tools = tmp_path / 'tools'
   tools.mkdir()
   for name in ('dirname', 'bash'):
@@ -100,7 +100,7 @@ def test_no_python_at_all_is_told(tmp_path):
 
 
 def fake_python(path, log):
-  """Answers what set-up asks of a Python; `-m pip install` and `-m venv` go into `log`."""
+  """Makes a script that answers like Python and records `-m pip install` and `-m venv` in `log`."""
   return executable(
     path,
     f"""case "$*" in
@@ -118,7 +118,7 @@ def fake_python(path, log):
 
 @pytest.fixture
 def fake_tree(tmp_path):
-  """A checkout with a lock, and a Python that only takes notes."""
+  """A checkout with a lock, and a fake Python. Returns the folder and a function that sets up."""
   (tmp_path / 'scripts').mkdir()
   shutil.copy(SETUP, tmp_path / 'scripts')
   (tmp_path / 'a.lock').write_text('jax==0.11.2\n')
@@ -152,7 +152,7 @@ def test_second_set_up_is_skipped_until_something_changes(fake_tree):
   assert run(JAX_BACKEND='cuda13')[1] == ''
 
 
-def test_failed_install_is_told_and_not_taken_for_done(fake_tree):
+def test_failed_install_is_shown_and_tried_again(fake_tree):
   _, run = fake_tree
   got, _ = run(PIP_BREAKS='1')
   assert got.returncode == 1

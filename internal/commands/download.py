@@ -1,9 +1,9 @@
-"""Fetches a published dataset from its authors' address: the 360, LLFF or Blender scenes.
+"""Downloads a published dataset from its authors: the 360, LLFF or Blender scenes.
 
     python scripts/download.py 360 DIR [--scenes garden bonsai]
 
-Start it again after an interruption: it goes on. The 360 dataset is 12.5 GB in one archive and two
-more scenes in another, and takes twice that while it is unpacked.
+Run the same command again to resume after an interruption. The 360 dataset is two archives, one of
+12.5 GB with seven scenes and one with two more; unpacking needs twice that space.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from ..system import installation
 
 def main(argv: list[str] | None = None) -> None:
   parser = cli.make_parser(__doc__)
-  parser.add_argument('dataset', choices=list(downloads.ARCHIVES), help='which one')
-  parser.add_argument('folder', metavar='DIR', help='where the scenes go, each in its own folder')
-  parser.add_argument('--scenes', nargs='+', help='only these')
-  parser.add_argument('--mirror', metavar='URL', help='fetch the archives from below this address')
+  parser.add_argument('dataset', choices=list(downloads.ARCHIVES), help='the dataset')
+  parser.add_argument('folder', metavar='DIR', help='gets a folder for each scene')
+  parser.add_argument('--scenes', nargs='+', help='scenes to download; default: all')
+  parser.add_argument('--mirror', metavar='URL', help='base URL to fetch the archives from')
   args = parser.parse_args(argv)
   left = downloads.download(args.dataset, args.folder, args.scenes, args.mirror)
-  print(f'{args.folder} is whole.')
+  print(f'{args.folder} is complete.')
   if left:
-    print(f'Needed no longer: {" ".join(left)}')
+    print(f'No longer needed: {" ".join(left)}')
   print(
     f'Next: {installation.command_text("run_dataset")} --dataset {args.dataset} '
     f'--root {args.folder}'

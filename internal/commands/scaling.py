@@ -1,14 +1,15 @@
-"""How training, rendering and whole datasets gain from more devices of one machine.
+"""Measures how training, rendering and whole datasets scale with the devices of one machine.
 
     python scripts/scaling.py --out runs/scaling                       # all of its devices
     python scripts/scaling.py --out runs/scaling --devices 1 2 --only rates \\
         --gin_configs configs/360.gin --batches 16384
 
-Rates are of synthetic rays: batches of one size on 1, 2, 4, ... devices, and the smallest batch
-grown with them; with the time that a trace shows in collectives, and memory, and the losses of the
-first steps on one device and on all. Then how long train.py takes to its first step, and
-run_dataset.py on as many short scenes as devices. OUT/scaling.json has what is done so far,
-OUT/scaling.md the tables, OUT/scaling.svg a picture; the same command again goes on from there.
+There are three parts. `rates`: speed on synthetic rays with a fixed batch on 1, 2, 4, ... devices,
+and with the smallest batch multiplied by the number of devices; also memory, the time in
+collectives, and the losses of the first steps on one device and on all. `start`: how long train.py
+takes to its first step. `dataset`: how long run_dataset.py takes for a short scene per device.
+OUT/scaling.json has the results so far, OUT/scaling.md the tables, OUT/scaling.svg a chart. Run the
+same command again to resume.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -37,44 +38,75 @@ from ..experiments import jobs
 from ..profiling import costs, programs
 from ..profiling import scaling_tables as tables
 from ..system import files, installation, progress
-from . import benchmark
 
 PARTS = ('rates', 'start', 'dataset')
 _CONFIGS = ('configs/360.gin', 'configs/360_grid.gin')
 _COLLECTIVE = re.compile(
   r'nccl|all.?reduce|all.?gather|reduce.?scatter|collective|psum|pmean', re.IGNORECASE
-)  # Of kernels on GPUs, and of operations, which name them on CPUs.
+)  # Names of kernels on GPUs, and of operations on CPUs.
 _TRACED_STEPS = 5
 
 
 class ScalingError(UserError):
-  """What cannot be measured; the message says what to change."""
+  """A measurement that is not possible."""
+
+
+class Results:
+  """The results so far, stored in --out after each measurement and loaded on the next start."""
+
+  def __init__(self, args: argparse.Namespace):
+    """Raises ScalingError if the folder has results with other settings."""
+    self.folder = args.out
+    names = ('devices', 'batches', 'seconds', 'steps', 'scene_steps', 'gin_bindings')
+    settings = {name: getattr(args, name) for name in names}
+    settings |= {'jax': jax.__version__, 'device_kind': args.kind}
+    self.found = {**settings, 'configs': {}}
+    path = self._path('json')
+    if os.path.exists(path):
+      self.found = json.loads(pathlib.Path(path).read_text())
+      for name, value in settings.items():
+        if self.found.get(name) != value:
+          raise ScalingError(
+            f'{path} was measured with {name} {self.found.get(name)!r}, not {value!r}: use the '
+            'same settings, or choose another --out.'
+          )
+
+  def _path(self, ending: str) -> str:
+    return os.path.join(self.folder, f'scaling.{ending}')
+
+  def of(self, gin: str) -> dict:
+    """Returns the results of a config by part."""
+    return self.found['configs'].setdefault(gin, {})
+
+  def keep(self, gin: str, part: str, value) -> None:
+    self.of(gin)[part] = value
+    texts = {
+      'json': json.dumps(self.found, indent=2),
+      'md': tables.markdown(self.found),
+      'svg': tables.picture(self.found),
+    }
+    for ending, text in texts.items():
+      with files.whole(self._path(ending)) as path:
+        pathlib.Path(path).write_text(text)
 
 
 def points(batches: Sequence[int], devices: Sequence[int]) -> list[tuple[int, int]]:
-  """(rays, devices) of all rows: each batch on all counts, and the smallest grown with them."""
+  """Returns (rays, devices) for each batch on all counts, and for the smallest batch grown."""
   grown = [(min(batches) * n, n) for n in devices]
   return sorted({(batch, n) for batch in batches for n in devices} | set(grown))
 
 
-def at(settings: configs.Settings, batch: int) -> configs.Settings:
-  """The settings with so many rays a step and a chunk."""
-  return benchmark.change(settings, 'config', batch_size=batch, render_chunk_size=batch)
-
-
 def traced_ms(program: programs.Program) -> dict:
-  """Milliseconds a step in collectives, waiting for others included, and in other kernels.
+  """Returns milliseconds per step in collectives and in other kernels, from a trace.
 
-  Of the former the devices' mean; of the latter that of the fastest and of the slowest device.
+  Collectives are averaged over devices and include waiting for other devices. Other kernels are
+  those of the fastest and of the slowest device.
   """
   with tempfile.TemporaryDirectory() as folder:
-    with costs.trace(folder):
-      for _ in range(_TRACED_STEPS):
-        last = program.call()
-      jax.block_until_ready(last)
+    program.trace(folder, _TRACED_STEPS)
     found = costs.kernel_ms(folder, _TRACED_STEPS).values()
   if not found:
-    raise ScalingError('the trace has no kernels')
+    raise ScalingError('The trace has no kernels.')
   together, own = [], []
   for names in found:
     together.append(sum(ms for name, ms in names.items() if _COLLECTIVE.search(name)))
@@ -87,47 +119,46 @@ def traced_ms(program: programs.Program) -> dict:
 
 
 def missing(rows: Sequence[dict], args: argparse.Namespace) -> list[tuple[str, int, int]]:
-  """(kind, rays, devices) of rows that are not there yet, those that tell most first."""
+  """Returns (kind, rays, devices) of missing rows, those with growing batches first."""
   done = {(row['kind'], row['batch'], row['devices']) for row in rows}
   both = [(kind, *point) for point in points(args.batches, args.devices) for kind in tables.KINDS]
   both.sort(key=lambda point: point[1] != min(args.batches) * point[2])
   return [point for point in both if point not in done]
 
 
-def rates(settings: configs.Settings, args: argparse.Namespace, rows: list, keep: Callable) -> None:
-  """Adds to the rows of training and rendering those that are missing, and keeps them.
+def measure_rows(gin: str, args: argparse.Namespace, results: Results) -> None:
+  """Measures the missing rows of a config and stores each.
 
-  Some programs are compiled side by side and then run one by one, before the next ones.
+  Compiles a few programs at a time, in threads, then runs them one by one.
   """
   cams, store = programs.synthetic()
+  settings = configs.load_config([gin], args.gin_bindings)
 
   def make(kind, batch, n):
     mesh = sharding.make_mesh(jax.devices()[:n])
-    if kind == 'render':
-      return programs.render_program(at(settings, batch), mesh, cams)
-    pixels = sharding.replicate(store, mesh)
-    return programs.train_program(at(settings, batch), mesh, cams, pixels)
+    sized = programs.change(settings, 'config', batch_size=batch, render_chunk_size=batch)
+    return programs.synthetic_program(kind, sized, mesh, cams, store)
 
-  rows[:] = [row for row in rows if 'error' not in row]
+  rows = [row for row in results.of(gin).get('rates', []) if 'error' not in row]
   todo = missing(rows, args)
   while todo:
     now, todo = todo[: args.threads], todo[args.threads :]
     with concurrent.futures.ThreadPoolExecutor(len(now)) as pool:
       made = [pool.submit(make, *point) for point in now]
-      concurrent.futures.wait(made)  # Collectives of two at a time could wait for ever.
+      concurrent.futures.wait(made)  # Collectives of two programs at a time could deadlock.
     for point in now:
       rows.append(make_row(point, made.pop(0), args))
       tables.add_speedups(rows, min(args.batches))
-      keep(rows)
-      gc.collect()  # The program, and with it its parameters.
+      results.keep(gin, 'rates', rows)
+      gc.collect()  # Frees the program and its parameters.
 
 
 def make_row(point: tuple[str, int, int], made: concurrent.futures.Future, args) -> dict:
-  """The row of a program that has been compiled, or what went wrong."""
+  """Measures a compiled program; returns its row, or a row with the error."""
   kind, batch, n = point
   compared = kind == 'train' and batch == min(args.batches) and n in (1, args.devices[-1])
   name, steps = f'{kind}, {batch:,} rays on {n}', args.steps if compared else 0
-  row = benchmark.attempt(name, lambda: measure(made.result(), args.seconds, steps))
+  row = programs.attempt(name, lambda: measure(made.result(), args.seconds, steps))
   if 'ms' in row:
     progress.say(
       f'{name}: {row["ms"]:.2f} ms, {row["rays_per_second"]:,.0f} rays/s, '
@@ -137,9 +168,9 @@ def make_row(point: tuple[str, int, int], made: concurrent.futures.Future, args)
 
 
 def products(devices: Sequence, seconds: float) -> dict[str, list[float]]:
-  """TFLOP/s in large products of the first device by itself, and of each with all at work.
+  """Measures TFLOP/s in large products: the first device alone, then all at once.
 
-  Devices differ, and in a step all wait for the slowest: what linear would be is read off these.
+  Chips differ in speed and a step waits for the slowest, which limits the speed-up.
   """
   dtype = 'float32' if programs.on_cpu() else 'bfloat16'
   alone = [programs.matmul_row(dtype, seconds, devices[0])['tflops']]
@@ -149,19 +180,22 @@ def products(devices: Sequence, seconds: float) -> dict[str, list[float]]:
 
 
 def measure(program: programs.Program, seconds: float, steps: int) -> dict:
-  """A row's numbers, and the losses of so many steps before, if there are any."""
-  seen = [float(jax.device_get(row)['loss']) for row in costs.in_turn(program.call, steps)]
-  losses = {'losses': seen} if seen else {}
+  """Runs `steps` steps to record their losses, then times and traces the program."""
+  losses = [float(jax.device_get(row)['loss']) for row in costs.in_turn(program.call, steps)]
+  losses = {'losses': losses} if losses else {}
   return {**losses, **program.time(seconds), **traced_ms(program)}
 
 
 def make_scenes(folder: str, count: int) -> list[str]:
-  """As many scenes as that, of one small capture, under names of the 360 dataset."""
+  """Makes a small capture and `count` links to it, which have names of the 360 dataset's scenes."""
   capture = os.path.join(folder, 'capture')
   subprocess.run([*installation.command('demo_scene'), capture, '--images', '32'], check=True)
   names = list(benchmarks.load('360').scenes)
   if count > len(names):
-    raise ScalingError(f'--devices {count}: there are {len(names)} scenes; leave out dataset.')
+    raise ScalingError(
+      f'--devices {count}: the dataset part has {len(names)} scenes, one per device; leave it out '
+      'with --only rates start.'
+    )
   for name in names[:count]:
     if not os.path.lexists(os.path.join(folder, name)):
       os.symlink(capture, os.path.join(folder, name))
@@ -169,7 +203,7 @@ def make_scenes(folder: str, count: int) -> list[str]:
 
 
 def start_seconds(gin: str, capture: str, args: argparse.Namespace) -> dict[str, float]:
-  """From the command to the end of train.py's first step, compiling and when it is kept."""
+  """Measures train.py's time to its first step, without and with a compilation cache."""
   took, count = {}, args.devices[-1]
   with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
     env = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': os.path.join(folder, 'cache')}
@@ -187,20 +221,20 @@ def start_seconds(gin: str, capture: str, args: argparse.Namespace) -> dict[str,
       process = subprocess.Popen(
         [*command, '--gin_bindings', *bindings], env=env, text=True, stdout=subprocess.PIPE
       )
-      said = []
+      lines = []
       for line in process.stdout:
-        said.append(line)
+        lines.append(line)
         if line.startswith('first step'):
           took[name] = time.monotonic() - began
       if process.wait():
-        raise ScalingError(f'train.py on {count} devices failed: {"".join(said[-3:])}')
+        raise ScalingError(f'train.py on {count} devices failed: {"".join(lines[-3:])}')
   first, second = took['first'], took['second']
-  progress.say(f'first step on {count} devices: after {first:.1f} s, then {second:.1f} s')
+  progress.say(f'first step on {count} devices: after {first:.1f} s, cached {second:.1f} s')
   return took
 
 
 def probe() -> tuple[str, str, int]:
-  """Platform, kind and number of the devices, asked of a process that lets go of them again."""
+  """Returns platform, kind and number of devices. A subprocess asks, so they stay free."""
   code = 'import jax; d = jax.devices(); print(d[0].platform, len(d), d[0].device_kind)'
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   platform, count, kind = done.stdout.split(maxsplit=2)
@@ -208,15 +242,15 @@ def probe() -> tuple[str, str, int]:
 
 
 def visible(platform: str, count: int) -> dict[str, str]:
-  """What lets a program see so many devices: GPUs of this machine, or virtual ones of its CPU."""
+  """Returns environment variables that limit a program to `count` GPUs or virtual CPU devices."""
   if platform == 'gpu':
     return {'CUDA_VISIBLE_DEVICES': ','.join(jobs.visible_gpus()[:count])}
   return {'XLA_FLAGS': f'--xla_force_host_platform_device_count={count}'}
 
 
 def dataset_seconds(gin: str, folder: str, names: Sequence[str], args: argparse.Namespace) -> float:
-  """How long run_dataset.py takes for these scenes, a device for each, all compiled anew."""
-  with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as out:  # Where it was interrupted.
+  """Measures run_dataset.py on these scenes, one per device, without a compilation cache."""
+  with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as out:
     env = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': os.path.join(out, 'cache')}
     env |= visible(args.platform, len(names))
     command = [
@@ -231,61 +265,24 @@ def dataset_seconds(gin: str, folder: str, names: Sequence[str], args: argparse.
     return time.monotonic() - began
 
 
-class Results:
-  """What was measured so far, kept on disk after each piece, and read again by the next start."""
-
-  def __init__(self, args: argparse.Namespace):
-    """Raises ScalingError where the folder has what was measured otherwise."""
-    self.folder = args.out
-    names = ('devices', 'batches', 'seconds', 'steps', 'scene_steps', 'gin_bindings')
-    asked = {name: getattr(args, name) for name in names}
-    asked |= {'jax': jax.__version__, 'device_kind': args.kind}
-    self.found = {**asked, 'configs': {}}
-    path = self._path('json')
-    if os.path.exists(path):
-      self.found = json.loads(pathlib.Path(path).read_text())
-      for name, value in asked.items():
-        if self.found.get(name) != value:
-          raise ScalingError(
-            f'{path} was measured with {name} {self.found.get(name)!r}, not {value!r}: go on as it '
-            'began, or choose another --out.'
-          )
-
-  def _path(self, ending: str) -> str:
-    return os.path.join(self.folder, f'scaling.{ending}')
-
-  def of(self, gin: str) -> dict:
-    """What there is of a config, by part."""
-    return self.found['configs'].setdefault(gin, {})
-
-  def keep(self, gin: str, part: str, value) -> None:
-    self.of(gin)[part] = value
-    texts = {
-      'json': json.dumps(self.found, indent=2),
-      'md': tables.markdown(self.found),
-      'svg': tables.picture(self.found),
-    }
-    for ending, text in texts.items():
-      with files.whole(self._path(ending)) as path:
-        pathlib.Path(path).write_text(text)
-
-
 def parse(argv=None) -> argparse.Namespace:
   parser = cli.make_parser(__doc__)
   cli.add_arguments(parser)
-  parser.add_argument('--out', required=True, metavar='DIR', help='where the results go')
+  parser.add_argument('--out', required=True, metavar='DIR', help='folder of the results')
   parser.add_argument(
-    '--devices', type=int, nargs='+', metavar='N', help='default: 1, 2, 4, ... up to all'
+    '--devices', type=int, nargs='+', metavar='N', help='device counts; default: 1, 2, 4, ..., all'
   )
   parser.add_argument(
     '--batches', type=int, nargs='+', default=[16384, 131072], metavar='RAYS',
-    help='of a step and a rendered chunk; the smallest also grows with the devices',
+    help='rays per step and rendered chunk; the smallest is also grown with the devices',
   )  # fmt: skip
-  parser.add_argument('--only', nargs='+', choices=PARTS, default=PARTS, help='these parts')
-  parser.add_argument('--seconds', type=float, default=3.0, help='to time each program for')
-  parser.add_argument('--steps', type=int, default=100, help='of the losses that are compared')
-  parser.add_argument('--scene_steps', type=int, default=300, help="of the dataset's scenes")
-  parser.add_argument('--threads', type=int, default=8, help='programs compiled at a time')
+  parser.add_argument('--only', nargs='+', choices=PARTS, default=PARTS, help='parts to run')
+  parser.add_argument('--seconds', type=float, default=3.0, help='measuring time per program')
+  parser.add_argument('--steps', type=int, default=100, help='steps whose losses are compared')
+  parser.add_argument(
+    '--scene_steps', type=int, default=300, help='training steps per scene of the dataset part'
+  )
+  parser.add_argument('--threads', type=int, default=8, help='programs to compile at a time')
   args = parser.parse_args(argv)
   args.gin_configs = args.gin_configs or [
     os.path.join(installation.DATA, name) for name in _CONFIGS
@@ -293,26 +290,31 @@ def parse(argv=None) -> argparse.Namespace:
   args.platform, args.kind, count = probe()
   args.devices = sorted(args.devices or {2**k for k in range(count.bit_length())} | {count})
   if not 1 <= args.devices[0] <= args.devices[-1] <= count:
-    raise ScalingError(f'--devices {args.devices}: there are {count}.')
+    raise ScalingError(
+      f'--devices must be from 1 to {count}, the number of devices of this machine, got '
+      f'{" ".join(map(str, args.devices))}.'
+    )
+  multiple = np.lcm.reduce(args.devices)
   for batch in args.batches:
-    if batch % np.lcm.reduce(args.devices):
-      raise ScalingError(f'--batches {batch}: must be a multiple of each of --devices.')
+    if batch % multiple:
+      raise ScalingError(
+        f'--batches must be multiples of all device counts (a multiple of {multiple}), got {batch}.'
+      )
   return args
 
 
 def measure_rates(gin: str, args: argparse.Namespace, results: Results) -> None:
-  """The part that this process does itself."""
+  """Runs the part that this process does itself."""
   settings = configs.load_config([gin], args.gin_bindings)
   mesh = sharding.make_mesh(jax.devices()[: args.devices[-1]])
-  results.keep(gin, 'facts', benchmark.describe(settings, mesh))
+  results.keep(gin, 'facts', programs.describe(settings, mesh))
   if 'products' not in results.of(gin):
     results.keep(gin, 'products', products(list(mesh.devices.flat), args.seconds))
-  rows = results.of(gin).get('rates', [])
-  rates(settings, args, rows, lambda rows: results.keep(gin, 'rates', rows))
+  measure_rows(gin, args, results)
 
 
 def measure_programs(gin: str, args: argparse.Namespace, results: Results) -> None:
-  """The parts that are programs of their own, which want the devices for themselves."""
+  """Runs the parts that start other programs, which need the devices."""
   most, found = args.devices[-1], results.of(gin)
   todo = {'start', 'dataset'} & set(args.only) - found.keys()
   if not todo:
@@ -332,7 +334,7 @@ def main(argv=None) -> None:
   argv = sys.argv[1:] if argv is None else argv
   args = parse(argv)
   others = {'start', 'dataset'} & set(args.only)
-  if 'rates' in args.only and others:  # JAX keeps devices once it has them.
+  if 'rates' in args.only and others:  # A process of its own, since JAX never frees devices.
     subprocess.run([*installation.command('scaling'), *argv, '--only', 'rates'], check=True)
   results = Results(args)
   for gin in args.gin_configs:

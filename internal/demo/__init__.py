@@ -1,1 +1,1 @@
-"""The demo scene: a still life in an endless landscape, ray traced."""
+"""The demo scene: a procedural world, its ray tracer and a capture of it."""

@@ -1,11 +1,11 @@
-"""The demo's world and its ray tracer: a still life in an endless landscape.
+"""The demo's procedural world and its ray tracer: a still life in an endless landscape.
 
-Everything is analytic and seeded: solids are ray traced in their own frames; the ground's pattern
-is a sum of plane waves, each faded by its exact response to the pixel's footprint (so that nothing
-shimmers on the way to the horizon); hills, clouds and sky depend on the direction alone.
+Solids are ray traced in their own frames. The ground's pattern is a sum of plane waves, each
+attenuated by its exact response to the pixel's footprint, so it does not alias towards the horizon.
+Hills, clouds and sky depend only on the direction. Everything is a function of the seed.
 
-World: z up, ground z = 0, lengths in table radii; colours are linear until the very end.
-Arrays: `n` rays (or points), origins, dirs, points, normals [n, 3], distances t [n].
+World: z up, ground at z = 0, lengths in table radii. Colours are linear RGB.
+Arrays of `n` rays or points: origins, dirs, points, normals [n, 3]; distances t [n].
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 EPS = 1e-3
-STILL_LIFE = 7  # The first solids; the others are trees and boulders.
+STILL_LIFE = 7  # Number of its solids, which come first; the rest are trees and boulders.
 SUN_AZIMUTH, SUN_ELEVATION, SUN_RADIUS = np.radians([35.0, 38.0, 2.5])
 
 
@@ -30,12 +30,12 @@ def _dot(a, b):
 
 
 def _linear(code: str) -> np.ndarray:
-  """'rrggbb' in sRGB to linear RGB [3]."""
+  """Converts an sRGB colour 'rrggbb' to linear RGB [3]."""
   return (np.array([int(code[i : i + 2], 16) for i in (0, 2, 4)], np.float32) / 255) ** 2.2
 
 
 def _mix(a, b, x):
-  """From colours a to b as x [n] goes from 0 to 1: [n, 3]."""
+  """Interpolates from colour a to b by x [n] in [0, 1]: [n, 3]."""
   return a + (b - a) * x[:, None]
 
 
@@ -57,20 +57,23 @@ SKY_LIGHT, GROUND_LIGHT = 0.62 * _linear('b9d4f5'), 0.30 * _linear('c9b28a')
 
 
 def sun_samples(count: int) -> np.ndarray:
-  """Directions to count x count points of the sun's disc: its shadows have soft rims."""
+  """Returns directions to count x count points on the sun's disc, for soft shadows."""
   cell = (np.arange(count) + 0.5) / count * 2 - 1
   x, y = (g.ravel() for g in np.meshgrid(cell, cell))
-  x, y = 0.8 * x + 0.3 * y, 0.8 * y - 0.3 * x  # Turned, so that the rows do not line up.
+  x, y = (
+    0.8 * x + 0.3 * y,
+    0.8 * y - 0.3 * x,
+  )  # Rotated, so that the rows do not line up with edges.
   return direction(
     SUN_AZIMUTH + SUN_RADIUS * x / np.cos(SUN_ELEVATION), SUN_ELEVATION + SUN_RADIUS * y
   )
 
 
-# Solids, each in its own frame: distance along the ray (inf: missed), and the outward normal.
+# Each solid, in its own frame: distance along the ray (inf: no hit), and the outward normal.
 
 
 def _entry(t0, t1):
-  """First hit in front of the origin, of a convex solid that the ray is in from t0 to t1."""
+  """Returns the first hit of a convex solid that contains the ray between t0 and t1."""
   t = np.where(t0 > EPS, t0, t1)
   return np.where((t0 <= t1) & (t > EPS), t, np.inf)
 
@@ -82,7 +85,7 @@ def _hit_ball(o, d):
 
 
 def _slab(o, d):
-  """Where rays enter and leave -1 <= x <= 1 along each axis: two [n, axes]."""
+  """Returns the distances where rays enter and leave [-1, 1] on each axis: two [n, axes]."""
   d = np.where(np.abs(d) < 1e-9, 1e-9, d)
   ends = (-1 - o) / d, (1 - o) / d
   return np.minimum(*ends), np.maximum(*ends)
@@ -99,7 +102,7 @@ def _box_normal(p):
 
 
 def _hit_cylinder(o, d):
-  """Radius 1 around z, -1 <= z <= 1."""
+  """Hits the cylinder of radius 1 around z, -1 <= z <= 1."""
   t0, t1 = _slab(o[:, 2], d[:, 2])
   o, d = o[:, :2], d[:, :2]
   a, b, c = np.maximum(_dot(d, d), 1e-12), _dot(o, d), _dot(o, o) - 1
@@ -113,11 +116,11 @@ def _cylinder_normal(p):
   return np.where(on_cap[:, None], np.sign(p) * [0, 0, 1], p * [1, 1, 0])
 
 
-RING_TUBE = 0.32  # Of the ring's radius 1.
+RING_TUBE = 0.32  # Radius of the tube; that of the ring is 1.
 
 
 def _hit_ring(o, d):
-  """A torus around z, by sphere tracing."""
+  """Hits a torus around z, by sphere tracing."""
   speed = np.linalg.norm(d, axis=-1)
   t = np.maximum(-_dot(o, d) / speed**2 - 1.5 / speed, EPS)
   for _ in range(64):
@@ -133,14 +136,14 @@ def _ring_normal(p):
 
 @dataclasses.dataclass(frozen=True)
 class Solid:
-  """A shape, where it stands, and its paint (a function of points in the shape's frame)."""
+  """A shape with its placement and its paint, a function of points in the shape's frame."""
 
   hit: Callable
   normal: Callable
   paint: Callable
   centre: np.ndarray  # [3]
   to_local: np.ndarray  # [3, 3]
-  reach: float  # Radius of a ball around it.
+  reach: float  # Radius of its bounding sphere.
   gloss: float = 0.0
 
   def local(self, points):
@@ -148,7 +151,7 @@ class Solid:
 
 
 def _solid(shape, paint, centre, size, turn=0.0, tilt=0.0, gloss=0.0) -> Solid:
-  """`size` half-axes; tilted around x, then turned around z (degrees)."""
+  """Places a shape with half-axes `size`, tilted around x, then turned around z, in degrees."""
   (c, u), (s, v) = np.cos(np.radians([turn, tilt])), np.sin(np.radians([turn, tilt]))
   rotation = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ [[1, 0, 0], [0, u, -v], [0, v, u]]
   size = np.broadcast_to(np.asarray(size, float), (3,))
@@ -173,7 +176,7 @@ def _checks(a, b, count):
 
 
 def _bands(*codes, by=lambda p: (p[:, 2] + 1) / 2):
-  """Bands of equal width over `by` in [0, 1) (periodic)."""
+  """Paints bands of equal width over the periodic coordinate `by` in [0, 1)."""
   colors = np.stack([_linear(c) for c in codes])
 
   def paint(p):
@@ -187,7 +190,7 @@ def _azimuth(p):
 
 
 def _table_paint(p):
-  """Tiles around the side, rings of wood on top."""
+  """Paints tiles around the side and wood rings on top."""
   side = _bands('2f5d8a', 'f2ead8', by=lambda p: 10 * _azimuth(p))(p)
   rim = np.abs(p[:, 2] - 0.15) > 0.62
   side = np.where(rim[:, None], _linear('e2d3b0'), side)
@@ -203,7 +206,7 @@ def _foliage(dark, light):
 
 
 def build_solids(seed: int) -> list[Solid]:
-  """The still life, then trees and boulders around it, near and far."""
+  """Returns the still life, followed by trees and boulders at growing distances."""
   top = 0.42
   spiral = _bands('c8342c', 'f4efe4', by=lambda p: 1.5 * p[:, 2] + _azimuth(p))
   solids = [
@@ -221,7 +224,7 @@ def build_solids(seed: int) -> list[Solid]:
   rng = np.random.default_rng(seed)
   for i in range(26):
     distance = 6.5 * 1.13**i * rng.uniform(0.9, 1.1)
-    azimuth = 2.4 * i + rng.uniform(-0.3, 0.3)  # The golden angle: spread evenly.
+    azimuth = 2.4 * i + rng.uniform(-0.3, 0.3)  # The golden angle spreads them evenly.
     x, y = distance * np.cos(azimuth), distance * np.sin(azimuth)
     grow = (distance / 7) ** 0.45 * rng.uniform(0.85, 1.2)
     if i % 3 == 0:
@@ -240,12 +243,12 @@ def build_solids(seed: int) -> list[Solid]:
 
 
 def trace(solids, origins, dirs):
-  """First hits: distances [n] (inf: none) and indices into `solids` [n] (-1: none)."""
+  """Returns first hits: distances [n] (inf: none) and indices into `solids` [n] (-1: none)."""
   t = np.full(len(dirs), np.inf, np.float32)
   index = np.full(len(dirs), -1)
   started, away2 = _dot(origins, dirs), _dot(origins, origins)
   for i, solid in enumerate(solids):
-    # Does the ray meet the ball around the solid? Expanded, and with room for its rounding errors.
+    # Rays that meet the bounding sphere. The margins allow for rounding errors of the expansion.
     along = dirs @ solid.centre - started
     reach2 = solid.reach**2 - solid.centre @ solid.centre
     apart2 = (1 - 4e-6) * away2 - origins @ (2 * solid.centre)
@@ -259,7 +262,7 @@ def trace(solids, origins, dirs):
 
 
 class Landscape:
-  """Ground pattern, hills, clouds and sky of one seed."""
+  """The ground's pattern, hills, clouds and sky for one seed."""
 
   def __init__(self, seed: int):
     rng = np.random.default_rng(seed + 1)
@@ -273,39 +276,39 @@ class Landscape:
     self.ridge_phase = rng.uniform(0, 2 * np.pi, (3, 9))
 
   def ground(self, points, dirs, footprint):
-    """Albedo [n, 3]; `footprint` [n]: standard deviation of the pixel's cone, in length."""
+    """Returns the albedo [n, 3]; `footprint` [n] is the standard deviation of the pixel's cone."""
     flat = dirs[:, :2] / np.maximum(np.linalg.norm(dirs[:, :2], axis=-1, keepdims=True), 1e-6)
     stretch = 1 / np.maximum(np.abs(dirs[:, 2]), 1e-3) ** 2 - 1  # Along the view.
 
-    def seen(k):
-      """How much of waves k [2, m] is left when averaged over the footprint: [n, m]."""
+    def attenuation(k):
+      """Returns the attenuation of waves k [2, m] averaged over the footprint: [n, m]."""
       var = (k * k).sum(0) + stretch[:, None] * (flat @ k) ** 2
       return np.exp(-0.5 * np.minimum(footprint[:, None] ** 2 * var, 40))
 
     k, amp = (x.astype(np.float32) for x in self.meadow)
-    wave, left = points[:, :2] @ k, seen(k) * (amp / np.linalg.norm(amp))
+    wave, left = points[:, :2] @ k, attenuation(k) * (amp / np.linalg.norm(amp))
     lush = _dot(np.cos(wave + self.meadow_phase[0]), left)
     dry = _dot(np.cos(wave + self.meadow_phase[1]), left)
     grass = _mix(_linear('4d7a34'), _linear('a9b552'), 0.5 + 0.32 * lush)
     grass = _mix(grass, _linear('c7a565'), np.clip(0.25 + 0.35 * dry, 0, 1))
-    # Paving: the first harmonics of a checkerboard of 0.6, rounded (Lanczos) against ringing.
+    # Paving: the first harmonics of a checkerboard of cell 0.6. Lanczos factors reduce ringing.
     harmonics = np.array([1, 3, 5], np.float32)
     soften = 4 / np.pi / harmonics * np.sinc(harmonics / 7)
     sides = []
     for turn in (0.35, 0.35 + np.pi / 2):
       k = np.pi / 0.6 * harmonics * np.array([[np.cos(turn)], [np.sin(turn)]], np.float32)
-      sides.append((np.sin(points[:, :2] @ k) * seen(k) * soften).sum(-1))
+      sides.append((np.sin(points[:, :2] @ k) * attenuation(k) * soften).sum(-1))
     tiles = _mix(_linear('a88f78'), _linear('e4d7bd'), 0.5 + 0.5 * sides[0] * sides[1])
     edge = np.hypot(points[:, 0], points[:, 1]) + 0.25 * lush
     return np.clip(_mix(tiles, grass, _smoothstep(3.6, 4.3, edge)), 0.01, 1)
 
   def haze(self, dirs):
-    """The sky's colour at the horizon, warmer towards the sun: [n, 3]."""
+    """Returns the sky's colour at the horizon, warmer towards the sun: [n, 3]."""
     glow = _smoothstep(-1, 1, dirs[:, :2] @ SUN[:2] / np.linalg.norm(SUN[:2]))
     return _mix(_linear('b3cbe0'), _linear('f3dcc0'), glow)
 
   def sky(self, dirs):
-    """Sky and clouds: [n, 3]."""
+    """Returns the colour of sky and clouds: [n, 3]."""
     up = np.clip(dirs[:, 2], 0, 1)
     color = _mix(self.haze(dirs), _linear('3d7fcb'), 1 - np.exp(-4.5 * up))
     toward = np.clip(dirs @ SUN, 0, 1)
@@ -316,11 +319,11 @@ class Landscape:
     return color + (0.25 * toward**6 + 1.5 * toward**120)[:, None] * _linear('ffdf9e')
 
   def background(self, dirs):
-    """Sky behind three ridges of hills: [n, 3]."""
+    """Returns the colour of the sky behind three ridges of hills: [n, 3]."""
     color, haze = self.sky(dirs), self.haze(dirs)
     azimuth = np.arctan2(dirs[:, 1], dirs[:, 0])[:, None]
     elevation = np.degrees(np.arcsin(np.clip(dirs[:, 2], -1, 1)))
-    ridges = (  # Degrees high, degrees rough, harmonics, colours low and high, haze.
+    ridges = (  # Height and roughness in degrees, harmonics, colours low and high, haze.
       (8.0, 3.4, np.array([2, 3, 5, 7, 11, 13, 17, 23, 29]), '6f86b0', 'eef2fb', 0.30),
       (4.6, 1.8, np.array([3, 4, 7, 9, 12, 15, 19, 22, 26]), '4d7d78', '7fa287', 0.28),
       (2.0, 0.9, np.array([4, 6, 9, 11, 14, 18, 21, 25, 31]), '3f6b3d', '86a04f', 0.15),
@@ -338,7 +341,7 @@ class Landscape:
 
 
 def _occlusion(solids, points, normals):
-  """Share of the sky's light that the still life leaves: [n]."""
+  """Returns the fraction of sky light that the still life does not block: [n]."""
   left = np.ones(len(points), np.float32)
   for solid in solids[:STILL_LIFE]:
     to = solid.centre - points
@@ -349,7 +352,7 @@ def _occlusion(solids, points, normals):
 
 
 def _light(solids, points, normals, dirs, albedo, gloss, sun):
-  """Sun with shadows, sky, bounce and a highlight: [n, 3]."""
+  """Returns the shaded colour from sun, shadows, sky, bounce light and highlight: [n, 3]."""
   facing = (normals @ sun).clip(0)
   shadowed = trace(solids, points + 4 * EPS * normals, np.broadcast_to(sun, points.shape))[1] >= 0
   facing = np.where(shadowed, 0, facing)
@@ -360,28 +363,28 @@ def _light(solids, points, normals, dirs, albedo, gloss, sun):
 
 
 def render_rays(solids, land, origin, dirs, pixel, sun):
-  """Linear colours [n, 3] and distances [n] along unit `dirs` from one `origin` [3]."""
+  """Returns linear colours [n, 3] and distances [n] of rays along unit `dirs` from `origin` [3]."""
   origins = np.broadcast_to(origin, dirs.shape)
   t, index = trace(solids, origins, dirs)
   on_ground = np.where(dirs[:, 2] < 0, -origin[2] / np.minimum(dirs[:, 2], -1e-7), np.inf)
   index = np.where(on_ground < t, len(solids), index)
   t = np.minimum(t, on_ground)
-  seen, missed = np.flatnonzero(index >= 0), np.flatnonzero(index < 0)
+  hit, missed = np.flatnonzero(index >= 0), np.flatnonzero(index < 0)
   color = np.zeros_like(dirs)
   color[missed] = land.background(dirs[missed])
-  points = origins[seen] + t[seen, None] * dirs[seen]
-  normals, albedo = np.tile(np.float32([0, 0, 1]), (len(seen), 1)), np.zeros_like(points)
-  gloss = np.zeros(len(seen))
-  for i in np.unique(index[seen]):
-    mine = np.flatnonzero(index[seen] == i)
+  points = origins[hit] + t[hit, None] * dirs[hit]
+  normals, albedo = np.tile(np.float32([0, 0, 1]), (len(hit), 1)), np.zeros_like(points)
+  gloss = np.zeros(len(hit))
+  for i in np.unique(index[hit]):
+    mine = np.flatnonzero(index[hit] == i)
     if i == len(solids):
-      footprint = t[seen[mine]] * pixel * 0.4
-      albedo[mine] = land.ground(points[mine], dirs[seen[mine]], footprint)
+      footprint = t[hit[mine]] * pixel * 0.4
+      albedo[mine] = land.ground(points[mine], dirs[hit[mine]], footprint)
       continue
     local = solids[i].local(points[mine])
     normals[mine] = unit(solids[i].normal(local) @ solids[i].to_local)
     albedo[mine], gloss[mine] = solids[i].paint(local), solids[i].gloss
-  lit = _light(solids, points, normals, dirs[seen], albedo, gloss, sun)
-  fog = 1 - np.exp(-t[seen] / 90)
-  color[seen] = lit + (land.haze(dirs[seen]) - lit) * fog[:, None]
+  lit = _light(solids, points, normals, dirs[hit], albedo, gloss, sun)
+  fog = 1 - np.exp(-t[hit] / 90)
+  color[hit] = lit + (land.haze(dirs[hit]) - lit) * fog[:, None]
   return color, t

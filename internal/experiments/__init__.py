@@ -1,1 +1,1 @@
-"""Experiments: many training runs in one command."""
+"""Experiments: several training runs started by one command."""

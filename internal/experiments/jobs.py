@@ -1,4 +1,4 @@
-"""Jobs of several commands each, one at a time on each device."""
+"""Runs jobs, each a sequence of commands, one job at a time per device."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ..system import signals
 
-_POLL = 0.2  # Seconds.
+_POLL_SECONDS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """Commands to run one after the other, while each succeeds."""
+  """Commands that run in order until one fails."""
 
   name: str
   commands: tuple[tuple[str, ...], ...]
-  folder: str  # Gets log.txt; no two jobs work in one at a time, of whatever program.
+  folder: str  # Working folder, locked: one job at a time, across programs. log.txt has the output.
 
 
 @dataclasses.dataclass
 class Running:
-  """A job at work."""
+  """A job in progress."""
 
   job: Job
-  stage: int  # Of its commands.
+  stage: int  # Index of the running command.
   process: subprocess.Popen
-  lock: int  # A file's descriptor.
+  lock: int  # File descriptor.
 
 
 def visible_gpus() -> list[str]:
-  """The NVIDIA GPUs that a program started here would see, as CUDA_VISIBLE_DEVICES names them.
+  """Returns the visible NVIDIA GPUs, as CUDA_VISIBLE_DEVICES would name them.
 
-  JAX is not asked: it would take their memory.
+  Does not ask JAX, which would allocate the GPUs' memory.
   """
-  told = os.environ.get('CUDA_VISIBLE_DEVICES')
-  if told is not None:
-    return [name.strip() for name in told.split(',') if name.strip()]
+  visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+  if visible is not None:
+    return [name.strip() for name in visible.split(',') if name.strip()]
   try:
     listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True, check=True)
   except (OSError, subprocess.CalledProcessError):
@@ -51,10 +51,10 @@ def visible_gpus() -> list[str]:
 
 
 def _lock(folder: str) -> int | None:
-  """Takes a folder's lock; None if it is taken.
+  """Locks a folder; returns None if it is already locked.
 
-  The commands inherit it, so that it is held as long as one of them lives, whatever becomes of the
-  program that started it.
+  The commands inherit the file descriptor, so the lock lasts until the last of them exits, even if
+  the program that started them is killed.
   """
   os.makedirs(folder, exist_ok=True)
   lock = os.open(os.path.join(folder, '.lock'), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
@@ -75,13 +75,13 @@ def _start(job: Job, stage: int, lock: int, env: Mapping[str, str]) -> Running:
       stderr=subprocess.STDOUT,
       env={**os.environ, **env},
       pass_fds=(lock,),
-      start_new_session=True,  # A terminal's Ctrl-C is ours to pass on.
+      start_new_session=True,  # Ctrl-C reaches only this process, which then stops the jobs.
     )
   return Running(job, stage, process, lock)
 
 
 def last_line(folder: str) -> str:
-  """The last line that a job's commands said."""
+  """Returns the last non-empty line of a job's log, '' if there is none."""
   with contextlib.suppress(OSError), open(os.path.join(folder, 'log.txt'), 'rb') as f:
     f.seek(max(0, os.path.getsize(f.name) - 4096))
     lines = f.read().decode(errors='replace').split('\n')
@@ -94,67 +94,67 @@ def run(
   slots: Sequence[Mapping[str, str]],
   watch: Callable[[Sequence[Running]], None] = lambda running: None,
 ) -> dict[str, str]:
-  """Runs all jobs, as many at once as there are slots; one that fails does not stop the others.
+  """Runs all jobs, one per slot at a time. A failed job does not stop the others.
 
   Args:
     jobs: in the order to start them.
-    slots: variables of the environment for each, e.g. {'CUDA_VISIBLE_DEVICES': '3'}.
-    watch: called several times a second with what is at work.
+    slots: for each slot, its environment variables, e.g. {'CUDA_VISIBLE_DEVICES': '3'}.
+    watch: called with the running jobs several times a second.
 
   Returns:
-    Why jobs failed, by name.
+    The reason for each failure, by job name.
 
   Raises:
-    signals.Stopped: SIGTERM or SIGINT came; what was at work was told to end too, and has.
+    signals.Stopped: SIGTERM or SIGINT arrived. Running jobs were sent SIGTERM and have exited.
   """
   waiting, failed = list(jobs), {}
-  at_work: dict[int, Running] = {}
-  with signals.postponed() as request, _ended(at_work):
-    while (waiting or at_work) and not request.signum:
+  running: dict[int, Running] = {}
+  with signals.postponed() as request, _terminating(running):
+    while (waiting or running) and not request.signum:
       for slot, env in enumerate(slots):
-        if slot in at_work:
-          _go_on(slot, env, at_work, failed)
-        if waiting and slot not in at_work:
-          _begin(waiting.pop(0), slot, env, at_work, failed)
-      watch(list(at_work.values()))
-      time.sleep(_POLL)
+        if slot in running:
+          _advance(slot, env, running, failed)
+        if waiting and slot not in running:
+          _begin(waiting.pop(0), slot, env, running, failed)
+      watch(list(running.values()))
+      time.sleep(_POLL_SECONDS)
   if request.signum:
     raise signals.Stopped(request.signum)
   return failed
 
 
-def _begin(job, slot, env, at_work, failed) -> None:
+def _begin(job, slot, env, running, failed) -> None:
   lock = _lock(job.folder)
   if lock is None:
-    failed[job.name] = f'another program is at work in {job.folder}'
+    failed[job.name] = f'{job.folder} is in use by another program'
   else:
-    at_work[slot] = _start(job, 0, lock, env)
+    running[slot] = _start(job, 0, lock, env)
 
 
-def _go_on(slot, env, at_work, failed) -> None:
-  """Starts a job's next command if one is done, and lets go of a job that is done or failed."""
-  running = at_work[slot]
-  code = running.process.poll()
+def _advance(slot, env, running, failed) -> None:
+  """Starts the job's next command if one has exited; frees the slot if the job is over."""
+  current = running[slot]
+  code = current.process.poll()
   if code is None:
     return
-  job, following = running.job, running.stage + 1
+  job, following = current.job, current.stage + 1
   if code == 0 and following < len(job.commands):
-    at_work[slot] = _start(job, following, running.lock, env)
+    running[slot] = _start(job, following, current.lock, env)
     return
   if code:
     failed[job.name] = f'exit code {code}: {last_line(job.folder)}'
-  os.close(running.lock)
-  del at_work[slot]
+  os.close(current.lock)
+  del running[slot]
 
 
 @contextlib.contextmanager
-def _ended(at_work: Mapping[int, Running]) -> Iterator[None]:
-  """Afterwards, whatever happened, nothing is at work."""
+def _terminating(running: Mapping[int, Running]) -> Iterator[None]:
+  """Terminates the running jobs on exit, for whatever reason, and waits for them."""
   try:
     yield
   finally:
-    for running in at_work.values():
-      running.process.terminate()  # train.py finishes its step and saves it.
-    for running in at_work.values():
-      running.process.wait()
-      os.close(running.lock)
+    for current in running.values():
+      current.process.terminate()  # train.py finishes its step and saves a checkpoint.
+    for current in running.values():
+      current.process.wait()
+      os.close(current.lock)

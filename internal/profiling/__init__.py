@@ -1,1 +1,1 @@
-"""Profiling: what a step costs, counted and measured."""
+"""Profiling: FLOPs, speed and memory of training and rendering."""

@@ -1,4 +1,4 @@
-"""How the benchmark prints what it measured: lines as they come, markdown at the end of a sweep."""
+"""The benchmark's output: a line per measurement, a markdown table per sweep."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from . import costs
 
 _GIB = 2**30
 
-# Heading, key of a row, alignment and width, format.
+# Heading, key in a row, alignment and width, number format.
 _COLUMNS = (
   ('', 'name', '<30', '{}'),
   ('devices', 'devices', '>7', '{}'),
@@ -26,64 +26,52 @@ _COLUMNS = (
 )
 
 
-def say(text: str = '') -> None:
-  print(text)
-
-
 def cell(row: dict, key: str, form: str) -> str:
-  """One number of a row as text; nothing, or 'failed', where the row does not have it."""
+  """Formats one number of a row: '' if it is missing, 'failed' if the measurement failed."""
   value = row.get(key)
   if value is None:
     return 'failed' if 'error' in row else ''
   return form.format(value / _GIB if key.endswith('_bytes') else value)
 
 
-def say_row(row: dict | None = None) -> None:
-  """Prints a measurement as a line of the table; None prints the heading."""
+def print_row(row: dict | None = None) -> None:
+  """Prints a row as a line of the table; None prints the heading."""
   if row is not None and 'error' in row:
-    say(f'{row["name"]:30} failed: {row["error"]}')
+    print(f'{row["name"]:30} failed: {row["error"]}')
     return
-  kept = '  (compiled before, and kept)' if row and row.get('compiled_from_cache') else ''
+  kept = '  (from the compilation cache)' if row and row.get('compiled_from_cache') else ''
   cells = (title if row is None else cell(row, key, form) for title, key, _, form in _COLUMNS)
-  say(' '.join(format(c, column[2]) for c, column in zip(cells, _COLUMNS)).rstrip() + kept)
+  print(' '.join(format(c, column[2]) for c, column in zip(cells, _COLUMNS)).rstrip() + kept)
 
 
-def say_kernels(row: dict, found: Sequence[costs.Kernel], top: int) -> None:
-  """Prints the kernels that take the most of a row's time."""
+def print_kernels(row: dict, found: Sequence[costs.Kernel], top: int) -> None:
+  """Prints the `top` slowest kernels of a row."""
   busy = sum(k.ms for k in found)
-  say(f'\n{row["name"]}: kernels take {busy:.2f} of {row["ms"]:.2f} ms; {len(found)} names')
-  say(f'{"ms":>9} {"%":>6} {"count":>7}  kernel  (and the operation that it is most of)')
+  print(
+    f'\n{row["name"]}: kernels take {busy:.2f} of {row["ms"]:.2f} ms; {len(found)} different ones'
+  )
+  print(f'{"ms":>9} {"%":>6} {"count":>7}  kernel  (and its main operation)')
   for k in found[:top]:
-    say(f'{k.ms:9.3f} {100 * k.ms / row["ms"]:6.1f} {k.count:7.1f}  {k.name[:80]}  {k.source}')
-  say()
+    print(f'{k.ms:9.3f} {100 * k.ms / row["ms"]:6.1f} {k.count:7.1f}  {k.name[:80]}  {k.source}')
+  print()
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """Formats a table as markdown."""
   lines = [heads, ['---'] * len(heads), *rows]
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
-def image_table(points: Sequence[dict]) -> str:
-  forms = {'rays': '{:,}', 'measured_seconds': '{:.3f}', 'computed_seconds': '{:.3f}'}
-  rows = [[p['name'], *(cell(p, key, form) for key, form in forms.items())] for p in points]
-  return markdown(['', 'rays', 'seconds, measured', 'seconds, from the rate'], rows)
-
-
 def cost_table(points: Sequence[dict]) -> str:
-  forms = {
-    'ms': '{:.2f}',
-    'rays_per_second': '{:,.0f}',
-    'tflops': '{:.3g}',
-    'fraction_of_chip': '{:.0%}',
-    'temp_bytes': '{:.2f}',
+  """Formats the points of a sweep as markdown."""
+  columns = {
+    'ms': ('ms', '{:.2f}'),
+    'rays_per_second': ('rays/s', '{:,.0f}'),
+    'tflops': ('TFLOP/s', '{:.3g}'),
+    'fraction_of_chip': ('of chip', '{:.0%}'),
+    'temp_bytes': ('temp GiB', '{:.2f}'),
   }
-  heads = [
-    f'{which} {head}'
-    for which in ('train', 'render')
-    for head in ('ms', 'rays/s', 'TFLOP/s', 'of chip', 'temp GiB')
-  ]
-  rows = [
-    [p['label'], *(cell(p[which], k, f) for which in ('train', 'render') for k, f in forms.items())]
-    for p in points
-  ]
+  every = [(kind, key, *column) for kind in ('train', 'render') for key, column in columns.items()]
+  heads = [f'{kind} {head}' for kind, _, head, _ in every]
+  rows = [[p['label'], *(cell(p[kind], key, form) for kind, key, _, form in every)] for p in points]
   return markdown(['', *heads], rows)

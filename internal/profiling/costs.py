@@ -1,4 +1,4 @@
-"""What a program costs: its products counted, its calls timed, its kernels read from a trace."""
+"""Costs of a program: counted matrix products, timed calls, kernels from a trace."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import numpy as np
 from .. import configs
 from ..training import train_step
 
-_UNDER_WAY = 8  # Timed calls at a time.
+_IN_FLIGHT = 8  # Calls that may be started before the first of them ends.
 
 
 def _needing(name: str, shape: tuple[int, int], mlp: configs.MLP, settings) -> int:
-  """How many of a dense layer's inputs a gradient flows to: neither sines nor directions."""
+  """Counts a dense layer's inputs that need gradients: not encodings of positions or directions."""
   if name.startswith('trunk_') or name in ('density', 'bottleneck'):
     if mlp.encoding == 'grid':
       return shape[0]
@@ -36,25 +36,25 @@ def _needing(name: str, shape: tuple[int, int], mlp: configs.MLP, settings) -> i
 
 
 def _sample_flops(params: Mapping, mlp: configs.MLP, settings, colour: bool) -> tuple[int, int]:
-  """One sample's products through one MLP: forward, and forward and backward."""
+  """Counts FLOPs per sample of one MLP: forward, and forward plus backward."""
   forward = both = 0
   for name, layer in params.items():
     if name == 'grid':
-      continue  # Lookups are no products.
+      continue  # Lookups, not products.
     if not colour and not name.startswith(('trunk_', 'density')):
       continue
     inputs, outputs = layer['kernel'].shape
     forward += 2 * inputs * outputs
     needing = _needing(name, (inputs, outputs), mlp, settings)
-    both += 2 * outputs * (2 * inputs + needing)  # The layer, its kernel's and input's gradient.
+    both += 2 * outputs * (2 * inputs + needing)  # Forward, kernel gradient, input gradient.
   return forward, both
 
 
 def ray_flops(settings: configs.Settings) -> dict[str, int]:
-  """Floating-point operations of one ray's matrix products: {'train', 'render'}.
+  """Counts the FLOPs of one ray's matrix products: {'train', 'render'}.
 
-  The count is of the mathematics: what a compiler computes twice to save memory does not count,
-  nor do colours of proposal levels that no loss looks at.
+  Counts what the model requires. Recomputation to save memory does not count, nor do colours of
+  proposal levels that no loss uses.
   """
   cfg = settings.model
   params = train_step.abstract_state(settings).params
@@ -71,23 +71,27 @@ def ray_flops(settings: configs.Settings) -> dict[str, int]:
 
 
 def in_turn(call: Callable, count: int) -> Iterator:
-  """What so many calls return, once it is there; `call` returns arrays to wait for.
+  """Yields the results of `count` calls in order, once their arrays are ready.
 
-  Few calls are under way at a time: of a hundred, virtual devices of a CPU would run different ones
-  and wait for ever.
+  Limits the calls in flight: with a hundred, the virtual devices of a CPU would start different
+  ones and deadlock in their collectives.
   """
-  under_way = collections.deque()
+  in_flight = collections.deque()
   for _ in range(count):
-    under_way.append(call())
-    if len(under_way) > _UNDER_WAY:
-      yield jax.block_until_ready(under_way.popleft())
-  yield from map(jax.block_until_ready, under_way)
+    in_flight.append(call())
+    if len(in_flight) > _IN_FLIGHT:
+      yield jax.block_until_ready(in_flight.popleft())
+  yield from map(jax.block_until_ready, in_flight)
 
 
 def time_groups(call: Callable, seconds: float) -> dict:
-  """Milliseconds of `call` as in `in_turn`: the median over groups of calls.
+  """Measures the milliseconds of `call`: median and percentiles over groups of calls.
 
-  A group takes a third of a second or so, for the wait at its end not to count.
+  A group takes about 0.3 seconds, so that the wait at its end is negligible.
+
+  Args:
+    call: returns arrays to wait for.
+    seconds: how long to measure; at least three groups.
   """
   jax.block_until_ready(call())
   began = time.perf_counter()
@@ -110,14 +114,14 @@ def time_groups(call: Callable, seconds: float) -> dict:
 
 @contextlib.contextmanager
 def _cache_hits() -> Iterator[list]:
-  """Counts, in the yielded list, the programs that the compilation cache answers meanwhile."""
+  """Yields a list that grows by one for each program found in the compilation cache."""
   hits, active = [], [True]
 
   def listen(event, **_):
     if active and event == '/jax/compilation_cache/cache_hits':
       hits.append(event)
 
-  jax.monitoring.register_event_listener(listen)  # There is no public way to take it back.
+  jax.monitoring.register_event_listener(listen)  # JAX has no public way to unregister it.
   try:
     yield hits
   finally:
@@ -128,8 +132,8 @@ def compile_first(function: Callable, *args) -> tuple[dict, str]:
   """Compiles a jit-compiled function (or memory.FirstFit) ahead of its first call.
 
   Returns:
-    Seconds with tracing, whether the cache had it, and bytes of memory on each device; the
-    compiled HLO. The first call then finds it compiled.
+    Facts: compile seconds including tracing, whether it came from the compilation cache, bytes of
+    memory per device. And the compiled HLO text.
   """
   began = time.perf_counter()
   with _cache_hits() as hits:
@@ -144,24 +148,24 @@ def compile_first(function: Callable, *args) -> tuple[dict, str]:
 
 
 def peak_bytes(devices) -> int | None:
-  """The most memory that any of the devices has held since the process began, where it says."""
+  """Returns the highest peak memory of the devices in this process, None if not reported."""
   peaks = [(d.memory_stats() or {}).get('peak_bytes_in_use') for d in devices]
   return max((p for p in peaks if p is not None), default=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """All runs of the kernels of one name, in an average step."""
+  """All kernels of one name, per step."""
 
   name: str
   ms: float
   count: float
-  source: str  # The operation of the program that it is a part of, '' if that is not known.
+  source: str  # Name of the operation it computes, '' if unknown.
 
 
 @contextlib.contextmanager
 def trace(folder: str) -> Iterator[None]:
-  """Records what the devices do; the interpreter's own calls would only fill the trace."""
+  """Records a trace of the devices, without Python calls."""
   options = jax.profiler.ProfileOptions()
   options.python_tracer_level = 0
   with jax.profiler.trace(folder, profiler_options=options):
@@ -169,10 +173,10 @@ def trace(folder: str) -> Iterator[None]:
 
 
 def _kernel_events(planes: Sequence) -> Iterator[tuple[str, object, dict]]:
-  """Each run of a kernel: which device's, the event, its facts."""
+  """Yields the device, event and stats of each kernel execution."""
   devices = [p for p in planes if re.match(r'/device:(GPU|TPU):\d+', p.name)]
   hosts = [p for p in planes if p.name.startswith('/host:CPU')]
-  for plane in devices or hosts:  # A CPU's kernels are among much else on the host's threads.
+  for plane in devices or hosts:  # CPU kernels run on the host's threads, among other events.
     for line in plane.lines:
       if devices and not ('Stream' in line.name or line.name == 'XLA Ops'):
         continue
@@ -184,20 +188,20 @@ def _kernel_events(planes: Sequence) -> Iterator[tuple[str, object, dict]]:
           yield f'CPU {stats.get("device_ordinal", 0)}', event, stats
 
 
-# Events that enclose others' time: loops, branches, calls.
+# Events whose time includes that of others: loops, branches, calls.
 _ENCLOSING = re.compile(r'(while|conditional|call)(\.\d+)?$')
 
 
 def _stats(event) -> dict:
   with warnings.catch_warnings():
-    warnings.simplefilter('ignore', DeprecationWarning)  # Of the binding itself, in Python 3.13.
+    warnings.simplefilter('ignore', DeprecationWarning)  # From the binding itself, on Python 3.13.
     return dict(event.stats)
 
 
 def op_names(hlo: str) -> dict[str, str]:
-  """From an instruction of compiled HLO text to the name of the operation that asked for it.
+  """Maps each instruction in compiled HLO text to the name of the operation that it computes.
 
-  Kernels, the names of which have _ for what else there is in an instruction's, are found too.
+  Also has the names of kernels, in which `_` replaces other characters of the instruction's name.
   """
   found = re.finditer(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', hlo, re.MULTILINE)
   names = {match[1]: match[2] for match in found}
@@ -205,7 +209,7 @@ def op_names(hlo: str) -> dict[str, str]:
 
 
 def _newest_events(folder: str) -> Iterator[tuple[str, object, dict]]:
-  """`_kernel_events` of the newest trace in a folder, without those that enclose others."""
+  """Yields `_kernel_events` of the newest trace in a folder, without enclosing events."""
   paths = glob.glob(os.path.join(folder, '**', '*.xplane.pb'), recursive=True)
   if paths:
     data = jax.profiler.ProfileData.from_file(max(paths, key=os.path.getmtime))
@@ -215,12 +219,12 @@ def _newest_events(folder: str) -> Iterator[tuple[str, object, dict]]:
 
 
 def kernels(folder: str, steps: int, names: Mapping[str, str] | None = None) -> list[Kernel]:
-  """The newest trace's kernels, slowest first, per step and device.
+  """Returns the newest trace's kernels, slowest first, per step and device.
 
   Args:
-    folder: what `trace` was given.
-    steps: how many steps ran meanwhile.
-    names: `op_names` of the program, to tell the kernels' sources.
+    folder: the folder given to `trace`.
+    steps: number of steps in the trace.
+    names: `op_names` of the program, for the kernels' sources.
   """
   ns, count, devices = collections.Counter(), collections.Counter(), set()
   sources = collections.defaultdict(collections.Counter)
@@ -238,7 +242,7 @@ def kernels(folder: str, steps: int, names: Mapping[str, str] | None = None) -> 
 
 
 def kernel_ms(folder: str, steps: int) -> dict[str, dict[str, float]]:
-  """Milliseconds a step in each device's kernels, by device and name; arguments as of `kernels`."""
+  """Returns milliseconds per step by device and kernel name. Arguments as for `kernels`."""
   found = collections.defaultdict(collections.Counter)
   for device, event, _ in _newest_events(folder):
     found[device][event.name] += event.duration_ns / steps / 1e6

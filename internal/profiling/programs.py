@@ -1,32 +1,79 @@
-"""What the benchmark times: matrix products, training steps, rendered chunks."""
+"""Programs to time: matrix products, training steps, rendered chunks. All rays are synthetic."""
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
+import platform
+import shlex
+import sys
 import time
 from collections.abc import Callable
 
+import flax
 import jax
+import jaxlib
 import numpy as np
 
-from .. import cameras, structs
+from .. import cameras, configs, models, structs
 from ..devices import sharding
 from ..rendering import renderer
 from ..training import batches, train_step
-from . import costs
+from . import benchmark_tables, costs
 
 
 def on_cpu() -> bool:
+  """Whether JAX runs on a CPU, where measurements use smaller sizes."""
   return jax.default_backend() == 'cpu'
 
 
+def change(settings: configs.Settings, part: str, **values) -> configs.Settings:
+  """Returns the settings with fields of one part ('config', 'model', ...) replaced."""
+  changed = dataclasses.replace(getattr(settings, part), **values)
+  return dataclasses.replace(settings, **{part: changed})
+
+
+def attempt(name: str, function: Callable[[], dict]) -> dict:
+  """Returns the function's row, or a row with its error, such as running out of memory."""
+  try:
+    return function()
+  except (RuntimeError, ValueError, MemoryError) as error:
+    message = ' '.join(str(error).split())[:300]
+    row = {'name': name, 'error': f'{type(error).__name__}: {message}'}
+  gc.collect()
+  benchmark_tables.print_row(row)
+  return row
+
+
+def describe(settings: configs.Settings, mesh) -> dict:
+  """Returns the software, devices and settings that measurements depend on."""
+  flops, config = costs.ray_flops(settings), settings.config
+  return {
+    'command': shlex.join(sys.argv),
+    'python': platform.python_version(),
+    'jax': jax.__version__,
+    'jaxlib': jaxlib.__version__,
+    'flax': flax.__version__,
+    'platform': jax.default_backend(),
+    'device_kind': mesh.devices.flat[0].device_kind,
+    'device_count': jax.device_count(),
+    'devices_used': mesh.size,
+    'mlp_dtype': models.mlp_dtype(settings.model.mlp_dtype).name,
+    'batch_size': config.batch_size,
+    'render_chunk_size': config.render_chunk_size,
+    'flops_per_ray_train': flops['train'],
+    'flops_per_ray_render': flops['render'],
+    'flops_per_step': flops['train'] * config.batch_size,
+  }
+
+
 def matmul_row(dtype: str, seconds: float, device=None) -> dict:
-  """TFLOP/s of a device (None: the first) in large matrix products, several in one program."""
+  """Measures a device's TFLOP/s in large matrix products; `device=None` is the first."""
   side, chained = (512, 4) if on_cpu() else (8192, 8)
   keys = jax.device_put(jax.random.split(jax.random.key(0)), device)
   x, w = (jax.random.normal(k, (side, side), dtype) for k in keys)
-  w = w / side**0.5  # The products keep their size.
+  w = w / side**0.5  # Keeps the magnitude of the products.
 
   @jax.jit
   def chain(x, w):
@@ -40,7 +87,7 @@ def matmul_row(dtype: str, seconds: float, device=None) -> dict:
 
 
 def ring(count: int, width: int, height: int) -> structs.Cameras:
-  """Perspective cameras on a circle of radius 1 around the z axis, looking at the origin."""
+  """Returns perspective cameras on a circle of radius 1 around z, looking at the origin."""
   turn = 2 * np.pi * np.arange(count) / count
   eye = np.stack([np.cos(turn), np.sin(turn), np.full(count, 0.4)], -1)
   back = eye / np.linalg.norm(eye, axis=-1, keepdims=True)  # OpenGL: cameras look along -z.
@@ -51,7 +98,7 @@ def ring(count: int, width: int, height: int) -> structs.Cameras:
 
 
 def synthetic() -> tuple[structs.Cameras, batches.PixelStore]:
-  """A ring of cameras, and random pixels of theirs."""
+  """Returns a ring of cameras and random pixels for them."""
   count, width, height = (8, 96, 64) if on_cpu() else (64, 800, 533)
   rng = np.random.default_rng(0)
   images = [rng.integers(0, 256, (height, width, 3), np.uint8) for _ in range(count)]
@@ -60,24 +107,32 @@ def synthetic() -> tuple[structs.Cameras, batches.PixelStore]:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """Something to be timed, compiled and not yet run."""
+  """A compiled program that has not run yet."""
 
-  call: Callable  # Starts the next step or chunk and returns what to wait for.
-  rays: int  # Of one call.
-  facts: dict  # Of compiling it.
+  call: Callable  # Starts the next step or chunk; returns arrays to wait for.
+  rays: int  # Per call.
+  facts: dict  # From `costs.compile_first`.
   hlo: str
 
   def time(self, seconds: float) -> dict:
-    """Facts and milliseconds (`profiling.time_groups`), after a first call that is a fact too."""
+    """Returns the facts, the first call's seconds and the timing of `costs.time_groups`."""
     began = time.perf_counter()
     jax.block_until_ready(self.call())
     first = {'first_call_seconds': time.perf_counter() - began}
     timed = costs.time_groups(self.call, seconds)
     return {**self.facts, **first, **timed, 'rays_per_second': self.rays / timed['ms'] * 1e3}
 
+  def trace(self, folder: str, steps: int) -> None:
+    """Records a trace of a few calls in `folder`."""
+    jax.block_until_ready(self.call())
+    with costs.trace(folder):
+      for _ in range(steps):
+        last = self.call()
+      jax.block_until_ready(last)
+
 
 def train_program(settings, mesh, cams, pixels) -> Program:
-  """Takes training steps as train.py does."""
+  """Compiles the training step; each call takes a step like train.py."""
   step_fn = train_step.make_train_step(settings, mesh)
   state = sharding.place(train_step.create_state(settings), mesh)
   table = sharding.replicate(cams, mesh)
@@ -99,17 +154,27 @@ def train_program(settings, mesh, cams, pixels) -> Program:
 
 
 def render_program(settings, mesh, cams) -> Program:
-  """Renders chunks of camera 0, one after the other."""
+  """Compiles the renderer; each call renders the next chunk of camera 0."""
   render_chunk = renderer.make_chunk_renderer(settings, mesh)
   params = sharding.replicate(train_step.create_state(settings).params, mesh)
   table = sharding.replicate(cams, mesh)
-  where = lambda start: (np.int32(0), np.int32(start), np.float32(1))  # noqa: E731
-  facts, hlo = costs.compile_first(render_chunk, params, table, *where(0))
-  # The renderer may have settled for fewer rays at once than it was told.
+
+  def chunk_at(start):
+    return np.int32(0), np.int32(start), np.float32(1)  # Camera, first pixel, train_frac.
+
+  facts, hlo = costs.compile_first(render_chunk, params, table, *chunk_at(0))
+  # The renderer may have reduced the chunk size to fit in memory.
   chunk = getattr(render_chunk, 'choice', None) or settings.config.render_chunk_size
   starts = itertools.cycle(range(0, max(int(cams.size[0].prod()) - chunk, 0) + 1, chunk))
 
   def call():
-    return render_chunk(params, table, *where(next(starts)))
+    return render_chunk(params, table, *chunk_at(next(starts)))
 
   return Program(call, chunk, facts, hlo)
+
+
+def synthetic_program(kind: str, settings, mesh, cams, store) -> Program:
+  """Compiles the 'train' or 'render' program for synthetic cameras and pixels."""
+  if kind == 'render':
+    return render_program(settings, mesh, cams)
+  return train_program(settings, mesh, cams, sharding.replicate(store, mesh))

@@ -1,9 +1,9 @@
-"""What scripts/scaling.py measured, as numbers of speed-up, tables and a picture."""
+"""Results of scripts/scaling.py: speed-ups, tables and a chart."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -14,7 +14,7 @@ KINDS = ('train', 'render')
 
 
 def add_speedups(rows: Sequence[dict], base: int) -> None:
-  """To each row its rate over that of one device: of the same batch, and of `base` rays."""
+  """Adds to each row its speed-up over one device, with the same batch and with `base` rays."""
   alone = {(r['kind'], r['batch']): r.get('rays_per_second') for r in rows if r['devices'] == 1}
   for row in rows:
     for key, batch in (('speedup', row['batch']), ('growing_speedup', base)):
@@ -28,7 +28,7 @@ def add_speedups(rows: Sequence[dict], base: int) -> None:
 
 
 def loss_difference(rows: Sequence[dict]) -> tuple[int, float, float] | None:
-  """Of losses on one device and on all: how many, how far they are apart in the mean, at most."""
+  """Compares losses on one device and on all: steps, mean and maximum relative difference."""
   curves = {row['devices']: np.array(row['losses']) for row in rows if 'losses' in row}
   if len(curves) < 2:
     return None
@@ -37,52 +37,69 @@ def loss_difference(rows: Sequence[dict]) -> tuple[int, float, float] | None:
   return len(one), float(apart.mean()), float(apart.max())
 
 
+_COLUMNS = {  # Heading and number format, by key of a row.
+  'batch': ('rays', '{:,}'),
+  'devices': ('devices', '{}'),
+  'ms': ('ms', '{:.2f}'),
+  'rays_per_second': ('rays/s', '{:,.0f}'),
+  'speedup': ('speed-up, same batch', '{:.2f}'),
+  'growing_speedup': ('grown batch', '{:.2f}'),
+  'of_linear': ('of linear', '{:.3f}'),
+  'collective_ms': ('ms in collectives', '{:.2f}'),
+  'own_ms_fastest': ('ms in other kernels: fastest device', '{:.2f}'),
+  'own_ms_slowest': ('slowest', '{:.2f}'),
+  'temp_bytes': ('temporary GiB', '{:.2f}'),
+  'micro_batches': ('micro-batches', '{}'),
+  'compile_seconds': ('compile s', '{:.0f}'),
+}
+
+
+def _rates_table(rates: Sequence[dict]) -> str:
+  in_order = sorted(rates, key=lambda r: (KINDS.index(r['kind']), r['batch'], r['devices']))
+  cell = benchmark_tables.cell
+  rows = [[r['kind'], *(cell(r, k, form) for k, (_, form) in _COLUMNS.items())] for r in in_order]
+  return benchmark_tables.markdown(['', *(head for head, _ in _COLUMNS.values())], rows)
+
+
+def _sentences(found: Mapping) -> Iterator[str]:
+  """Yields a sentence for each other measurement of a config."""
+  if 'products' in found:
+    alone, each = ([f'{v:.3g}' for v in values] for values in found['products'].values())
+    yield (
+      f'Large matrix products: {alone[0]} TFLOP/s on one device alone, {", ".join(each)} on all '
+      'devices at once.'
+    )
+  if difference := loss_difference(found.get('rates', ())):
+    steps, mean, most = difference
+    yield (
+      f'Losses of the first {steps} steps on all devices and on one differ by {mean:.1e} on '
+      f'average and {most:.1e} at most (relative).'
+    )
+  for count, took in found.get('start', {}).items():
+    yield (
+      f'First step on {count} devices: after {took["first"]:.1f} s, or {took["second"]:.1f} s '
+      'with a compilation cache.'
+    )
+  if 'dataset' in found:
+    scenes, many, one = (found['dataset'][k] for k in ('scenes', 'seconds', 'one_seconds'))
+    yield (
+      f'{scenes} scenes on as many devices: {many:.0f} s; one scene on one device: {one:.0f} s '
+      f'({one / many:.2f} of linear).'
+    )
+
+
 def markdown(results: Mapping) -> str:
-  """All that was measured, as tables."""
+  """Formats all results as markdown."""
   parts = []
   for gin, found in results['configs'].items():
     parts.append(f'## {os.path.basename(gin)}\n')
-    if 'rates' in found:
-      heads = ['', 'rays', 'devices', 'ms', 'rays/s', 'to one, same batch', 'to one, grown']
-      heads += ['of linear', 'ms in collectives', 'in other kernels: fastest device', 'slowest']
-      heads += ['temporary GiB', 'micro-batches', 's to compile']
-      forms = {
-        'batch': '{:,}', 'devices': '{}', 'ms': '{:.2f}', 'rays_per_second': '{:,.0f}',
-        'speedup': '{:.2f}', 'growing_speedup': '{:.2f}', 'of_linear': '{:.3f}',
-        'collective_ms': '{:.2f}', 'own_ms_fastest': '{:.2f}', 'own_ms_slowest': '{:.2f}',
-        'temp_bytes': '{:.2f}', 'micro_batches': '{}', 'compile_seconds': '{:.0f}',
-      }  # fmt: skip
-      cell = benchmark_tables.cell
-      in_order = sorted(
-        found['rates'], key=lambda r: (KINDS.index(r['kind']), r['batch'], r['devices'])
-      )
-      rows = [[r['kind'], *(cell(r, k, form) for k, form in forms.items())] for r in in_order]
-      parts.append(benchmark_tables.markdown(heads, rows) + '\n')
-    if 'products' in found:
-      alone, each = ([f'{v:.3g}' for v in values] for values in found['products'].values())
-      parts.append(
-        f'Large products: {alone[0]} TFLOP/s on one device, {", ".join(each)} with all at work.\n'
-      )
-    if apart := loss_difference(found.get('rates', ())):
-      steps, mean, most = apart
-      parts.append(
-        f'Loss of the first {steps} steps on all devices and on one: apart by {mean:.1e} of it in '
-        f'the mean, {most:.1e} at most.\n'
-      )
-    for count, took in found.get('start', {}).items():
-      told = f'First step on {count} devices after {took["first"]:.1f} s, the second time after'
-      parts.append(f'{told} {took["second"]:.1f} s.\n')
-    if 'dataset' in found:
-      told = found['dataset']
-      parts.append(
-        f'{told["scenes"]} scenes on as many devices: {told["seconds"]:.0f} s; one scene on one: '
-        f'{told["one_seconds"]:.0f} s ({told["one_seconds"] / told["seconds"]:.2f} of linear).\n'
-      )
+    parts += [_rates_table(found['rates']) + '\n'] if 'rates' in found else []
+    parts += [f'{sentence}\n' for sentence in _sentences(found)]
   return '\n'.join(parts)
 
 
 def picture(results: Mapping) -> str:
-  """Speed-ups with batches that grow, as SVG; '' where they were not measured."""
+  """Returns an SVG chart of the speed-ups with growing batches, '' if there are none."""
   series = []
   for gin, found in results['configs'].items():
     for kind in KINDS:
@@ -93,5 +110,5 @@ def picture(results: Mapping) -> str:
   if not series:
     return ''
   counts = [(float(np.log2(n)), str(n)) for n in results['devices']]
-  title = 'speed-up in % of linear, over devices, with as many rays on each'
+  title = 'speed-up in % of linear over devices, same rays per device'
   return charts.standalone(series, title, counts)

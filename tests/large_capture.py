@@ -1,8 +1,8 @@
-"""Makes a capture of many large photographs for measuring what a start takes, in seconds.
+"""Makes a capture of many large photographs, for measuring start-up time and memory.
 
-    python scripts/make_large_capture.py OUT_DIR [--images 2000 --width 2310 --height 1732]
+    python tests/large_capture.py OUT_DIR [--images 2000 --width 2310 --height 1732]
 
-A few pictures are drawn, and the others are links to them. OUT_DIR gets images/ and sparse/0/.
+Draws a few images and hard-links the others to them. OUT_DIR gets images/ and sparse/0/.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import PIL.Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from internal import cli, colmap
-from internal.commands import demo_scene
+from internal.demo import capture
 
 DISTINCT = 8
 
 
 def picture(width: int, height: int, seed: int) -> PIL.Image.Image:
-  """Noise of several scales, which compresses as photographs do."""
+  """Returns noise of several scales, which compresses like a photograph."""
   rng = np.random.default_rng(seed)
   total = np.zeros((height, width, 3), np.float32)
   for scale in (2, 8, 64, 512):
@@ -33,7 +33,7 @@ def picture(width: int, height: int, seed: int) -> PIL.Image.Image:
 
 
 def make(folder: pathlib.Path, count: int, width: int, height: int) -> None:
-  """Writes the capture."""
+  """Writes a capture of `count` images."""
   (folder / 'images').mkdir(parents=True)
   names = [f'{i:06}.jpg' for i in range(count)]
   for i, name in enumerate(names):
@@ -42,9 +42,9 @@ def make(folder: pathlib.Path, count: int, width: int, height: int) -> None:
       picture(width, height, i).save(path, quality=90)
     else:
       os.link(folder / 'images' / names[i % DISTINCT], path)
-  poses = demo_scene.camera_poses(count, seed=0)
+  poses = capture.camera_poses(count, seed=0)
   images = {
-    i: colmap.Image(i, demo_scene.qvec(p[:, :3]), tuple(map(float, p[:, 3])), 1, name)
+    i: colmap.Image(i, capture.qvec(p[:, :3]), tuple(map(float, p[:, 3])), 1, name)
     for i, (p, name) in enumerate(zip(poses, names), 1)
   }
   camera = colmap.Camera(1, 'PINHOLE', width, height, (width, width, width / 2, height / 2))
@@ -55,9 +55,9 @@ def make(folder: pathlib.Path, count: int, width: int, height: int) -> None:
 def main(argv=None) -> None:
   parser = cli.make_parser(__doc__)
   parser.add_argument('out_dir', type=pathlib.Path, metavar='OUT_DIR', help='the capture')
-  parser.add_argument('--images', type=int, default=2000, help='how many')
-  parser.add_argument('--width', type=int, default=2310, help='of an image, pixels')
-  parser.add_argument('--height', type=int, default=1732, help='of an image, pixels')
+  parser.add_argument('--images', type=int, default=2000, help='number of images')
+  parser.add_argument('--width', type=int, default=2310, help='image width in pixels')
+  parser.add_argument('--height', type=int, default=1732, help='image height in pixels')
   args = parser.parse_args(argv)
   make(args.out_dir, args.images, args.width, args.height)
 

@@ -1,0 +1,192 @@
+"""Runs of train.py and eval.py: whether they are finished, starting the rest, their progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from .. import configs
+from ..errors import UserError
+from ..evaluation import lpips, metrics, results
+from ..system import installation, progress
+from ..training import runlog
+from . import jobs
+
+_LINE_SECONDS = 60.0  # Between progress lines in a log file.
+
+
+class RunError(UserError):
+  """Runs that cannot be started, or have failed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One training run with its evaluation."""
+
+  name: str
+  folder: str
+  flags: tuple[str, ...]  # --gin_configs and then --gin_bindings, for train.py.
+  settings: configs.Settings
+  fixed: tuple[str, ...] = ('factor',)  # Config fields outside of the hash that must match.
+
+  @property
+  def results(self) -> str:
+    return os.path.join(self.folder, 'eval', 'results.json')
+
+
+def make_run(
+  name: str, folder: str, paths: Sequence[str], bindings: Sequence[str], **fields
+) -> Run:
+  """Makes the run of these gin files and bindings; `fields` are further fields of `Run`.
+
+  Raises:
+    ConfigError: the settings are invalid.
+  """
+  flags = ('--gin_configs', *paths, '--gin_bindings', *bindings)
+  return Run(name, folder, flags, configs.load_config(paths, bindings), **fields)
+
+
+def is_finished(run: Run) -> bool:
+  """Whether results.json is of the last step, these settings and every available metric.
+
+  Raises:
+    RunError: the folder holds a run with other settings.
+  """
+  wanted = metrics.config_hash(run.settings)
+  stored = os.path.join(run.folder, 'config.gin')
+  if os.path.exists(stored):
+    existing = configs.load_config([stored])
+    both = existing.config, run.settings.config
+    differs = any(getattr(both[0], name) != getattr(both[1], name) for name in run.fixed)
+    if differs or metrics.config_hash(existing) != wanted:
+      raise RunError(
+        f'{run.folder} holds a run with other settings ({stored}): remove it, or choose another '
+        '--out.'
+      )
+  try:
+    found = results.read(run.results)
+  except results.ResultsError:
+    return False
+  try:
+    lpips.weights_path()
+    lacks_lpips = found['lpips']['absent'] is not None
+  except lpips.LpipsUnavailableError:
+    lacks_lpips = False
+  same = found['config_hash'] == wanted and found['step'] == run.settings.config.last_step
+  # The hash covers how images were split.
+  split = found['protocol']['test_split']
+  protocols = found['protocol'], metrics.protocol(run.settings.config, split)
+  for protocol in protocols:
+    protocol.pop('description')  # Its wording may change.
+  return same and protocols[0] == protocols[1] and not lacks_lpips
+
+
+def make_job(run: Run) -> jobs.Job:
+  """Returns the job that trains, resuming if it can, and evaluates with the same bindings."""
+  bindings = run.flags[run.flags.index('--gin_bindings') :]
+  train = (*installation.command('train'), *run.flags)
+  evaluate = (*installation.command('eval'), '--checkpoint_dir', run.folder, *bindings)
+  return jobs.Job(run.name, (train, evaluate), run.folder)
+
+
+def run_all(
+  unfinished: Sequence[Run],
+  total: int,
+  gpus: str | None = None,
+  on_end: Callable[[], None] = lambda: None,
+) -> dict[str, str]:
+  """Trains and evaluates runs, one per GPU at a time, or one at a time without GPUs.
+
+  Args:
+    unfinished: the runs to start, or to resume.
+    total: number of runs including the finished ones.
+    gpus: comma-separated GPUs; None uses all visible ones.
+    on_end: called after a run has ended.
+
+  Returns:
+    The reason for each failure, by run name.
+  """
+  names = jobs.visible_gpus() if gpus is None else gpus.split(',')
+  slots = [{'CUDA_VISIBLE_DEVICES': name} for name in names] or [{}]
+  done = total - len(unfinished)
+  devices = f'GPUs {", ".join(names)}' if names else 'the CPU'
+  progress.say(f'{done} of {total} runs are finished; running the others on {devices}.')
+  with Monitor(unfinished, done, total, on_end) as monitor:
+    failed = jobs.run([make_job(run) for run in unfinished], slots, monitor)
+  for name, reason in failed.items():
+    print(f'{name} failed: {reason}')
+  return failed
+
+
+def raise_failed(failed: dict[str, str], total: int) -> None:
+  """Raises RunError if any run failed."""
+  if failed:
+    raise RunError(
+      f'{len(failed)} of {total} runs failed: {", ".join(failed)} (see log.txt in the folder of '
+      'each). Run the same command again to resume.'
+    )
+
+
+class Monitor:
+  """Shows the progress of running jobs: a live table on a terminal, else lines.
+
+  Lines are printed when a run's stage changes, and once a minute. Call it with the running jobs.
+
+  Args:
+    runs: the runs that have been started or will be.
+    done: number of runs that were finished before.
+    total: number of all runs.
+    on_end: called after a run has ended.
+  """
+
+  def __init__(self, runs: Sequence[Run], done: int, total: int, on_end=lambda: None):
+    self._last_steps = {run.name: run.settings.config.last_step for run in runs}
+    self._done, self._total, self._on_end = done, total, on_end
+    self._stages, self._shown_at, self._ended = {}, 0.0, set()
+
+  def __enter__(self) -> Monitor:
+    self._table = progress.Table() if progress.is_live() else None
+    if self._table:
+      self._table.start()
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._table:
+      self._table.stop()
+
+  def __call__(self, running: Sequence[jobs.Running]) -> None:
+    stages = {r.job.name: r.stage for r in running}
+    if ended := set(self._stages) - set(stages):
+      self._ended |= ended
+      self._on_end()
+    changed, self._stages = stages != self._stages, stages
+    interval = 1 if self._table else _LINE_SECONDS
+    if not changed and time.monotonic() - self._shown_at < interval:
+      return
+    self._shown_at = time.monotonic()
+    count = f'{self._done + len(self._ended)}/{self._total}'
+    rows = [(r.job.name, *_progress(r, self._last_steps[r.job.name])) for r in running]
+    if self._table:
+      self._table.show(rows, f'{count} runs have ended')
+    else:
+      parts = [f'{name}: {", ".join(cells)}' for name, *cells in rows]
+      progress.say(f'[{count}] {" | ".join(parts) or "all runs have ended"}')
+
+
+def _progress(running: jobs.Running, last_step: int) -> tuple[str, ...]:
+  """Returns a run's progress as table cells."""
+  if running.stage > 0:
+    return ('evaluating',)
+  rows = runlog.read_metrics(os.path.join(running.job.folder, 'metrics.jsonl'))
+  rows = [row for row in rows if 'rays_per_sec' in row]
+  if not rows:
+    return ('starting',)
+  step, seconds = rows[-1]['step'], rows[-1]['train_seconds']
+  left = seconds / step * (last_step - step)
+  return (
+    f'step {step:,} of {last_step:,} ({step / last_step:.0%})',
+    f'psnr {rows[-1]["psnr"]:.2f}',
+    f'{progress.duration(left)} left',
+  )
