@@ -20,6 +20,7 @@ COMMANDS = {
   'ablate': 'train variants of one method and tabulate them',
   'benchmark': 'measure the speed of training and rendering',
   'scaling': 'measure what more devices bring',
+  'compile': 'compile for a TPU that is only described',
   'demo_scene': 'make the demo capture',
 }
 

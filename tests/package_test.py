@@ -72,8 +72,8 @@ def test_wheel_has_every_module_and_config(wheel):
 def test_extras_are_the_requirements_files():
   extras = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools']['dynamic']
   files = {f'requirements-{name}.txt' for name in extras['optional-dependencies']}
-  own = {'requirements-dev.txt', 'requirements-tpu-compile.txt'}
-  assert files == {path.name for path in ROOT.glob('requirements-*.txt')} - own
+  wanted = {path.name for path in ROOT.glob('requirements-*.txt')} - {'requirements-dev.txt'}
+  assert files == wanted
 
 
 def test_functions_import_beside_another_internal(installed):

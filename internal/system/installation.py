@@ -15,7 +15,7 @@ NAME = __name__.split('.')[0]
 _CHECKOUT = os.path.dirname(PACKAGE)
 _BUNDLED = os.path.join(PACKAGE, 'bundled')  # A wheel has the configs here.
 _TOP_LEVEL = ('train', 'eval', 'render')  # In a checkout, the other commands lie in scripts/.
-_FILES = {'demo_scene': 'make_demo_scene'}
+_FILES = {'compile': 'compile_for', 'demo_scene': 'make_demo_scene'}
 
 # The folder that has configs/.
 DATA = _BUNDLED if os.path.isdir(_BUNDLED) else _CHECKOUT

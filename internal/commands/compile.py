@@ -1,0 +1,86 @@
+"""Compiles the training step and the renderer for a TPU that is not there, and says if they fit.
+
+  python scripts/compile_for.py --topology v5e:4x4 --gin_configs configs/360.gin
+  python scripts/compile_for.py --topology v5p:2x2x1 v6e:4x4 --json tpu.json \\
+    --gin_configs configs/360.gin --gin_bindings "Config.batch_size = 65536"
+
+Prints per device: memory against what the chip has, the time that products and memory traffic take
+at the chip's rates, the rays per second that the larger of both allows, and the collectives. These
+are upper bounds from the compiled program; nothing is run. Exits with 1 if a program does not fit.
+The compiler is an extra: pip install -r requirements-tpu-compile.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from .. import cli, configs
+from ..profiling import described
+from ..system import files, progress
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+  parser = cli.make_parser(__doc__)
+  parser.add_argument(
+    '--topology', nargs='+', required=True, metavar='CHIP:SHAPE',
+    help=f'machines, such as v5e:4x4; chips: {", ".join(described.CHIPS)}',
+  )  # fmt: skip
+  parser.add_argument(
+    '--only', nargs='+', choices=list(described.ROWS), default=list(described.ROWS),
+    help='which programs (default: both)',
+  )  # fmt: skip
+  parser.add_argument(
+    '--capture', nargs=3, type=int, default=(200, 1237, 822), metavar=('IMAGES', 'WIDTH', 'HEIGHT'),
+    help='size of the capture, whose pixels take memory (default: 200 1237 822)',
+  )  # fmt: skip
+  parser.add_argument('--json', metavar='FILE', help='write all numbers here')
+  cli.add_arguments(parser)
+  return parser.parse_args(argv)
+
+
+def load_settings(args: argparse.Namespace) -> configs.Settings:
+  """The settings as a TPU takes them: 'auto' depends on the machine, and this one is a CPU."""
+  settings = configs.load_config(args.gin_configs, args.gin_bindings)
+  if settings.model.mlp_dtype != 'auto':
+    return settings
+  return configs.load_config(args.gin_configs, [*args.gin_bindings, "Model.mlp_dtype = 'bfloat16'"])
+
+
+def show(row: dict) -> str:
+  """A line for people."""
+  name = f'{row["topology"]:<11} {row["program"]:<7}'
+  if 'error' in row:
+    return f'{name} DOES NOT FIT: {row["error"]}'
+  share = ', '.join(f'{n["count"]} {kind}' for kind, n in row['collectives'].items()) or 'none'
+  fits = '' if row['fits'] else ' DOES NOT FIT'
+  return (
+    f'{name}{fits} {row["needed_bytes"] / 1e9:6.2f} of {row["memory_bytes"] / 1e9:.1f} GB '
+    f'({row["temp_bytes"] / 1e9:.2f} temporary)  products {row["products_ms"]:7.2f} ms  memory '
+    f'{row["memory_ms"]:7.2f} ms ({row["bytes_accessed"] / 1e9:.1f} GB)  at most '
+    f'{row["rays_per_second_at_most"]:,.0f} rays/s  collectives: {share}  compiled in '
+    f'{row["compile_seconds"]:.0f} s  choice {row["choice"]}'
+  )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  args = parse(argv)
+  settings = load_settings(args)
+  rows = []
+  for topology in args.topology:
+    chip, mesh, hosts = described.describe(topology)
+    progress.say(f'{topology}: {mesh.size} devices on {hosts} hosts, JAX {jax.__version__}')
+    for program in args.only:
+      row = described.ROWS[program](settings, chip, mesh, tuple(args.capture))
+      facts = {'topology': topology, 'devices': mesh.size, 'hosts': hosts, 'program': program}
+      rows.append({**facts, 'batch_size': settings.config.batch_size, **row})
+      print(show(rows[-1]))
+  if args.json:
+    with files.whole(args.json) as path, open(path, 'w', encoding='utf-8') as f:
+      json.dump({'jax': jax.__version__, 'rows': rows}, f, indent=2)
+  if not all(row['fits'] for row in rows):
+    sys.exit(1)

@@ -1,0 +1,216 @@
+"""Programs compiled for a machine that is only described: what they need, what bounds them.
+
+XLA's TPU compiler comes with the package libtpu and runs on any CPU. Given a topology such as
+'v5e:4x4' it compiles the training step and the renderer in full, so their memory, floating-point
+operations, memory traffic and collectives are known before anybody rents the machine. The speeds
+are upper bounds (a roofline): nothing is executed.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from .. import configs
+from ..devices import sharding
+from ..errors import UserError
+from ..rendering import renderer
+from ..training import batches, train_step
+from . import programs
+
+
+class TopologyError(UserError):
+  """A machine that the compiler does not know."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What the vendor's data sheet says of a chip."""
+
+  memory: float  # Bytes of HBM.
+  flops: float  # Dense bfloat16 products, 1/s.
+  bandwidth: float  # Of the HBM, bytes/s.
+  cores: int = 1  # Devices that JAX sees for each chip.
+
+
+# cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e.
+CHIPS = {
+  'v4': Chip(32 * 2**30, 275e12, 1228e9, cores=2),
+  'v5e': Chip(16 * 2**30, 197e12, 819e9),
+  'v5p': Chip(95 * 2**30, 459e12, 2765e9),
+  'v6e': Chip(32 * 2**30, 918e12, 1640e9),
+}
+
+_SHARE = 0.95  # Of a chip's memory; the runtime keeps some for itself.
+_COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
+_BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2, 's64': 8, 'u64': 8}
+
+
+def describe(topology: str) -> tuple[Chip, Mesh, int]:
+  """Returns the chip, a mesh over the devices, and the number of hosts of a topology.
+
+  Args:
+    topology: '<chip>:<shape>', such as 'v5e:4x4' or 'v5p:2x2x1'.
+
+  Raises:
+    TopologyError: libtpu is not installed, or its compiler does not know the topology.
+  """
+  kind = topology.split(':')[0]
+  if kind not in CHIPS or not re.fullmatch(r'\w+:\d+(x\d+)*', topology):
+    raise TopologyError(
+      f'--topology {topology!r} must be a chip ({", ".join(CHIPS)}) and a shape, such as v5e:4x4.'
+    )
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # Do not look for a TPU of this machine.
+  try:
+    from jax.experimental import topologies
+
+    found = topologies.get_topology_desc(topology, 'tpu').devices
+  except (ImportError, RuntimeError, NotImplementedError) as error:
+    reason = ' '.join(str(error).split())[:300]
+    raise TopologyError(
+      f'The TPU compiler cannot describe {topology!r}: {reason}. It comes with libtpu: '
+      'pip install -r requirements-tpu-compile.txt'
+    ) from error
+  hosts = len({device.process_index for device in found})
+  return CHIPS[kind], sharding.make_mesh(found), hosts
+
+
+def _abstract(tree, shardings):
+  return jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
+  )
+
+
+def _replicated(tree, mesh: Mesh):
+  return _abstract(tree, jax.tree.map(lambda _: sharding.replicated(mesh), tree))
+
+
+def _capture(mesh: Mesh, images: int, width: int, height: int):
+  """Cameras and pixels of a capture of that size, as shapes on every device."""
+  cams = programs.ring(images, width, height)
+  plane = jax.ShapeDtypeStruct((images * width * height,), np.uint8)
+  store = batches.PixelStore((plane,) * 3, batches.first_pixels(np.asarray(cams.size)))
+  return _replicated(cams, mesh), _replicated(store, mesh)
+
+
+def train_arguments(settings: configs.Settings, mesh: Mesh, capture: tuple[int, int, int]):
+  """What the training step is called with, as shapes: state, cameras, pixels."""
+  state = train_step.abstract_state(settings)
+  return (_abstract(state, sharding.placement(state, mesh)), *_capture(mesh, *capture))
+
+
+def render_arguments(settings: configs.Settings, mesh: Mesh, capture: tuple[int, int, int]):
+  """What the chunk renderer is called with, as shapes."""
+  params = _replicated(train_step.abstract_state(settings).params, mesh)
+  cams, _ = _capture(mesh, *capture)
+  return params, cams, np.int32(0), np.int32(0), np.float32(1)
+
+
+def collectives(hlo: str) -> dict[str, dict[str, int]]:
+  """Counts the collectives of a compiled program, with the bytes of their results, by kind."""
+  found: dict[str, dict[str, int]] = collections.defaultdict(lambda: {'count': 0, 'bytes': 0})
+  kinds = '|'.join(_COLLECTIVES)
+  for line in re.finditer(rf'= (.*?) ({kinds})(?:-start)?\(', hlo):
+    row = found[line[2]]
+    row['count'] += 1
+    for dtype, shape in re.findall(r'(\w+)\[([\d,]*)\]', line[1]):
+      count = math.prod(int(n) for n in shape.split(',') if n)
+      row['bytes'] += count * _BYTES.get(dtype, 4)
+  return dict(found)
+
+
+def account(compiled: jax.stages.Compiled, chip: Chip, rays: int, seconds: float) -> dict:
+  """Reckons, for one device, what a compiled program needs and how fast it can be at most.
+
+  Args:
+    compiled: for a described machine.
+    chip: of the machine; a device is a chip, or one of its cores.
+    rays: of all devices in one run of the program.
+    seconds: that compiling took.
+  """
+  sizes, cost = compiled.memory_analysis(), compiled.cost_analysis()
+  results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes  # Donated ones take no more.
+  needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + results
+  needed += sizes.generated_code_size_in_bytes
+  flops, traffic = cost.get('flops', 0.0), cost.get('bytes accessed', 0.0)
+  products_ms = flops / (chip.flops / chip.cores) * 1e3
+  memory_ms = traffic / (chip.bandwidth / chip.cores) * 1e3
+  bound = max(products_ms, memory_ms)
+  return {
+    'needed_bytes': int(needed),
+    'temp_bytes': int(sizes.temp_size_in_bytes),
+    'memory_bytes': int(chip.memory / chip.cores),
+    'fits': needed <= _SHARE * chip.memory / chip.cores,
+    'flops': flops,
+    'bytes_accessed': traffic,
+    'products_ms': products_ms,
+    'memory_ms': memory_ms,
+    'bound_by': 'products' if products_ms >= memory_ms else 'memory',
+    'rays_per_second_at_most': rays / bound * 1e3 if bound else None,
+    'collectives': collectives(compiled.as_text()),
+    'compile_seconds': seconds,
+  }
+
+
+def compile_timed(function: Callable, args) -> tuple[jax.stages.Compiled, float]:
+  """Lowers and compiles a jit-compiled function; the seconds are those of both."""
+  began = time.monotonic()
+  compiled = function.lower(*args).compile()
+  return compiled, time.monotonic() - began
+
+
+def _too_large(error: Exception) -> bool:
+  return 'RESOURCE_EXHAUSTED' in str(error) or 'Ran out of memory' in str(error)
+
+
+def measure(variant: Callable, choices, args, chip: Chip, rays: Callable) -> dict:
+  """Compiles the first variant that fits, as `memory.FirstFit` does on a real machine.
+
+  Args:
+    variant: gives the jit-compiled function of a choice.
+    choices: from the one that takes most memory to the one that takes least.
+    args: shapes of its arguments.
+    chip: of the machine.
+    rays: gives the rays of one run for a choice.
+  """
+  tried = []
+  for choice in choices:
+    try:
+      compiled, seconds = compile_timed(variant(choice), args)
+    except jax.errors.JaxRuntimeError as error:
+      if not _too_large(error):
+        raise
+      row = {'fits': False, 'error': ' '.join(str(error).split())[:300]}
+    else:
+      row = account(compiled, chip, rays(choice), seconds)
+    tried.append({'choice': choice, **row})
+    if row['fits']:
+      break
+  return {**tried[-1], 'tried': tried[:-1]}
+
+
+def train_row(settings: configs.Settings, chip: Chip, mesh: Mesh, capture) -> dict:
+  """The training step, in the fewest micro-batches that fit."""
+  step = train_step.make_train_step(settings, mesh)
+  rays = settings.config.batch_size
+  args = train_arguments(settings, mesh, capture)
+  return measure(step.variant, step.choices, args, chip, lambda _: rays)
+
+
+def render_row(settings: configs.Settings, chip: Chip, mesh: Mesh, capture) -> dict:
+  """The renderer, of the largest chunk that fits."""
+  render = renderer.make_chunk_renderer(settings, mesh)
+  args = render_arguments(settings, mesh, capture)
+  return measure(render.variant, render.choices, args, chip, lambda chunk: chunk)
+
+
+ROWS = {'train': train_row, 'render': render_row}
