@@ -19,20 +19,19 @@ COMMANDS = {
   'download': 'download a dataset',
   'ablate': 'train variants of one method and tabulate them',
   'benchmark': 'measure the speed of training and rendering',
-  'scaling': 'measure what more devices bring',
+  'scaling': 'measure how training scales with devices',
   'compile': 'compile for a TPU that is only described',
   'demo_scene': 'make the demo capture',
 }
 
-_WITHOUT_JAX = ('demo_scene',)  # Importing JAX takes longer than these do.
+_WITHOUT_JAX = ('demo_scene',)  # Importing JAX would take longer than running these.
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command that `argv` starts with; what follows in `sys.argv` are its arguments.
+  """Runs a command with the arguments in `sys.argv`.
 
   Args:
-    argv: the words of the command line before `sys.argv[1:]`; None for an installed program, whose
-      command is the first word of `sys.argv[1:]`.
+    argv: [command] if a script runs it; None takes the command from `sys.argv[1]`.
   """
   words = [*(argv or ()), *sys.argv[1:]]
   name = words[0] if words else '--help'
@@ -55,7 +54,7 @@ def _usage() -> str:
   rows = '\n'.join(f'  {name:<13} {what}' for name, what in COMMANDS.items())
   return (
     f'usage: mipnerf360 COMMAND ...\n\ncommands:\n{rows}\n\n'
-    'mipnerf360 COMMAND --help tells more of each.'
+    'Run mipnerf360 COMMAND --help for its flags.'
   )
 
 

@@ -1,4 +1,4 @@
-"""What the command lines share: flags, the compilation cache, and how errors are told."""
+"""Shared parts of the commands: flags, the compilation cache, and error reporting."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _set_debug() -> None:
 
 
 class _Switch(argparse.Action):
-  """A flag that calls `const` where it is met."""
+  """A flag that calls `const` when it is parsed."""
 
   def __init__(self, option_strings, dest, const, help):
     super().__init__(option_strings, argparse.SUPPRESS, nargs=0, const=const, help=help)
@@ -40,10 +40,10 @@ class _Switch(argparse.Action):
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-  """A program's flags: those that all programs have, to begin with.
+  """Creates a parser with the flags that all commands share.
 
-  The description is shown as it is written: what the program does, and examples. Installed by pip,
-  examples name the console command.
+  The description, with examples, is shown verbatim. If the package is installed by pip, examples
+  name the console command instead of scripts.
   """
   if not installation.is_checkout():
     description = re.sub(r'\bpython (?:scripts/)?(\w+)\.py\b', r'mipnerf360 \1', description)
@@ -52,10 +52,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
   )
   parser.add_argument(
     '--quiet', action=_Switch, const=progress.set_quiet,
-    help='say nothing but warnings, errors and results',
+    help='print only warnings, errors and results',
   )  # fmt: skip
   parser.add_argument(
-    '--debug', action=_Switch, const=_set_debug, help='show where in the code an error comes from'
+    '--debug', action=_Switch, const=_set_debug, help='show the traceback of errors'
   )
   return parser
 
@@ -71,58 +71,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action='extend',
     default=[],
     metavar='TEXT',
-    help='settings on top of the files, e.g. "Config.factor = 4"',
+    help='settings that override the files, e.g. "Config.factor = 4"',
   )
-  # Command lines in print carry it; there is nothing for it to do.
+  # Accepted and ignored: published command lines pass it.
   parser.add_argument('--logtostderr', action='store_true', help=argparse.SUPPRESS)
 
 
 def make_run_parser(description: str) -> argparse.ArgumentParser:
-  """The flags of a program that works on a training run: the above and --checkpoint_dir."""
+  """Creates a parser for commands on a training run, with --checkpoint_dir and gin flags."""
   parser = make_parser(description)
   parser.add_argument(
     '--checkpoint_dir',
     metavar='DIR',
-    help="the training run's folder; its own config counts, with --gin_bindings on top",
+    help="the training run's folder; --gin_bindings override its config",
   )
   add_arguments(parser)
   return parser
 
 
 def show_notices(settings: configs.Settings) -> None:
-  """Says on stderr, by the main process, what of the settings has no effect."""
+  """Prints on stderr which settings have no effect (main process only)."""
   if processes.is_main():
     for line in configs.notices(settings):
       print(f'Note: {line}', file=sys.stderr)
 
 
 def run_folder(args: argparse.Namespace) -> str:
-  """The training run that the flags name, by --checkpoint_dir or by Config.checkpoint_dir.
+  """Returns the run's folder, from --checkpoint_dir or else Config.checkpoint_dir.
 
   Raises:
-    ConfigError: neither is given, or a gin file or binding cannot be used.
+    ConfigError: neither is given, or a gin file or binding is invalid.
   """
   folder = args.checkpoint_dir
   if not folder:
     folder = configs.load_config(args.gin_configs, args.gin_bindings).config.checkpoint_dir
   if not folder:
-    raise configs.ConfigError('Which training run? Say --checkpoint_dir DIR.')
+    raise configs.ConfigError('No training run given; pass --checkpoint_dir DIR.')
   return folder
 
 
-def _is_for_the_user(error: Exception) -> bool:
-  """Whether a person can fix the cause: a UserError, or a file that the system refuses."""
+def _is_user_error(error: Exception) -> bool:
+  """Returns whether the user can fix the cause: a UserError, or an OSError of the system."""
   return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno is not None)
 
 
 def _cache_folder() -> str:
-  """Where this user's compiled programs are kept, made and found writable.
+  """Creates and returns the user's folder for compiled programs.
 
   Raises:
-    OSError: there is no such place.
+    OSError: the folder cannot be created or written to.
   """
   root = os.environ.get('XDG_CACHE_HOME', '')
-  if not os.path.isabs(root):  # Its specification says to ignore others.
+  if not os.path.isabs(root):  # The XDG specification says to ignore relative paths.
     root = os.path.join(os.path.expanduser('~'), '.cache')
   if not os.path.isabs(root):
     raise OSError('no home folder')
@@ -133,35 +133,35 @@ def _cache_folder() -> str:
 
 
 def enable_compilation_cache() -> None:
-  """Keeps compiled programs for the next start, in the user's cache folder; call before compiling.
+  """Enables JAX's compilation cache in the user's cache folder; call before compiling.
 
-  What JAX was told already counts: a JAX_COMPILATION_CACHE_DIR, even an empty one, and
-  JAX_ENABLE_COMPILATION_CACHE=false. Several processes are left alone, since only the first one
-  writes: with folders of their own the others would miss what it finds, and GPUs whose processes
-  share the search for the fastest kernels would wait for each other.
+  Explicit settings win: JAX_COMPILATION_CACHE_DIR, even if empty, and
+  JAX_ENABLE_COMPILATION_CACHE=false. Multi-process runs are left alone because only process 0
+  writes the cache: on a host of its own, another process would miss programs that process 0 finds,
+  and GPUs that autotune kernels together would wait for each other.
   """
   config = jax.config
-  told = 'JAX_COMPILATION_CACHE_DIR' in os.environ or config.jax_compilation_cache_dir
+  configured = 'JAX_COMPILATION_CACHE_DIR' in os.environ or config.jax_compilation_cache_dir
   several = any(os.environ.get(name) not in (None, '', '1') for name in _PROCESS_COUNTS)
-  if told or several or not config.jax_enable_compilation_cache:
+  if configured or several or not config.jax_enable_compilation_cache:
     return
   try:
     config.update('jax_compilation_cache_dir', _cache_folder())
   except OSError as error:
     print(
-      f'Compiled programs are not kept: {error}. JAX_COMPILATION_CACHE_DIR can say where.',
+      f'Compiled programs are not cached: {error}. Set JAX_COMPILATION_CACHE_DIR to a folder.',
       file=sys.stderr,
     )
     return
   if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
-    # A second, which is the default, leaves out programs that a start waits for.
+    # The default of one second skips programs that slow down a start.
     config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
 def _end(code: int) -> None:
-  """Ends the process: where others are still joined to it, at once, so that they notice.
+  """Exits; in a multi-process run immediately, so that the other processes notice.
 
-  Else it would wait for them at its exit, and they for it.
+  A regular exit would wait for them, and they for this process.
   """
   if not processes.is_joined():
     sys.exit(code)
@@ -171,13 +171,13 @@ def _end(code: int) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-  """Calls main; a user's error becomes one line on stderr and exit code 1 (--debug shows more).
+  """Runs a command's main function with the compilation cache, signal handling and error reports.
 
-  So does what is seen of another process that has ended. Any other error keeps its traceback.
-  SIGTERM exits with 143 and SIGINT with 130, as shells do. Programs that main compiles are kept
-  for the next start.
+  A UserError, an OSError of the system, and the death of another process of the run are printed as
+  one line on stderr, with exit code 1; --debug adds the traceback. Other errors keep their
+  traceback. SIGTERM exits with 143 and SIGINT with 130, as in shells.
   """
-  if isinstance(sys.stdout, io.TextIOWrapper):  # In a log file, too, lines come as they are said.
+  if isinstance(sys.stdout, io.TextIOWrapper):  # Log files show each line immediately.
     sys.stdout.reconfigure(line_buffering=True)
   try:
     with signals.listening():
@@ -189,20 +189,21 @@ def run(main: Callable[[], None]) -> None:
     _end(stop.exit_code)
   except Exception as error:
     progress.close()
-    said = ' '.join(str(error).split())
-    for_the_user = _is_for_the_user(error)
+    message = ' '.join(str(error).split())
+    user_error = _is_user_error(error)
     of_another = processes.is_of_another_process(error)
-    if not (for_the_user or of_another or processes.is_joined()):
+    if not (user_error or of_another or processes.is_joined()):
       raise
-    if _debug or not (for_the_user or of_another):
+    if _debug or not (user_error or of_another):
       traceback.print_exc()
-    if for_the_user:
-      print(f'Error: {said}', file=sys.stderr)
+    if user_error:
+      print(f'Error: {message}', file=sys.stderr)
     elif of_another:
       print(
-        f'Error: process {jax.process_index()} of {jax.process_count()} ends, as another one has '
-        'ended or cannot be reached; that one may say why. The same command, started for all of '
-        f'them again, goes on from the newest checkpoint. ({said[:200]})',
+        f'Error: process {jax.process_index()} of {jax.process_count()} ends '
+        'because another process has ended or cannot be reached; see its output. Start all '
+        f'processes with the same command again to resume from the newest checkpoint. '
+        f'({message[:200]})',
         file=sys.stderr,
       )
     _end(1)

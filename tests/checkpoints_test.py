@@ -16,7 +16,7 @@ import tiny
 
 from internal import datasets
 from internal.devices import sharding
-from internal.training import checkpoints, train_step
+from internal.training import checkpoints, run_folder, train_step
 
 
 @pytest.fixture(scope='module')
@@ -105,7 +105,7 @@ def test_whatever_file_is_damaged_the_checkpoint_before_is_taken(saved, harm, ca
     said = capsys.readouterr().err
     # A manifest that still parses accuses the file whose sum it has wrong.
     assert f'checkpoints/8 is damaged: {"" if name.name == "manifest.json" else name}' in said
-    assert said.endswith('trying that of step 5.\n')
+    assert said.endswith('trying step 5.\n')
     path.write_bytes(whole)
   assert checkpoints.newest(folder) == 8
   assert capsys.readouterr().err == ''
@@ -120,9 +120,9 @@ def test_a_damaged_checkpoint_is_not_read_even_where_it_is_asked_for(saved, caps
   assert checkpoints.restore_params(folder, settings)[1] == 5
   shutil.rmtree(largest.parents[1])
   (Path(folder) / 'checkpoints/5/manifest.json').write_text('[]')
-  with pytest.raises(checkpoints.CheckpointError, match=r'No whole checkpoint .*\[5, 8\]'):
+  with pytest.raises(checkpoints.CheckpointError, match=r'No intact checkpoint .*\[5, 8\]'):
     checkpoints.restore_params(folder, settings)
-  assert 'and there is no other' in capsys.readouterr().err
+  assert '; there is no other' in capsys.readouterr().err
 
 
 def test_training_moves_damaged_and_half_made_ones_out_of_the_way(saved):
@@ -173,11 +173,11 @@ def test_what_is_not_there_is_said(saved, tmp_path):
   empty = str(tmp_path / 'other')
   assert checkpoints.latest_step(empty) is None
   with pytest.raises(
-    checkpoints.CheckpointError, match=r'No whole checkpoint in .*other.*Train first'
+    checkpoints.CheckpointError, match=r'No intact checkpoint in .*other.*Train first'
   ):
     checkpoints.restore_params(empty, settings)
   with pytest.raises(checkpoints.CheckpointError, match=r'other.*config\.gin is missing'):
-    checkpoints.open_run(empty)
+    run_folder.open_run(empty)
 
 
 def _seal_anew(step):
@@ -258,12 +258,12 @@ class TestScene:
     folder = tmp_path / 'capture'
     captures.write_colmap(folder, n=6, camera=('PINHOLE', (20.0, 20.0, 8.0, 8.0)), size=(16, 16))
     settings = tiny.settings(f'Config.data_dir = {str(folder)!r}', 'Config.llffhold = 3')
-    checkpoints.write_run(str(tmp_path / 'run'), settings, datasets.load_dataset(settings.config))
+    run_folder.write_run(str(tmp_path / 'run'), settings, datasets.load_dataset(settings.config))
     return str(tmp_path / 'run'), settings.config
 
   def test_opens_with_bindings_that_leave_it_as_it_is(self, run):
     bindings = ['Config.llffhold = 3', 'Config.factor = 0', 'Config.eval_crop_borders = 2']
-    settings, scene = checkpoints.open_run(run[0], bindings)
+    settings, scene = run_folder.open_run(run[0], bindings)
     assert settings.config.eval_crop_borders == 2
     assert scene.test == (0, 3)
 
@@ -273,19 +273,19 @@ class TestScene:
   )
   def test_other_bindings_are_refused(self, run, name, value, was):
     with pytest.raises(checkpoints.CheckpointError) as caught:
-      checkpoints.open_run(run[0], [f'Config.{name} = {value!r}'])
+      run_folder.open_run(run[0], [f'Config.{name} = {value!r}'])
     assert f'Config.{name} is {value!r}, but {run[0]} was trained with {was!r}' in str(caught.value)
 
   def test_training_goes_on_with_the_same_pictures_and_poses(self, run):
     folder, config = run
     scene = datasets.load_dataset(config)
-    checkpoints.check_same_scene(folder, scene)
-    checkpoints.check_same_scene(folder + 'another', scene)
+    run_folder.check_same_scene(folder, scene)
+    run_folder.check_same_scene(folder + 'another', scene)
     other = datasets.load_dataset(dataclasses.replace(config, llffhold=4))
-    with pytest.raises(checkpoints.CheckpointError, match=r'other pictures: .* \(2 such\)'):
-      checkpoints.check_same_scene(folder, other)
+    with pytest.raises(checkpoints.CheckpointError, match=r'other images: .* \(2 images differ\)'):
+      run_folder.check_same_scene(folder, other)
     poses = scene.cameras.camtoworld.copy()
     poses[1, 0, 3] += 0.01
     moved = dataclasses.replace(scene, cameras=scene.cameras.replace(camtoworld=poses))
-    with pytest.raises(checkpoints.CheckpointError, match=r'other poses: .* \(1 such\)'):
-      checkpoints.check_same_scene(folder, moved)
+    with pytest.raises(checkpoints.CheckpointError, match=r'other poses: .* \(1 cameras differ\)'):
+      run_folder.check_same_scene(folder, moved)

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, shape slips are errors, and no program is compiled twice."""
+"""Sets up eight virtual CPU devices, strict rank promotion and a shared compilation cache."""
 
 import gc
 import os
@@ -17,37 +17,37 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
 import captures  # noqa: E402  The variables above must be set first.
 import jax  # noqa: E402
-import lives  # noqa: E402
+import program_runner  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-gc.set_threshold(50_000)  # Looking for garbage often takes a third of JAX's tracing.
+gc.set_threshold(50_000)  # Frequent collections take a third of the time of tracing.
 
 
 @pytest.fixture(scope='session')
-def nursery():
-  """Where short runs of the programs come from."""
-  keep = {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-  told = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': lives.ONE_DEVICE, **keep}
-  nursery = lives.Nursery({**os.environ, **told})
-  yield nursery
-  nursery.close()
+def runner():
+  """Starts train.py, eval.py and render.py as short processes."""
+  env = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': program_runner.ONE_DEVICE}
+  env['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+  runner = program_runner.ProgramRunner({**os.environ, **env})
+  yield runner
+  runner.close()
 
 
 @pytest.fixture(scope='session')
 def small_capture(tmp_path_factory):
-  """What short runs are trained on."""
+  """A small capture for short runs."""
   folder = tmp_path_factory.mktemp('capture')
   captures.write_colmap(folder, n=18, camera=('PINHOLE', (20.0, 20.0, 8.0, 8.0)), size=(16, 16))
   return folder
 
 
 @pytest.fixture(scope='session')
-def start_training(nursery, small_capture):
-  """Starts a life of train.py in a folder."""
+def start_training(runner, small_capture):
+  """Starts train.py on the small capture, in a given run folder."""
 
   def start(run, *bindings, **kwargs):
-    args = lives.arguments(small_capture, run, *bindings)
-    return nursery.start('train', args, **{'said': f'{run}.said', **kwargs})
+    args = program_runner.arguments(small_capture, run, *bindings)
+    return runner.start('train', args, **{'output': f'{run}.output', **kwargs})
 
   return start

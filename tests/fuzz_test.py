@@ -104,7 +104,7 @@ def attempt(function, named: str, outside=None, traced=True):
       return function()
     except Exception as error:
       message = str(error)
-      if not cli._is_for_the_user(error) or not re.search(named, message) or len(message) > 30_000:
+      if not cli._is_user_error(error) or not re.search(named, message) or len(message) > 30_000:
         raise
   return None
 

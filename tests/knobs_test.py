@@ -25,16 +25,18 @@ import trajectory_test
 
 from internal import cli, configs, datasets, losses, models, structs
 from internal.commands import eval as eval_program
-from internal.commands import train as train_program
 from internal.datasets import scenes
 from internal.evaluation import metrics as metrics_lib
+from internal.evaluation import train_renders
 from internal.fields import encodings, mlp
 from internal.rendering import renderer, trajectory
 from internal.training import (
   batches,
   checkpoints,
+  loop,
   nonfinite,  # fmt: skip
   pixel_store,
+  run_folder,
   runlog,
   train_step,
 )
@@ -196,21 +198,23 @@ def training(settings, folder):
 
   with pytest.MonkeyPatch.context() as patch:
     for owner, name, stand_in in (
-      (checkpoints, 'start_run', lambda *_: (types.SimpleNamespace(params={}), [], 1)),
+      (run_folder, 'start_run', lambda *_: (types.SimpleNamespace(params={}), [], 1)),
       (pixel_store, 'load', lambda *_: (store, 'device')),
       (train_step, 'make_train_step', lambda *_, **__: Step()),
       (renderer, 'make_image_renderer', lambda *_: rendered),
       (renderer, 'make_ray_probe', probed),
       (runlog, 'RunLog', lambda *_: Log()),
       (checkpoints, 'save', lambda place, state, keep, notes: done.append((place, keep))),
-      (checkpoints, 'write_run', lambda *_: None),
+      (run_folder, 'write_run', lambda *_: None),
       (scenes, 'read_image', lambda *_: np.zeros((40, 60, 3), np.uint8)),
       (pictures, 'write_png', lambda path, picture: done.append((path, picture.shape))),
-      (train_program.gc, 'collect', lambda: done.append('collected')),
+      (loop.gc, 'collect', lambda: done.append('collected')),
       (metrics_lib, 'image_metrics', lambda *_: {'psnr': 1.0, 'ssim': 1.0}),
     ):
       patch.setattr(owner, name, stand_in)
-    train_program.train(settings, scene, tiny.mesh(1))
+    mesh = tiny.mesh(1)
+    render_test = train_renders.TestRenders(settings, scene, mesh)
+    loop.train(settings, scene, mesh, render_test=render_test)
   return done
 
 
@@ -232,7 +236,7 @@ def patience(settings, folder):
   rows = [{'loss': np.nan, 'grad_norm_a': np.nan, 'skipped_a': k} for k in range(1, 8)]
   try:
     nonfinite.check(folder, settings.config.max_skipped_updates, 7, rows)
-  except nonfinite.BadNumbersError as e:
+  except nonfinite.NonFiniteError as e:
     return str(e)
   return 'went on'
 

@@ -130,7 +130,7 @@ def test_what_was_never_finished_is_not_used_and_removed(capture, monkeypatch):
     patch.setattr(os, 'pwrite', full)
     with pytest.raises(
       pixel_store.PixelCacheError,
-      match=r'\.rgb: cannot be made \(No space.*Config\.pixel_cache_dir',
+      match=r'\.rgb: cannot be written \(No space.*Config\.pixel_cache_dir',
     ):
       read(capture)
   assert tables(folder) == []
@@ -151,9 +151,7 @@ def test_too_little_room_is_seen_before(capture, monkeypatch):
   monkeypatch.setattr(
     pixel_store.shutil, 'disk_usage', lambda folder: type('Usage', (), {'free': 100})
   )
-  with pytest.raises(
-    pixel_store.PixelCacheError, match=r'would take 0\.0 GB, of which 0\.0 GB are'
-  ):
+  with pytest.raises(pixel_store.PixelCacheError, match=r'needs 0\.0 GB, but only 0\.0 GB are'):
     read(capture)
 
 
@@ -208,7 +206,7 @@ def test_more_pixels_than_32_bits_count_stay_off_the_device(monkeypatch):
   ]
   monkeypatch.setattr(pixel_store, 'available_memory', lambda: 2**50)
   assert not pixel_store.keep_on_device(configs.Config(), store)
-  with pytest.raises(configs.ConfigError, match=r'less than 2\^31 training pixels'):
+  with pytest.raises(configs.ConfigError, match=r'fewer than 2\^31 training pixels'):
     pixel_store.keep_on_device(configs.Config(pixels_on='device'), store)
 
 

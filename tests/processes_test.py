@@ -1,4 +1,4 @@
-"""Several processes, of which one ends: the others do too, and the run goes on to the same bits."""
+"""Multi-process runs: when one process ends, all do, and the run resumes to the same bits."""
 
 import functools
 import json
@@ -8,21 +8,21 @@ import signal
 import socket
 import time
 
-import lives
 import numpy as np
+import program_runner
 import pytest
 import resume_test
 
 from internal.training import checkpoints
 
-SECONDS = 20  # In which the others end where connections break: less than processes.HEARTBEAT.
-HEARTBEAT = {'HEARTBEAT': 10}  # In its place, where they do not.
-SPLIT = {'_LARGE': 512}  # Bytes: most of a small model's arrays are shared out among the devices.
+SECONDS = 20  # Until the others end after a broken connection; less than processes.HEARTBEAT.
+HEARTBEAT = {'HEARTBEAT': 10}  # Seconds, for processes whose connections stay open.
+SPLIT = {'_LARGE': 512}  # Bytes: shards most arrays of a small model.
 
 
 @pytest.fixture
 def start_all(start_training):
-  """Starts processes of one run, which train unless `start_one` starts another program."""
+  """Starts the processes of one run; `start_one` starts one of them, train.py by default."""
 
   def start(run, count, *bindings, start_one=start_training, only_the_first_writes=False, **kwargs):
     with socket.socket() as s:
@@ -32,56 +32,56 @@ def start_all(start_training):
     begun = []
     for i in range(count):
       writes = i == 0 or not only_the_first_writes
-      said = f'{run}.{i}' if writes else os.devnull
+      output = f'{run}.{i}' if writes else os.devnull
       told['JAX_PROCESS_ID'] = str(i)
-      begun.append(start_one(run, *bindings, said=said, writes=writes, **told, **kwargs))
+      begun.append(start_one(run, *bindings, output=output, writes=writes, **told, **kwargs))
     return begun
 
   return start
 
 
-def until_saved(run, lives_of_run):
-  """Waits for one more checkpoint."""
+def until_saved(run, programs):
+  """Waits for the next checkpoint."""
   before = checkpoints.latest_step(str(run)) or 0
-  assert lives_of_run[0].until(lambda: (checkpoints.latest_step(str(run)) or 0) > before)
+  assert programs[0].until(lambda: (checkpoints.latest_step(str(run)) or 0) > before)
 
 
 def devices(count):
-  """The variable that gives a life so many."""
-  return {'XLA_FLAGS': lives.ONE_DEVICE.replace('device_count=1', f'device_count={count}')}
+  """Returns the environment for a number of CPU devices."""
+  return {'XLA_FLAGS': program_runner.ONE_DEVICE.replace('device_count=1', f'device_count={count}')}
 
 
 def one_process(start_training, run, count, *bindings, **kwargs):
-  """The same run by one process with as many devices."""
-  life = start_training(run, *bindings, **devices(count), **kwargs)
-  assert life.wait() == 0, life.text()
-  assert f'{count} x cpu' in life.text()
+  """Runs training in one process with `count` devices."""
+  program = start_training(run, *bindings, **devices(count), **kwargs)
+  assert program.wait() == 0, program.text()
+  assert f'{count} x cpu' in program.text()
   return run
 
 
 def others_end(processes, victim, seconds):
-  """The exit codes of all but one, which end in time; and what they say."""
+  """Returns exit codes and outputs of all processes but the victim, which must end in time."""
   deadline = time.monotonic() + seconds
-  rest = [life for i, life in enumerate(processes) if i != victim]
-  codes = [life.wait() for life in rest]
+  rest = [program for i, program in enumerate(processes) if i != victim]
+  codes = [program.wait() for program in rest]
   assert time.monotonic() < deadline
-  return codes, [life.text() for life in rest]
+  return codes, [program.text() for program in rest]
 
 
-def told_of_the_end(text):
-  """Whether a process says why it ends, and no more; JAX may notice it first, and aborts."""
-  return ('as another one has ended' in text or 'another task died' in text) and (
+def explains_the_end(text):
+  """Returns whether an output explains the end without a traceback; JAX may abort first."""
+  return ('because another process has ended' in text or 'another task died' in text) and (
     'Traceback' not in text
   )
 
 
-def test_of_two_one_is_signalled_then_the_first_is_killed(start_all, start_training, tmp_path):
-  """And the run ends with the bits of one process with two devices."""
+def test_two_processes_one_signalled_then_one_killed(start_all, start_training, tmp_path):
+  """The run ends with the bits of one process with two devices."""
   run, start = tmp_path / 'run', functools.partial(start_all, constants=SPLIT)
   processes = start(run, 2)
   until_saved(run, processes)
   processes[1].kill(signal.SIGTERM)
-  assert [life.wait() for life in processes] == [143, 143], processes[0].text()
+  assert [program.wait() for program in processes] == [143, 143], processes[0].text()
   step = checkpoints.newest(str(run))
   assert step % 7 == 0
   assert f'step {step:,} is saved' in processes[0].text()
@@ -90,31 +90,31 @@ def test_of_two_one_is_signalled_then_the_first_is_killed(start_all, start_train
   processes[0].kill()
   (code,), (text,) = others_end(processes, 0, SECONDS)
   assert code in (1, -signal.SIGABRT), text
-  assert told_of_the_end(text), text
+  assert explains_the_end(text), text
   assert processes[0].wait() == -signal.SIGKILL
-  assert checkpoints.newest(str(run)) < lives.STEPS
+  assert checkpoints.newest(str(run)) < program_runner.STEPS
   processes = start(run, 2, only_the_first_writes=True)
-  assert [life.wait() for life in processes] == [0, 0], processes[0].text()
+  assert [program.wait() for program in processes] == [0, 0], processes[0].text()
   one = one_process(start_training, tmp_path / 'one', 2, constants=SPLIT)
   assert resume_test.same(run, one)
 
 
-def test_of_four_one_is_killed(start_all, start_training, tmp_path):
-  """Steps 31 to 60 are done twice: before it is killed, and again."""
+def test_four_processes_one_killed(start_all, start_training, tmp_path):
+  """Steps 31 to 60 run twice, before and after the kill."""
   run, aside = tmp_path / 'run', tmp_path / 'aside'
   processes = start_all(run, 4, 'Config.checkpoint_keep = 0')
   assert processes[0].until((run / 'checkpoints' / '60').exists)
   processes[2].kill()
   codes, said = others_end(processes, 2, SECONDS)
   assert codes == [1, 1, 1], said
-  assert all(map(told_of_the_end, said)), said
+  assert all(map(explains_the_end, said)), said
   assert processes[2].wait() == -signal.SIGKILL
   shutil.copytree(run, aside)
   for step in checkpoints.all_steps(str(run))[1:]:
     shutil.rmtree(checkpoints.folder_of(str(run), step))
   once = 'Config.early_exit_steps = 60'
   processes = start_all(run, 4, once, only_the_first_writes=True)
-  assert [life.wait() for life in processes] == [0] * 4, processes[0].text()
+  assert [program.wait() for program in processes] == [0] * 4, processes[0].text()
   assert resume_test.same_state(run, aside, 60)
   rows = resume_test.metrics(run)
   assert rows == resume_test.metrics(aside)[: len(rows)]
@@ -124,7 +124,7 @@ def test_of_four_one_is_killed(start_all, start_training, tmp_path):
 
 
 def nearly_same_metrics(a, b):
-  """Processes add up in another order than devices of one, so bits may differ."""
+  """Compares metrics with tolerance: processes sum in another order than devices of one."""
   a, b = resume_test.metrics(a), resume_test.metrics(b)
   assert len(a) == len(b)
   for row, other in zip(a, b):
@@ -132,27 +132,27 @@ def nearly_same_metrics(a, b):
 
 
 def test_two_with_two_devices_each_train_and_evaluate_as_one_with_four(
-  start_all, start_training, nursery, tmp_path
+  start_all, start_training, runner, tmp_path
 ):
   def start_eval(run, **kwargs):
-    return nursery.start('eval', ('--checkpoint_dir', str(run)), **kwargs)
+    return runner.start('eval', ('--checkpoint_dir', str(run)), **kwargs)
 
   one, two, short = tmp_path / 'one', tmp_path / 'two', 'Config.early_exit_steps = 30'
   one_process(start_training, one, 4, short)
   for start_one, bindings in ((start_training, [short]), (start_eval, [])):
     told = {**devices(2), 'constants': SPLIT}
     processes = start_all(two, 2, *bindings, start_one=start_one, **told)
-    assert [life.wait() for life in processes] == [0, 0], processes[0].text()
+    assert [program.wait() for program in processes] == [0, 0], processes[0].text()
   nearly_same_metrics(one, two)
-  life = start_eval(one, said=tmp_path / 'said')
-  assert life.wait() == 0, life.text()
+  program = start_eval(one, output=tmp_path / 'output')
+  assert program.wait() == 0, program.text()
   psnrs = [
     json.loads((run / 'eval' / 'results.json').read_text())['mean']['psnr'] for run in (one, two)
   ]
   assert abs(psnrs[0] - psnrs[1]) < 0.05
 
 
-def test_one_hangs(start_all, tmp_path):
+def test_a_process_hangs(start_all, tmp_path):
   processes = start_all(tmp_path / 'run', 2, constants=HEARTBEAT)
   assert processes[0].until(lambda: 'first step' in processes[0].text())
   processes[1].kill(signal.SIGSTOP)
@@ -161,5 +161,5 @@ def test_one_hangs(start_all, tmp_path):
   finally:
     processes[1].kill()
   assert code == -signal.SIGABRT, text
-  assert told_of_the_end(text), text
+  assert explains_the_end(text), text
   assert 'unhealthy (stopped sending heartbeats)' in text

@@ -24,7 +24,7 @@ def test_a_mesh_over_all_devices_or_some():
 @pytest.mark.parametrize(('count', 'nearest'), [(7, 8), (13, 16), (1, 8), (8190, 8192)])
 def test_what_devices_do_not_divide_is_refused_with_the_nearest(count, nearest):
   with pytest.raises(
-    ValueError, match=f'batch must be a multiple.*{count} on 8; nearest: {nearest}'
+    ValueError, match=rf'batch must be divisible by .* \(8\), got {count}; use {nearest}'
   ):
     sharding.check_divisible('batch', count, sharding.make_mesh())
 
@@ -150,7 +150,7 @@ class TestFirstFit:
     _, program = self.fit({1: 10**10, 2: 5 * 10**9}, 10**9)
     assert program(7) == (2, 7)
     said = capsys.readouterr().err
-    assert said == 'Too little memory, trying all the same: 5 GB of 1 GB free memory.\n'
+    assert said == 'Warning: may run out of memory: 5 GB of 1 GB free memory.\n'
 
   def test_what_does_not_even_compile_does_not_fit(self):
     _, program = self.fit({1: EXHAUSTED, 2: 500}, None)

@@ -182,7 +182,7 @@ def test_stats_add_up():
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused():
   settings = tiny.settings('Config.batch_size = 60')
-  with pytest.raises(ValueError, match='multiple of the device count, got 60 on 8; nearest: 64'):
+  with pytest.raises(ValueError, match=r'divisible by the number of devices \(8\), got 60; use 64'):
     train_step.make_train_step(settings, tiny.mesh(8))
 
 

@@ -11,15 +11,14 @@ from types import SimpleNamespace
 import captures
 import devtools
 import jax
-import lives
 import numpy as np
+import program_runner
 import pytest
 import tiny
 from PIL import Image
 
 from internal import configs, datasets, paths
-from internal.commands import train as train_program
-from internal.training import checkpoints
+from internal.training import checkpoints, loop, run_folder
 from internal.viewer import page as page_lib
 from internal.viewer import server as server_lib
 from internal.viewer import session
@@ -30,7 +29,7 @@ WALK = np.linspace(0, 1, 1000)
 
 def bindings(data, run):
   return (
-    *lives.SMALLEST,
+    *program_runner.SMALLEST,
     f"Config.data_dir = '{data}'",
     f"Config.checkpoint_dir = '{run}'",
     f'Config.max_steps = {STEPS}',
@@ -79,7 +78,7 @@ def trained(tmp_path_factory):
     on_step = session.Live(viewer, lambda step: step / STEPS, jax.block_until_ready)
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(session, 'SHARE', 1.0)  # After every step.
-      train_program.train(settings, scene, mesh, on_step)
+      loop.train(settings, scene, mesh, on_step=on_step)
   return folder, display
 
 
@@ -89,7 +88,7 @@ def test_training_does_not_depend_on_being_watched(trained):
   assert not display.failures
   states = []
   for name in ('alone', 'watched'):
-    settings, _ = checkpoints.open_run(str(folder / name))
+    settings, _ = run_folder.open_run(str(folder / name))
     states.append(checkpoints.restore(str(folder / name), settings, tiny.mesh(1), STEPS))
   for a, b in zip(*map(jax.tree.leaves, states), strict=True):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -362,7 +361,7 @@ def test_in_a_browser(trained, tmp_path):
   program = subprocess.Popen(
     [sys.executable, 'scripts/view.py', str(run), '--port', str(port), '--gin_bindings',
      'Config.render_chunk_size = 2048'],
-    cwd=lives.ROOT, stdout=subprocess.PIPE, text=True,
+    cwd=program_runner.ROOT, stdout=subprocess.PIPE, text=True,
   )  # fmt: skip
   try:
     assert f'http://localhost:{port}' in program.stdout.readline()
@@ -415,7 +414,7 @@ def _check_picture(screenshot, run):
 def _check_path(run):
   """Checks that the first keyframe is the first test camera, in the capture's own frame."""
   saved = json.loads((run / 'camera_paths' / 'path.json').read_text())
-  _, scene = checkpoints.open_run(str(run))
+  _, scene = run_folder.open_run(str(run))
   first = np.reshape(saved['keyframes'][0]['matrix'], (4, 4))
   place = scene.world_transform @ first[:, 3]
   np.testing.assert_allclose(place[:3], scene.cameras.camtoworld[scene.test[0], :, 3], atol=1e-3)

@@ -226,7 +226,7 @@ class TestLive:
   def test_costs_nothing_without_visitors(self, viewer, fake):
     waits = []
     live = session.Live(viewer, lambda step: 0.5, waits.append)
-    assert [live('params', step) for step in range(100)] == [0.0] * 100
+    assert [live(step, 'params') for step in range(100)] == [0.0] * 100
     assert not waits
     assert not fake.calls
 
@@ -236,7 +236,7 @@ class TestLive:
     viewer.join(FakeDisplay()).set_view(view(size=(64, 36)))
     seconds = 0.0
     for step in range(2000):
-      seconds += live('params', step)
+      seconds += live(step, 'params')
       fake.now += 0.01  # A step of training.
     rendering = sum(w * h // 100 + bool(w * h % 100) for _, (w, h) in fake.calls) * 0.1
     assert seconds == pytest.approx(rendering)

@@ -25,7 +25,7 @@ from ..evaluation import html_report, lpips
 from ..evaluation import metrics as metrics_lib
 from ..rendering import renderer
 from ..system import progress
-from ..training import checkpoints, runlog, train_step
+from ..training import checkpoints, run_folder, runlog, train_step
 from ..vis import pictures
 
 _POLL_SECONDS = 10
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
   )
   args = parser.parse_args(argv)
   run = cli.run_folder(args)
-  settings, scene = checkpoints.open_run(run, args.gin_bindings)
+  settings, scene = run_folder.open_run(run, args.gin_bindings)
   if args.report_only:
     progress.summary({'report': html_report.write(run, settings, scene)})
     return

@@ -21,7 +21,7 @@ from ..export import mesh as mesh_lib
 from ..export import points
 from ..rendering import orbits, renderer
 from ..system import progress
-from ..training import checkpoints, train_step
+from ..training import checkpoints, run_folder, train_step
 
 _KINDS = ('points', 'mesh', 'depth')
 _LEVEL_QUANTILE = 0.1  # The mesh's default level, among the densities at the views' surfaces.
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     mesh_lib.library('trimesh')
   if 'mesh' in args.only:
     mesh_lib.library('skimage.measure')
-  settings, scene = checkpoints.open_run(args.run)
+  settings, scene = run_folder.open_run(args.run)
   box, out = read_box(args, scene), args.out or os.path.join(args.run, 'export')
   cams = points.pinhole_views(scene, args.views, args.width)
   mesh = sharding.make_mesh()

@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..evaluation import html_report, metrics
 from ..rendering import preview, renderer, trajectory
 from ..system import progress
-from ..training import checkpoints, train_step
+from ..training import checkpoints, run_folder, train_step
 from ..vis import pictures, video
 
 _KINDS = ('color', 'depth', 'normals')
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
   )
   args = parser.parse_args(argv)
   run = cli.run_folder(args)
-  settings, scene = checkpoints.open_run(run, args.gin_bindings)
+  settings, scene = run_folder.open_run(run, args.gin_bindings)
   config = settings.config
   folder = config.render_dir or os.path.join(run, 'render')
   if args.preview:

@@ -14,7 +14,7 @@ import argparse
 
 from .. import cli
 from ..devices import sharding
-from ..training import checkpoints, train_step
+from ..training import checkpoints, run_folder, train_step
 from ..viewer import server
 
 
@@ -28,7 +28,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
   args = parse(argv)
-  settings, scene = checkpoints.open_run(args.checkpoint_dir, args.gin_bindings)
+  settings, scene = run_folder.open_run(args.checkpoint_dir, args.gin_bindings)
   cli.show_notices(settings)
   mesh = sharding.make_mesh()
   params, step = checkpoints.restore_params(args.checkpoint_dir, settings, mesh=mesh)

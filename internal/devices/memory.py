@@ -1,4 +1,4 @@
-"""Device memory: what is free, what a program needs, and the first variant of it that fits."""
+"""Device memory: measures it, and compiles the first variant of a function that fits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 
 from . import processes
 
-_SHARE = 0.9  # Of a device's free memory: what is free need not be in one piece.
+_SHARE = 0.9  # Usable part of the free memory, which may be fragmented.
 
 
 def free_memory(mesh: Mesh) -> int | None:
-  """Bytes that this process's fullest device still has; None where devices do not say (CPU)."""
+  """Returns the free bytes of this process's fullest device; None if unknown (CPU)."""
   stats = [device.memory_stats() or {} for device in mesh.local_devices]
   if not all('bytes_limit' in s and 'bytes_in_use' in s for s in stats):
     return None
@@ -22,24 +22,24 @@ def free_memory(mesh: Mesh) -> int | None:
 
 
 def _needed_memory(compiled: jax.stages.Compiled) -> int | None:
-  """Bytes that a program takes on each device beside its arguments; None where it does not say."""
+  """Returns the bytes that a program needs per device besides its arguments; None if unknown."""
   sizes = compiled.memory_analysis()
   if sizes is None:
     return None
-  results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes  # Donated ones take no more.
+  results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes  # Donated buffers are reused.
   return sizes.temp_size_in_bytes + results + sizes.generated_code_size_in_bytes
 
 
 def compiler_options() -> dict[str, bool]:
-  """What XLA is told on GPUs: to call cuBLASLt, which ends products with biases and ReLUs.
+  """Returns XLA's options: on GPUs, cuBLASLt instead of Triton for matrix products.
 
-  Its choice would be Triton's kernels here and there, with passes over memory after them.
+  cuBLASLt fuses biases and ReLUs; Triton's kernels need further passes over memory.
   """
   return {'xla_gpu_enable_triton_gemm': False} if jax.default_backend() == 'gpu' else {}
 
 
 def _compile(function: Callable, args) -> tuple[jax.stages.Compiled | None, Exception | None]:
-  """The compiled program, or the error which says that it needs more memory than there is."""
+  """Returns (program, None), or (None, error) if XLA runs out of memory."""
   try:
     return function.lower(*args).compile(compiler_options()), None
   except jax.errors.JaxRuntimeError as error:
@@ -49,27 +49,27 @@ def _compile(function: Callable, args) -> tuple[jax.stages.Compiled | None, Exce
 
 
 class FirstFit:
-  """A function compiled in the first of several variants that fits in the devices' memory.
+  """A function compiled as the first of several variants that fits in device memory.
 
-  The choice falls on the first call, when everything that lives beside the program is already on
-  the devices. A variant fits if what it takes beside its arguments is at most 90% of the memory
-  that is free on the fullest device; all processes take the same variant. Where devices say
-  nothing of their memory (CPU) the first is taken.
+  The first call chooses the variant, when all other data is already on the devices. A variant fits
+  if it needs, besides its arguments, at most 90% of the free memory of the fullest device. All
+  processes choose the same variant. If memory is unknown (CPU), the first variant is chosen.
 
   Attributes:
-    choice: the variant in use; None before the first call.
-    needed, free: bytes that it takes on a device, and that were free; None where not known.
+    choice: the chosen variant; None before the first call.
+    needed: bytes per device that it needs; None if unknown.
+    free: bytes per device that were free; None if unknown.
   """
 
   def __init__(
     self, variant: Callable[[int], Callable], choices: Sequence[int], free: Callable[[], int | None]
   ):
-    """Prepares the choice.
+    """Creates the function; nothing is compiled yet.
 
     Args:
-      variant: gives the jit-compiled function of a choice.
-      choices: from the one that takes most memory to the one that takes least.
-      free: tells how many bytes are free, or None.
+      variant: returns the jit-compiled function of a choice.
+      choices: choices in order of decreasing memory.
+      free: returns the number of free bytes, or None.
     """
     self.variant, self.choices, self._free = variant, tuple(choices), free
     self.choice = self.needed = self.free = None
@@ -79,29 +79,29 @@ class FirstFit:
     return self.fit(*args)(*args)
 
   def lower(self, *args) -> jax.stages.Lowered:
-    """Lowers the variant in use, before the first call that of the first choice."""
+    """Lowers the chosen variant; before the first call, the first one."""
     return self.variant(self.choice or self.choices[0]).lower(*args)
 
   def fit(self, *args) -> jax.stages.Compiled:
-    """The program that a call with such arguments runs, compiled if there has been none."""
+    """Returns the program for arguments of these shapes, compiling it if necessary."""
     leaves, structure = jax.tree.flatten(args)
     kind = (structure, *map(jax.typeof, leaves))
     if kind not in self._programs:
-      first = self.choice is None  # Other shapes later on do not change the choice.
+      first = self.choice is None  # Later shapes keep the first choice.
       self._programs[kind] = (
         self._choose(args) if first else self.lower(*args).compile(compiler_options())
       )
     return self._programs[kind]
 
   def account(self) -> str:
-    """What is known of memory, such as '12.3 of 98.7 GB free memory'."""
+    """Returns a description of memory use, such as '12.3 GB of 98.7 GB free memory'."""
     if self.needed is None:
       return 'memory unknown'
     of = '' if self.free is None else f' of {self.free / 1e9:.3g} GB free'
     return f'{self.needed / 1e9:.3g} GB{of} memory'
 
   def _choose(self, args) -> jax.stages.Compiled:
-    jax.block_until_ready(args)  # Memory of programs still running is not free yet, but will be.
+    jax.block_until_ready(args)  # Running programs still hold memory.
     self.free = self._free()
     for choice in self.choices:
       program, error = _compile(self.variant(choice), args)
@@ -114,6 +114,6 @@ class FirstFit:
       if error:
         raise error
       if processes.is_main():
-        print(f'Too little memory, trying all the same: {self.account()}.', file=sys.stderr)
+        print(f'Warning: may run out of memory: {self.account()}.', file=sys.stderr)
     self.choice = choice
     return program

@@ -1,4 +1,4 @@
-"""Processes of several hosts: joining, leaving, and agreeing on a value."""
+"""Multi-process runs: joining, leaving, broadcasts and reductions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jax.experimental import multihost_utils
 from ..errors import UserError
 from ..system import signals
 
-# What Gloo (CPU), NCCL (GPU) and JAX's coordination service say of processes that are gone.
+# Errors of Gloo (CPU), NCCL (GPU) and JAX's coordination service after a process has died.
 _GONE = re.compile(
   'gloo|nccl|coordination|heartbeat|barrier|socket closed|connection (reset|closed|refused)',
   re.IGNORECASE,
 )
 
-# Seconds after which a process that says nothing, whose connections stay open, counts as gone.
+# Seconds without a heartbeat after which a process with open connections counts as dead.
 HEARTBEAT = 30
 
 _COORDINATOR = 'JAX_COORDINATOR_ADDRESS'
@@ -32,19 +32,19 @@ def _on_tpu_vm() -> bool:
 
 
 def _under_launcher() -> bool:
-  """Whether SLURM or Open MPI started several processes of this program."""
+  """Returns whether SLURM or Open MPI started several processes of this program."""
   counts = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
   return any(int(os.environ.get(name) or 1) > 1 for name in counts)
 
 
 def initialize() -> None:
-  """Joins the other processes, where there are any; call before anything touches a device.
+  """Joins the other processes of a multi-process run; call before using any device.
 
-  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say so by hand; TPU pods, SLURM
-  and Open MPI are found by themselves; otherwise this is a single process and nothing happens.
+  The processes are given by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or
+  detected on TPU pods and under SLURM and Open MPI. A single process does nothing.
 
   Raises:
-    ValueError: only some of the three variables are set.
+    UserError: only some of the three variables are set.
   """
   if jax.distributed.is_initialized():
     return
@@ -62,44 +62,44 @@ def initialize() -> None:
     jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
   else:
     return
-  signals.listen_again()  # JAX has taken SIGTERM for a preemption notice that it keeps to itself.
+  signals.listen_again()  # JAX handles SIGTERM as a preemption notice.
 
 
 def is_joined() -> bool:
-  """Whether this process is one of several that have joined and not left."""
+  """Returns whether this process has joined others and not left them."""
   return jax.distributed.is_initialized()
 
 
 def leave() -> None:
-  """Leaves the other processes, all at the same time, so that none takes it for a failure."""
+  """Leaves the other processes; all call it together, so that none reports a failure."""
   if is_joined():
     jax.distributed.shutdown()
 
 
 def is_of_another_process(error: Exception) -> bool:
-  """Whether an error is what is seen here of another process that is gone."""
+  """Returns whether an error is the consequence of another process that has died."""
   return is_joined() and bool(_GONE.search(str(error)))
 
 
 def is_main() -> bool:
-  """Whether this process is the one that prints and writes."""
+  """Returns whether this is the main process, which prints and writes files."""
   return jax.process_index() == 0
 
 
 def from_main(value: int) -> int:
-  """The main process's value, on every process: for what each would find at its own time."""
+  """Broadcasts the main process's value to all processes."""
   if jax.process_count() == 1:
     return value
   return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def largest(value: int) -> int:
-  """The largest of the processes' values, on every process."""
+  """Returns the maximum of a value over all processes."""
   if jax.process_count() == 1:
     return value
   return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
 def on_all(fact: bool) -> bool:
-  """Whether a fact holds on every process."""
+  """Returns whether `fact` is true on all processes."""
   return not largest(not fact)

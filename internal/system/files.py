@@ -1,4 +1,4 @@
-"""Files that are never seen half-written, and arrays from files that nobody vouches for."""
+"""Atomic file writes, and safe reading of untrusted .npy files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 
 @contextlib.contextmanager
 def whole(path: str) -> Iterator[str]:
-  """Yields a name to write to; once the block is done, that file becomes `path`, at once.
+  """Writes a file atomically: yields a temporary path, renamed to `path` when the block ends.
 
-  The folder is made. If the block fails, `path` stays as it was and the piece is removed. The name
-  keeps the ending of `path`, from which some writers know the format.
+  Creates the folder. If the block fails, `path` is unchanged and the temporary file is removed. The
+  temporary path has the extension of `path`, because some writers infer the format from it.
   """
   os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
   stem, ending = os.path.splitext(path)
@@ -28,20 +28,20 @@ def whole(path: str) -> Iterator[str]:
 
 
 def read_array(path: str) -> np.ndarray:
-  """The numbers of a .npy file, float64: no pickle, and no memory on the word of a header.
+  """Loads a numeric .npy file as float64, without pickle and without trusting its header's size.
 
   Raises:
-    ValueError: the file is none, cannot be opened, or is shorter than its header says.
+    ValueError: the file cannot be read, is not a numeric .npy file, or is truncated.
   """
   try:
     with open(path, 'rb') as f:
       start = f.read(12)
-    header = int.from_bytes(start[8:], 'little') if start[6:7] > b'\1' else 0  # Since version 2.
+    header = int.from_bytes(start[8:], 'little') if start[6:7] > b'\1' else 0  # Format 2 and later.
     if header > os.path.getsize(path):
       raise ValueError('its header says that it is longer than the file')
-    # Mapped, so that the header's shape is held against the file's size.
+    # Mapping checks the header's shape against the file's size.
     array = np.load(path, mmap_mode='r', allow_pickle=False)
-  except Exception as e:  # The parser of the header raises nearly anything.
+  except Exception as e:  # The header parser raises many types.
     raise ValueError(f'no whole .npy file: {e}') from None
   if not isinstance(array, np.ndarray) or array.dtype.kind not in 'fiu':
     raise ValueError('no .npy file of numbers')

@@ -1,4 +1,4 @@
-"""The installed program: where its own files are and how to start its commands.
+"""The installation: where the package's files are and how to start its commands.
 
 The package has two names. In a checkout it is the folder `internal`, beside train.py and configs/.
 Installed by pip it is `mipnerf360`, with the configs inside and one console command.
@@ -22,23 +22,23 @@ DATA = _BUNDLED if os.path.isdir(_BUNDLED) else _CHECKOUT
 
 
 def is_checkout() -> bool:
-  """Whether the program runs from a checkout rather than an installed wheel."""
+  """Returns whether the program runs from a checkout rather than an installed wheel."""
   return DATA == _CHECKOUT
 
 
 def _script(command: str) -> str:
-  """A command's file in the checkout, relative to the checkout."""
+  """Returns the path of a command's script, relative to the checkout."""
   name = f'{_FILES.get(command, command)}.py'
   return name if command in _TOP_LEVEL else os.path.join('scripts', name)
 
 
 def command(name: str) -> list[str]:
-  """The start of a command line that runs a command in a process of its own."""
+  """Returns the first words of a command line that runs a command."""
   if is_checkout():
     return [sys.executable, os.path.join(_CHECKOUT, _script(name))]
   return [sys.executable, '-m', NAME, name]
 
 
 def command_text(name: str) -> str:
-  """How a person starts a command, such as 'python train.py' or 'mipnerf360 train'."""
+  """Returns a command as users type it: 'python train.py' or 'mipnerf360 train'."""
   return f'python {_script(name)}' if is_checkout() else f'mipnerf360 {name}'

@@ -1,6 +1,6 @@
-"""What long work shows: one live line on a terminal, a plain line now and then elsewhere.
+"""Progress on stderr: a live line on a terminal, an occasional plain line elsewhere.
 
-Both go to stderr. `set_quiet` silences them, and what `say` would print.
+`set_quiet` silences progress and `say`.
 """
 
 from __future__ import annotations
@@ -14,44 +14,44 @@ import rich.live
 import rich.progress
 import rich.table
 
-_SECONDS_PER_LINE = 15.0  # Where nobody watches.
+_SECONDS_PER_LINE = 15.0  # Without a terminal.
 _quiet = False
-_bars: list[Bar] = []  # Those on show, the innermost last.
+_bars: list[Bar] = []  # Active bars, the innermost last.
 
 
 def set_quiet() -> None:
-  """Says nothing of this process's progress and news from now on."""
+  """Silences progress and `say` in this process."""
   global _quiet
   _quiet = True
 
 
 def is_live() -> bool:
-  """Whether there is a terminal, for nothing else, that a changing line can be on."""
+  """Returns whether stdout and stderr are a terminal that can show a live line."""
   if _bars:
-    return True  # While one is on show rich stands in for stdout and stderr.
+    return True  # rich replaces stdout and stderr while a bar is shown.
   return sys.stderr.isatty() and sys.stdout.isatty() and not _quiet
 
 
 def is_quiet() -> bool:
-  """Whether `set_quiet` was called."""
+  """Returns whether `set_quiet` was called."""
   return _quiet
 
 
 def say(text: str) -> None:
-  """Prints news, above a live line if there is one; nothing after `set_quiet`."""
+  """Prints a line above any live line; does nothing after `set_quiet`."""
   if not _quiet:
     print(text)
 
 
 def summary(rows: Mapping[str, object]) -> None:
-  """Prints what a program leaves: names and, in a column, what they name."""
+  """Prints names and values in two columns."""
   width = max(map(len, rows))
   for name, value in rows.items():
     print(f'{name:<{width}}  {value}')
 
 
 def duration(seconds: float) -> str:
-  """Seconds as people say them: '45s', '3m20s', '2h05m'."""
+  """Formats seconds: '45s', '3m20s', '2h05m'."""
   s = max(0, round(seconds))
   if s < 60:
     return f'{s}s'
@@ -61,15 +61,15 @@ def duration(seconds: float) -> str:
 
 
 class Bar:
-  """How far one task is, on show inside of `with`.
+  """A progress bar of one task, shown inside `with`.
 
   Args:
-    label: what is done.
-    total: how much there is to do; None where nobody knows.
-    done: how much of it was done before.
-    scale: units of `total` in one that people count by, 1e6 for bytes to be told as MB.
-    unit: the name of the latter.
-    enabled: False shows nothing, for processes that are not the main one.
+    label: name of the task.
+    total: amount of work; None if unknown.
+    done: amount done before the start.
+    scale: divisor for display, such as 1e6 to show bytes in MB.
+    unit: displayed unit.
+    enabled: False shows nothing.
   """
 
   def __init__(
@@ -86,9 +86,9 @@ class Bar:
     self._enabled, self._shown = enabled and not _quiet, None
 
   def __enter__(self) -> Bar:
-    self._began = self._told = time.monotonic()
+    self._began = self._printed = time.monotonic()
     if self._enabled and is_live():
-      self._shown = _bars[-1]._shown if _bars else self._start()  # One below the other.
+      self._shown = _bars[-1]._shown if _bars else self._start()  # Nested bars stack.
       self._task = self._shown.add_task(self.label, total=self.total, text='')
       _bars.append(self)
     return self
@@ -99,7 +99,7 @@ class Bar:
       *columns, console=rich.console.Console(stderr=True), transient=True
     )
     shown.start()
-    shown.console.show_cursor(True)  # A kill would leave the terminal without.
+    shown.console.show_cursor(True)  # A kill would leave it hidden.
     return shown
 
   def __exit__(self, *_) -> None:
@@ -111,44 +111,44 @@ class Bar:
       self._shown = None
 
   def advance(self, count: float = 1) -> None:
-    """So much more is done."""
+    """Adds to the amount done."""
     self.show(self.done + count)
 
   def show(self, done: float, text: str | None = None) -> None:
-    """So much is done in all; `text` is what to say of it instead of numbers and time left."""
+    """Sets the amount done; `text` replaces the numbers and time left."""
     self.done, now = done, time.monotonic()
     if self._shown:
       self._shown.update(self._task, completed=done, text=text or self._account(now))
-    elif self._enabled and now - self._told >= _SECONDS_PER_LINE:
+    elif self._enabled and now - self._printed >= _SECONDS_PER_LINE:
       print(f'{self.label}: {text or self._account(now)}', file=sys.stderr)
-      self._told = now
+      self._printed = now
 
   def _account(self, now: float) -> str:
-    """'3/12, 40s left'."""
-    told = f'{self.done / self._scale:,.0f}'
+    """Returns the numbers and time left, such as '3/12, 40s left'."""
+    text = f'{self.done / self._scale:,.0f}'
     if self.total is None:
-      return f'{told}{self._unit}'
-    told = f'{told}/{self.total / self._scale:,.0f}{self._unit}'
+      return f'{text}{self._unit}'
+    text = f'{text}/{self.total / self._scale:,.0f}{self._unit}'
     new = self.done - self._first
     if not new:
-      return told
-    return f'{told}, {duration((now - self._began) / new * (self.total - self.done))} left'
+      return text
+    return f'{text}, {duration((now - self._began) / new * (self.total - self.done))} left'
 
 
 class Table:
-  """Rows that change, on a terminal (`is_live`), between `start` and `stop`."""
+  """A live table on a terminal (`is_live`), between `start` and `stop`."""
 
   def __init__(self):
     self._live = rich.live.Live(console=rich.console.Console(stderr=True), transient=True)
     self.stop = self._live.stop
 
   def start(self) -> None:
-    """Puts it on show."""
+    """Starts showing the table."""
     self._live.start()
     self._live.console.show_cursor(True)
 
   def show(self, rows: Iterable[Sequence[str]], title: str) -> None:
-    """Shows these rows now."""
+    """Replaces the title and rows."""
     table = rich.table.Table.grid(padding=(0, 2))
     for row in rows:
       table.add_row(*row)
@@ -156,10 +156,7 @@ class Table:
 
 
 def track(items: Iterable, label: str, enabled: bool = True, total: int | None = None) -> Iterator:
-  """Yields the items, showing how many are done and how long the rest will take.
-
-  `total` is their number where `len` cannot tell.
-  """
+  """Yields the items and shows progress; `total` is their number if they have no `len`."""
   with Bar(label, len(items) if total is None else total, enabled=enabled) as bar:
     for item in items:
       yield item
@@ -167,6 +164,6 @@ def track(items: Iterable, label: str, enabled: bool = True, total: int | None =
 
 
 def close() -> None:
-  """Takes all live lines away; for programs that end without leaving their `with`."""
+  """Removes all live lines, for programs that end inside a `with`."""
   while _bars:
     _bars[-1].__exit__()

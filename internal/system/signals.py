@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT: a program that is asked to end does so where nothing is lost.
+"""Graceful shutdown on SIGTERM and SIGINT.
 
-The first signal raises `Stopped`, at once or, inside `postponed`, when the program sees fit. A
-second one ends the process on the spot, whatever it is doing.
+The first signal raises `Stopped`. Inside `postponed` it is only recorded, and the program stops at
+a suitable point. A second signal ends the process immediately.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import time
 from collections.abc import Iterator
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_ONE_REQUEST = 1.0  # Seconds: `timeout` and others send their one request twice in a row.
+_ONE_REQUEST = 1.0  # Seconds; `timeout` and others send one request as two signals.
 
 
 class Stopped(BaseException):
-  """A signal asked the program to end; not an Exception, so that nobody takes it for an error."""
+  """Raised by SIGTERM and SIGINT; not an Exception, so that handlers of errors let it pass."""
 
   def __init__(self, signum: int):
     super().__init__(signum)
@@ -30,17 +30,17 @@ class Stopped(BaseException):
 
   @property
   def exit_code(self) -> int:
-    """As shells tell it: 143 for SIGTERM, 130 for SIGINT."""
+    """The exit code by the convention of shells: 143 for SIGTERM, 130 for SIGINT."""
     return 128 + self.signum
 
 
 class Request:
-  """What `postponed` yields: the signal that came, 0 while none has."""
+  """The recorded signal, yielded by `postponed`; `signum` is 0 until one arrives."""
 
   signum = 0
 
 
-_request: Request | None = None  # Set while a request is to wait.
+_request: Request | None = None  # Set inside `postponed`.
 
 
 def _handle(signum: int, _) -> None:
@@ -50,7 +50,7 @@ def _handle(signum: int, _) -> None:
 
 
 def _end_at_the_second(pipe: int) -> None:
-  """Ends the process at its second signal, for which Python's handlers await the end of C code."""
+  """Ends the process at the second signal; Python's handlers would wait for C code to return."""
   first = None
   while number := os.read(pipe, 1):
     if number[0] not in _SIGNALS:
@@ -64,7 +64,7 @@ def _end_at_the_second(pipe: int) -> None:
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-  """Within, both signals are taken; of the main thread."""
+  """Handles both signals inside the block; call from the main thread."""
   reading, writing = os.pipe()
   os.set_blocking(writing, False)
   handlers = {signum: signal.signal(signum, _handle) for signum in _SIGNALS}
@@ -76,17 +76,17 @@ def listening() -> Iterator[None]:
     for signum, handler in handlers.items():
       signal.signal(signum, handler)
     signal.set_wakeup_fd(-1)
-    os.close(writing)  # Which ends the thread.
+    os.close(writing)  # Ends the thread.
 
 
 def listen_again() -> None:
-  """Takes SIGTERM back from a library that has set a handler of its own below Python's."""
+  """Reinstalls the SIGTERM handler after a library has replaced it at the C level."""
   signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 @contextlib.contextmanager
 def postponed() -> Iterator[Request]:
-  """Within, a signal is only noted; the block looks at `signum` where it can end."""
+  """Records signals inside the block, which checks `signum` where it can stop."""
   global _request
   _request = Request()
   try:

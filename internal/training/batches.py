@@ -1,7 +1,7 @@
-"""Training pixels and the draw of a batch from them.
+"""Training pixels and random batches of them.
 
-Batch k is a pure function of (seed, k): pixels are drawn by a key folded with the step, whether
-they live on the device or on the host.
+Batch k is a pure function of (seed, k), wherever the pixels are stored: its key is folded with the
+step.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Array = jax.Array
 
 @flax.struct.dataclass
 class PixelStore:
-  """All training pixels, uint8, in one flat table on the device (or host)."""
+  """All training pixels in one flat uint8 table, on the device or host."""
 
-  # Each [pixels] uint8: planes, so that no axis of 3 is padded; or pixels.MappedPixels.
+  # Colour planes, each [pixels] uint8, since devices would pad an axis of 3; or MappedPixels.
   rgb: tuple[Array, Array, Array] | Any
-  first: Array  # [n] int32, where each image's pixels begin; int64 on a host with more of them.
+  first: Array  # [n] int32, each image's first pixel; int64 for 2^31 pixels and more (host only).
 
 
 def first_pixels(size: np.ndarray) -> np.ndarray:
-  """Where the pixels of images of `size` [n, 2] begin: int32, or int64 where that is too small."""
+  """Returns the index of each image's first pixel, for sizes [n, 2]: int32, or int64 if needed."""
   ends = np.cumsum(np.asarray(size, np.int64).prod(-1))
   return np.append(0, ends[:-1]).astype(np.int32 if ends[-1] < 2**31 else np.int64)
 
@@ -45,12 +45,12 @@ def make_supervision(
   masks: Sequence[np.ndarray | None] | None = None,
   weights: Sequence[float] | None = None,
 ) -> structs.Supervision | None:
-  """What `draw_pixels` and `make_batch` need of masks and weights; None where there are neither.
+  """Builds the tables of masks and weights for `draw_pixels` and `make_batch`; None without both.
 
   Args:
     size: [n, 2] widths and heights of the images.
-    masks: [h, w] bool for each image, which of its pixels may be drawn, or None: all.
-    weights: [n] of the images' pixels in the data loss.
+    masks: [h, w] bool per image, True for pixels that may be drawn; None allows all.
+    weights: [n] weight of each image in the data loss.
   """
   weight = None if not weights else np.asarray(weights, np.float32)
   if not masks or all(mask is None for mask in masks):
@@ -82,14 +82,14 @@ def draw_pixels(
     size: [n, 2] widths and heights of the images.
     batch_size: number of pixels.
     batching: 'all_images' or 'single_image'.
-    supervision: of the images; pixels that their masks exclude are never drawn.
+    supervision: masks and weights of the images; masked pixels are never drawn.
 
   Returns:
     (cam_idx, x, y), each [batch_size] int32.
   """
   image_key, x_key, y_key = jax.random.split(key, 3)
   masked = supervision is not None and supervision.run_start is not None
-  # Image by its share of all pixels, then a pixel in it: no index ever passes 2^31.
+  # First an image, by its share of all pixels, then a pixel in it: indices stay below 2^31.
   counts = size[:, 0].astype(jnp.float32) * size[:, 1]
   if masked:
     counts = jnp.asarray(supervision.pixels, jnp.float32)
@@ -108,13 +108,13 @@ def draw_pixels(
 
 
 def _draw_in_runs(key: Array, cam_idx: Array, supervision: structs.Supervision) -> Array:
-  """A pixel of each image, counted row by row: the k-th that may be drawn, for uniform k."""
+  """Draws an allowed pixel of each image uniformly; returns its row-major index."""
   before = jnp.asarray(supervision.pixels_before)
   first = jnp.asarray(supervision.first_run)
   k = jax.random.randint(key, cam_idx.shape, 0, jnp.asarray(supervision.pixels)[cam_idx])
 
   def halve(_, bounds):
-    low, high = bounds  # before[low] <= k, and k is less than that of the run `high`.
+    low, high = bounds  # Pixel k is in one of the runs low to high - 1.
     middle = (low + high) // 2
     further = before[middle] <= k
     return jnp.where(further, middle, low), jnp.where(further, high, middle)
@@ -125,7 +125,7 @@ def _draw_in_runs(key: Array, cam_idx: Array, supervision: structs.Supervision) 
 
 
 def lookup(store: PixelStore, size: Array, cam_idx, x, y):
-  """The pixels' colours, [..., 3] uint8; numpy in, numpy out."""
+  """Returns the pixels' colours, [..., 3] uint8; numpy in, numpy out."""
   xp = np if isinstance(store.first, np.ndarray) else jnp
   index = store.first[cam_idx] + y * size[cam_idx, 0] + x
   if not isinstance(store.rgb, tuple):
@@ -136,8 +136,8 @@ def lookup(store: PixelStore, size: Array, cam_idx, x, y):
 def make_batch(cams: structs.Cameras, cam_idx, x, y, rgb: Array) -> structs.Batch:
   """Casts the pixels' rays and pairs them with their [..., 3] uint8 colours and their weights.
 
-  Weights are relative: the batch is given those whose mean is 1, so that the mean over rays of
-  weighted terms is their weighted mean, however rays are then split.
+  Weights are normalized to mean 1 over the batch, so that means over rays are weighted means,
+  independent of sharding.
   """
   rays = cameras.pixels_to_rays(cams, cam_idx, x, y)
   weight = None

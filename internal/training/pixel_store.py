@@ -1,7 +1,7 @@
-"""The training pixels of a capture, on the host: in memory, or in a file that is mapped into it.
+"""The training pixels of a capture, in host memory or in a memory-mapped file.
 
-What memory cannot hold is decoded once, into one file of all pixels that later starts find again.
-Its name is a hash of what it was made of, it gets it when it is whole, and a folder has one.
+Pixels that exceed memory are decoded once into a cache file, which later starts reuse. It is named
+by a hash of its sources and written atomically, and a folder holds only one.
 """
 
 from __future__ import annotations
@@ -27,53 +27,53 @@ from ..errors import UserError
 from ..system import files
 from . import batches
 
-_FOLDER = '.pixels'  # In the capture, unless Config.pixel_cache_dir says another.
-_SHARE = 0.5  # Of the memory that is free: the rest is for what runs beside the pixels.
-_VERSION = 1  # Of the file.
-_READERS, _PER_READER = 32, 128  # Threads, and pixels that are worth another one.
+_FOLDER = '.pixels'  # In the capture, unless Config.pixel_cache_dir is set.
+_SHARE = 0.5  # Maximum part of the free memory.
+_VERSION = 1  # Of the file format.
+_READERS, _PER_READER = 32, 128  # Threads, and pixels per thread.
 
 
 class PixelCacheError(UserError):
-  """The file of pixels cannot be made; the message says where and what to do."""
+  """The cache file of pixels cannot be written."""
 
 
 class MappedPixels:
-  """Pixels [n, 3] uint8 in a file; `pixels[index]` reads those of indices [m]."""
+  """Memory-mapped pixels [n, 3] uint8; `pixels[index]` reads those of indices [m]."""
 
   def __init__(self, path: str):
     with open(path, 'rb') as f:
       self._file = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-    self._file.madvise(mmap.MADV_RANDOM)  # Reading ahead would be in vain.
+    self._file.madvise(mmap.MADV_RANDOM)  # Read-ahead is useless here.
     self._table = np.frombuffer(self._file, np.uint8).reshape(-1, 3)
     self._readers = futures.ThreadPoolExecutor(_READERS)
     self.nbytes = self._table.nbytes
 
   def __getitem__(self, index: np.ndarray) -> np.ndarray:
     parts = np.array_split(index, min(_READERS, len(index) // _PER_READER + 1))
-    # A disk answers many questions at a time.
+    # Disks serve many reads in parallel.
     colors = np.concatenate(list(self._readers.map(self._table.__getitem__, parts)))
-    # What was read stays in the system's cache, but no more counts as memory of this process.
+    # Pages stay in the page cache but no longer count as memory of this process.
     self._file.madvise(mmap.MADV_DONTNEED)
     return colors
 
   def planes(self) -> Iterator[np.ndarray]:
-    """Each colour's own array [n], one after the other."""
+    """Yields one array [n] per colour channel."""
     for channel in range(3):
       yield np.ascontiguousarray(self._table[:, channel])
 
 
 def num_bytes(scene: scenes.Scene) -> int:
-  """What the training pixels take."""
+  """Returns the number of bytes of the training pixels."""
   return int(3 * scene.cameras.size[list(scene.train)].astype(np.int64).prod(-1).sum())
 
 
 def stored_bytes(store: batches.PixelStore) -> int:
-  """What the pixels of a store take."""
+  """Returns the number of bytes of a store's pixels."""
   return sum(p.nbytes for p in store.rgb) if isinstance(store.rgb, tuple) else store.rgb.nbytes
 
 
 def _number_in(path: str, before: str = '') -> int | None:
-  """The number behind `before` in a file of the system's, None if there is none."""
+  """Reads the number after `before` in a system file; None if there is none."""
   try:
     with open(path) as f:
       return int(f.read().partition(before)[2].split()[0] if before else f.read())
@@ -82,7 +82,7 @@ def _number_in(path: str, before: str = '') -> int | None:
 
 
 def available_memory() -> int | None:
-  """Bytes that are free on this machine, or in this container; None where nothing says so."""
+  """Returns the free bytes of this machine or container; None if unknown."""
   kilobytes = _number_in('/proc/meminfo', 'MemAvailable:')
   limit, used = (_number_in(f'/sys/fs/cgroup/memory.{name}') for name in ('max', 'current'))
   known = [] if kilobytes is None else [1024 * kilobytes]
@@ -91,11 +91,11 @@ def available_memory() -> int | None:
 
 
 def read(config: configs.Config, scene: scenes.Scene, progress: bool = True) -> batches.PixelStore:
-  """Decodes the training images into memory or, where they would fill half of it, into a file.
+  """Decodes the training images into memory, or into a file if they need over half of it.
 
   Raises:
     DataError, DataNotFoundError: as `scene.read_image`.
-    PixelCacheError: the file cannot be made.
+    PixelCacheError: the file cannot be written.
   """
   first = batches.first_pixels(scene.cameras.size[list(scene.train)])
   free = available_memory()
@@ -118,7 +118,7 @@ def _decode(
   keep: Callable[[int, np.ndarray], None],
   progress: bool,
 ) -> None:
-  """Calls keep(where its pixels begin, image) for each training image, from threads."""
+  """Calls keep(index of its first pixel, image) for each training image, from threads."""
 
   def decode(k: int) -> None:
     keep(int(first[k]), scenes.read_image(data_dir, scene, scene.train[k]))
@@ -127,7 +127,7 @@ def _decode(
 
 
 def _key(data_dir: str, scene: scenes.Scene) -> str:
-  """A hash of what the pixels are made of: the files, as far as one sees without reading them."""
+  """Returns a hash of the image files: names, sizes and modification times."""
   made_of = []
   for row in scene.train:
     path = images.inside(data_dir, scene.files[row])
@@ -143,28 +143,28 @@ def _key(data_dir: str, scene: scenes.Scene) -> str:
 def _mapped(
   config: configs.Config, scene: scenes.Scene, first: np.ndarray, progress: bool
 ) -> MappedPixels:
-  """The file of pixels, made if it is not there; of several processes one makes it."""
+  """Maps the cache file; one process creates it if necessary."""
   folder = config.pixel_cache_dir or os.path.join(config.data_dir, _FOLDER)
   path = os.path.join(folder, f'{_key(config.data_dir, scene)}.rgb')
   try:
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, 'lock'), 'w') as lock:
-      fcntl.flock(lock, fcntl.LOCK_EX)  # Until it is closed, or this process ends.
+      fcntl.flock(lock, fcntl.LOCK_EX)  # Released when the file is closed or the process ends.
       if not os.path.isfile(path) or os.path.getsize(path) != num_bytes(scene):
-        # Others, and what was never finished; who has them open keeps them.
+        # Outdated and incomplete files; processes that map them keep them.
         for old in glob.glob(os.path.join(glob.escape(folder), '*.rgb')):
           os.remove(old)
         _make(path, config.data_dir, scene, first, progress)
       return MappedPixels(path)
   except OSError as e:
-    if e.errno is None:  # Of a picture.
+    if e.errno is None:  # From decoding an image.
       raise
-    raise PixelCacheError(f'{path}: cannot be made ({e.strerror}). {_way_out()}') from None
+    raise PixelCacheError(f'{path}: cannot be written ({e.strerror}). {_way_out()}') from None
 
 
 def _way_out() -> str:
   return (
-    'Config.pixel_cache_dir can name a folder with more room, Config.factor takes smaller pictures.'
+    'Set Config.pixel_cache_dir to a folder with more space, or Config.factor for smaller images.'
   )
 
 
@@ -172,8 +172,7 @@ def _make(path: str, data_dir: str, scene: scenes.Scene, first: np.ndarray, prog
   needed, free = num_bytes(scene), shutil.disk_usage(os.path.dirname(path)).free
   if needed > free:
     raise PixelCacheError(
-      f'{path}: would take {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free. '
-      f'{_way_out()}'
+      f'{path}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free. {_way_out()}'
     )
   with files.whole(path) as temporary, open(temporary, 'wb') as f:
 
@@ -188,15 +187,15 @@ def _make(path: str, data_dir: str, scene: scenes.Scene, first: np.ndarray, prog
 
 
 def keep_on_device(config: configs.Config, store: batches.PixelStore) -> bool:
-  """Whether the pixels go to the device: as told, or if they take under a quarter of it.
+  """Returns whether pixels go to the device: if configured, or if under a quarter of its memory.
 
   Raises:
-    ConfigError: told to, but they are more than 32-bit indices reach.
+    ConfigError: pixels_on is 'device', but there are too many for 32-bit indices.
   """
   countable = store.first.dtype == np.int32
   if config.pixels_on == 'device' and not countable:
     raise configs.ConfigError(
-      "Config.pixels_on = 'device' is for less than 2^31 training pixels; use 'auto', or "
+      "Config.pixels_on = 'device' needs fewer than 2^31 training pixels; use 'auto', or "
       'Config.factor to downsample.'
     )
   if config.pixels_on != 'auto':
@@ -209,7 +208,11 @@ def keep_on_device(config: configs.Config, store: batches.PixelStore) -> bool:
 def load(
   settings: configs.Settings, scene: scenes.Scene, mesh: Mesh
 ) -> tuple[batches.PixelStore, str]:
-  """The training images' pixels, on the device where they fit; and where they are."""
+  """Loads the training pixels, on the device if they fit.
+
+  Returns:
+    (store, place), where place is 'device', 'host' or 'disk'.
+  """
   config = settings.config
   store = read(config, scene, progress=processes.is_main())
   on_disk = isinstance(store.rgb, MappedPixels)
@@ -221,7 +224,7 @@ def load(
 
 
 def training_cameras(config: configs.Config, scene: scenes.Scene) -> structs.Cameras:
-  """The cameras of the training images, with what masks and weights say of their pixels."""
+  """Returns the cameras of the training images, with their masks and weights."""
   cams = scene.cameras.take(np.array(scene.train))
   masks = scenes.read_masks(config.data_dir, scene, scene.train, processes.is_main())
   weights = [scene.weights[row] for row in scene.train] if scene.weights else None

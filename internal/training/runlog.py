@@ -1,4 +1,4 @@
-"""The record of a training run: what the terminal shows, metrics.jsonl, TensorBoard."""
+"""The log of a training run: terminal, metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..system import files, progress
 
 
 def read_metrics(path: str) -> list[dict]:
-  """The whole lines of a metrics.jsonl; a last one cut short by a crash is left out."""
+  """Reads metrics.jsonl, without a last line that was cut short by a crash."""
   rows = []
   if os.path.exists(path):
     with open(path) as f:
@@ -28,16 +28,16 @@ def read_metrics(path: str) -> list[dict]:
 
 
 def _mean(values: Sequence[float]) -> float:
-  """The mean of those that are finite; NaN where none is."""
+  """Returns the mean of the finite values; NaN if there are none."""
   finite = [v for v in map(float, values) if math.isfinite(v)]
   return float(np.mean(finite)) if finite else math.nan
 
 
 class _Board:
-  """TensorBoard's file, written at once.
+  """Writes a TensorBoard file synchronously.
 
-  Not by tensorboardX's SummaryWriter: what waits in its queue is lost in a kill, and when the disk
-  is full its thread dies and the queue blocks for good.
+  tensorboardX's SummaryWriter has a queue instead. A kill loses its contents, and on a full disk
+  its thread dies and the queue blocks forever.
   """
 
   def __init__(self, folder: str, first_step: int):
@@ -48,12 +48,12 @@ class _Board:
     os.makedirs(folder, exist_ok=True)
     prefix = os.path.join(folder, 'events')
     self._writer = event_file_writer.EventsWriter(prefix, f'.{os.getpid()}')
-    # From this step on TensorBoard drops what older files say.
+    # TensorBoard drops events of older files from this step on.
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._add(first_step, session_log=start)
 
-  def _add(self, step: int, **what) -> None:
-    self._writer.write_event(self._proto.Event(wall_time=time.time(), step=step, **what))
+  def _add(self, step: int, **value) -> None:
+    self._writer.write_event(self._proto.Event(wall_time=time.time(), step=step, **value))
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     for name, value in values.items():
@@ -70,16 +70,16 @@ class _Board:
 
 
 class RunLog:
-  """Writes what happens during training; does nothing on processes that are not the main one.
+  """Logs a training run; does nothing unless this is the main process.
 
-  On resume, lines after the restored step are dropped: those steps are done again.
+  On resume, rows after the restored step are dropped, since those steps run again.
 
   Args:
     run_dir: the run's folder.
-    start_step: the step that the run goes on from.
-    last_step: the one that it ends with.
+    start_step: the step to resume from.
+    last_step: the last step of the run.
     enabled: whether this is the main process.
-    pauses: what interrupts training, and every how many steps (0: never), for the time left.
+    pauses: interval in steps (0: never) of each kind of pause, to estimate the time left.
   """
 
   def __init__(
@@ -93,7 +93,7 @@ class RunLog:
     self.enabled, self.last_step = enabled, last_step
     self._pauses, self._took = pauses or {}, {}
     self._bar = progress.Bar('training', last_step, start_step, enabled=enabled)
-    self.train_seconds = 0.0  # Of all runs so far, without compiling, rendering and saving.
+    self.train_seconds = 0.0  # Over all starts, without compiling, rendering and saving.
     self._path = os.path.join(run_dir, 'metrics.jsonl')
     rows = [r for r in read_metrics(self._path) if r['step'] <= start_step]
     if rows:
@@ -109,13 +109,13 @@ class RunLog:
 
   @contextlib.contextmanager
   def pause(self, name: str) -> Iterator[None]:
-    """Around one of `pauses`: the latest tells how long those to come will take."""
+    """Times one of `pauses`, as the estimate for those to come."""
     began = time.monotonic()
     yield
     self._took[name] = time.monotonic() - began
 
   def _seconds_left(self, step: int, seconds_a_step: float) -> float:
-    """Of steps and of pauses."""
+    """Estimates the time left for steps and pauses."""
     left = (self.last_step - step) * seconds_a_step
     for name, every in self._pauses.items():
       times = self.last_step // every - step // every if every else 0
@@ -125,7 +125,7 @@ class RunLog:
   def scalars(self, step: int, values: Mapping[str, float], prefix: str = 'train') -> None:
     """Appends one line to metrics.jsonl and the same scalars to TensorBoard.
 
-    Numbers that are not finite become null, which JSON can hold.
+    Non-finite values become null in JSON.
     """
     if not self.enabled:
       return
@@ -138,23 +138,23 @@ class RunLog:
     self._board.scalars(step, {f'{prefix}/{name}': value for name, value in values.items()})
 
   def picture(self, step: int, name: str, image: np.ndarray) -> None:
-    """Adds a [h, w, 3] uint8 picture to TensorBoard."""
+    """Adds a [h, w, 3] uint8 image to TensorBoard."""
     if self.enabled:
       self._board.picture(step, name, image)
 
   def steps(
     self, step: int, rows: Sequence[Mapping], timed: int, elapsed: float, batch_size: int
   ) -> None:
-    """Records the steps since the last call: the means of their finite stats, and rays/s.
+    """Logs the steps since the last call: means of their finite stats, and rays per second.
 
-    Of updates that a part was not given ('skipped_nerf_mlp', ...) it is their number.
+    For skipped updates ('skipped_nerf_mlp', ...) it logs the number of steps.
 
     Args:
-      step: the last of them.
-      rows: stats of each, as numpy scalars.
-      timed: how many of them `elapsed` is of: not those that compiled, or ran before a restart.
-      elapsed: seconds that those took.
-      batch_size: rays a step.
+      step: the last of the steps.
+      rows: stats of each step, as numpy scalars.
+      timed: number of steps in `elapsed`; excludes the one that compiled and those before a resume.
+      elapsed: seconds of the timed steps.
+      batch_size: rays per step.
     """
     self.train_seconds += elapsed
     if not self.enabled:
@@ -179,12 +179,12 @@ class RunLog:
       self.say(text)
 
   def say(self, text: str) -> None:
-    """Prints a line of news."""
+    """Prints a log line."""
     if self.enabled:
       progress.say(text)
 
   def close(self) -> None:
-    """Closes TensorBoard's file; takes the live line away."""
+    """Closes TensorBoard's file and removes the live line."""
     if self.enabled:
       self._bar.__exit__()
       self._board.close()

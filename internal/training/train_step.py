@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -18,7 +19,7 @@ Array = jax.Array
 
 
 def learning_rate(config: configs.Config) -> Callable[[Array], Array]:
-  """Log-linear decay over max_steps with a sine warm-up (section 4 of arXiv:2111.12077)."""
+  """Returns the schedule: log-linear decay with a sine warm-up (arXiv:2111.12077, section 4)."""
 
   def schedule(step):
     rate = math.log_lerp(step / config.max_steps, config.lr_init, config.lr_final)
@@ -31,7 +32,7 @@ def learning_rate(config: configs.Config) -> Callable[[Array], Array]:
 
 
 def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
-  """Scales a gradient down to the norm `max_norm`."""
+  """Scales gradients down to a global norm of at most `max_norm`."""
 
   def clip(grads, _):
     norm = optax.tree.norm(grads)
@@ -42,9 +43,10 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: configs.Config) -> optax.GradientTransformation:
-  """Clipping (entries, then the norm), then Adam, of one part ('prop_mlp', 'nerf_mlp', ...).
+  """Creates the optimizer of one part ('prop_mlp', 'nerf_mlp', ...): clipping, then Adam.
 
-  What it gives is to be multiplied by the learning rate and subtracted from the parameters.
+  Clips entries first, then the norm. Multiply its updates by the learning rate and subtract them
+  from the parameters.
   """
   steps = []
   if config.grad_max_val > 0:
@@ -58,34 +60,37 @@ def make_optimizer(config: configs.Config) -> optax.GradientTransformation:
 def update_finite(
   optimizer: optax.GradientTransformation, rate: Array, state: structs.TrainState, grads, loss
 ) -> structs.TrainState:
-  """The state after a step; a part whose gradient is not finite stays as it was, to the bit.
+  """Updates the state, skipping parts whose gradient is non-finite.
 
-  That is its parameters and its optimizer's state. Where the loss alone is not finite, nobody can
-  tell which parts it concerns: all stay.
+  Skipped parts keep their parameters and optimizer state bit for bit. If only the loss is
+  non-finite, all parts are skipped, since it is unknown which ones it affects.
 
   Args:
-    optimizer: that of `make_optimizer`.
+    optimizer: the optimizer from `make_optimizer`.
     rate: the learning rate.
-    state: before the step.
-    grads: of each part, by its name.
-    loss: scalar.
+    state: the state before the step.
+    grads: gradients of each part, by name.
+    loss: scalar loss.
+
+  Returns:
+    The state after the step.
   """
   finite = {name: jnp.isfinite(optax.tree.norm(part)) for name, part in grads.items()}
-  one_is_not = ~jnp.all(jnp.array([*finite.values()]))
+  any_non_finite = ~jnp.all(jnp.array([*finite.values()]))
   params, opt_state, skipped = {}, {}, {}
   for name, part in grads.items():
-    given = finite[name] & (jnp.isfinite(loss) | one_is_not)
+    apply = finite[name] & (jnp.isfinite(loss) | any_non_finite)
     old = state.params[name], state.opt_state[name]
     steps, opt_after = optimizer.update(part, old[1], old[0])
     new = jax.tree.map(lambda p, s: p - rate * s, old[0], steps), opt_after
-    keep = lambda new, old, given=given: jnp.where(given, new, old)  # noqa: E731
-    params[name], opt_state[name] = jax.tree.map(keep, new, old)
-    skipped[name] = jnp.where(given, 0, state.skipped[name] + 1)
+    select = functools.partial(jnp.where, apply)
+    params[name], opt_state[name] = jax.tree.map(select, new, old)
+    skipped[name] = jnp.where(apply, 0, state.skipped[name] + 1)
   return structs.TrainState(state.step + 1, params, opt_state, skipped)
 
 
 def create_state(settings: configs.Settings) -> structs.TrainState:
-  """The state before the first step: a pure function of the config's seed."""
+  """Creates the initial training state, a pure function of Config.seed."""
   key = jax.random.key(settings.config.seed)
   params = models.init_params(models.build(settings), key)
   optimizer = make_optimizer(settings.config)
@@ -95,19 +100,19 @@ def create_state(settings: configs.Settings) -> structs.TrainState:
 
 
 def abstract_state(settings: configs.Settings) -> structs.TrainState:
-  """The shapes and types of `create_state`."""
+  """Returns the shapes and dtypes of `create_state`."""
   return jax.eval_shape(lambda: create_state(settings))
 
 
 def train_fraction(step: Array, max_steps: int) -> Array:
-  """The fraction of training done before this step, 0 at the first and 1 at the last."""
+  """Returns the fraction of training before a step: 0 at the first, 1 at the last."""
   return jnp.clip(step / max(max_steps - 1, 1), 0, 1)
 
 
 def step_keys(config: configs.Config, step: Array) -> tuple[Array, Array]:
-  """The key of a step's batch and those of its rays [batch_size]: pure functions of (seed, step).
+  """Returns the keys of a step's batch and of its rays [batch_size], functions of (seed, step).
 
-  A ray has its own, so that its draws do not depend on how rays are split.
+  Each ray has its own key, so that its samples do not depend on sharding.
   """
   batch_key, model_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
   return batch_key, jax.random.split(model_key, config.batch_size)
@@ -116,7 +121,7 @@ def step_keys(config: configs.Config, step: Array) -> tuple[Array, Array]:
 def make_draw(
   config: configs.Config, mesh: Mesh, supervision: structs.Supervision | None = None
 ) -> Callable:
-  """The `draw(step, size) -> (cam_idx, x, y)` of the step's pixels, replicated.
+  """Returns a jitted `draw(step, size) -> (cam_idx, x, y)` of a step's pixels, replicated.
 
   `supervision` is that of the training cameras.
   """
@@ -130,10 +135,10 @@ def make_draw(
 
 
 def _micro_batch_choices(config: configs.Config, mesh: Mesh, fewest: int) -> list[int]:
-  """How many micro-batches a device may take its rays in: as told, or powers of two.
+  """Returns candidate numbers of micro-batches: the configured one, or powers of two.
 
   Raises:
-    ConfigError: Config.micro_batches does not divide the rays of a device.
+    ConfigError: the rays of a device are not divisible by Config.micro_batches.
   """
   rays = config.batch_size // mesh.size
   if config.micro_batches == 0:
@@ -142,13 +147,13 @@ def _micro_batch_choices(config: configs.Config, mesh: Mesh, fewest: int) -> lis
   if rays % config.micro_batches:
     raise configs.ConfigError(
       f'Config.micro_batches must divide the rays of a device, got {config.micro_batches} for '
-      f'{rays} (Config.batch_size {config.batch_size} on {mesh.size}); 0 chooses by itself.'
+      f'{rays} (Config.batch_size {config.batch_size} on {mesh.size}); 0 chooses automatically.'
     )
   return [config.micro_batches]
 
 
 def _mean_of_parts(fn: Callable, parts: int, tree):
-  """The mean of `fn(part)` over equal parts of the arrays' first axis, one part after the other."""
+  """Averages `fn(part)` over equal parts of the arrays' first axis, sequentially."""
   if parts == 1:
     return fn(tree)
   stacked = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
@@ -160,9 +165,9 @@ def _mean_of_parts(fn: Callable, parts: int, tree):
 
 
 def make_loss_gradient(settings: configs.Settings) -> Callable:
-  """`(params, keys, batch, frac) -> (grads, seen)` of the mean loss over a batch of rays.
+  """Returns `loss_gradient(params, keys, batch, frac) -> (grads, aux)` of the mean loss of rays.
 
-  `keys` are those of the rays, None for no randomness; `seen` are the loss, its terms and the
+  `keys` are the rays' keys, None for no randomness. `aux` holds the loss, its terms and the mean
   squared error.
   """
   config, model = settings.config, models.build(settings)
@@ -177,16 +182,17 @@ def make_loss_gradient(settings: configs.Settings) -> Callable:
 
 
 def _make_gradient(settings: configs.Settings, mesh: Mesh, micro_batches: int) -> Callable:
-  """`make_loss_gradient` of the rays of all devices, of whole parameters.
+  """Returns the loss gradient over the rays of all devices, for gathered parameters.
 
-  Each device takes the gradient on its own rays, in as many parts one after the other, and has of
-  the mean over devices what `sharding.specs` gives it.
+  Each device computes the gradient of its own rays in `micro_batches` parts. Gradients are averaged
+  over devices and sharded by `sharding.specs`.
   """
   loss_gradient = make_loss_gradient(settings)
 
   def gradient(params, keys, batch, frac):
-    of_part = lambda part: loss_gradient(params, *part, frac)  # noqa: E731
-    own = _mean_of_parts(of_part, micro_batches, (keys, batch))
+    own = _mean_of_parts(
+      lambda part: loss_gradient(params, *part, frac), micro_batches, (keys, batch)
+    )
     return sharding.mean_over_devices(own)
 
   whole, split = sharding.WHOLE, sharding.SPLIT
@@ -195,11 +201,11 @@ def _make_gradient(settings: configs.Settings, mesh: Mesh, micro_batches: int) -
 
 
 class TrainStep(memory.FirstFit):
-  """`train_step(state, cams, pixels) -> (state, stats)`; its choice is of micro-batches."""
+  """The compiled `train_step(state, cams, pixels) -> (state, stats)`."""
 
   @property
   def micro_batches(self) -> int | None:
-    """In how many parts a device takes its rays; None before the first step."""
+    """The number of micro-batches per device; None before the first step."""
     return self.choice
 
 
@@ -209,21 +215,22 @@ def make_train_step(
   free_memory: Callable = memory.free_memory,
   fewest: int = 1,
 ) -> TrainStep:
-  """The training step `train_step(state, cams, pixels) -> (state, stats)`, compiled when called.
+  """Creates the training step `train_step(state, cams, pixels) -> (state, stats)`.
 
-  `cams` is the table of training cameras; `pixels` a PixelStore of their images on the device,
-  or the [batch_size, 3] uint8 colours that `make_draw`'s pixels have, looked up by the host. The
-  state is placed as by `sharding.place`, and its buffers are donated. `stats` are replicated
-  structs.Stats: loss, psnr, each loss term, the gradient norm of each part, learning rate, and how
-  many updates in a row each part was not given (`update_finite`).
+  `cams` are the training cameras. `pixels` is either a PixelStore on the device, or the
+  [batch_size, 3] uint8 colours of the step's pixels (`host_pixels`). The state is sharded as by
+  `sharding.place`, and its buffers are donated. `stats` is a replicated structs.Stats: loss, psnr,
+  loss terms, gradient norms, learning rate, and each part's number of consecutive skipped updates.
 
-  Each device takes its rays in Config.micro_batches parts, or in the fewest that fit in the
-  memory which `free_memory(mesh)` says is free, from `fewest` on: sums in other parts differ in
-  their last bits, so a run that goes on takes no fewer than it took.
+  Args:
+    settings: the run's settings.
+    mesh: the devices.
+    free_memory: returns the free bytes per device of a mesh, or None.
+    fewest: minimum number of micro-batches if Config.micro_batches is 0. Fewer sum in another order
+      and change the last bits, so a resumed run uses at least as many as before.
 
   Raises:
-    ValueError: a batch that the devices do not divide, or a device's rays that
-      Config.micro_batches does not.
+    UserError: the batch is not divisible by the devices, or a device's rays by the micro-batches.
   """
   config = settings.config
   sharding.check_divisible('Config.batch_size', config.batch_size, mesh)
@@ -244,25 +251,25 @@ def make_train_step(
       batch = batches.make_batch(cams, *ids, rgb)
       keys = ray_keys if config.randomized else None
       frac = train_fraction(state.step, config.max_steps)
-      grads, seen = gradient(sharding.whole(state.params, mesh), keys, batch, frac)
+      grads, aux = gradient(sharding.whole(state.params, mesh), keys, batch, frac)
       rate = schedule(state.step)
-      after = update_finite(optimizer, rate, state, grads, seen['loss'])
+      after = update_finite(optimizer, rate, state, grads, aux['loss'])
       stats = {
-        'loss': seen['loss'],
-        'psnr': image.mse_to_psnr(seen['mse']),
+        'loss': aux['loss'],
+        'psnr': image.mse_to_psnr(aux['mse']),
         'learning_rate': rate,
-        **{f'loss_{name}': term for name, term in seen['terms'].items()},
+        **{f'loss_{name}': term for name, term in aux['terms'].items()},
         **{f'grad_norm_{name}': optax.tree.norm(part) for name, part in grads.items()},
         **{f'skipped_{name}': count for name, count in after.skipped.items()},
       }
       return after, structs.Stats(jnp.stack([*stats.values()], dtype=jnp.float32), tuple(stats))
 
-    where = sharding.placement(abstract_state(settings), mesh)
+    placement = sharding.placement(abstract_state(settings), mesh)
     return jax.jit(
       train_step,
       donate_argnums=0,
-      in_shardings=(where, None, None),
-      out_shardings=(where, sharding.replicated(mesh)),
+      in_shardings=(placement, None, None),
+      out_shardings=(placement, sharding.replicated(mesh)),
     )
 
   return TrainStep(variant, _micro_batch_choices(config, mesh, fewest), lambda: free_memory(mesh))
@@ -271,7 +278,7 @@ def make_train_step(
 def host_pixels(
   draw: Callable, step: int, store: batches.PixelStore, size: np.ndarray, mesh: Mesh
 ) -> jax.Array:
-  """The step's colours from a host-side store: [batch_size, 3] uint8, sharded.
+  """Looks up a step's colours in a host-side store; returns [batch_size, 3] uint8, sharded.
 
   Each process looks up only the rays of its own devices.
   """

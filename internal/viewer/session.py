@@ -325,7 +325,7 @@ class Live:
     self._session, self._fraction, self._wait = session, fraction, wait
     self._next = 0.0  # Time from which rendering is allowed again.
 
-  def __call__(self, params, step: int) -> float:
+  def __call__(self, step: int, params) -> float:
     """Renders one picture if there are visitors and training has had its share of the time.
 
     Returns:

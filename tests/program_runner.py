@@ -1,7 +1,7 @@
-"""Programs that live a short time: processes forked from one that has imported everything.
+"""Runs commands as short processes, forked from a server that has imported everything.
 
-`Nursery` starts such a process, which pays for the imports once; each life is then a process of its
-own, with devices of its own, that can be killed like any other.
+`ProgramRunner` starts the server, which pays for the imports once. Each program is a process of its
+own, with its own devices, and can be killed like any other.
 """
 
 import gc
@@ -45,41 +45,41 @@ ONE_DEVICE = '--xla_force_host_platform_device_count=1 --xla_backend_optimizatio
 
 
 def arguments(capture, run, *bindings):
-  """Of train.py, for a model that takes no time."""
+  """Returns arguments of train.py for a tiny model."""
   here = (f"Config.data_dir = '{capture}'", f"Config.checkpoint_dir = '{run}'")
   return ('--gin_configs=configs/360.gin', '--gin_bindings', *SMALLEST, *here, *bindings)
 
 
-class Life:
-  """A running program; `said` is the file of all that it says."""
+class RunningProgram:
+  """A running program; the file `output` has its stdout and stderr."""
 
-  def __init__(self, nursery, pid, said):
-    self._nursery, self.pid, self.said = nursery, pid, Path(said)
+  def __init__(self, runner, pid, output):
+    self._runner, self.pid, self.output = runner, pid, Path(output)
 
   def wait(self) -> int:
-    """Its exit code, minus the signal's number if it was killed by one."""
+    """Returns its exit code, or minus the number of the signal that killed it."""
     self.until(lambda: False)
-    return self._nursery.ask({'wait': self.pid})
+    return self._runner.ask({'wait': self.pid})
 
   def kill(self, signum=signal.SIGKILL) -> None:
     os.kill(self.pid, signum)  # Not reaped before `wait`, so the number is still its own.
 
   def text(self) -> str:
-    return self.said.read_text() if self.said.exists() else ''
+    return self.output.read_text() if self.output.exists() else ''
 
   def until(self, happened, seconds=120.0) -> bool:
-    """Waits until `happened()`, or the end of the life: then False."""
+    """Waits until `happened()`; returns False if the program ends first."""
     deadline = time.monotonic() + seconds
     while not happened():
-      if not self._nursery.ask({'lives': self.pid}):
+      if not self._runner.ask({'is_running': self.pid}):
         return False
       assert time.monotonic() < deadline, self.text()
       time.sleep(0.002)
     return True
 
 
-class Nursery:
-  """Starts lives of train.py, eval.py and render.py."""
+class ProgramRunner:
+  """Starts processes of train.py, eval.py and render.py."""
 
   def __init__(self, env):
     self.env = env
@@ -95,15 +95,20 @@ class Nursery:
       self._process.stdin.flush()
       return json.loads(self._process.stdout.readline())
 
-  def start(self, program: str, args, said, constants=None, writes=True, **env) -> Life:
-    """Begins a life with these arguments and variables of its environment.
+  def start(self, program: str, args, output, constants=None, writes=True, **env) -> RunningProgram:
+    """Starts a program with these arguments and environment variables.
 
-    `constants` are values for names in internal/devices; a life that does not write ends in an
-    error where it tries to.
+    Args:
+      program: 'train', 'eval' or 'render'.
+      args: command-line arguments.
+      output: file for stdout and stderr.
+      constants: values for module constants in internal/devices.
+      writes: False makes all writing to files fail.
+      **env: environment variables.
     """
-    start = {'program': program, 'args': list(args), 'said': str(said), 'env': env}
+    start = {'program': program, 'args': list(args), 'output': str(output), 'env': env}
     start |= {'constants': constants or {}, 'writes': writes}
-    return Life(self, self.ask({'start': start}), said)
+    return RunningProgram(self, self.ask({'start': start}), output)
 
   def close(self) -> None:
     self._process.stdin.close()
@@ -111,7 +116,7 @@ class Nursery:
 
 
 def _keep_own_programs() -> None:
-  """JAX has only the first of several processes keep its programs, which others cannot use."""
+  """Makes every process write its compiled programs to the cache, not only process 0."""
   from jax._src import compiler, distributed
 
   write, state = compiler._cache_write, distributed.global_state
@@ -126,7 +131,7 @@ def _keep_own_programs() -> None:
   compiler._cache_write = keep
 
 
-def _live(program, args, said, env, constants, writes) -> None:
+def _run(program, args, output, env, constants, writes) -> None:
   os.environ.update(env)
   _keep_own_programs()
   from internal.devices import processes, sharding
@@ -137,9 +142,9 @@ def _live(program, args, said, env, constants, writes) -> None:
         setattr(module, name, value)
   if not writes:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-  where = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+  out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
   for stream in (1, 2):
-    os.dup2(where, stream)
+    os.dup2(out, stream)
   sys.argv = [program, *args]
   module = importlib.import_module(f'internal.commands.{program}')
   code = 1
@@ -160,15 +165,15 @@ def _serve() -> None:
   sys.path.insert(0, str(ROOT))
   for name in ('train', 'eval', 'render'):
     importlib.import_module(f'internal.commands.{name}')
-  gc.disable()  # Lives are short, and looking for garbage takes a third of JAX's tracing.
+  gc.disable()  # Programs are short, and garbage collection takes a third of the time of tracing.
 
   for line in sys.stdin:
     ((what, value),) = json.loads(line).items()
     if what == 'start':
       answer = os.fork()
       if answer == 0:
-        _live(**value)
-    elif what == 'lives':
+        _run(**value)
+    elif what == 'is_running':
       answer = os.waitid(os.P_PID, value, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     else:
       answer = os.waitstatus_to_exitcode(os.waitpid(value, 0)[1])

@@ -1,10 +1,10 @@
-"""Loss or gradient that are not finite: what a step leaves as it was, says, and shows again."""
+"""Non-finite losses and gradients: skipped updates, log lines, and replayed steps."""
 
 import captures
 import jax
 import jax.numpy as jnp
-import lives
 import numpy as np
+import program_runner
 import pytest
 import tiny
 import train_step_test
@@ -12,14 +12,14 @@ import train_step_test
 from internal import configs, losses, structs
 from internal.commands import train
 from internal.devices import sharding
-from internal.training import checkpoints, nonfinite, runlog, train_step
+from internal.training import checkpoints, nonfinite, run_folder, runlog, train_step
 
 RUN = train_step_test._run
-MODEL = [line for line in lives.SMALLEST if not line.startswith('Config.')]
+MODEL = [line for line in program_runner.SMALLEST if not line.startswith('Config.')]
 
 
 def poison(monkeypatch, part, hit=lambda batch: batch.rays.cam_idx == 2, value=jnp.inf):
-  """Makes the loss of some rays, and its gradient in a part, not finite; 'loss' for no gradient."""
+  """Makes the loss of some rays non-finite, and its gradient in `part` ('loss': none)."""
   total = losses.total
 
   def poisoned(config, params, renderings, history, batch):
@@ -38,7 +38,7 @@ def assert_equal(a, b):
 
 
 class TestUpdates:
-  def test_what_is_concerned_stays_as_it_was_and_the_rest_is_updated(self, monkeypatch):
+  def test_parts_with_non_finite_gradients_are_skipped_and_others_updated(self, monkeypatch):
     settings = tiny.settings(
       *MODEL, 'Model.num_glo_features = 4', 'Config.micro_batches = 2', 'Config.batch_size = 16'
     )
@@ -47,14 +47,14 @@ class TestUpdates:
     poison(monkeypatch, 'nerf_mlp', value=np.nan)
     after, (stats,) = RUN(settings, tiny.mesh(2), 1)
     assert set(clean.params) == {'nerf_mlp', 'prop_mlp', 'glo'}
-    concerned = {'nerf_mlp', 'glo'}  # The appearance vectors work through the colours.
+    affected = {'nerf_mlp', 'glo'}  # The appearance vectors work through the colours.
     assert after.step == 1
     assert not np.isfinite(stats['loss'])
     for name in clean.params:
-      same = before if name in concerned else clean
+      same = before if name in affected else clean
       assert_equal(after.params[name], same.params[name])
       assert_equal(after.opt_state[name], same.opt_state[name])
-      assert stats[f'skipped_{name}'] == after.skipped[name] == (name in concerned)
+      assert stats[f'skipped_{name}'] == after.skipped[name] == (name in affected)
 
   @pytest.mark.parametrize(
     ('bad', 'loss', 'kept'),
@@ -63,7 +63,7 @@ class TestUpdates:
       ({'a': np.inf}, 1.0, 'a'),
       ({'b': np.nan}, np.nan, 'b'),
       ({'a': -np.inf, 'b': np.nan}, np.nan, 'ab'),
-      ({}, np.nan, 'ab'),  # Nobody knows which.
+      ({}, np.nan, 'ab'),  # Unknown which part is affected.
     ],
   )
   def test_a_part_with_one_bad_entry_is_kept(self, bad, loss, kept):
@@ -98,22 +98,23 @@ def rows(*counts, **values):
   ]
 
 
-def test_lines_tell_of_the_first_few():
+def test_lines_report_the_first_few_steps():
   assert nonfinite.lines(7, rows(0, 0)) == []
   assert nonfinite.lines(7, rows(0, 1, 0)) == [
-    'step 6: no update of a, not finite: loss nan, gradient of a inf; '
+    'step 6: skipped the update of a, non-finite: loss nan, gradient norm of a inf; '
     '--replay_step 6 shows the rays'
   ]
-  told = nonfinite.lines(100, rows(*range(1, 101)))
-  assert len(told) == 6
-  assert told[-1] == 'and 95 more such steps up to step 100'
+  report = nonfinite.lines(100, rows(*range(1, 101)))
+  assert len(report) == 6
+  assert report[-1] == 'and 95 more steps up to step 100'
 
 
-def test_a_run_ends_at_the_limit(tmp_path):
+def test_check_ends_the_run_at_the_limit(tmp_path):
   nonfinite.check(str(tmp_path), 5, 9, rows(1, 2, 3, 4, 0, 1))
   nonfinite.check(str(tmp_path), 0, 9, rows(8, 9))
   with pytest.raises(
-    nonfinite.BadNumbersError, match=r'a in 5 steps, 5 to 9: .*good checkpoint: none.*step 5 '
+    nonfinite.NonFiniteError,
+    match=r'a was not updated in 5 steps, 5 to 9: .*good checkpoint: none.*step 5 ',
   ):
     nonfinite.check(str(tmp_path), 5, 10, rows(4, 5, 6))
 
@@ -134,18 +135,18 @@ SMALL = (
 class TestPrograms:
   @pytest.fixture
   def program(self, tmp_path, monkeypatch):
-    """train.py on one device, in a folder of its own."""
+    """Runs train.py on one device in a temporary folder."""
     monkeypatch.setattr(sharding, 'make_mesh', lambda *_: MESH)
     captures.write_colmap(tmp_path / 'capture')
 
     def run(*bindings, flags=()):
       here = f"Config.data_dir = '{tmp_path}/capture'", f"Config.checkpoint_dir = '{tmp_path}/run'"
-      told = ('--gin_configs=configs/360.gin', '--gin_bindings', *SMALL, *here, *bindings)
-      train.main([*told, *flags])
+      args = ('--gin_configs=configs/360.gin', '--gin_bindings', *SMALL, *here, *bindings)
+      train.main([*args, *flags])
 
     return run
 
-  def test_a_step_is_told_counted_and_shown_again_with_its_ray(
+  def test_a_step_is_logged_counted_and_replayed_with_its_ray(
     self, program, tmp_path, monkeypatch, capsys
   ):
     settings = tiny.settings('Config.batch_size = 40')
@@ -162,8 +163,11 @@ class TestPrograms:
     poison(monkeypatch, 'nerf_mlp', hit)
     program()
     said = capsys.readouterr().out
-    assert said.count('no update of') == 1
-    assert 'step 6: no update of nerf_mlp, not finite: loss inf, gradient of nerf_mlp ' in said
+    assert said.count('skipped the update of') == 1
+    assert (
+      'step 6: skipped the update of nerf_mlp, non-finite: loss inf, gradient norm of nerf_mlp '
+      in said
+    )
     lines = runlog.read_metrics(str(tmp_path / 'run' / 'metrics.jsonl'))
     assert [(r['step'], r['skipped_nerf_mlp'], r['skipped_prop_mlp']) for r in lines] == [
       (2, 0, 0), (4, 0, 0), (6, 1, 0), (8, 0, 0)
@@ -178,22 +182,22 @@ class TestPrograms:
     assert len(rays) == 1
     assert f'camera {row} ({row:03}.png), pixel x {x}, y {y}: loss inf, loss_data 0.' in rays[0]
     program(flags=('--replay_step', '5'))
-    assert 'each of the 40 rays are finite' in capsys.readouterr().out
+    assert 'gradient of each of the 40 rays are finite' in capsys.readouterr().out
 
-  def test_a_run_that_does_not_get_on_ends_and_ends_again(self, program, tmp_path):
-    """Steps so large that the second one leads to no number."""
+  def test_a_blocked_run_ends_also_when_resumed(self, program, tmp_path):
+    """The learning rate is so large that the second step is non-finite."""
     bindings = ('Config.lr_init = 1e30', 'Config.lr_final = 1e30', 'Config.max_skipped_updates = 5')
     for _ in range(2):
       with pytest.raises(
-        nonfinite.BadNumbersError, match=r'in 5 steps, \d to \d: .*checkpoint: .*replay_step \d '
+        nonfinite.NonFiniteError, match=r'in 5 steps, \d to \d: .*checkpoint: .*replay_step \d '
       ):
         program(*bindings)
       assert checkpoints.newest(str(tmp_path / 'run')) == 4
     state, _ = checkpoints.restore_params(
-      str(tmp_path / 'run'), checkpoints.open_run(str(tmp_path / 'run'))[0]
+      str(tmp_path / 'run'), run_folder.open_run(str(tmp_path / 'run'))[0]
     )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
-  def test_a_step_that_there_is_not(self, program):
+  def test_replay_of_a_step_outside_the_run(self, program):
     with pytest.raises(ValueError, match=r'--replay_step must be in \[1, 8\], got 9'):
       program(flags=('--replay_step', '9'))

@@ -1,0 +1,199 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from .. import configs, models, structs
+from ..datasets import scenes
+from ..devices import processes, sharding
+from ..system import progress, signals
+from . import checkpoints, nonfinite, pixel_store, run_folder, runlog, train_step
+
+OnStep = Callable[[int, dict], float]
+RenderTest = Callable[[dict, int, runlog.RunLog], None]
+
+
+class _Clock:
+  """Times steps, without compilation, rendering, saving and callbacks."""
+
+  def __init__(self):
+    self.steps, self._start = 0, time.time()
+
+  def leave_out(self, seconds: float) -> None:
+    """Excludes seconds from the current lap."""
+    self._start += seconds
+
+  def lap(self, params: dict) -> tuple[int, float]:
+    """Waits for the device, starts a new lap and returns the last one's (steps, seconds)."""
+    jax.block_until_ready(params)
+    steps, seconds = self.steps, time.time() - self._start
+    self.steps, self._start = 0, time.time()
+    return steps, seconds if steps else 0.0
+
+
+def check_settings(settings: configs.Settings, scene: scenes.Scene) -> None:
+  """Raises ConfigError unless the settings name a run folder and suit the scene."""
+  if not settings.config.checkpoint_dir:
+    raise configs.ConfigError("Config.checkpoint_dir is not set; set it to the run's folder.")
+  if settings.model.num_glo_features and settings.model.num_glo_embeddings < len(scene.train):
+    raise configs.ConfigError(
+      f'Model.num_glo_embeddings is {settings.model.num_glo_embeddings}, fewer than the '
+      f'{len(scene.train)} training images; raise it.'
+    )
+
+
+def train(
+  settings: configs.Settings,
+  scene: scenes.Scene,
+  mesh: Mesh | None = None,
+  on_step: OnStep | None = None,
+  render_test: RenderTest | None = None,
+) -> float | None:
+  """Trains a run to its last step, resuming from its newest checkpoint.
+
+  Args:
+    settings: the run's settings; Config.checkpoint_dir is its folder.
+    scene: the capture to train on.
+    mesh: devices to train on; all devices by default.
+    on_step: callback `on_step(step, params)`, called after each step. Returns the seconds to leave
+      out of the timing. `params` are valid until the callback returns.
+    render_test: callback `render_test(params, step, log)`, called every Config.train_render_every
+      steps to render test images.
+
+  Returns:
+    Training time in seconds, summed over all starts; None if the run was already complete.
+
+  Raises:
+    signals.Stopped: SIGTERM or SIGINT arrived; the current step was finished and saved.
+    NonFiniteError: a part was not updated in Config.max_skipped_updates consecutive steps.
+    CheckpointError: the folder holds a run that cannot be resumed.
+  """
+  check_settings(settings, scene)
+  mesh = mesh or sharding.make_mesh()
+  config, last = settings.config, settings.config.last_step
+  start = checkpoints.start_step(config.checkpoint_dir)
+  if start >= last:
+    print(f'Nothing to do: {config.checkpoint_dir} has step {start:,} of {last:,}.')
+    return None
+  state, recent, step_fn = _start(settings, scene, mesh, start)
+  cams, load_pixels, place = _load_data(settings, scene, mesh)
+  log = _open_log(settings, start, render_test)
+  log.say(_describe(settings, scene, mesh, start, place))
+  clock = _Clock()
+  with signals.postponed() as request:
+    for step in range(start + 1, last + 1):
+      state, stats = step_fn(state, cams, load_pixels(step - 1))
+      stats.numbers.copy_to_host_async()  # Overlaps with the steps that follow.
+      recent.append(stats)
+      clock.steps += 1
+      if on_step:
+        clock.leave_out(on_step(step, state.params))
+      if step == start + 1:
+        _say_compiled(log, step_fn, clock.lap(state.params)[1])
+      render_now = render_test and _is_due(step, config.train_render_every)
+      save_now = _is_due(step, config.checkpoint_every) or step == last
+      if render_now or save_now or _is_due(step, config.print_every):
+        _log_steps(config, log, step, recent, *clock.lap(state.params))
+        recent = []
+      if render_now:
+        with log.pause('test'):
+          render_test(state.params, step, log)
+      # Processes agree only where they wait for the device anyway, so it costs nothing.
+      ask_now = jax.process_count() == 1 or _is_due(step, config.print_every)
+      signum = processes.largest(request.signum) if ask_now and step < last else 0
+      if save_now or signum:
+        with log.pause('save'):
+          run_folder.save_run(config, state, recent, step_fn, mesh)
+      if signum:
+        _stop(config, log, step, signum)
+      if _is_due(step, config.gc_every):
+        gc.collect()
+      if render_now or save_now:
+        clock.lap(state.params)
+  log.close()
+  return log.train_seconds
+
+
+def _is_due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0
+
+
+def _start(
+  settings: configs.Settings, scene: scenes.Scene, mesh: Mesh, start: int
+) -> tuple[structs.TrainState, list, train_step.TrainStep]:
+  """Restores or creates the state and the step function, then prepares the run's folder."""
+  folder = settings.config.checkpoint_dir
+  if start:
+    run_folder.check_same_scene(folder, scene)
+  state, recent, micro_batches = run_folder.start_run(settings, mesh, start)
+  step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches)
+  if processes.is_main():
+    checkpoints.tidy(folder, start)
+    run_folder.write_run(folder, settings, scene)
+  return state, recent, step_fn
+
+
+def _load_data(
+  settings: configs.Settings, scene: scenes.Scene, mesh: Mesh
+) -> tuple[structs.Cameras, Callable, str]:
+  """Returns the replicated cameras, `load_pixels(step)` for the step function, and the place."""
+  pixels, place = pixel_store.load(settings, scene, mesh)
+  cams = pixel_store.training_cameras(settings.config, scene)
+  replicated = sharding.replicate(cams, mesh)
+  if place == 'device':
+    return replicated, lambda _: pixels, place
+  draw = train_step.make_draw(settings.config, mesh, replicated.supervision)
+  load_pixels = lambda step: train_step.host_pixels(draw, step, pixels, cams.size, mesh)  # noqa: E731
+  return replicated, load_pixels, place
+
+
+def _open_log(
+  settings: configs.Settings, start: int, render_test: RenderTest | None
+) -> runlog.RunLog:
+  config = settings.config
+  render_every = config.train_render_every if render_test else 0
+  pauses = {'test': render_every, 'save': config.checkpoint_every}
+  return runlog.RunLog(config.checkpoint_dir, start, config.last_step, processes.is_main(), pauses)
+
+
+def _describe(
+  settings: configs.Settings, scene: scenes.Scene, mesh: Mesh, start: int, place: str
+) -> str:
+  config, params = settings.config, train_step.abstract_state(settings).params
+  return (
+    f'{models.num_params(params):,} parameters, {len(scene.train)} training images, '
+    f'pixels on the {place}, {mesh.size} x {mesh.devices.flat[0].device_kind}; '
+    f'steps {start:,} to {config.last_step:,} -> {config.checkpoint_dir}'
+  )
+
+
+def _say_compiled(log: runlog.RunLog, step_fn: train_step.TrainStep, seconds: float) -> None:
+  parts = f'in {step_fn.micro_batches} micro-batches, ' if step_fn.micro_batches > 1 else ''
+  log.say(f'first step after {progress.duration(seconds)} (compiling); {parts}{step_fn.account()}')
+
+
+def _log_steps(
+  config: configs.Config, log: runlog.RunLog, step: int, recent: list, timed: int, seconds: float
+) -> None:
+  """Logs the steps since the last call, and ends a run that makes no progress."""
+  rows = jax.device_get(recent)
+  log.steps(step, rows, timed, seconds, config.batch_size)
+  for line in nonfinite.lines(step, rows):
+    log.say(line)
+  nonfinite.check(config.checkpoint_dir, config.max_skipped_updates, step, rows)
+
+
+def _stop(config: configs.Config, log: runlog.RunLog, step: int, signum: int) -> None:
+  """Ends a saved run after a signal."""
+  log.say(
+    f'step {step:,} is saved in {config.checkpoint_dir}; run the same command again to resume'
+  )
+  log.close()
+  processes.leave()
+  raise signals.Stopped(signum)
