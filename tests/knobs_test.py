@@ -279,7 +279,7 @@ def path(settings, folder):
   scene = trajectory_test.make_scene(bounds=(1.0, 9.0))
   scene.cameras.camtoworld[:, :, 3] += cameras
   scene = dataclasses.replace(scene, world_transform=np.diag([2.0, 2, 2, 1]))
-  return trajectory.make_cameras(config, scene)
+  return trajectory.make_path(config, scene)[0]
 
 
 def video(settings, folder):

@@ -19,7 +19,7 @@ from ..system import files, progress
 from ..training import runlog
 from ..vis import charts
 from . import lpips, results, tables
-from . import metrics as metrics_lib
+from .metrics import METRICS
 
 NAME = 'report.html'  # In the run's folder eval/.
 MAPS = ('depth', 'error', 'opacity', 'normals')  # Beside truth and prediction, where they are.
@@ -125,7 +125,7 @@ def _read_images(
       pictures, without = {}, without + 1
     addresses = {kind: _data('image/webp', content) for kind, content in pictures.items()}
     row = per_image[k]
-    metrics = {name: row[name] for name in (*metrics_lib.METRICS, *lpips.METRICS)}
+    metrics = {name: row[name] for name in (*METRICS, *lpips.METRICS)}
     shown.append(Shown(row['name'], metrics, addresses))
   notes = []
   if without:

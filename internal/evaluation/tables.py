@@ -14,10 +14,10 @@ import numpy as np
 
 from ..errors import UserError
 from . import benchmarks, lpips, results
-from . import metrics as metrics_lib
+from .metrics import METRICS
 
 HIGHER_IS_BETTER = {
-  **dict.fromkeys(metrics_lib.METRICS, True),
+  **dict.fromkeys(METRICS, True),
   **dict.fromkeys(lpips.METRICS, False),
 }
 _SHOWN = ('psnr', 'ssim', *lpips.METRICS)  # Unless others are asked for.
@@ -140,7 +140,7 @@ def check_published(runs: Iterable[Run], benchmark: benchmarks.Benchmark) -> Non
   Raises:
     TablesError: a results.json that departs from how the published numbers were made.
   """
-  split = metrics_lib.every(benchmark.hold) if benchmark.hold else metrics_lib.OWN_SPLIT
+  split = results.every(benchmark.hold) if benchmark.hold else results.OWN_SPLIT
   for run in runs:
     facts = benchmark.scenes[run.scene]
     wanted = {
