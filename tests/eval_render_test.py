@@ -274,11 +274,11 @@ class TestRender:
       render()
 
   def test_without_an_encoder_the_frames_stay(self, render, monkeypatch):
-    def missing(folder):
+    def missing():
       raise video.VideoError('no encoder')
 
     with monkeypatch.context() as patch:
-      patch.setattr(video, '_find_encoder', missing)
+      patch.setattr(video, 'find_ffmpeg', missing)
       with pytest.raises(video.VideoError):
         render()
     assert render() == []

@@ -104,9 +104,9 @@ def test_what_cannot_be_is_refused():
     orbits.generate_dolly_path(poses, poses[0], 5, 1.5)
   away = poses[0].copy()
   away[:, :3] *= [-1, 1, -1]
-  with pytest.raises(ValueError, match='before it'):
+  with pytest.raises(ValueError, match='focus of the cameras in front of it'):
     orbits.generate_dolly_path(poses, away, 5)
   outward = poses.copy()
   outward[:, :, 3] = 0
-  with pytest.raises(ValueError, match='stand where they look at'):
+  with pytest.raises(ValueError, match='all at the point that they look at'):
     orbits.generate_orbit_path(outward, 5)

@@ -86,7 +86,7 @@ class TestImageMetrics:
     np.testing.assert_array_equal(seen[-1][2], mask[2:-2, 2:-2])
 
   def test_sizes_must_agree(self, pair):
-    with pytest.raises(ValueError, match='compared'):
+    with pytest.raises(ValueError, match='must have the same shape'):
       metrics.image_metrics(pair[0], pair[1][:, :-1], configs.Config())
 
 

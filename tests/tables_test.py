@@ -64,7 +64,7 @@ class TestPublished:
       assert settings.config.dataset_loader == benchmark.loader
 
   def test_an_unknown_dataset_is_answered_with_the_known(self):
-    with pytest.raises(benchmarks.BenchmarkError, match=r"'361': there are 360, llff, blender"):
+    with pytest.raises(benchmarks.BenchmarkError, match=r"'361'; choose one of 360, llff, blender"):
       benchmarks.load('361')
 
 
@@ -132,7 +132,7 @@ class TestMake:
   def test_a_dataset_is_known_by_its_scenes(self):
     assert tables.find_benchmark([run('garden'), run('room')]).name == '360'
     assert tables.find_benchmark([run('fern', dataset='llff')]).name == 'llff'
-    with pytest.raises(tables.TablesError, match='360 and llff have such scenes; say --dataset'):
+    with pytest.raises(tables.TablesError, match='360 and llff have these scenes; choose'):
       tables.find_benchmark([run('room')])
 
   def test_one_config_is_one_method(self):
@@ -145,8 +145,8 @@ class TestMake:
   @pytest.mark.parametrize(
     ('kwargs', 'words'),
     [
-      ({'metrics': ['psrn']}, "'psrn': there are psnr, ssim"),
-      ({'published': ['NeRF--']}, "'NeRF--' on 360: there are mip-NeRF 360, paper"),
+      ({'metrics': ['psrn']}, "'psrn'; choose from psnr, ssim"),
+      ({'published': ['NeRF--']}, "'NeRF--' on 360; choose from mip-NeRF 360, paper"),
     ],
   )
   def test_unknown_names_are_answered_with_the_known(self, kwargs, words):
@@ -154,7 +154,7 @@ class TestMake:
       make(nine(), **kwargs)
 
   def test_a_scene_of_another_dataset(self):
-    with pytest.raises(tables.TablesError, match=r"shed.json: 'shed' is no scene of '360'"):
+    with pytest.raises(tables.TablesError, match=r"shed.json: 'shed' is not a scene of '360'"):
       make([tables.Run('shed.json', outcomes.outcome('shed'))])
 
 

@@ -25,19 +25,26 @@ def image_metrics(
   mask: np.ndarray | None = None,
   measure_lpips: Callable[..., dict[str, float]] | None = None,
 ) -> dict[str, float]:
-  """The four METRICS of one rendering [h, w, 3] against its photograph [h, w, 3].
+  """Computes the METRICS of a rendered image, and those of LPIPS if given its function.
 
-  With `measure_lpips` (of `lpips.load`) also those of LPIPS. Config.eval_quantize_metrics and
-  Config.eval_crop_borders are heeded by all; colours are corrected before quantisation and over
-  the whole image. With a mask [h, w] bool only its pixels count: in PSNR and in the colour fit each
-  by itself, in SSIM those whose whole window does, in LPIPS as `lpips.load` says.
+  Colours are corrected before quantisation and over the whole image.
+
+  Args:
+    img: [h, w, 3] rendering.
+    truth: [h, w, 3] photograph.
+    config: for eval_quantize_metrics and eval_crop_borders, which apply to all metrics.
+    mask: [h, w] bool, the pixels that count. PSNR and the colour fit use these pixels, SSIM the
+      windows that lie inside the mask, LPIPS as described in `lpips.load`.
+    measure_lpips: the result of `lpips.load`.
 
   Raises:
-    ValueError: the sizes differ, or too little is left of the image for SSIM or LPIPS.
+    UserError: the sizes differ, or the image is too small for SSIM or LPIPS.
   """
   img, truth = _as_float(img), _as_float(truth)
   if img.shape != truth.shape:
-    raise UserError(f'A rendering of {img.shape} cannot be compared with {truth.shape}.')
+    raise UserError(
+      f'The rendering {img.shape} and the photograph {truth.shape} must have the same shape.'
+    )
   result, counted = {}, None
   if mask is not None:
     counted = np.asarray(image.crop(jnp.asarray(mask)[..., None], config.eval_crop_borders))[..., 0]
@@ -45,7 +52,7 @@ def image_metrics(
     if config.eval_quantize_metrics:
       shown = image.quantize(shown)
     shown, wanted = (image.crop(x, config.eval_crop_borders) for x in (shown, truth))
-    # Summed in double precision: a million small numbers.
+    # In double precision, since a million small numbers are summed.
     square = np.square(np.asarray(shown) - np.asarray(wanted))
     mse = np.mean(square if counted is None else square[counted], dtype=np.float64)
     result[f'{prefix}psnr'] = float(image.mse_to_psnr(jnp.float32(mse)))
@@ -63,6 +70,6 @@ def _as_float(img: np.ndarray) -> jax.Array:
 
 
 def format_metrics(row: Mapping[str, float | None]) -> str:
-  """The METRICS, and those of LPIPS where measured, as a piece of a line."""
+  """Formats the metrics that were measured for a log line."""
   shown = [name for name in (*METRICS, *lpips.METRICS) if row.get(name) is not None]
   return '  '.join(f'{k} {row[k]:.2f}' if 'psnr' in k else f'{k} {row[k]:.4f}' for k in shown)

@@ -27,14 +27,15 @@ from .metrics import METRICS
 SCHEMA_VERSION = 2  # Of results.json.
 OWN_SPLIT = "the capture's own"
 
-# Fields of Config by which two runs of one method may differ: where things are, how the run tells
-# of itself, and what is rendered of it later. (What evaluation does is told under 'protocol'.)
-# And early_exit_steps, since results tell their step.
+# Fields of Config in which runs of one method may differ: paths, logging and rendering.
+# Evaluation is described by 'protocol', and early_exit_steps by 'step'.
 _NOT_THE_METHOD = (
   'data_dir', 'checkpoint_dir', 'factor', 'pixels_on', 'pixel_cache_dir', 'micro_batches',
   'early_exit_steps',
 )  # fmt: skip
-_NEITHER = ('eval_', 'render_', 'train_render_', 'z_', 'vis_', 'print_', 'checkpoint_', 'gc_')
+_NOT_THE_METHOD_PREFIXES = (
+  'eval_', 'render_', 'train_render_', 'z_', 'vis_', 'print_', 'checkpoint_', 'gc_',
+)  # fmt: skip
 
 _DESCRIPTION = (
   'Test images rendered at full size, clipped and quantised to 8 bits. PSNR: -10 log10 of the mean '
@@ -56,12 +57,12 @@ _TYPES = {
 
 
 class ResultsError(UserError):
-  """A file that is no results.json of this version; the message names the file and the field."""
+  """A file that is not a valid results.json of this version."""
 
 
 @functools.cache
 def schema() -> dict[str, Any]:
-  """The JSON Schema of results.json."""
+  """Returns the JSON Schema of results.json."""
   with open(_SCHEMA, encoding='utf-8') as f:
     return json.load(f)
 
@@ -73,12 +74,17 @@ def _is_of(value: Any, kind: str) -> bool:
 
 
 def check(value: Any, rule: dict[str, Any], where: str = '') -> None:
-  """Holds a value to a JSON Schema of the keywords that results.schema.json uses.
+  """Validates a value; supports the JSON Schema keywords that results.schema.json uses.
+
+  Args:
+    value: parsed JSON.
+    rule: a JSON Schema.
+    where: dotted name of the value, for messages.
 
   Raises:
-    ResultsError: the first field that is missing, unknown or of another type.
+    ResultsError: a field is missing, unknown or has the wrong type.
   """
-  at = where or 'the whole'
+  at = where or 'the file'
   if 'const' in rule and value != rule['const']:
     raise ResultsError(f'{at} must be {rule["const"]!r}, got {value!r}')
   kinds = rule.get('type', ())
@@ -103,10 +109,10 @@ def check(value: Any, rule: dict[str, Any], where: str = '') -> None:
 
 
 def read(path: str) -> dict[str, Any]:
-  """Reads a results.json.
+  """Reads and validates a results.json.
 
   Raises:
-    ResultsError: there is no such file, or it does not fit the schema.
+    ResultsError: the file is missing or does not match the schema.
   """
   try:
     with open(path, encoding='utf-8') as f:
@@ -129,7 +135,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def test_split(config: configs.Config, scene: scenes.Scene) -> str:
-  """How the scene's test images were chosen, in words for tables to compare."""
+  """Describes how the scene's test images were chosen; tables compare these texts."""
   if scene.test != tuple(range(0, len(scene.names), config.llffhold)):
     return OWN_SPLIT
   by_name = list(scene.names) == sorted(scene.names)
@@ -137,14 +143,14 @@ def test_split(config: configs.Config, scene: scenes.Scene) -> str:
 
 
 def every(hold: int) -> str:
-  """The split that has each so many-th image for testing."""
+  """Describes the split with every `hold`-th image for testing."""
   return f'every {hold}th image by name'
 
 
 def protocol(config: configs.Config, split: str) -> dict[str, Any]:
-  """How the numbers were made: name, description, settings, and the config's departures.
+  """Returns the evaluation protocol: name, description, settings and departures.
 
-  `split` is that of `test_split`.
+  `split` is a result of `test_split`.
   """
   departures = []
   if not config.eval_quantize_metrics:
@@ -170,7 +176,7 @@ def protocol(config: configs.Config, split: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-  """A setting as JSON compares it: lists for tuples, and 4 is 4.0."""
+  """Normalises a setting for comparison as JSON: tuples become lists, integers floats."""
   if isinstance(value, (list, tuple)):
     return [_plain(v) for v in value]
   if isinstance(value, Mapping):
@@ -179,11 +185,11 @@ def _plain(value: Any) -> Any:
 
 
 def config_hash(settings: configs.Settings) -> str:
-  """Sixteen digits that two runs share if one method made them, on whatever scene and machine.
+  """Returns 16 hex digits that identify the method, independent of scene and machine.
 
-  Only values that are not the default count, so that a new knob changes no hash.
+  Only values that differ from the default count, so that a new knob keeps existing hashes.
   """
-  told = {}
+  changed = {}
   defaults = configs.Config(), configs.Model(), configs.PropMLP(), configs.NerfMLP()
   parts = settings.config, settings.model, settings.prop_mlp, settings.nerf_mlp
   for part, default in zip(parts, defaults):
@@ -191,12 +197,12 @@ def config_hash(settings: configs.Settings) -> str:
       full = f'{type(part).__name__}.{name}'
       if name in _NOT_THE_METHOD or full in configs.ACCEPTED:
         continue
-      if part is settings.config and name.startswith(_NEITHER):
+      if part is settings.config and name.startswith(_NOT_THE_METHOD_PREFIXES):
         continue
       value = _plain(getattr(part, name))
       if value != _plain(getattr(default, name)):
-        told[full] = value
-  return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        changed[full] = value
+  return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -212,17 +218,17 @@ def make(
   lpips_absent: str | None = None,
   train_seconds: float | None = None,
 ) -> dict[str, Any]:
-  """All that results.json says.
+  """Makes the content of results.json.
 
   Args:
-    settings: of the evaluation.
-    split: `test_split` of the scene.
-    per_image: name, width, height, masked, the METRICS, those of LPIPS where measured, and seconds
-      of each image.
-    step: the checkpoint's.
-    num_params: of the model.
-    lpips_absent: why LPIPS was not measured, if it was not.
-    train_seconds: that training took up to the step, where known.
+    settings: the run's settings.
+    split: the scene's `test_split`.
+    per_image: for each image its name, width, height, masked, METRICS, LPIPS if measured, and
+      rendering time `seconds`.
+    step: the checkpoint's step.
+    num_params: number of the model's parameters.
+    lpips_absent: why LPIPS was not measured, if so.
+    train_seconds: training time up to the step, if known.
   """
   config, devices = settings.config, jax.devices()
   packages = ('jax', 'jaxlib', 'flax', 'numpy')
@@ -241,7 +247,7 @@ def make(
     'masked_images': sum(row['masked'] for row in rows),
     'mean': {name: _mean([row[name] for row in rows]) for name in (*METRICS, *lpips.METRICS)},
     'lpips': {'weights': lpips.WEIGHTS, 'absent': lpips_absent},
-    # The median: the first image's time has the compilation in it.
+    # The median, since the first image's time includes compilation.
     'seconds_per_image': float(np.median([row['seconds'] for row in rows])),
     'train_seconds': train_seconds,
     'num_params': num_params,
@@ -256,7 +262,7 @@ def make(
 
 
 def _strict(value: Any) -> Any:
-  """Numbers that JSON cannot hold (NaN, infinity) become null."""
+  """Replaces numbers that JSON cannot represent (NaN, infinity) by null."""
   if isinstance(value, Mapping):
     return {key: _strict(v) for key, v in value.items()}
   if isinstance(value, (list, tuple)):
@@ -267,7 +273,7 @@ def _strict(value: Any) -> Any:
 
 
 def write_json(path: str, value: Any) -> None:
-  """Writes strict JSON, making its folder; the file is never seen half-written."""
+  """Writes strict JSON atomically; creates the folder if necessary."""
   with files.whole(path) as temporary, open(temporary, 'w') as f:
     json.dump(_strict(value), f, indent=2, allow_nan=False)
     f.write('\n')
