@@ -1,4 +1,4 @@
-"""The decisions that eval.py and render.py take, with a stand-in for the model."""
+"""eval.py and render.py, with a fake renderer."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""report.html: whole by itself, whatever names people choose, and alive in a browser."""
+"""report.html: self-contained, with escaped names, and interactive in a browser."""
 
 import base64
 import dataclasses
@@ -61,7 +61,7 @@ def run(scene, tmp_path):
   return make
 
 
-def test_nothing_is_fetched_from_anywhere(run):
+def test_the_page_loads_no_external_resources(run):
   _, page = run()
   addresses = [a[k] for _, a in page.found for k in ('src', 'href') if k in a]
   assert len(addresses) == 2 * 6  # Truth, prediction, depth, error, opacity, normals.

@@ -1,4 +1,4 @@
-"""Camera paths from files: each form, and what damaged ones are answered with."""
+"""Camera paths from files: each format, and errors for damaged files."""
 
 import json
 
@@ -88,7 +88,7 @@ def test_bad_camera_paths_are_named(how, message, tmp_path):
 
 
 @pytest.mark.parametrize('text', ['{"half', '[1, 2]', '[' * 100_000, 'NaN'])
-def test_what_is_no_json_object(text, tmp_path):
+def test_invalid_json_is_an_error(text, tmp_path):
   (tmp_path / 'p.json').write_text(text)
   with pytest.raises(path_files.PathFileError, match=r'p\.json: (is not valid|must be a) JSON'):
     path_files.read(str(tmp_path / 'p.json'))

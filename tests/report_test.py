@@ -131,7 +131,7 @@ class TestProtocol:
       ('abcdefgh', (0, 4), "the capture's own"),
     ],
   )
-  def test_splits_are_told_by_what_they_are(self, names, test, split):
+  def test_split_descriptions(self, names, test, split):
     scene = SimpleNamespace(names=tuple(names), test=test)
     assert results.test_split(configs.Config(llffhold=3), scene) == split
 

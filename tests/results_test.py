@@ -90,7 +90,7 @@ def test_other_files_are_refused(tmp_path, text):
   assert 'run eval.py again' in str(caught.value)
 
 
-def test_another_version_is_told_apart_from_damage(tmp_path):
+def test_another_schema_version_has_its_own_error(tmp_path):
   content = change(outcomes.outcome('a'), ['schema_version'], 1)
   path = outcomes.write(tmp_path / 'r.json', content)
   with pytest.raises(results.ResultsError, match='has schema_version 1, this program reads 2'):

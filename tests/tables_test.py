@@ -63,7 +63,7 @@ class TestPublished:
       settings = configs.load_config([str(ROOT / benchmark.config)])
       assert settings.config.dataset_loader == benchmark.loader
 
-  def test_an_unknown_dataset_is_answered_with_the_known(self):
+  def test_an_unknown_dataset_lists_the_known_ones(self):
     with pytest.raises(benchmarks.BenchmarkError, match=r"'361'; choose one of 360, llff, blender"):
       benchmarks.load('361')
 
@@ -121,7 +121,7 @@ class TestMake:
     assert table.difference(table.rows[-1], 'lpips_paper', 'bonsai') == pytest.approx(0.024)
     assert table.difference(table.rows[-1], 'lpips_vgg', 'bonsai') is None  # None in print.
 
-  def test_captures_of_ones_own(self):
+  def test_captures_outside_of_benchmarks(self):
     runs = [tables.Run(f'{s}.json', outcomes.outcome(s, psnr=p)) for s, p in (('x', 20), ('y', 22))]
     assert tables.find_benchmark(runs) is None
     table = tables.make({'ours': runs})
@@ -149,7 +149,7 @@ class TestMake:
       ({'published': ['NeRF--']}, "'NeRF--' on 360; choose from mip-NeRF 360, paper"),
     ],
   )
-  def test_unknown_names_are_answered_with_the_known(self, kwargs, words):
+  def test_unknown_names_list_the_known_ones(self, kwargs, words):
     with pytest.raises(tables.TablesError, match=words):
       make(nine(), **kwargs)
 
@@ -227,7 +227,7 @@ class TestMixing:
       ({'bindings': ['Config.llffhold = 9']}, 'protocol.test_split'),
     ],
   )
-  def test_published_numbers_stand_beside_their_own_protocol_alone(self, change, field):
+  def test_published_numbers_require_their_protocol(self, change, field):
     runs = [run('garden', **change)]
     words = rf'garden\.json and the published numbers .* differ in {field}'
     with pytest.raises(tables.TablesError, match=words):
@@ -330,7 +330,7 @@ class TestProgram:
   def test_errors_of_the_script_itself_are_one_line_too(self, capsys):
     with pytest.raises(SystemExit):
       cli.run(lambda: program.main([]))
-    assert capsys.readouterr().err.startswith('Error: Of which results?')
+    assert capsys.readouterr().err.startswith('Error: No results.json given')
 
   @pytest.mark.parametrize('ending', ['.pdf', ''])
   def test_unknown_forms(self, paths, ending):

@@ -106,7 +106,7 @@ class TestPoses:
       make(render_path_file='/nowhere.npy')
 
   @pytest.mark.parametrize('space', ['capture', 'normalized'])
-  def test_a_files_poses_are_in_the_captures_world_unless_told(self, space, tmp_path):
+  def test_a_files_poses_are_in_the_captures_world_by_default(self, space, tmp_path):
     scene = make_scene()
     turn = np.array([[0, -1.0, 0], [1, 0, 0], [0, 0, 1]])
     transform = np.eye(4)
@@ -142,7 +142,7 @@ class TestPoses:
     assert depth[-1] == pytest.approx(depth[0] / 2, rel=1e-4)
     np.testing.assert_allclose(depth * cams.pixtocam[:, 0, 0], depth[0] / 50, rtol=1e-4)
 
-  def test_splines_have_constant_speed_unless_told(self):
+  def test_splines_have_constant_speed_by_default(self):
     names = ','.join(f'dir/img_{i}' for i in (0, 1, 2, 5, 6))  # A long gap in the middle.
     told = {'render_spline_keyframes': names, 'render_spline_smoothness': 0.0}
 
