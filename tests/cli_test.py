@@ -18,7 +18,6 @@ from internal.system import installation
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-
 class TestArguments:
   def parse(self, *argv):
     parser = argparse.ArgumentParser()

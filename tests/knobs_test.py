@@ -28,8 +28,13 @@ from internal.commands import eval as eval_program
 from internal.commands import train as train_program
 from internal.datasets import scenes
 from internal.evaluation import metrics as metrics_lib
+<<<<<<< HEAD
 from internal.fields import encodings, mlp
 from internal.rendering import renderer, trajectory
+=======
+from internal.fields import encodings
+from internal.rendering import renderer, trained, trajectory
+>>>>>>> d3e40a9 (Tests of knobs and LPIPS follow the new signatures and messages)
 from internal.training import (
   batches,
   checkpoints,
@@ -264,7 +269,8 @@ def evaluating(settings, folder):
     at = []
     steps = list(eval_program.steps_to_evaluate('run', config))
   settings = dataclasses.replace(settings, config=config)
-  eval_program.evaluate(settings, scene, rows, rendered, {}, 5, out)
+  run = trained.TrainedRun(out, settings, scene, tiny.mesh(1), {}, 5)
+  eval_program.evaluate(run, rows, rendered)
   return steps, rows, sorted(os.listdir(os.path.join(out, 'eval')))
 
 

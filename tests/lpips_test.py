@@ -99,7 +99,7 @@ class TestWeights:
 
   def test_another_file_is_refused(self, tmp_path):
     path, _ = write(tmp_path / 'w', made_up())
-    with pytest.raises(lpips.LpipsUnavailableError, match='not the file'):
+    with pytest.raises(lpips.LpipsUnavailableError, match='not the expected file'):
       lpips.read_weights(path)
 
   def test_a_pickle_runs_no_code(self, tmp_path):
@@ -154,7 +154,7 @@ class TestDistance:
 
   @pytest.mark.parametrize(
     ('shape', 'other', 'word'),
-    [((20, 20, 3), (20, 21, 3), 'one shape'), ((15, 40, 3), (15, 40, 3), '40x15')],
+    [((20, 20, 3), (20, 21, 3), 'same shape'), ((15, 40, 3), (15, 40, 3), '40x15')],
   )
   def test_images_that_cannot_be_compared(self, installed, shape, other, word):
     with pytest.raises(ValueError, match=word):
