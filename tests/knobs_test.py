@@ -30,7 +30,7 @@ from internal.datasets import scenes
 from internal.evaluation import metrics as metrics_lib
 <<<<<<< HEAD
 from internal.fields import encodings, mlp
-from internal.rendering import renderer, trajectory
+from internal.rendering import renderer, trained, trajectory
 =======
 from internal.fields import encodings
 from internal.rendering import renderer, trained, trajectory

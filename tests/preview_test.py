@@ -107,7 +107,7 @@ class TestSparsePoints:
     np.testing.assert_array_equal(rgb, np.full((20, 3), 128))
 
   def test_number_is_limited(self, tmp_path, monkeypatch):
-    monkeypatch.setattr(sparse_points, '_MOST', 10)
+    monkeypatch.setattr(sparse_points, '_MAX_POINTS', 10)
     _, (xyz, _) = self.save(tmp_path, np.random.default_rng(0).normal(size=(50, 3)))
     assert xyz.shape == (10, 3)
     assert len(np.unique(xyz, axis=0)) == 10
