@@ -28,13 +28,8 @@ from internal.commands import eval as eval_program
 from internal.commands import train as train_program
 from internal.datasets import scenes
 from internal.evaluation import metrics as metrics_lib
-<<<<<<< HEAD
 from internal.fields import encodings, mlp
 from internal.rendering import renderer, trained, trajectory
-=======
-from internal.fields import encodings
-from internal.rendering import renderer, trained, trajectory
->>>>>>> d3e40a9 (Tests of knobs and LPIPS follow the new signatures and messages)
 from internal.training import (
   batches,
   checkpoints,
