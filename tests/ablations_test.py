@@ -13,7 +13,8 @@ import tiny
 
 from internal import configs, coord, losses, models, stepfun, structs
 from internal.commands import ablate
-from internal.evaluation import lpips, metrics
+from internal.evaluation import lpips
+from internal.evaluation import results as results_lib
 from internal.experiments import ablations, jobs, runs
 from internal.fields import encodings
 
@@ -231,8 +232,8 @@ class TestCommand:
         psnr = 20 + len(started) / 10 if job.name != 'full' else 30.0
         image = {'name': '0.png', 'psnr': psnr, 'ssim': 0.5, 'cc_psnr': psnr, 'cc_ssim': 0.5}
         image |= {'width': 4, 'height': 3, 'masked': False, 'seconds': 1.0}
-        settings, split = configs.load_config([str(stored)]), metrics.every(8)
-        results = metrics.make_results(settings, split, [image], 7, 5, 'not installed', 1.0)
+        settings, split = configs.load_config([str(stored)]), results_lib.every(8)
+        results = results_lib.make(settings, split, [image], 7, 5, 'not installed', 1.0)
         (folder / 'eval').mkdir()
         (folder / 'eval' / 'results.json').write_text(json.dumps(results))
       return True

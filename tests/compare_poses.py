@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from internal import cli, colmap
 from internal.errors import UserError
-from internal.evaluation import metrics
+from internal.evaluation import results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
   comparison = compare(colmap.read_model(args.first), colmap.read_model(args.second))
   print(table(comparison))
   if args.json:
-    metrics.write_json(args.json, as_json(comparison))
+    results.write_json(args.json, as_json(comparison))
 
 
 if __name__ == '__main__':

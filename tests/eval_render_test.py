@@ -1,4 +1,4 @@
-"""The decisions that eval.py and render.py take, with a stand-in for the model."""
+"""eval.py and render.py, with a fake renderer."""
 
 import dataclasses
 import json
@@ -17,8 +17,8 @@ from internal.commands import render as render_program
 from internal.datasets import scenes
 from internal.evaluation import lpips
 from internal.evaluation import results as results_lib
-from internal.rendering import renderer
-from internal.training import checkpoints
+from internal.rendering import renderer, trained
+from internal.training import checkpoints, run_folder
 from internal.vis import video
 
 
@@ -59,11 +59,10 @@ def scene(tmp_path):
 
 
 class TestStepsToEvaluate:
-  def steps(self, monkeypatch, seen, **config):
-    """What is evaluated when checkpoints appear as in `seen`, one entry a look."""
-    looks, naps = iter(seen), []
-    at = []
-    monkeypatch.setattr(checkpoints, 'latest_step', lambda run: at.append(next(looks)) or at[-1])
+  def steps(self, monkeypatch, latest, **config):
+    """Returns the evaluated steps and the number of waits; `latest` has one entry per poll."""
+    polls, naps, at = iter(latest), [], []
+    monkeypatch.setattr(checkpoints, 'latest_step', lambda run: at.append(next(polls)) or at[-1])
     monkeypatch.setattr(checkpoints, 'newest', lambda run: at[-1])
     fake_time = SimpleNamespace(sleep=naps.append, time=lambda: 0.0)
     monkeypatch.setattr(eval_program, 'time', fake_time)
@@ -73,15 +72,15 @@ class TestStepsToEvaluate:
     assert self.steps(monkeypatch, [400]) == ([400], 0)
 
   def test_no_checkpoint_is_an_error(self, monkeypatch):
-    with pytest.raises(eval_program.EvalError, match=r'No whole checkpoint in runs/a'):
+    with pytest.raises(eval_program.EvalError, match=r'No complete checkpoint in runs/a'):
       self.steps(monkeypatch, [None])
 
-  def test_waiting_takes_each_new_one_until_the_last(self, monkeypatch):
-    seen = [None, None, 100, 100, 300, 1000]
-    got = self.steps(monkeypatch, seen, eval_only_once=False, max_steps=1000)
+  def test_waiting_mode_evaluates_new_checkpoints_until_the_last(self, monkeypatch):
+    latest = [None, None, 100, 100, 300, 1000]
+    got = self.steps(monkeypatch, latest, eval_only_once=False, max_steps=1000)
     assert got == ([100, 300, 1000], 5)
 
-  def test_waiting_ends_where_training_stops_early(self, monkeypatch):
+  def test_waiting_mode_ends_at_early_exit_steps(self, monkeypatch):
     got = self.steps(monkeypatch, [50], eval_only_once=False, max_steps=1000, early_exit_steps=50)
     assert got == ([50], 0)
 
@@ -101,7 +100,7 @@ class TestSelectImages:
     with pytest.raises(eval_program.EvalError, match='no test images'):
       self.select(scene, tmp_path, eval_dataset_limit=0)
 
-  def test_photographs_that_moved(self, scene, tmp_path):
+  def test_missing_photographs_are_an_error(self, scene, tmp_path):
     with pytest.raises(eval_program.EvalError, match=r'/elsewhere.*--gin_bindings .*data_dir'):
       self.select(scene, tmp_path, data_dir='/elsewhere')
 
@@ -111,7 +110,8 @@ class TestEvaluate:
     config = configs.Config(**{'data_dir': str(tmp_path / 'data'), **config})
     settings = dataclasses.replace(tiny.settings(), config=config)
     params = {'w': np.ones(5, np.float32)}
-    eval_program.evaluate(settings, scene, [0, 4], fake_render, params, 70, str(tmp_path))
+    run = trained.TrainedRun(str(tmp_path), settings, scene, tiny.mesh(1), params, 70)
+    eval_program.evaluate(run, [0, 4], fake_render)
     folder = tmp_path / 'eval'
     return folder, json.loads((folder / 'results.json').read_text())
 
@@ -149,7 +149,7 @@ class TestEvaluate:
     assert results['lpips']['absent'] is None
     assert {k: results['mean'][k] for k in numbers} == numbers
 
-  def test_tells_how_long_training_took_to_the_step(self, scene, tmp_path):
+  def test_training_time_is_that_up_to_the_step(self, scene, tmp_path):
     _, results = self.evaluate(scene, tmp_path, eval_save_output=False)
     assert results['train_seconds'] is None
     rows = ({'step': s, 'train_seconds': 2.0 * s} for s in (50, 70, 90))
@@ -184,7 +184,7 @@ def render(scene, tmp_path, monkeypatch):
 
     params = {'w': np.full(3, weights, np.float32)}
     settings = dataclasses.replace(configs.load_config(), config=config)
-    monkeypatch.setattr(checkpoints, 'open_run', lambda folder, bindings: (settings, scene))
+    monkeypatch.setattr(run_folder, 'open_run', lambda folder, bindings: (settings, scene))
     monkeypatch.setattr(checkpoints, 'restore_params', lambda *_, **__: (params, step))
     monkeypatch.setattr(
       renderer, 'make_image_renderer', lambda *_, **told: asked.append(told) or render_image
@@ -270,15 +270,15 @@ class TestRender:
     path.unlink()
     if text:
       path.write_text(text)
-    with pytest.raises(render_program.RenderError, match='Remove that folder'):
+    with pytest.raises(render_program.RenderError, match='Remove the folder'):
       render()
 
   def test_without_an_encoder_the_frames_stay(self, render, monkeypatch):
-    def missing(folder):
+    def missing():
       raise video.VideoError('no encoder')
 
     with monkeypatch.context() as patch:
-      patch.setattr(video, '_find_encoder', missing)
+      patch.setattr(video, 'find_ffmpeg', missing)
       with pytest.raises(video.VideoError):
         render()
     assert render() == []

@@ -1,4 +1,4 @@
-"""Whole images from chunks, and what the ray probe sees."""
+"""Renders whole images from chunks, and probes rays."""
 
 import jax.numpy as jnp
 import numpy as np

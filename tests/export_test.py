@@ -17,7 +17,7 @@ from internal.datasets import transforms
 from internal.export import mesh as mesh_lib
 from internal.export import points
 from internal.rendering import renderer, surface_points
-from internal.training import checkpoints
+from internal.training import checkpoints, run_folder
 
 RADIUS = 0.4
 
@@ -230,9 +230,9 @@ def test_forward_facing_runs_are_refused():
 
 def test_the_command(scene, tmp_path, monkeypatch, capsys):
   settings = tiny.settings()
-  monkeypatch.setattr(checkpoints, 'open_run', lambda _: (settings, scene))
+  monkeypatch.setattr(run_folder, 'open_run', lambda *_: (settings, scene))
   monkeypatch.setattr(checkpoints, 'restore_params', lambda *_, **__: ({}, 5))
-  monkeypatch.setattr(renderer, 'make_image_renderer', lambda *_: render_ball)
+  monkeypatch.setattr(renderer, 'make_image_renderer', lambda *_, **__: render_ball)
   monkeypatch.setattr(mesh_lib, 'make_field', lambda _: ball_field)
   arguments = [str(tmp_path), '--views', '8', '--width', '60', '--resolution', '48']
   # Around the ball, which has the centre (-4, 2, -6) and the radius 0.8 in this frame.

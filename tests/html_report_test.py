@@ -1,4 +1,4 @@
-"""report.html: whole by itself, whatever names people choose, and alive in a browser."""
+"""report.html: self-contained, with escaped names, and interactive in a browser."""
 
 import base64
 import dataclasses
@@ -18,7 +18,7 @@ from PIL import Image
 from internal import configs
 from internal.commands import eval as eval_program
 from internal.evaluation import benchmarks, html_report, results
-from internal.evaluation import metrics as metrics_lib
+from internal.rendering import trained
 
 scene = eval_render_test.scene
 NASTY = 'a<script>x()</script>&".png'
@@ -52,16 +52,16 @@ def run(scene, tmp_path):
     of = dataclasses.replace(scene, names=names or scene.names)
     (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in metrics))
     render = eval_render_test.fake_render
-    eval_program.evaluate(
-      settings, of, [0, 4], render, {'w': np.ones(5, np.float32)}, 70, str(tmp_path)
-    )
+    params = {'w': np.ones(5, np.float32)}
+    opened = trained.TrainedRun(str(tmp_path), settings, of, tiny.mesh(1), params, 70)
+    eval_program.evaluate(opened, [0, 4], render)
     path = tmp_path / 'eval' / 'report.html'
     return path, Elements(path.read_text())
 
   return make
 
 
-def test_nothing_is_fetched_from_anywhere(run):
+def test_the_page_loads_no_external_resources(run):
   _, page = run()
   addresses = [a[k] for _, a in page.found for k in ('src', 'href') if k in a]
   assert len(addresses) == 2 * 6  # Truth, prediction, depth, error, opacity, normals.
@@ -102,8 +102,9 @@ def test_curves_of_what_was_logged(run):
   ]
   _, page = run(metrics=[*rows, {'step': 8, 'test_psnr': 15.0, 'train_seconds': 8}])
   assert len(page.all('svg')) == 2
-  assert len(page.all('polyline')) == 3
-  assert len(page.all('circle')) == 1
+  lines = [g['id'] for g in page.all('g') if '-line-' in g.get('id', '')]
+  assert len(set(lines)) == len(lines) == 3
+  assert sum('-dots-' in g.get('id', '') for g in page.all('g')) == 1
   assert {'training rays', 'test images', 'sum', 'data'} <= set(page.text)
   assert any('10,000 rays/s' in text for text in page.text)
 
@@ -157,7 +158,7 @@ def test_published_numbers_stand_beside_ours_only_where_they_may(run, tmp_path):
   width, height = (round(side) for side in facts.used_size)
   fit = {**known, 'factor': facts.factor, 'num_images': facts.test, 'dataset_loader': 'llff'}
   fit['image_sizes'] = {f'{width}x{height}': facts.test}
-  fit['protocol'] = {**found['protocol'], 'test_split': metrics_lib.every(benchmark.hold)}
+  fit['protocol'] = {**found['protocol'], 'test_split': results.every(benchmark.hold)}
   told = html_report._published(fit, 'r.json')
   assert told['reason'] is None
   ours = [row for row in told['rows'] if row[2]]

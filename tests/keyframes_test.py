@@ -1,4 +1,4 @@
-"""Camera paths set by hand."""
+"""Camera paths through keyframes."""
 
 import json
 

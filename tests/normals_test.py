@@ -1,4 +1,4 @@
-"""Normals: against finite differences, of a field that is known, and nowhere unless asked for."""
+"""Normals: against finite differences and a known field; computed only on request."""
 
 import types
 

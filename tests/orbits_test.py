@@ -1,4 +1,4 @@
-"""Paths about what cameras look at: what they promise, in worlds turned and scaled at random."""
+"""Paths around the focus: their properties, in randomly rotated and scaled worlds."""
 
 import numpy as np
 import paths_test
@@ -70,7 +70,7 @@ def test_helix_rises_at_constant_speed(poses):
 
 
 @pytest.mark.parametrize('distance', [0.5, -1.0])
-def test_dolly_goes_straight_and_tells_depths(poses, distance):
+def test_dolly_is_straight_and_returns_depths(poses, distance):
   path, depths = orbits.generate_dolly_path(poses, poses[3], 11, distance)
   np.testing.assert_array_equal(path[:, :, :3], np.tile(poses[3, :, :3], (11, 1, 1)))
   np.testing.assert_allclose(path[0], poses[3])
@@ -92,7 +92,7 @@ def test_level_turns_about_the_position():
   np.testing.assert_allclose(flat[1, :, 2], [0, -1, 0], atol=1e-12)
 
 
-def test_what_cannot_be_is_refused():
+def test_invalid_arguments_are_errors():
   poses = paths_test.orbit()[0]
   with pytest.raises(ValueError, match='-89 to 89 degrees, got 90'):
     orbits.generate_orbit_path(poses, 5, elevation=90)
@@ -104,9 +104,9 @@ def test_what_cannot_be_is_refused():
     orbits.generate_dolly_path(poses, poses[0], 5, 1.5)
   away = poses[0].copy()
   away[:, :3] *= [-1, 1, -1]
-  with pytest.raises(ValueError, match='before it'):
+  with pytest.raises(ValueError, match='focus of the cameras in front of it'):
     orbits.generate_dolly_path(poses, away, 5)
   outward = poses.copy()
   outward[:, :, 3] = 0
-  with pytest.raises(ValueError, match='stand where they look at'):
+  with pytest.raises(ValueError, match='all at the point that they look at'):
     orbits.generate_orbit_path(outward, 5)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tiny
 
-from internal.evaluation import benchmarks, metrics
+from internal.evaluation import benchmarks, results
 
 
 def outcome(scene, psnr=25.0, ssim=0.75, lpips=None, factor=4, n=3, size=(40, 30), bindings=()):
@@ -20,8 +20,8 @@ def outcome(scene, psnr=25.0, ssim=0.75, lpips=None, factor=4, n=3, size=(40, 30
   settings = tiny.settings(*here, *bindings)
   absent = 'not installed' if lpips is None else None
   own = settings.config.dataset_loader != 'llff'
-  split = metrics.OWN_SPLIT if own else metrics.every(settings.config.llffhold)
-  return metrics.make_results(settings, split, rows, 250_000, 9_007_493, absent, 3600.0)
+  split = results.OWN_SPLIT if own else results.every(settings.config.llffhold)
+  return results.make(settings, split, rows, 250_000, 9_007_493, absent, 3600.0)
 
 
 def published_scene(scene, dataset='360', **change):

@@ -1,4 +1,4 @@
-"""Camera paths from files: each form, and what damaged ones are answered with."""
+"""Camera paths from files: each format, and errors for damaged files."""
 
 import json
 
@@ -74,11 +74,11 @@ def test_a_colmap_model_gives_its_images_poses_by_name(tmp_path):
     ({'camera_type': 'vr180_l'}, r"camera_type 'vr180_l' cannot be rendered.*equirectangular"),
     ({'camera_type': ['fisheye']}, 'cannot be rendered'),
     ({'drop': ['render_width']}, 'render_width must be a finite number'),
-    ({'render_height': 0}, 'must be pixels'),
-    ({'fps': -1}, 'fps must be in 0 to 1000, got -1'),
+    ({'render_height': 0}, 'must be whole numbers from 1 to 100000'),
+    ({'fps': -1}, 'fps must be above 0 and at most 1000, got -1'),
     ({'frame': {'camera_to_world': [1, 2, 3]}}, r'camera_to_world of frame 1 must be 16 finite'),
-    ({'frame': {'camera_to_world': (2 * np.eye(4)).tolist()}}, 'pose 1 is no rotation'),
-    ({'frame': {'fov': 180}}, 'fov of frame 1 must be in 0 to 180 degrees, got 180'),
+    ({'frame': {'camera_to_world': (2 * np.eye(4)).tolist()}}, 'pose 1 is not a rigid transform'),
+    ({'frame': {'fov': 180}}, 'fov of frame 1 must be between 0 and 180 degrees, got 180'),
     ({'frame': {'fov': 'wide'}}, "fov of frame 1 must be a finite number, got 'wide'"),
   ],
 )
@@ -88,7 +88,7 @@ def test_bad_camera_paths_are_named(how, message, tmp_path):
 
 
 @pytest.mark.parametrize('text', ['{"half', '[1, 2]', '[' * 100_000, 'NaN'])
-def test_what_is_no_json_object(text, tmp_path):
+def test_invalid_json_is_an_error(text, tmp_path):
   (tmp_path / 'p.json').write_text(text)
   with pytest.raises(path_files.PathFileError, match=r'p\.json: (is not valid|must be a) JSON'):
     path_files.read(str(tmp_path / 'p.json'))

@@ -1,4 +1,4 @@
-"""The picture of a path: that what it shows lies where it should, and what it tells."""
+"""The preview of a path: where things are drawn, and its numbers."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ RED = np.array([[255, 0, 0]], np.uint8)
 def draw(points=None, scene=None, **config):
   scene = scene or trajectory_test.make_scene()
   config = configs.Config(**{'render_path_frames': 40, **config})
-  cams = trajectory.make_cameras(config, scene)
+  cams, _ = trajectory.make_path(config, scene)
   return preview.draw(scene, cams, 20, points, 'test'), cams
 
 
@@ -27,7 +27,7 @@ def panels(picture):
     yield picture[margin : margin + side, left : left + side].astype(int)
 
 
-def test_points_are_seen_from_above_and_from_the_side():
+def test_points_are_drawn_from_above_and_from_the_side():
   empty, _ = draw()
   # The camera circle has radius 1 about (0, 0, 0), so the panel's middle is there, give or take.
   cloud = np.array([[0.1, 0.4, -0.5]]) + 0.01 * np.random.default_rng(0).normal(size=(300, 3))
@@ -44,9 +44,9 @@ def test_points_are_seen_from_above_and_from_the_side():
 
 
 def side_centre():
-  """The middle of what is to be seen, in make_scene."""
+  """The middle of the cameras, path and focus of make_scene."""
   scene = trajectory_test.make_scene()
-  path = trajectory.make_cameras(configs.Config(render_path_frames=40), scene).camtoworld
+  path = trajectory.make_path(configs.Config(render_path_frames=40), scene)[0].camtoworld
   places = [np.asarray(scene.cameras.camtoworld)[1:, :, 3], path[:, :, 3], np.zeros((1, 3))]
   places = np.concatenate(places)
   return (places.min(0) + places.max(0)) / 2
@@ -61,7 +61,7 @@ def side_centre():
     {'render_path_frames': 1},
   ],
 )
-def test_paths_and_lenses_of_all_kinds(config):
+def test_draws_all_kinds_of_paths_and_lenses(config):
   picture, _ = draw(**config)
   first, second = panels(picture)
   assert (first < 200).any(-1).sum() > 500
@@ -69,12 +69,12 @@ def test_paths_and_lenses_of_all_kinds(config):
 
 
 def test_numbers_are_in_the_captures_units(monkeypatch):
-  told = {}
-  monkeypatch.setattr(preview, '_draw_foot', lambda pen, lines: told.update(lines=lines))
+  caption = []
+  monkeypatch.setattr(preview, '_draw_foot', lambda sheet, lines: caption.extend(lines))
   scene = trajectory_test.make_scene()
   scene = dataclasses.replace(scene, world_transform=np.diag([0.5, 0.5, 0.5, 1]))
   _, cams = draw(scene=scene, render_path_type='orbit', render_path_frames=400)
-  first, second, third = told['lines']
+  first, second, third = caption
   assert '400 frames, 20.0 s at 20 frames a second' in first
   assert '60 x 40, perspective, 62 x 42 degrees' in first
   way = 2 * np.pi * np.linalg.norm(np.asarray(cams.camtoworld)[0, :2, 3]) / 0.5
@@ -83,12 +83,12 @@ def test_numbers_are_in_the_captures_units(monkeypatch):
   assert '7 training photos' in third
   draw(scene=scene, render_spline_keyframes='dir/img_1,dir/img_2,dir/img_7',
        render_spline_const_speed=False, render_spline_smoothness=0.0)  # fmt: skip
-  assert 'times the usual' in told['lines'][1]
+  assert 'times the usual' in caption[4]
 
 
-@pytest.mark.parametrize(('x', 'nice'), [(0.9, 0.5), (5.0, 5), (499.0, 200), (0.001, 0.001)])
-def test_scales_are_round(x, nice):
-  assert preview._nice(x) == pytest.approx(nice)
+@pytest.mark.parametrize(('x', 'rounded'), [(0.9, 0.5), (5.0, 5), (499.0, 200), (0.001, 0.001)])
+def test_scales_are_round(x, rounded):
+  assert preview._round_down(x) == pytest.approx(rounded)
 
 
 class TestSparsePoints:
@@ -106,13 +106,13 @@ class TestSparsePoints:
     np.testing.assert_allclose(xyz, wanted, atol=1e-5)
     np.testing.assert_array_equal(rgb, np.full((20, 3), 128))
 
-  def test_are_at_most_so_many(self, tmp_path, monkeypatch):
-    monkeypatch.setattr(sparse_points, '_MOST', 10)
+  def test_number_is_limited(self, tmp_path, monkeypatch):
+    monkeypatch.setattr(sparse_points, '_MAX_POINTS', 10)
     _, (xyz, _) = self.save(tmp_path, np.random.default_rng(0).normal(size=(50, 3)))
     assert xyz.shape == (10, 3)
     assert len(np.unique(xyz, axis=0)) == 10
 
-  def test_none_is_no_error(self, tmp_path):
+  def test_missing_or_damaged_files_give_none(self, tmp_path):
     assert self.save(tmp_path, ())[1] is None
     path = tmp_path / 'run' / sparse_points.FILE
     for content in (b'no array', b''):

@@ -163,7 +163,7 @@ def test_eval_without_a_checkpoint_says_so(tmp_path, run):
   shutil.copytree(run, empty)
   shutil.rmtree(empty / 'checkpoints')
   done = _run('eval.py', f"Config.checkpoint_dir = '{empty}'", config=None, code=1)
-  _one_line(done, 'No whole checkpoint', str(empty))
+  _one_line(done, 'No complete checkpoint', str(empty))
 
 
 def test_eval_says_where_the_photographs_went(run):

@@ -7,7 +7,7 @@ import tiny
 from scipy import ndimage
 
 from internal import configs, image
-from internal.evaluation import lpips, metrics
+from internal.evaluation import lpips, metrics, results
 
 
 @pytest.fixture
@@ -86,13 +86,13 @@ class TestImageMetrics:
     np.testing.assert_array_equal(seen[-1][2], mask[2:-2, 2:-2])
 
   def test_sizes_must_agree(self, pair):
-    with pytest.raises(ValueError, match='compared'):
+    with pytest.raises(ValueError, match='must have the same shape'):
       metrics.image_metrics(pair[0], pair[1][:, :-1], configs.Config())
 
 
 class TestProtocol:
   def test_the_published_one_has_no_departures(self):
-    got = metrics.protocol(configs.Config(dataset_loader='llff', factor=4), metrics.every(8))
+    got = results.protocol(configs.Config(dataset_loader='llff', factor=4), results.every(8))
     assert got['name'] == 'mip-NeRF 360'
     assert got['departures'] == []
 
@@ -106,18 +106,18 @@ class TestProtocol:
     ],
   )
   def test_every_departure_is_named(self, change, word):
-    got = metrics.protocol(configs.Config(**change), metrics.OWN_SPLIT)
+    got = results.protocol(configs.Config(**change), results.OWN_SPLIT)
     assert got['name'] == 'mip-NeRF 360, modified'
     assert len(got['departures']) == 1
     assert word in got['departures'][0]
 
-  @pytest.mark.parametrize('split', [metrics.every(10), 'every 8th image, not by name'])
+  @pytest.mark.parametrize('split', [results.every(10), 'every 8th image, not by name'])
   def test_another_split_is_a_departure(self, split):
-    got = metrics.protocol(configs.Config(), split)
+    got = results.protocol(configs.Config(), split)
     assert got['departures'] == [f'test images: {split}; published: every 8th image by name']
 
   def test_what_tables_compare(self):
-    got = metrics.protocol(configs.Config(eval_crop_borders=3), metrics.every(10))
+    got = results.protocol(configs.Config(eval_crop_borders=3), results.every(10))
     assert (got['quantized'], got['crop_borders'], got['render_interval']) == (True, 3, 1)
     assert got['test_split'] == 'every 10th image by name'
     assert set(got['lpips']) == {'lpips_paper', 'lpips_vgg'}
@@ -131,15 +131,15 @@ class TestProtocol:
       ('abcdefgh', (0, 4), "the capture's own"),
     ],
   )
-  def test_splits_are_told_by_what_they_are(self, names, test, split):
+  def test_split_descriptions(self, names, test, split):
     scene = SimpleNamespace(names=tuple(names), test=test)
-    assert metrics.test_split(configs.Config(llffhold=3), scene) == split
+    assert results.test_split(configs.Config(llffhold=3), scene) == split
 
 
 class TestConfigHash:
   def test_scenes_share_it_and_methods_do_not(self):
     def hashed(*bindings):
-      return metrics.config_hash(configs.load_config(['configs/360.gin'], bindings))
+      return results.config_hash(configs.load_config(['configs/360.gin'], bindings))
 
     here = hashed()
     assert len(here) == 16
@@ -178,9 +178,7 @@ class TestResults:
 
   def test_says_all_that_is_asked_of_it(self):
     settings = tiny.settings("Config.data_dir = '/captures/bonsai/'", 'Config.factor = 2')
-    got = metrics.make_results(
-      settings, metrics.every(8), self.rows(), 5000, 9_007_493, 'no weights', 77.5
-    )
+    got = results.make(settings, results.every(8), self.rows(), 5000, 9_007_493, 'no weights', 77.5)
     mean = {'psnr': 25, 'ssim': 0.5, 'cc_psnr': 21, 'cc_ssim': 0.6}
     assert got['mean'] == pytest.approx({**mean, 'lpips_paper': None, 'lpips_vgg': None})
     assert got['lpips']['absent'] == 'no weights'
@@ -192,9 +190,9 @@ class TestResults:
     assert got['image_sizes'] == {'16x16': 1, '20x16': 2}
     assert got['masked_images'] == 1
     assert got['seconds_per_image'] == 2  # Not drawn off by the minute of compiling.
-    assert got['schema_version'] == metrics.SCHEMA_VERSION
+    assert got['schema_version'] == results.SCHEMA_VERSION
     assert got['mlp_dtype'] == 'float32'  # Which 'auto' means on a CPU.
-    assert got['config_hash'] == metrics.config_hash(settings)
+    assert got['config_hash'] == results.config_hash(settings)
     assert got['device']['count'] == 8
     assert set(got['software']) >= {'jax', 'flax', 'numpy', 'python'}
 
@@ -202,16 +200,16 @@ class TestResults:
     rows = self.rows()
     for k, row in enumerate(rows):
       row |= {'lpips_paper': 0.1 * k, 'lpips_vgg': 0.2 * k}
-    got = metrics.make_results(tiny.settings(), metrics.every(8), rows, 1, 2)
+    got = results.make(tiny.settings(), results.every(8), rows, 1, 2)
     assert got['mean']['lpips_paper'] == pytest.approx(0.1)
     assert got['mean']['lpips_vgg'] == pytest.approx(0.2)
     assert got['lpips']['absent'] is None
 
   @pytest.mark.parametrize('value', [np.inf, -np.inf, np.nan, np.float32(np.nan)])
   def test_json_stays_valid_whatever_the_numbers(self, tmp_path, value):
-    got = metrics.make_results(tiny.settings(), metrics.every(8), self.rows(psnr=value), 1, 2)
+    got = results.make(tiny.settings(), results.every(8), self.rows(psnr=value), 1, 2)
     path = tmp_path / 'new' / 'results.json'
-    metrics.write_json(str(path), got)
+    results.write_json(str(path), got)
 
     def refuse(constant):
       raise AssertionError(f'{constant} is not JSON')
@@ -224,7 +222,7 @@ class TestResults:
 
   def test_numpy_numbers_come_back_as_they_were(self, tmp_path):
     path = tmp_path / 'a.json'
-    metrics.write_json(str(path), {'a': np.int32(3), 'b': (np.float64(0.1), True), 'c': None})
+    results.write_json(str(path), {'a': np.int32(3), 'b': (np.float64(0.1), True), 'c': None})
     assert json.loads(path.read_text()) == {'a': 3, 'b': [0.1, True], 'c': None}
 
   def test_a_line_has_all_metrics(self):

@@ -5,13 +5,13 @@ from pathlib import Path
 import outcomes
 import pytest
 
-from internal.evaluation import metrics, results
+from internal.evaluation import results
 
 
 def test_what_evaluation_writes_fits(tmp_path):
   path = tmp_path / 'results.json'
   content = outcomes.outcome('bonsai', psnr=float('inf'), lpips=0.2)
-  metrics.write_json(str(path), content)
+  results.write_json(str(path), content)
   got = results.read(str(path))
   assert got['mean']['psnr'] is None
   assert got['mean']['lpips_vgg'] == pytest.approx(0.25)
@@ -19,7 +19,7 @@ def test_what_evaluation_writes_fits(tmp_path):
 
 def test_the_schema_is_of_the_version_that_is_written():
   schema = results.schema()
-  assert schema['properties']['schema_version']['const'] == metrics.SCHEMA_VERSION
+  assert schema['properties']['schema_version']['const'] == results.SCHEMA_VERSION
 
 
 def test_every_field_is_described():
@@ -90,7 +90,7 @@ def test_other_files_are_refused(tmp_path, text):
   assert 'run eval.py again' in str(caught.value)
 
 
-def test_another_version_is_told_apart_from_damage(tmp_path):
+def test_another_schema_version_has_its_own_error(tmp_path):
   content = change(outcomes.outcome('a'), ['schema_version'], 1)
   path = outcomes.write(tmp_path / 'r.json', content)
   with pytest.raises(results.ResultsError, match='has schema_version 1, this program reads 2'):

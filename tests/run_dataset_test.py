@@ -15,7 +15,7 @@ import tiny
 
 from internal import configs
 from internal.commands import run_dataset as program
-from internal.evaluation import benchmarks, lpips, metrics, results
+from internal.evaluation import benchmarks, lpips, results
 from internal.experiments import dataset_runs, jobs, runs
 from internal.system import progress
 
@@ -124,7 +124,7 @@ class TestIsFinished:
   def finished(self, run, **change):
     same = {
       'step': run.settings.config.last_step,
-      'config_hash': metrics.config_hash(run.settings),
+      'config_hash': results.config_hash(run.settings),
     }
     content = {**outcomes.published_scene('garden'), **same, **change}
     outcomes.write(run.results, content)
@@ -142,7 +142,7 @@ class TestIsFinished:
 
   def test_not_if_another_evaluation_is_asked_for(self, make_run, monkeypatch):
     assert self.finished(make_run())
-    monkeypatch.setattr(metrics, '_DESCRIPTION', 'the same in other words')
+    monkeypatch.setattr(results, '_DESCRIPTION', 'the same in other words')
     assert runs.is_finished(make_run())
     assert not runs.is_finished(make_run('garden', 'Config.eval_crop_borders = 2'))
 
@@ -194,7 +194,7 @@ def stand_in(monkeypatch):
   def make_job(run):
     content = outcomes.published_scene(run.name)
     content['step'] = run.settings.config.last_step
-    content['config_hash'] = metrics.config_hash(run.settings)
+    content['config_hash'] = results.config_hash(run.settings)
     outcomes.write(os.path.join(run.folder, 'made.json'), content)
     broken = os.path.join(os.path.dirname(run.folder), 'broken')
     fail = f'[ {run.name} != room ] || [ ! -e {shlex.quote(broken)} ] || exit 7'

@@ -63,8 +63,8 @@ class TestPublished:
       settings = configs.load_config([str(ROOT / benchmark.config)])
       assert settings.config.dataset_loader == benchmark.loader
 
-  def test_an_unknown_dataset_is_answered_with_the_known(self):
-    with pytest.raises(benchmarks.BenchmarkError, match=r"'361': there are 360, llff, blender"):
+  def test_an_unknown_dataset_lists_the_known_ones(self):
+    with pytest.raises(benchmarks.BenchmarkError, match=r"'361'; choose one of 360, llff, blender"):
       benchmarks.load('361')
 
 
@@ -121,7 +121,7 @@ class TestMake:
     assert table.difference(table.rows[-1], 'lpips_paper', 'bonsai') == pytest.approx(0.024)
     assert table.difference(table.rows[-1], 'lpips_vgg', 'bonsai') is None  # None in print.
 
-  def test_captures_of_ones_own(self):
+  def test_captures_outside_of_benchmarks(self):
     runs = [tables.Run(f'{s}.json', outcomes.outcome(s, psnr=p)) for s, p in (('x', 20), ('y', 22))]
     assert tables.find_benchmark(runs) is None
     table = tables.make({'ours': runs})
@@ -132,7 +132,7 @@ class TestMake:
   def test_a_dataset_is_known_by_its_scenes(self):
     assert tables.find_benchmark([run('garden'), run('room')]).name == '360'
     assert tables.find_benchmark([run('fern', dataset='llff')]).name == 'llff'
-    with pytest.raises(tables.TablesError, match='360 and llff have such scenes; say --dataset'):
+    with pytest.raises(tables.TablesError, match='360 and llff have these scenes; choose'):
       tables.find_benchmark([run('room')])
 
   def test_one_config_is_one_method(self):
@@ -145,16 +145,16 @@ class TestMake:
   @pytest.mark.parametrize(
     ('kwargs', 'words'),
     [
-      ({'metrics': ['psrn']}, "'psrn': there are psnr, ssim"),
-      ({'published': ['NeRF--']}, "'NeRF--' on 360: there are mip-NeRF 360, paper"),
+      ({'metrics': ['psrn']}, "'psrn'; choose from psnr, ssim"),
+      ({'published': ['NeRF--']}, "'NeRF--' on 360; choose from mip-NeRF 360, paper"),
     ],
   )
-  def test_unknown_names_are_answered_with_the_known(self, kwargs, words):
+  def test_unknown_names_list_the_known_ones(self, kwargs, words):
     with pytest.raises(tables.TablesError, match=words):
       make(nine(), **kwargs)
 
   def test_a_scene_of_another_dataset(self):
-    with pytest.raises(tables.TablesError, match=r"shed.json: 'shed' is no scene of '360'"):
+    with pytest.raises(tables.TablesError, match=r"shed.json: 'shed' is not a scene of '360'"):
       make([tables.Run('shed.json', outcomes.outcome('shed'))])
 
 
@@ -227,7 +227,7 @@ class TestMixing:
       ({'bindings': ['Config.llffhold = 9']}, 'protocol.test_split'),
     ],
   )
-  def test_published_numbers_stand_beside_their_own_protocol_alone(self, change, field):
+  def test_published_numbers_require_their_protocol(self, change, field):
     runs = [run('garden', **change)]
     words = rf'garden\.json and the published numbers .* differ in {field}'
     with pytest.raises(tables.TablesError, match=words):
@@ -330,7 +330,7 @@ class TestProgram:
   def test_errors_of_the_script_itself_are_one_line_too(self, capsys):
     with pytest.raises(SystemExit):
       cli.run(lambda: program.main([]))
-    assert capsys.readouterr().err.startswith('Error: Of which results?')
+    assert capsys.readouterr().err.startswith('Error: No results.json given')
 
   @pytest.mark.parametrize('ending', ['.pdf', ''])
   def test_unknown_forms(self, paths, ending):

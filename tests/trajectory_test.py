@@ -33,7 +33,7 @@ def make_scene(n=8, lens=structs.PERSPECTIVE, bounds=None, pixtocam_ndc=None):
 
 
 def make(scene=None, **config):
-  return trajectory.make_cameras(configs.Config(**config), scene or make_scene())
+  return trajectory.make_path(configs.Config(**config), scene or make_scene())[0]
 
 
 def camtopix(cams):
@@ -106,7 +106,7 @@ class TestPoses:
       make(render_path_file='/nowhere.npy')
 
   @pytest.mark.parametrize('space', ['capture', 'normalized'])
-  def test_a_files_poses_are_in_the_captures_world_unless_told(self, space, tmp_path):
+  def test_a_files_poses_are_in_the_captures_world_by_default(self, space, tmp_path):
     scene = make_scene()
     turn = np.array([[0, -1.0, 0], [1, 0, 0], [0, 0, 1]])
     transform = np.eye(4)
@@ -142,7 +142,7 @@ class TestPoses:
     assert depth[-1] == pytest.approx(depth[0] / 2, rel=1e-4)
     np.testing.assert_allclose(depth * cams.pixtocam[:, 0, 0], depth[0] / 50, rtol=1e-4)
 
-  def test_splines_have_constant_speed_unless_told(self):
+  def test_splines_have_constant_speed_by_default(self):
     names = ','.join(f'dir/img_{i}' for i in (0, 1, 2, 5, 6))  # A long gap in the middle.
     told = {'render_spline_keyframes': names, 'render_spline_smoothness': 0.0}
 
@@ -156,7 +156,7 @@ class TestPoses:
     assert len(closed.size) == 5 * 30
 
   def test_an_empty_list_of_photos(self):
-    with pytest.raises(trajectory.TrajectoryError, match=r'names no image.*dir/img_0'):
+    with pytest.raises(trajectory.TrajectoryError, match=r'must name images.*dir/img_0'):
       make(render_spline_keyframes=' , ')
 
 
@@ -176,7 +176,7 @@ class TestCameraPathOfNerfstudio:
     focal = 1 / np.asarray(cams.pixtocam)[:, [0, 1], [0, 1]]
     np.testing.assert_allclose(focal, [[50, 50], [50 * 3**0.5, 50 * 3**0.5]], rtol=1e-5)
     np.testing.assert_allclose(cams.camtoworld[:, :, 3], [[1, 2, 3]] * 2)
-    assert trajectory.frames_per_second(configs.Config(**told)) == 24
+    assert trajectory.make_path(configs.Config(**told), make_scene())[1] == 24
 
   def test_settings_count_on_top(self, tmp_path):
     told = self.write(tmp_path)

@@ -92,7 +92,7 @@ class TestFailures:
 
   @pytest.mark.parametrize('kwargs', [{'fps': 0}, {'crf': 52}, {'crf': -1}])
   def test_bad_settings(self, frames, tmp_path, kwargs):
-    with pytest.raises(video.VideoError, match='fps > 0 and crf'):
+    with pytest.raises(video.VideoError, match='fps must be positive and crf'):
       video.write_video(frames, str(tmp_path / 'out.mp4'), **kwargs)
 
   def test_a_frame_of_another_size(self, frames, tmp_path):

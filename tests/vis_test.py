@@ -38,7 +38,7 @@ class TestToUint8:
 
 
 class TestWritePng:
-  def test_comes_back_and_leaves_nothing_else(self, tmp_path):
+  def test_png_round_trip_leaves_no_other_file(self, tmp_path):
     img = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     path = tmp_path / 'new' / 'folder' / 'a.png'
     pictures.write_png(str(path), img)

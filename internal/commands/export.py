@@ -16,12 +16,10 @@ import os
 import numpy as np
 
 from .. import cli, paths
-from ..devices import sharding
 from ..export import mesh as mesh_lib
 from ..export import points
-from ..rendering import orbits, renderer
+from ..rendering import orbits, trained
 from ..system import progress
-from ..training import checkpoints, run_folder, train_step
 
 _KINDS = ('points', 'mesh', 'depth')
 _LEVEL_QUANTILE = 0.1  # The mesh's default level, among the densities at the views' surfaces.
@@ -83,11 +81,8 @@ def main(argv: list[str] | None = None) -> None:
   settings, scene = run_folder.open_run(args.run)
   box, out = read_box(args, scene), args.out or os.path.join(args.run, 'export')
   cams = points.pinhole_views(scene, args.views, args.width)
-  mesh = sharding.make_mesh()
-  params, step = checkpoints.restore_params(args.run, settings, mesh=mesh)
-  fraction = float(train_step.train_fraction(step, settings.config.max_steps))
-  render_image = renderer.make_image_renderer(settings, mesh)
-  views = points.render_views(render_image, params, cams, fraction)
+  run = trained.restore(args.run, settings, scene)
+  views = points.render_views(run.make_image_renderer(), run.params, cams, run.train_fraction)
   train = np.asarray(scene.cameras.camtoworld, np.float64)[list(scene.train)]
   up = orbits.mean_up(paths.transform_poses(np.linalg.inv(scene.world_transform), train))
   written = {}
@@ -102,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
   if 'points' in args.only:
     write('points', *points.point_cloud(views, box, args.points))
   if 'mesh' in args.only:
-    export_mesh_files(args, settings, params, scene, views, box, write)
+    export_mesh_files(args, settings, run.params, scene, views, box, write)
   if 'depth' in args.only:
     folder = os.path.join(out, 'depth')
     points.write_depth_folder(folder, scene, views)

@@ -6,9 +6,9 @@
     python render.py --checkpoint_dir runs/bonsai --preview
 
 Writes <checkpoint_dir>/render/color/*.png and depth/*.png, then color.mp4 and depth.mp4 (with
-Config.vis_normals also normals). Frames that exist are skipped, so an interrupted rendering goes on
-where it stopped. Config.render_* in --gin_bindings chooses path, size and lens (docs/paths.md);
---preview draws them into preview.png within seconds, and renders nothing.
+Config.vis_normals also normals). Existing frames are skipped, so the same command resumes an
+interrupted rendering. Config.render_* in --gin_bindings selects path, size and lens
+(docs/paths.md); --preview draws the path to preview.png within seconds, without rendering frames.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ import jax
 import numpy as np
 
 from .. import cli, structs
-from ..devices import processes, sharding
+from ..devices import processes
 from ..errors import UserError
-from ..evaluation import html_report, metrics
-from ..rendering import preview, renderer, trajectory
+from ..evaluation import html_report, results
+from ..rendering import preview, trained, trajectory
 from ..system import progress
-from ..training import checkpoints, run_folder, train_step
+from ..training import run_folder
 from ..vis import pictures, video
 
 _KINDS = ('color', 'depth', 'normals')
-_SURVEY_FRAMES, _SURVEY_SIDE = 8, 96  # Frames and pixels that the depth's scale is taken from.
+_SURVEY_FRAMES, _SURVEY_SIDE = 8, 96  # Small frames that set the range of the depth colours.
 
 
 class RenderError(UserError):
-  """What keeps a path from being rendered."""
+  """A render folder whose frames do not belong to this video."""
 
 
 def digest(tree) -> str:
-  """A short fingerprint of all numbers in a pytree."""
+  """Returns a short hash of all arrays in a pytree."""
   sha = hashlib.sha256()
   for leaf in jax.tree.leaves(tree):
     sha.update(np.ascontiguousarray(leaf).tobytes())
@@ -47,7 +47,7 @@ def digest(tree) -> str:
 
 
 def describe(cams: structs.Cameras, params, step: int) -> dict:
-  """What frames are of; frames of one description belong to one video."""
+  """Describes a video; only frames with equal descriptions belong together."""
   return {
     'step': step,
     'weights': digest(params),
@@ -59,46 +59,48 @@ def describe(cams: structs.Cameras, params, step: int) -> dict:
 
 
 def read_description(folder: str, wanted: dict) -> dict | None:
-  """What the folder's frames are of, None where there are none yet.
+  """Reads the description of the folder's frames; None if there are no frames yet.
 
   Raises:
-    RenderError: they are of something else than what is wanted.
+    RenderError: the frames do not match the `wanted` description.
   """
   path = os.path.join(folder, 'render.json')
   way_out = (
-    'Remove that folder to render anew, or choose another: '
+    'Remove the folder to render again, or choose another one: '
     '--gin_bindings "Config.render_dir=\'...\'".'
   )
   try:
     with open(path) as f:
       found = json.load(f)
-    other = [k for k in wanted if found[k] != wanted[k]]
+    changed = [k for k in wanted if found[k] != wanted[k]]
     _ = [float(t) for t in found['depth_range']]
   except FileNotFoundError:
     if any(os.path.exists(os.path.join(folder, kind)) for kind in _KINDS):
-      raise RenderError(f'{folder} holds frames of unknown origin. {way_out}') from None
+      raise RenderError(f'{folder} has frames but no render.json. {way_out}') from None
     return None
   except (ValueError, TypeError, KeyError):
     raise RenderError(f'{path} cannot be read. {way_out}') from None
-  if other:
-    changes = ', '.join(f'{k} {found[k]} (now {wanted[k]})' for k in other)
-    raise RenderError(f'{folder} holds other frames: {changes}. {way_out}')
+  if changed:
+    changes = ', '.join(f'{k} {found[k]} (now {wanted[k]})' for k in changed)
+    raise RenderError(f'{folder} has frames of another video: {changes}. {way_out}')
   return found
 
 
 def survey_depth(
-  render_image: Callable, params, cams: structs.Cameras, fraction: float
+  run: trained.TrainedRun, render_image: Callable, cams: structs.Cameras
 ) -> tuple[float, float]:
-  """The distances that all depth frames draw brightest and darkest, from a few small frames."""
+  """Estimates the near and far distance of the whole video from a few small frames."""
   small = trajectory.shrink(cams, _SURVEY_SIDE)
   rows = np.unique(np.linspace(0, len(cams.size) - 1, _SURVEY_FRAMES).round().astype(int))
-  seen = [render_image(params, small, int(row), fraction) for row in rows]
-  distance, acc = (np.concatenate([s[k].ravel() for s in seen]) for k in ('distance_median', 'acc'))
+  frames = [render_image(run.params, small, int(row), run.train_fraction) for row in rows]
+  distance, acc = (
+    np.concatenate([frame[k].ravel() for frame in frames]) for k in ('distance_median', 'acc')
+  )
   return pictures.depth_range(distance, acc)
 
 
 def picture(kind: str, frame: dict, depth_range: tuple[float, float]) -> np.ndarray:
-  """A rendered frame as one of _KINDS."""
+  """Returns the picture of one of _KINDS of a rendered frame."""
   if kind == 'depth':
     return pictures.depth_picture(frame['distance_median'], frame['acc'], depth_range)
   if kind == 'normals':
@@ -113,54 +115,61 @@ def frame_path(folder: str, kind: str, k: int) -> str:
 def main(argv: list[str] | None = None) -> None:
   parser = cli.make_run_parser(__doc__)
   parser.add_argument(
-    '--preview', action='store_true', help='draw the path in the scene, and render nothing'
+    '--preview', action='store_true', help='draw the path in the scene instead of rendering'
   )
   args = parser.parse_args(argv)
-  run = cli.run_folder(args)
-  settings, scene = run_folder.open_run(run, args.gin_bindings)
-  config = settings.config
-  folder = config.render_dir or os.path.join(run, 'render')
+  folder = cli.run_folder(args)
+  settings, scene = run_folder.open_run(folder, args.gin_bindings)
+  out = settings.config.render_dir or os.path.join(folder, 'render')
   if args.preview:
-    progress.summary({'preview': preview.write(settings, scene, run, folder)})
+    progress.summary({'preview': preview.write(settings, scene, folder, out)})
     return
-  cams, fps = trajectory.make_cameras(config, scene), trajectory.frames_per_second(config)
+  cams, fps = trajectory.make_path(settings.config, scene)
   processes.initialize()
   cli.show_notices(settings)
-  mesh = sharding.make_mesh()
-  params, step = checkpoints.restore_params(run, settings, mesh=mesh)
-  kinds = _KINDS if config.vis_normals else _KINDS[:2]
-  render_image = renderer.make_image_renderer(settings, mesh, with_normals=config.vis_normals)
-  fraction = float(train_step.train_fraction(step, config.max_steps))
-
-  count = len(cams.size)
-  wanted = describe(cams, params, step)
-  description = read_description(folder, wanted)
-  present = [
-    all(os.path.exists(frame_path(folder, kind, k)) for kind in kinds) for k in range(count)
-  ]
-  missing = [k for k in range(count) if not present[k]]
+  run = trained.restore(folder, settings, scene)
+  kinds = _KINDS if settings.config.vis_normals else _KINDS[:2]
+  render_frames(run, cams, out, kinds)
   if processes.is_main():
-    size = wanted['size']
-    progress.say(f'{count} frames of {size} at step {step:,}, {len(missing)} to do -> {folder}')
-  if description is None:
-    description = {**wanted, 'depth_range': survey_depth(render_image, params, cams, fraction)}
-    if processes.is_main():
-      metrics.write_json(os.path.join(folder, 'render.json'), description)
+    write_videos(run, out, kinds, len(cams.size), fps)
 
-  for k in progress.track(missing, 'frames', processes.is_main()):
-    frame = render_image(params, cams, k, fraction)
-    if processes.is_main():
+
+def render_frames(run: trained.TrainedRun, cams: structs.Cameras, out: str, kinds) -> None:
+  """Renders the frames that are missing in the folder `out`.
+
+  Raises:
+    RenderError: the folder has frames of another video.
+  """
+  wanted = describe(cams, run.params, run.step)
+  description = read_description(out, wanted)
+  count, main_process = len(cams.size), processes.is_main()
+  missing = [
+    k for k in range(count) if not all(os.path.exists(frame_path(out, kind, k)) for kind in kinds)
+  ]
+  if main_process:
+    size = wanted['size']
+    progress.say(f'{count} frames of {size} at step {run.step:,}, {len(missing)} to do -> {out}')
+  render_image = run.make_image_renderer(with_normals=run.settings.config.vis_normals)
+  if description is None:
+    description = {**wanted, 'depth_range': survey_depth(run, render_image, cams)}
+    if main_process:
+      results.write_json(os.path.join(out, 'render.json'), description)
+  for k in progress.track(missing, 'frames', main_process):
+    frame = render_image(run.params, cams, k, run.train_fraction)
+    if main_process:
       for kind in kinds:
         shown = picture(kind, frame, tuple(description['depth_range']))
-        pictures.write_png(frame_path(folder, kind, k), shown)
+        pictures.write_png(frame_path(out, kind, k), shown)
 
-  if processes.is_main():
-    left = {}
-    for kind in kinds:
-      frames = [frame_path(folder, kind, k) for k in range(count)]
-      path = os.path.join(folder, f'{kind}.mp4')
-      video.write_video(frames, path, fps, config.render_video_crf)
-      left[kind] = path
-    if os.path.exists(os.path.join(run, 'eval', html_report.NAME)):
-      left['report'] = html_report.write(run, settings, scene)  # It shows the video.
-    progress.summary({**left, 'frames': os.path.join(folder, '*', '*.png')})
+
+def write_videos(run: trained.TrainedRun, out: str, kinds, count: int, fps: float) -> None:
+  """Encodes the `count` frames of each kind and prints what was written."""
+  written = {}
+  for kind in kinds:
+    frames = [frame_path(out, kind, k) for k in range(count)]
+    written[kind] = os.path.join(out, f'{kind}.mp4')
+    video.write_video(frames, written[kind], fps, run.settings.config.render_video_crf)
+  if os.path.exists(os.path.join(run.folder, 'eval', html_report.NAME)):
+    # The report embeds the video.
+    written['report'] = html_report.write(run.folder, run.settings, run.scene)
+  progress.summary({**written, 'frames': os.path.join(out, '*', '*.png')})

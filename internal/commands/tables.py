@@ -1,11 +1,11 @@
-"""Tables of any number of results.json files, published numbers beside ours.
+"""Makes tables of results.json files, with published numbers.
 
     python scripts/tables.py runs/360/*/eval/results.json
     python scripts/tables.py --method base runs/a/*/eval/results.json \
         --method 'no distortion' runs/b/*/eval/results.json --out tables.md tables.tex tables.csv
 
-Files without --method are grouped by their config. A difference in protocol between any two files,
-or from the published numbers, is an error.
+Files without --method are grouped by their config. All files must have the same protocol, which
+must also be that of the published numbers.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser.add_argument('results', nargs='*', metavar='RESULTS', help='results.json files')
   parser.add_argument(
     '--method', nargs='+', action='append', default=[], metavar=('NAME', 'RESULTS'),
-    help='a row of its own: its name and its files; repeatable',
+    help='a row of the table: its name and its files; repeatable',
   )  # fmt: skip
   parser.add_argument(
-    '--dataset', help=f'{", ".join(benchmarks.load_all())}; default: by the scenes'
+    '--dataset', help=f'{", ".join(benchmarks.load_all())}; default: found by the scenes'
   )
   parser.add_argument(
     '--published', nargs='+', metavar='METHOD',
-    help="published rows, the one to compare with first; 'none'; default: all",
+    help="published rows, starting with the one to compare with; or 'none'; default: all",
   )  # fmt: skip
   parser.add_argument('--metrics', nargs='+', help='default: psnr, ssim, and LPIPS where measured')
   parser.add_argument(
     '--out', nargs='+', default=[], metavar='FILE',
-    help='.md, .tex or .csv files; without, Markdown is printed',
+    help='.md, .tex or .csv files to write; default: print Markdown',
   )  # fmt: skip
   return parser.parse_args(argv)
 
@@ -47,11 +47,11 @@ def main(argv: list[str] | None = None) -> None:
   methods = tables.group(tables.read(args.results))
   for name, *paths in args.method:
     if name in methods or not paths:
-      raise tables.TablesError(f'--method {name}: takes a name of its own and results.json files.')
+      raise tables.TablesError(f'--method {name}: needs a unique name and results.json files.')
     methods[name] = tables.read(paths)
   runs = [run for found in methods.values() for run in found]
   if not runs:
-    raise tables.TablesError('Of which results? Name some, e.g. runs/*/eval/results.json.')
+    raise tables.TablesError('No results.json given; name some, e.g. runs/*/eval/results.json.')
   benchmark = benchmarks.load(args.dataset) if args.dataset else tables.find_benchmark(runs)
   published = [] if args.published == ['none'] else args.published
   table = tables.make(methods, benchmark, published, args.metrics)

@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 
 from .. import cli
-from ..devices import sharding
-from ..training import checkpoints, run_folder, train_step
+from ..rendering import trained
 from ..viewer import server
 
 
@@ -28,9 +27,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
   args = parse(argv)
-  settings, scene = run_folder.open_run(args.checkpoint_dir, args.gin_bindings)
-  cli.show_notices(settings)
-  mesh = sharding.make_mesh()
-  params, step = checkpoints.restore_params(args.checkpoint_dir, settings, mesh=mesh)
-  watched = server.open_page(args, settings, scene, mesh)
-  watched.serve(params, step, float(train_step.train_fraction(step, settings.config.max_steps)))
+  run = trained.open_trained(args.checkpoint_dir, args.gin_bindings)
+  cli.show_notices(run.settings)
+  page = server.open_page(args, run.settings, run.scene, run.mesh)
+  page.serve(run.params, run.step, run.train_fraction)

@@ -1,4 +1,4 @@
-"""The datasets that numbers are published on, and those numbers: benchmarks.json."""
+"""Datasets with published results, from benchmarks.json."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ _DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'benchmarks.jso
 
 
 class BenchmarkError(UserError):
-  """A dataset that is unknown, or a folder that is not that dataset."""
+  """An unknown dataset, or a folder that does not match it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneFacts:
-  """What is known of a scene before it is looked at."""
+  """The facts that a scene's folder must match."""
 
-  images: int  # For training and testing.
-  test: int  # For testing.
+  images: int  # Number of images, training and test.
+  test: int  # Number of test images.
   factor: int  # Config.factor of the published numbers.
-  size: tuple[int, int]  # Width and height in full.
+  size: tuple[int, int]  # Full width and height.
 
   @property
   def used_size(self) -> tuple[float, float]:
-    """Width and height at which numbers are published, before rounding."""
+    """Width and height of the published evaluation, before rounding."""
     width, height = (side / max(1, self.factor) for side in self.size)
     return width, height
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-  """A method's numbers, as printed."""
+  """The published numbers of a method, as printed."""
 
   method: str
   source: str
@@ -53,8 +53,8 @@ class Benchmark:
   source: str
   loader: str  # Config.dataset_loader
   config: str  # The .gin file, relative to the repository.
-  hold: int | None  # Every so many-th image is a test image; None: the dataset's own split.
-  groups: dict[str, list[str]]  # Of scenes, over which means are taken too.
+  hold: int | None  # Every hold-th image is a test image; None for the dataset's own split.
+  groups: dict[str, list[str]]  # Groups of scenes, each with a mean of its own.
   scenes: dict[str, SceneFacts]
   published: tuple[Published, ...]
 
@@ -67,7 +67,7 @@ def _published(row: dict, scenes: Sequence[str]) -> Published:
 
 @functools.cache
 def load_all() -> dict[str, Benchmark]:
-  """Every dataset of benchmarks.json, by its name."""
+  """Loads all datasets of benchmarks.json, by name."""
   with open(_DATA, encoding='utf-8') as f:
     table = json.load(f)
   return {name: _benchmark(name, entry) for name, entry in table.items()}
@@ -83,18 +83,18 @@ def _benchmark(name: str, entry: dict) -> Benchmark:
 
 
 def load(name: str) -> Benchmark:
-  """The dataset of that name.
+  """Returns the dataset `name`.
 
   Raises:
-    BenchmarkError: there is none; the known ones are listed.
+    BenchmarkError: the name is unknown.
   """
   if name not in load_all():
-    raise BenchmarkError(f'Unknown dataset {name!r}: there are {", ".join(load_all())}.')
+    raise BenchmarkError(f'Unknown dataset {name!r}; choose one of {", ".join(load_all())}.')
   return load_all()[name]
 
 
 def scene_bindings(benchmark: Benchmark, root: str, scene: str) -> list[str]:
-  """Bindings that make a config one of the scene, as the published numbers have it."""
+  """Returns the gin bindings that set a scene's folder and published downsampling factor."""
   return [
     f'Config.data_dir = {os.path.join(root, scene)!r}',
     f'Config.factor = {benchmark.scenes[scene].factor}',
@@ -102,11 +102,11 @@ def scene_bindings(benchmark: Benchmark, root: str, scene: str) -> list[str]:
 
 
 def check_scene(benchmark: Benchmark, scene: str, config: configs.Config) -> None:
-  """Holds a scene's folder to what is known of it, by the loader that training uses.
+  """Checks a scene's folder against the published facts, with the loader used in training.
 
   Raises:
-    BenchmarkError: another number or size of images, or pictures that are still to be made.
-    DataError and its like: the folder cannot be loaded at all.
+    BenchmarkError: the number or size of images differs, or downsampled images are missing.
+    DataError: the folder cannot be loaded.
   """
   facts = benchmark.scenes[scene]
   report = datasets.load_dataset(config, read_only=True).report
@@ -122,8 +122,8 @@ def check_scene(benchmark: Benchmark, scene: str, config: configs.Config) -> Non
       )
   if report['folder_to_be_made']:
     raise BenchmarkError(
-      f'{config.data_dir}: {report["folder_to_be_made"]}/ is missing; pictures made here from the '
-      'full ones are not those that the published numbers are of.'
+      f'{config.data_dir}: {report["folder_to_be_made"]}/ is missing; images downsampled '
+      'here from the full ones differ from those of the published evaluation.'
     )
   for size in report['image_sizes']:
     sides = [int(side) for side in size.split('x')]

@@ -1,4 +1,4 @@
-"""report.html: all that a run leaves to look at, in one file that needs nothing else."""
+"""Writes report.html: metrics, images, videos and charts of a run in one self-contained file."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..system import files, progress
 from ..training import runlog
 from ..vis import charts
 from . import lpips, results, tables
-from . import metrics as metrics_lib
+from .metrics import METRICS
 
-NAME = 'report.html'  # In the run's folder eval/.
-MAPS = ('depth', 'error', 'opacity', 'normals')  # Beside truth and prediction, where they are.
-_WIDTHS = (960, 640, 480, 320)  # Of a picture; the widest with which all fit.
-_PICTURE_BYTES = 16_000_000  # Of all pictures, before base64 makes a third more of them.
+NAME = 'report.html'  # In the run's eval/ folder.
+MAPS = ('depth', 'error', 'opacity', 'normals')  # Optional pictures beside truth and prediction.
+_WIDTHS = (960, 640, 480, 320)  # Candidate widths of pictures; the largest that fits is used.
+_PICTURE_BYTES = 16_000_000  # Limit on all pictures together, before base64 adds a third.
 _VIDEO_BYTES = 10_000_000
 _TEMPLATE = 'html_report.html.jinja'
 _LABELS = {
@@ -39,24 +39,24 @@ _LABELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-  """A test image in the page."""
+  """A test image on the page."""
 
   name: str
   metrics: Mapping[str, float | None]
-  pictures: Mapping[str, str]  # data: addresses by kind.
+  pictures: Mapping[str, str]  # data: URLs by kind.
 
 
 def write(run: str, settings: configs.Settings, scene: scenes.Scene) -> str:
-  """Writes RUN/eval/report.html of what is in a run's folder; returns its path.
+  """Writes RUN/eval/report.html from the files in a run's folder; returns its path.
 
   Raises:
-    ResultsError: there is no results.json, or not of this version.
+    ResultsError: results.json is missing or invalid.
   """
   folder = os.path.join(run, 'eval')
   found = results.read(os.path.join(folder, 'results.json'))
   rows = runlog.read_metrics(os.path.join(run, 'metrics.jsonl'))
   images, notes = _read_images(folder, found['per_image'], scene)
-  videos, more = _read_videos(os.path.join(run, 'render'))
+  videos, video_notes = _read_videos(os.path.join(run, 'render'))
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(os.path.dirname(os.path.abspath(__file__))),
     autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
@@ -71,7 +71,7 @@ def write(run: str, settings: configs.Settings, scene: scenes.Scene) -> str:
     images=images,
     maps=MAPS,
     videos=videos,
-    notes=notes + more,
+    notes=notes + video_notes,
     charts=_make_charts(rows),
     facts=_facts(found, rows, scene),
     published=_published(found, os.path.join(folder, 'results.json')),
@@ -84,7 +84,7 @@ def write(run: str, settings: configs.Settings, scene: scenes.Scene) -> str:
 
 
 def _number(value: float | None, name: str) -> str:
-  """A metric's value as the field prints it."""
+  """Formats a metric with the usual number of digits."""
   if value is None:
     return '–'
   return f'{value:.2f}' if 'psnr' in name else f'{value:.3f}'
@@ -108,7 +108,7 @@ def _data(kind: str, content: bytes) -> str:
 def _read_images(
   folder: str, per_image: Sequence[Mapping[str, Any]], scene: scenes.Scene
 ) -> tuple[list[Shown], list[str]]:
-  """The test images, worst first, with their pictures, and what had to be left out of them."""
+  """Reads the test images with their pictures, worst first, and notes on pictures left out."""
   stems = {name: scene.stem(i) for i, name in enumerate(scene.names)}
   paths = []
   for k, row in enumerate(per_image):
@@ -125,7 +125,7 @@ def _read_images(
       pictures, without = {}, without + 1
     addresses = {kind: _data('image/webp', content) for kind, content in pictures.items()}
     row = per_image[k]
-    metrics = {name: row[name] for name in (*metrics_lib.METRICS, *lpips.METRICS)}
+    metrics = {name: row[name] for name in (*METRICS, *lpips.METRICS)}
     shown.append(Shown(row['name'], metrics, addresses))
   notes = []
   if without:
@@ -137,7 +137,7 @@ def _read_images(
 
 
 def _choose_width(paths: Sequence[str]) -> int:
-  """The widest of _WIDTHS with which all pictures fit, by a sample of them."""
+  """Returns the largest of _WIDTHS with which all pictures should fit, judged by a sample."""
   sample = paths[:: max(1, len(paths) // 12)]
   for width in _WIDTHS:
     if sum(len(_webp(path, width)) for path in sample) / max(len(sample), 1) * len(paths) < (
@@ -148,7 +148,7 @@ def _choose_width(paths: Sequence[str]) -> int:
 
 
 def _read_videos(folder: str) -> tuple[dict[str, str], list[str]]:
-  """The rendered videos that are small enough, by name; and what was left out."""
+  """Reads the rendered videos that are small enough, by name, and notes on those left out."""
   videos, notes = {}, []
   for kind in ('color', 'depth', 'normals'):
     path = os.path.join(folder, f'{kind}.mp4')
@@ -164,7 +164,7 @@ def _read_videos(folder: str) -> tuple[dict[str, str], list[str]]:
 
 
 def _make_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """PSNR and loss over steps: title, names of the lines, SVG."""
+  """Draws PSNR and loss over steps; returns title, series names and SVG of each chart."""
 
   def series(key: str, name: str, dots: bool = False) -> charts.Series:
     points = [(row['step'], row[key]) for row in rows if row.get(key) is not None]
@@ -189,7 +189,7 @@ def _make_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _facts(
   found: Mapping[str, Any], rows: Sequence[Mapping], scene: scenes.Scene
 ) -> dict[str, str]:
-  """What made the numbers, and how long it took."""
+  """Returns facts on data, training, evaluation and software, by label."""
   speeds = sorted(row['rays_per_sec'] for row in rows if row.get('rays_per_sec'))
   device = found['device']
   facts = {
@@ -212,12 +212,12 @@ def _facts(
 
 
 def _published(found: Mapping[str, Any], path: str) -> dict[str, Any] | None:
-  """What is published on this scene: rows of (method, metrics); or why it cannot be compared."""
+  """Returns published rows (method, metrics) on this scene, or why they are not comparable."""
   run = tables.Run(path, dict(found))
   try:
     benchmark = tables.find_benchmark([run])
   except tables.TablesError:
-    return None  # Several datasets have a scene of this name; nobody said which.
+    return None  # Ambiguous: several datasets have a scene of this name.
   if benchmark is None:
     return None
   try:

@@ -1,50 +1,21 @@
-"""Metrics of renderings and the file that keeps them, results.json (docs/results.md).
+"""Metrics of rendered images: PSNR, SSIM and LPIPS, with and without colour correction.
 
 Images are float [h, w, 3] in [0, 1], or uint8.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-import hashlib
-import json
-import math
-import os
-import platform
-from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import configs, image, models
-from ..datasets import scenes
+from .. import configs, image
 from ..errors import UserError
-from ..system import files
 from . import lpips
 
-SCHEMA_VERSION = 2  # Of results.json.
 METRICS = ('psnr', 'ssim', 'cc_psnr', 'cc_ssim')
-OWN_SPLIT = "the capture's own"
-
-# Fields of Config by which two runs of one method may differ: where things are, how the run tells
-# of itself, and what is rendered of it later. (What evaluation does is told under 'protocol'.)
-# And early_exit_steps, since results tell their step.
-_NOT_THE_METHOD = (
-  'data_dir', 'checkpoint_dir', 'factor', 'pixels_on', 'pixel_cache_dir', 'micro_batches',
-  'early_exit_steps',
-)  # fmt: skip
-_NEITHER = ('eval_', 'render_', 'train_render_', 'z_', 'vis_', 'print_', 'checkpoint_', 'gc_')
-
-_DESCRIPTION = (
-  'Test images rendered at full size, clipped and quantised to 8 bits. PSNR: -10 log10 of the mean '
-  'squared error over the image, peak 1. SSIM: Gaussian window 11, sigma 1.5, k1 0.01, k2 0.03, on '
-  'RGB, valid region. cc_: after five rounds of a least-squares quadratic colour fit to the true '
-  'image. Means are over images.'
-)
 
 
 def image_metrics(
@@ -54,19 +25,26 @@ def image_metrics(
   mask: np.ndarray | None = None,
   measure_lpips: Callable[..., dict[str, float]] | None = None,
 ) -> dict[str, float]:
-  """The four METRICS of one rendering [h, w, 3] against its photograph [h, w, 3].
+  """Computes the METRICS of a rendered image, and those of LPIPS if given its function.
 
-  With `measure_lpips` (of `lpips.load`) also those of LPIPS. Config.eval_quantize_metrics and
-  Config.eval_crop_borders are heeded by all; colours are corrected before quantisation and over
-  the whole image. With a mask [h, w] bool only its pixels count: in PSNR and in the colour fit each
-  by itself, in SSIM those whose whole window does, in LPIPS as `lpips.load` says.
+  Colours are corrected before quantisation and over the whole image.
+
+  Args:
+    img: [h, w, 3] rendering.
+    truth: [h, w, 3] photograph.
+    config: for eval_quantize_metrics and eval_crop_borders, which apply to all metrics.
+    mask: [h, w] bool, the pixels that count. PSNR and the colour fit use these pixels, SSIM the
+      windows that lie inside the mask, LPIPS as described in `lpips.load`.
+    measure_lpips: the result of `lpips.load`.
 
   Raises:
-    ValueError: the sizes differ, or too little is left of the image for SSIM or LPIPS.
+    UserError: the sizes differ, or the image is too small for SSIM or LPIPS.
   """
   img, truth = _as_float(img), _as_float(truth)
   if img.shape != truth.shape:
-    raise UserError(f'A rendering of {img.shape} cannot be compared with {truth.shape}.')
+    raise UserError(
+      f'The rendering {img.shape} and the photograph {truth.shape} must have the same shape.'
+    )
   result, counted = {}, None
   if mask is not None:
     counted = np.asarray(image.crop(jnp.asarray(mask)[..., None], config.eval_crop_borders))[..., 0]
@@ -74,7 +52,7 @@ def image_metrics(
     if config.eval_quantize_metrics:
       shown = image.quantize(shown)
     shown, wanted = (image.crop(x, config.eval_crop_borders) for x in (shown, truth))
-    # Summed in double precision: a million small numbers.
+    # In double precision, since a million small numbers are summed.
     square = np.square(np.asarray(shown) - np.asarray(wanted))
     mse = np.mean(square if counted is None else square[counted], dtype=np.float64)
     result[f'{prefix}psnr'] = float(image.mse_to_psnr(jnp.float32(mse)))
@@ -91,152 +69,7 @@ def _as_float(img: np.ndarray) -> jax.Array:
   return jnp.clip(jnp.asarray(img, jnp.float32), 0, 1)
 
 
-def test_split(config: configs.Config, scene: scenes.Scene) -> str:
-  """How the scene's test images were chosen, in words for tables to compare."""
-  if scene.test != tuple(range(0, len(scene.names), config.llffhold)):
-    return OWN_SPLIT
-  by_name = list(scene.names) == sorted(scene.names)
-  return every(config.llffhold) if by_name else f'every {config.llffhold}th image, not by name'
-
-
-def every(hold: int) -> str:
-  """The split that has each so many-th image for testing."""
-  return f'every {hold}th image by name'
-
-
-def protocol(config: configs.Config, split: str) -> dict[str, Any]:
-  """How the numbers were made: name, description, settings, and the config's departures.
-
-  `split` is that of `test_split`.
-  """
-  departures = []
-  if not config.eval_quantize_metrics:
-    departures.append('predictions are not quantised')
-  if config.eval_crop_borders:
-    departures.append(f'{config.eval_crop_borders} pixels are cropped off each side')
-  if config.eval_render_interval > 1:
-    departures.append(f'one in {config.eval_render_interval} test images')
-  if config.eval_dataset_limit is not None:
-    departures.append(f'at most {config.eval_dataset_limit} test images')
-  if split not in (every(8), OWN_SPLIT):
-    departures.append(f'test images: {split}; published: {every(8)}')
-  return {
-    'name': 'mip-NeRF 360' + (', modified' if departures else ''),
-    'description': _DESCRIPTION,
-    'departures': departures,
-    'quantized': config.eval_quantize_metrics,
-    'crop_borders': config.eval_crop_borders,
-    'test_split': split,
-    'render_interval': config.eval_render_interval,
-    'lpips': dict(lpips.METRICS),
-  }
-
-
-def _plain(value: Any) -> Any:
-  """A setting as JSON compares it: lists for tuples, and 4 is 4.0."""
-  if isinstance(value, (list, tuple)):
-    return [_plain(v) for v in value]
-  if isinstance(value, Mapping):
-    return {key: _plain(v) for key, v in value.items()}
-  return float(value) if type(value) is int else value
-
-
-def config_hash(settings: configs.Settings) -> str:
-  """Sixteen digits that two runs share if one method made them, on whatever scene and machine.
-
-  Only values that are not the default count, so that a new knob changes no hash.
-  """
-  told = {}
-  defaults = configs.Config(), configs.Model(), configs.PropMLP(), configs.NerfMLP()
-  parts = settings.config, settings.model, settings.prop_mlp, settings.nerf_mlp
-  for part, default in zip(parts, defaults):
-    for name in (field.name for field in dataclasses.fields(part)):
-      full = f'{type(part).__name__}.{name}'
-      if name in _NOT_THE_METHOD or full in configs.ACCEPTED:
-        continue
-      if part is settings.config and name.startswith(_NEITHER):
-        continue
-      value = _plain(getattr(part, name))
-      if value != _plain(getattr(default, name)):
-        told[full] = value
-  return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-  return None if None in values else float(np.mean(values))
-
-
-def make_results(
-  settings: configs.Settings,
-  split: str,
-  per_image: Sequence[Mapping[str, Any]],
-  step: int,
-  num_params: int,
-  lpips_absent: str | None = None,
-  train_seconds: float | None = None,
-) -> dict[str, Any]:
-  """All that results.json says.
-
-  Args:
-    settings: of the evaluation.
-    split: `test_split` of the scene.
-    per_image: name, width, height, masked, the METRICS, those of LPIPS where measured, and seconds
-      of each image.
-    step: the checkpoint's.
-    num_params: of the model.
-    lpips_absent: why LPIPS was not measured, if it was not.
-    train_seconds: that training took up to the step, where known.
-  """
-  config, devices = settings.config, jax.devices()
-  packages = ('jax', 'jaxlib', 'flax', 'numpy')
-  rows = [{**dict.fromkeys(lpips.METRICS), **row} for row in per_image]
-  sizes = collections.Counter(f'{row["width"]}x{row["height"]}' for row in rows)
-  return {
-    'schema_version': SCHEMA_VERSION,
-    'protocol': protocol(config, split),
-    'scene': os.path.basename(os.path.abspath(config.data_dir)) if config.data_dir else None,
-    'dataset_loader': config.dataset_loader,
-    'factor': config.factor,
-    'config_hash': config_hash(settings),
-    'step': step,
-    'num_images': len(rows),
-    'image_sizes': dict(sorted(sizes.items())),
-    'masked_images': sum(row['masked'] for row in rows),
-    'mean': {name: _mean([row[name] for row in rows]) for name in (*METRICS, *lpips.METRICS)},
-    'lpips': {'weights': lpips.WEIGHTS, 'absent': lpips_absent},
-    # The median: the first image's time has the compilation in it.
-    'seconds_per_image': float(np.median([row['seconds'] for row in rows])),
-    'train_seconds': train_seconds,
-    'num_params': num_params,
-    'mlp_dtype': str(models.mlp_dtype(settings.model.mlp_dtype)),
-    'device': {'kind': devices[0].device_kind, 'count': len(devices)},
-    'software': {
-      'python': platform.python_version(),
-      **{name: metadata.version(name) for name in packages},
-    },
-    'per_image': rows,
-  }
-
-
-def _strict(value: Any) -> Any:
-  """Numbers that JSON cannot hold (NaN, infinity) become null."""
-  if isinstance(value, Mapping):
-    return {key: _strict(v) for key, v in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [_strict(v) for v in value]
-  if isinstance(value, np.generic):
-    value = value.item()
-  return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path: str, value: Any) -> None:
-  """Writes strict JSON, making its folder; the file is never seen half-written."""
-  with files.whole(path) as temporary, open(temporary, 'w') as f:
-    json.dump(_strict(value), f, indent=2, allow_nan=False)
-    f.write('\n')
-
-
 def format_metrics(row: Mapping[str, float | None]) -> str:
-  """The METRICS, and those of LPIPS where measured, as a piece of a line."""
+  """Formats the metrics that were measured for a log line."""
   shown = [name for name in (*METRICS, *lpips.METRICS) if row.get(name) is not None]
   return '  '.join(f'{k} {row[k]:.2f}' if 'psnr' in k else f'{k} {row[k]:.4f}' for k in shown)

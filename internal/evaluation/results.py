@@ -1,13 +1,48 @@
-"""Reads results.json files, and holds them to their schema, results.schema.json."""
+"""Makes, writes, reads and validates results.json (docs/results.md, results.schema.json)."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
+import hashlib
 import json
+import math
 import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
+import jax
+import numpy as np
+
+from .. import configs, models
+from ..datasets import scenes
 from ..errors import UserError
+from ..system import files
+from . import lpips
+from .metrics import METRICS
+
+SCHEMA_VERSION = 2  # Of results.json.
+OWN_SPLIT = "the capture's own"
+
+# Fields of Config in which runs of one method may differ: paths, logging and rendering.
+# Evaluation is described by 'protocol', and early_exit_steps by 'step'.
+_NOT_THE_METHOD = (
+  'data_dir', 'checkpoint_dir', 'factor', 'pixels_on', 'pixel_cache_dir', 'micro_batches',
+  'early_exit_steps',
+)  # fmt: skip
+_NOT_THE_METHOD_PREFIXES = (
+  'eval_', 'render_', 'train_render_', 'z_', 'vis_', 'print_', 'checkpoint_', 'gc_',
+)  # fmt: skip
+
+_DESCRIPTION = (
+  'Test images rendered at full size, clipped and quantised to 8 bits. PSNR: -10 log10 of the mean '
+  'squared error over the image, peak 1. SSIM: Gaussian window 11, sigma 1.5, k1 0.01, k2 0.03, on '
+  'RGB, valid region. cc_: after five rounds of a least-squares quadratic colour fit to the true '
+  'image. Means are over images.'
+)
 
 _SCHEMA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'results.schema.json')
 _TYPES = {
@@ -22,12 +57,12 @@ _TYPES = {
 
 
 class ResultsError(UserError):
-  """A file that is no results.json of this version; the message names the file and the field."""
+  """A file that is not a valid results.json of this version."""
 
 
 @functools.cache
 def schema() -> dict[str, Any]:
-  """The JSON Schema of results.json."""
+  """Returns the JSON Schema of results.json."""
   with open(_SCHEMA, encoding='utf-8') as f:
     return json.load(f)
 
@@ -39,12 +74,17 @@ def _is_of(value: Any, kind: str) -> bool:
 
 
 def check(value: Any, rule: dict[str, Any], where: str = '') -> None:
-  """Holds a value to a JSON Schema of the keywords that results.schema.json uses.
+  """Validates a value; supports the JSON Schema keywords that results.schema.json uses.
+
+  Args:
+    value: parsed JSON.
+    rule: a JSON Schema.
+    where: dotted name of the value, for messages.
 
   Raises:
-    ResultsError: the first field that is missing, unknown or of another type.
+    ResultsError: a field is missing, unknown or has the wrong type.
   """
-  at = where or 'the whole'
+  at = where or 'the file'
   if 'const' in rule and value != rule['const']:
     raise ResultsError(f'{at} must be {rule["const"]!r}, got {value!r}')
   kinds = rule.get('type', ())
@@ -69,10 +109,10 @@ def check(value: Any, rule: dict[str, Any], where: str = '') -> None:
 
 
 def read(path: str) -> dict[str, Any]:
-  """Reads a results.json.
+  """Reads and validates a results.json.
 
   Raises:
-    ResultsError: there is no such file, or it does not fit the schema.
+    ResultsError: the file is missing or does not match the schema.
   """
   try:
     with open(path, encoding='utf-8') as f:
@@ -92,3 +132,148 @@ def read(path: str) -> dict[str, Any]:
   except ResultsError as e:
     raise ResultsError(f'{path}: {e}; run eval.py again on that run.') from None
   return found
+
+
+def test_split(config: configs.Config, scene: scenes.Scene) -> str:
+  """Describes how the scene's test images were chosen; tables compare these texts."""
+  if scene.test != tuple(range(0, len(scene.names), config.llffhold)):
+    return OWN_SPLIT
+  by_name = list(scene.names) == sorted(scene.names)
+  return every(config.llffhold) if by_name else f'every {config.llffhold}th image, not by name'
+
+
+def every(hold: int) -> str:
+  """Describes the split with every `hold`-th image for testing."""
+  return f'every {hold}th image by name'
+
+
+def protocol(config: configs.Config, split: str) -> dict[str, Any]:
+  """Returns the evaluation protocol: name, description, settings and departures.
+
+  `split` is a result of `test_split`.
+  """
+  departures = []
+  if not config.eval_quantize_metrics:
+    departures.append('predictions are not quantised')
+  if config.eval_crop_borders:
+    departures.append(f'{config.eval_crop_borders} pixels are cropped off each side')
+  if config.eval_render_interval > 1:
+    departures.append(f'one in {config.eval_render_interval} test images')
+  if config.eval_dataset_limit is not None:
+    departures.append(f'at most {config.eval_dataset_limit} test images')
+  if split not in (every(8), OWN_SPLIT):
+    departures.append(f'test images: {split}; published: {every(8)}')
+  return {
+    'name': 'mip-NeRF 360' + (', modified' if departures else ''),
+    'description': _DESCRIPTION,
+    'departures': departures,
+    'quantized': config.eval_quantize_metrics,
+    'crop_borders': config.eval_crop_borders,
+    'test_split': split,
+    'render_interval': config.eval_render_interval,
+    'lpips': dict(lpips.METRICS),
+  }
+
+
+def _plain(value: Any) -> Any:
+  """Normalises a setting for comparison as JSON: tuples become lists, integers floats."""
+  if isinstance(value, (list, tuple)):
+    return [_plain(v) for v in value]
+  if isinstance(value, Mapping):
+    return {key: _plain(v) for key, v in value.items()}
+  return float(value) if type(value) is int else value
+
+
+def config_hash(settings: configs.Settings) -> str:
+  """Returns 16 hex digits that identify the method, independent of scene and machine.
+
+  Only values that differ from the default count, so that a new knob keeps existing hashes.
+  """
+  changed = {}
+  defaults = configs.Config(), configs.Model(), configs.PropMLP(), configs.NerfMLP()
+  parts = settings.config, settings.model, settings.prop_mlp, settings.nerf_mlp
+  for part, default in zip(parts, defaults):
+    for name in (field.name for field in dataclasses.fields(part)):
+      full = f'{type(part).__name__}.{name}'
+      if name in _NOT_THE_METHOD or full in configs.ACCEPTED:
+        continue
+      if part is settings.config and name.startswith(_NOT_THE_METHOD_PREFIXES):
+        continue
+      value = _plain(getattr(part, name))
+      if value != _plain(getattr(default, name)):
+        changed[full] = value
+  return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+  return None if None in values else float(np.mean(values))
+
+
+def make(
+  settings: configs.Settings,
+  split: str,
+  per_image: Sequence[Mapping[str, Any]],
+  step: int,
+  num_params: int,
+  lpips_absent: str | None = None,
+  train_seconds: float | None = None,
+) -> dict[str, Any]:
+  """Makes the content of results.json.
+
+  Args:
+    settings: the run's settings.
+    split: the scene's `test_split`.
+    per_image: for each image its name, width, height, masked, METRICS, LPIPS if measured, and
+      rendering time `seconds`.
+    step: the checkpoint's step.
+    num_params: number of the model's parameters.
+    lpips_absent: why LPIPS was not measured, if so.
+    train_seconds: training time up to the step, if known.
+  """
+  config, devices = settings.config, jax.devices()
+  packages = ('jax', 'jaxlib', 'flax', 'numpy')
+  rows = [{**dict.fromkeys(lpips.METRICS), **row} for row in per_image]
+  sizes = collections.Counter(f'{row["width"]}x{row["height"]}' for row in rows)
+  return {
+    'schema_version': SCHEMA_VERSION,
+    'protocol': protocol(config, split),
+    'scene': os.path.basename(os.path.abspath(config.data_dir)) if config.data_dir else None,
+    'dataset_loader': config.dataset_loader,
+    'factor': config.factor,
+    'config_hash': config_hash(settings),
+    'step': step,
+    'num_images': len(rows),
+    'image_sizes': dict(sorted(sizes.items())),
+    'masked_images': sum(row['masked'] for row in rows),
+    'mean': {name: _mean([row[name] for row in rows]) for name in (*METRICS, *lpips.METRICS)},
+    'lpips': {'weights': lpips.WEIGHTS, 'absent': lpips_absent},
+    # The median, since the first image's time includes compilation.
+    'seconds_per_image': float(np.median([row['seconds'] for row in rows])),
+    'train_seconds': train_seconds,
+    'num_params': num_params,
+    'mlp_dtype': str(models.mlp_dtype(settings.model.mlp_dtype)),
+    'device': {'kind': devices[0].device_kind, 'count': len(devices)},
+    'software': {
+      'python': platform.python_version(),
+      **{name: metadata.version(name) for name in packages},
+    },
+    'per_image': rows,
+  }
+
+
+def _strict(value: Any) -> Any:
+  """Replaces numbers that JSON cannot represent (NaN, infinity) by null."""
+  if isinstance(value, Mapping):
+    return {key: _strict(v) for key, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_strict(v) for v in value]
+  if isinstance(value, np.generic):
+    value = value.item()
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: str, value: Any) -> None:
+  """Writes strict JSON atomically; creates the folder if necessary."""
+  with files.whole(path) as temporary, open(temporary, 'w') as f:
+    json.dump(_strict(value), f, indent=2, allow_nan=False)
+    f.write('\n')

@@ -1,4 +1,4 @@
-"""A table as Markdown, LaTeX or CSV. Colours tell by how much ours is better or worse."""
+"""Formats tables as Markdown, LaTeX or CSV; colours show how much ours are better or worse."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMES = {
   'lpips_paper': 'LPIPS (VGG, colours in [0, 1])',
   'lpips_vgg': 'LPIPS (VGG, colours in [-1, 1])',
 }
-_FULL_COLOUR = {'psnr': 1.0, 'ssim': 0.05}  # The difference at which a colour is strongest.
+_FULL_COLOUR = {'psnr': 1.0, 'ssim': 0.05}  # Difference with the strongest colour.
 
 
 def _digits(metric: str) -> int:
@@ -34,7 +34,7 @@ def _number(value: float | None, metric: str) -> str:
 
 
 def _gain(table: tables.Table, row: tables.Row, metric: str, column: str) -> float | None:
-  """How much better ours is, in the metric's units; 0 where what is shown does not differ."""
+  """Returns how much better ours is; 0 if the rounded numbers are equal."""
   difference = table.difference(row, metric, column)
   if difference is None:
     return None
@@ -49,7 +49,7 @@ def _heading(table: tables.Table, metric: str) -> str:
 
 
 def _missing(table: tables.Table) -> str:
-  """A sentence on why our means are not there, if they are not."""
+  """Explains missing means; '' if there are none."""
   scenes = {
     scene
     for row in table.rows
@@ -67,13 +67,13 @@ def _markdown_cell(table, row, metric, column) -> str:
   if gain is None:
     return text
   mark = '🟢' if gain > 0 else '🔴' if gain < 0 else '⚪'
-  # The sign is that of the number: a lower LPIPS is green and negative.
+  # Signs are those of the numbers: a better LPIPS is green and negative.
   change = gain if tables.HIGHER_IS_BETTER[metric] else -gain
   return f'{text} {mark} {change + 0.0:+.{_digits(metric)}f}'
 
 
 def markdown(table: tables.Table) -> str:
-  """A table for each metric; our cells say how far they are from the row compared with."""
+  """Formats one Markdown table per metric; our cells have the difference to the compared row."""
   parts = []
   for metric in table.metrics:
     lines = [['method', *table.columns], ['---'] + ['---:'] * len(table.columns)]
@@ -114,7 +114,7 @@ def _latex_cell(table, row, metric, column) -> str:
 
 
 def latex(table: tables.Table) -> str:
-  """A `table*` for each metric; green and red cells are better and worse than the row compared."""
+  """Formats one `table*` per metric; cells better than the compared row are green, others red."""
   parts = [r'% Needs \usepackage{booktabs} and \usepackage[table]{xcolor}.']
   for metric in table.metrics:
     columns = 'l' + 'c' * len(table.scenes) + '|' + 'c' * len(table.groups)
@@ -137,7 +137,7 @@ def latex(table: tables.Table) -> str:
 
 
 def as_csv(table: tables.Table) -> str:
-  """A line for each number, unrounded: metric, method, ours, column, value, difference, source."""
+  """Formats one CSV line per number: metric, method, ours, column, value, difference, source."""
   out = io.StringIO()
   writer = csv.writer(out, lineterminator='\n')
   writer.writerow(['metric', 'method', 'ours', 'column', 'value', 'difference', 'source'])
@@ -156,6 +156,6 @@ FORMS: dict[str, Callable[[tables.Table], str]] = {'.md': markdown, '.tex': late
 
 
 def write(path: str, table: tables.Table) -> None:
-  """Writes a table in the form that the path's ending says, which is a key of FORMS."""
+  """Writes a table in the format of the path's extension, a key of FORMS."""
   with files.whole(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
     f.write(FORMS[os.path.splitext(path)[1]](table))

@@ -1,7 +1,7 @@
-"""From results.json files to tables: scenes by methods, published rows beside ours.
+"""Makes tables of results.json files, methods by scenes, with published rows.
 
-A table never mixes protocols: whatever two numbers side by side must have in common is compared
-first, and a difference is an error that names both files and the field.
+A table never mixes protocols: everything that numbers in one table must share is checked, and a
+difference is an error that names both files and the field.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import numpy as np
 
 from ..errors import UserError
 from . import benchmarks, lpips, results
-from . import metrics as metrics_lib
+from .metrics import METRICS
 
 HIGHER_IS_BETTER = {
-  **dict.fromkeys(metrics_lib.METRICS, True),
+  **dict.fromkeys(METRICS, True),
   **dict.fromkeys(lpips.METRICS, False),
 }
-_SHOWN = ('psnr', 'ssim', *lpips.METRICS)  # Unless others are asked for.
+_SHOWN = ('psnr', 'ssim', *lpips.METRICS)  # By default.
 
-# What must agree: everywhere in a table; between methods on a scene; between scenes of a method.
+# Fields that must agree in the whole table, per scene, and per method.
 _PROTOCOL = ('quantized', 'crop_borders', 'test_split', 'render_interval', 'lpips')
 _EVERYWHERE = ('dataset_loader', *(f'protocol.{name}' for name in _PROTOCOL), 'lpips.weights')
 _ON_A_SCENE = ('factor', 'num_images', 'image_sizes', 'masked_images', 'per_image.name')
@@ -30,7 +30,7 @@ _OF_A_METHOD = ('config_hash', 'step', 'num_params', 'mlp_dtype')
 
 
 class TablesError(UserError):
-  """Results that cannot stand in one table."""
+  """Results that cannot be put in one table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Run:
     return self.found['scene'] or '?'
 
   def field(self, name: str) -> Any:
-    """A field by its dotted name; of each image where that is in a list."""
+    """Returns a field by its dotted name; a list of values where the name passes through a list."""
     value: Any = self.found
     for part in name.split('.'):
       value = [row[part] for row in value] if isinstance(value, list) else value[part]
@@ -58,24 +58,24 @@ class Row:
 
   method: str
   values: Mapping[str, Mapping[str, float | None]]  # By metric and scene.
-  mean: Mapping[str, float]  # As printed; used where scenes are not.
+  mean: Mapping[str, float]  # As printed; used if numbers of scenes are missing.
   ours: bool
   source: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """All that the three forms of a table show."""
+  """A table's content, for any output format."""
 
   title: str
   metrics: tuple[str, ...]
   scenes: tuple[str, ...]
-  groups: Mapping[str, Sequence[str]]  # Means over some scenes; the last one is over all.
+  groups: Mapping[str, Sequence[str]]  # Scenes of each mean; the last group has all scenes.
   rows: tuple[Row, ...]
-  against: Row | None  # Our numbers are shown with their distance from these.
+  against: Row | None  # The row that ours are compared with.
 
   def value(self, row: Row, metric: str, column: str) -> float | None:
-    """A scene's number or a group's mean; None where there is none, or a scene is missing."""
+    """Returns a scene's number or a group's mean; None if it or a scene of the group is missing."""
     by_scene = row.values.get(metric, {})
     if column in self.scenes:
       return by_scene.get(column)
@@ -85,7 +85,7 @@ class Table:
     return row.mean.get(metric) if column == self.columns[-1] else None
 
   def difference(self, row: Row, metric: str, column: str) -> float | None:
-    """How far one of our numbers is above the one that it is compared with."""
+    """Returns one of our numbers minus the number it is compared with."""
     if not row.ours or self.against is None:
       return None
     both = [self.value(r, metric, column) for r in (row, self.against)]
@@ -102,7 +102,7 @@ def _same(names: Sequence[str], first: Run, second: Run) -> None:
     if a != b:
       raise TablesError(
         f'{first.path} and {second.path} differ in {name} ({_short(a)} and {_short(b)}), so their '
-        'numbers cannot stand in one table.'
+        'numbers cannot be compared in one table.'
       )
 
 
@@ -112,22 +112,22 @@ def _short(value: Any) -> str:
 
 
 def check(methods: Mapping[str, Sequence[Run]]) -> None:
-  """Refuses results that were not made alike.
+  """Checks that results are comparable.
 
   Raises:
-    TablesError: two files that differ in their protocol, in a scene's images, or within a method
-      in its config or step; or that are the same scene twice.
+    TablesError: two files differ in protocol, in a scene's images, or in config or step within a
+      method; or a method has two files of a scene.
   """
   first, of_scene = None, {}
   for runs in methods.values():
-    seen = {}
+    by_scene = {}
     for run in runs:
-      if run.scene in seen:
+      if run.scene in by_scene:
         raise TablesError(
-          f'{seen[run.scene].path} and {run.path} are both of the scene {run.scene} and of one '
-          'method; --method NAME FILES... tells methods apart.'
+          f'{by_scene[run.scene].path} and {run.path} are both of the scene {run.scene} and the '
+          'same method; separate methods by --method NAME FILES...'
         )
-      seen[run.scene] = run
+      by_scene[run.scene] = run
       first = first or run
       _same(_EVERYWHERE, first, run)
       _same(_ON_A_SCENE, of_scene.setdefault(run.scene, run), run)
@@ -135,12 +135,12 @@ def check(methods: Mapping[str, Sequence[Run]]) -> None:
 
 
 def check_published(runs: Iterable[Run], benchmark: benchmarks.Benchmark) -> None:
-  """Refuses results that published numbers cannot stand beside.
+  """Checks that results are comparable with published numbers.
 
   Raises:
-    TablesError: a results.json that departs from how the published numbers were made.
+    TablesError: a results.json departs from the published protocol.
   """
-  split = metrics_lib.every(benchmark.hold) if benchmark.hold else metrics_lib.OWN_SPLIT
+  split = results.every(benchmark.hold) if benchmark.hold else results.OWN_SPLIT
   for run in runs:
     facts = benchmark.scenes[run.scene]
     wanted = {
@@ -169,7 +169,7 @@ def check_published(runs: Iterable[Run], benchmark: benchmarks.Benchmark) -> Non
 
 
 def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
-  """Runs by method, which runs of one config_hash share: 'ours', or 'ours' and the hash."""
+  """Groups runs into methods by config_hash, named 'ours', or 'ours HASH' if there are several."""
   by_hash: dict[str, list[Run]] = {}
   for run in runs:
     by_hash.setdefault(run.found['config_hash'], []).append(run)
@@ -178,10 +178,10 @@ def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def find_benchmark(runs: Sequence[Run]) -> benchmarks.Benchmark | None:
-  """The published dataset that has all the scenes, if there is one.
+  """Returns the published dataset that contains all scenes, if any.
 
   Raises:
-    TablesError: several have them.
+    TablesError: several datasets do.
   """
   scenes, loaders = ({run.field(n) for run in runs} for n in ('scene', 'dataset_loader'))
   fit = [
@@ -189,7 +189,9 @@ def find_benchmark(runs: Sequence[Run]) -> benchmarks.Benchmark | None:
   ]
   if len(fit) > 1:
     names = ' and '.join(b.name for b in fit)
-    raise TablesError(f'{", ".join(sorted(scenes))}: {names} have such scenes; say --dataset NAME.')
+    raise TablesError(
+      f'{", ".join(sorted(scenes))}: {names} have these scenes; choose by --dataset NAME.'
+    )
   return fit[0] if fit else None
 
 
@@ -206,27 +208,27 @@ def make(
   published: Sequence[str] | None = None,
   metrics: Sequence[str] | None = None,
 ) -> Table:
-  """Puts a table together.
+  """Makes a table.
 
   Args:
-    methods: the runs of each of our methods.
-    benchmark: the dataset that they are of; None for captures without published numbers.
-    published: the published methods to show, the one to compare with first; None for all.
-    metrics: to show; None for PSNR, SSIM and those of LPIPS that were measured.
+    methods: our methods' runs, by name.
+    benchmark: the dataset of the runs; None for captures without published numbers.
+    published: the published methods to show, starting with the one to compare with; None for all.
+    metrics: the metrics to show; None for PSNR, SSIM and LPIPS if measured.
 
   Raises:
-    TablesError: results that were not made alike, or an unknown method, metric or scene.
+    TablesError: results are not comparable, or a method, metric or scene is unknown.
   """
   runs = [run for found in methods.values() for run in found]
   check(methods)
   rows = [_our_row(method, found) for method, found in methods.items()]
   theirs, groups, scenes, title = [], {}, list(dict.fromkeys(r.scene for r in runs)), 'Results'
   if benchmark is not None:
-    strange = [run for run in runs if run.scene not in benchmark.scenes]
-    if strange:
+    unknown = [run for run in runs if run.scene not in benchmark.scenes]
+    if unknown:
       raise TablesError(
-        f'{strange[0].path}: {strange[0].scene!r} is no scene of {benchmark.name!r}: there are '
-        f'{", ".join(benchmark.scenes)}.'
+        f'{unknown[0].path}: {unknown[0].scene!r} is not a scene of {benchmark.name!r}; its '
+        f'scenes are {", ".join(benchmark.scenes)}.'
       )
     theirs = _choose(benchmark, published)
     if theirs:
@@ -235,7 +237,7 @@ def make(
   groups = {**groups, 'mean': scenes}
   unknown = [name for name in metrics or () if name not in HIGHER_IS_BETTER]
   if unknown:
-    raise TablesError(f'Unknown metric {unknown[0]!r}: there are {", ".join(HIGHER_IS_BETTER)}.')
+    raise TablesError(f'Unknown metric {unknown[0]!r}; choose from {", ".join(HIGHER_IS_BETTER)}.')
   if not metrics:
     metrics = [m for m in _SHOWN if any(v is not None for r in rows for v in r.values[m].values())]
   others = [Row(p.method, p.values, p.mean, False, p.source) for p in theirs]
@@ -248,7 +250,7 @@ def _choose(benchmark, names: Sequence[str] | None) -> list[benchmarks.Published
   for name in names or ():
     if name not in known:
       raise TablesError(
-        f'No published method {name!r} on {benchmark.name}: there are {", ".join(known)}.'
+        f'No published method {name!r} on {benchmark.name}; choose from {", ".join(known)}.'
       )
   return list(known.values()) if names is None else [known[name] for name in names]
 
@@ -257,6 +259,6 @@ def read(paths: Sequence[str]) -> list[Run]:
   """Reads results.json files.
 
   Raises:
-    ResultsError: one is missing or damaged, or of another schema version.
+    ResultsError: a file is missing or invalid, or has another schema version.
   """
   return [Run(path, results.read(path)) for path in paths]

@@ -1,4 +1,4 @@
-"""Test images rendered during training: a sheet on disk, metrics in the log."""
+"""Renders test images during training."""
 
 from __future__ import annotations
 

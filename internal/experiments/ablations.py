@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluation import metrics, results
+from ..evaluation import results
 from ..system import files, installation
 from ..training import runlog
 from . import runs
@@ -165,7 +165,7 @@ def write_table(out: str, rows: Sequence[Row], all_runs: Sequence[runs.Run]) -> 
   finished = {run.name: results.read(run.results) for run in all_runs if runs.is_finished(run)}
   speeds = {run.name: rays_per_second(run.folder) for run in all_runs if run.name in finished}
   table = make_table(rows, finished, speeds)
-  metrics.write_json(os.path.join(out, 'ablations.json'), table)
+  results.write_json(os.path.join(out, 'ablations.json'), table)
   text = to_markdown(table)
   with files.whole(os.path.join(out, 'ablations.md')) as path, open(path, 'w') as f:
     f.write(text)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from .. import configs
 from ..errors import UserError
-from ..evaluation import lpips, metrics, results
+from ..evaluation import lpips, results
 from ..system import installation, progress
 from ..training import runlog
 from . import jobs
@@ -54,13 +54,13 @@ def is_finished(run: Run) -> bool:
   Raises:
     RunError: the folder holds a run with other settings.
   """
-  wanted = metrics.config_hash(run.settings)
+  wanted = results.config_hash(run.settings)
   stored = os.path.join(run.folder, 'config.gin')
   if os.path.exists(stored):
     existing = configs.load_config([stored])
     both = existing.config, run.settings.config
     differs = any(getattr(both[0], name) != getattr(both[1], name) for name in run.fixed)
-    if differs or metrics.config_hash(existing) != wanted:
+    if differs or results.config_hash(existing) != wanted:
       raise RunError(
         f'{run.folder} holds a run with other settings ({stored}): remove it, or choose another '
         '--out.'
@@ -77,7 +77,7 @@ def is_finished(run: Run) -> bool:
   same = found['config_hash'] == wanted and found['step'] == run.settings.config.last_step
   # The hash covers how images were split.
   split = found['protocol']['test_split']
-  protocols = found['protocol'], metrics.protocol(run.settings.config, split)
+  protocols = found['protocol'], results.protocol(run.settings.config, split)
   for protocol in protocols:
     protocol.pop('description')  # Its wording may change.
   return same and protocols[0] == protocols[1] and not lacks_lpips

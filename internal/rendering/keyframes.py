@@ -1,7 +1,7 @@
-"""Camera paths set by hand: key cameras, what is between them, and the file that keeps them.
+"""Camera paths through keyframes, and the file that stores them.
 
-The file is nerfstudio's camera path, in JSON: `camera_to_world` and `matrix` are 16 numbers, row by
-row, OpenGL camera axes to the capture's own world; `fov` is vertical, in degrees.
+The file is nerfstudio's camera path as JSON: `camera_to_world` and `matrix` are 4x4 matrices in
+row-major order, from OpenGL camera axes to the capture's own world; `fov` is vertical, in degrees.
 """
 
 from __future__ import annotations
@@ -23,27 +23,29 @@ _DEGREE = 3
 
 @dataclasses.dataclass(frozen=True)
 class Keyframe:
-  """A camera that the path goes through."""
+  """A camera that the path passes through."""
 
   pose: np.ndarray  # [3, 4] OpenGL camera axes to the normalised world.
   fov: float  # Vertical, radians.
 
 
-def between(keyframes: Sequence[Keyframe], frames_per_gap: int) -> tuple[np.ndarray, np.ndarray]:
-  """The frames of a path: a spline that meets each keyframe.
+def between(
+  keyframes: Sequence[Keyframe], frames_per_segment: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Interpolates the frames of a path by a spline through the keyframes.
 
   Returns:
-    poses [n, 3, 4] in the normalised world, and vertical fields of view [n] in radians; n is
-    frames_per_gap for each gap.
+    Poses [n, 3, 4] in the normalised world, and vertical fields of view [n] in radians, with
+    frames_per_segment frames per segment between two keyframes.
 
   Raises:
-    ValueError: fewer than two keyframes, two equal ones in a row, frames_per_gap not positive.
+    UserError: fewer than two keyframes, equal consecutive keyframes, or frames_per_segment < 1.
   """
   keys = np.stack([key.pose for key in keyframes]) if keyframes else np.zeros((0, 3, 4))
   if len(keys) < 2:
     raise UserError(f'A path needs at least two keyframes, got {len(keys)}.')
-  poses = paths.generate_spline_path(keys, frames_per_gap, _DEGREE, smoothness=0)
-  # Gaps are not equally long, so that the frames nearest to keyframes are looked for, in order.
+  poses = paths.generate_spline_path(keys, frames_per_segment, _DEGREE, smoothness=0)
+  # Segments differ in length, so find the frame nearest to each keyframe, in order.
   apart = np.linalg.norm((poses[:, None] - keys).reshape(len(poses), len(keys), -1), axis=-1)
   places = [0]
   for k in range(1, len(keys)):
@@ -53,7 +55,7 @@ def between(keyframes: Sequence[Keyframe], frames_per_gap: int) -> tuple[np.ndar
 
 
 def to_capture(poses: np.ndarray, world_transform: np.ndarray) -> np.ndarray:
-  """Poses [n, 3, 4] of the normalised world, in the capture's own; rotations stay orthonormal.
+  """Converts poses [n, 3, 4] from the normalised to the capture's world; rotations stay rotations.
 
   `world_transform` [4, 4] is the similarity from the capture's world to the normalised one.
   """
@@ -67,14 +69,17 @@ def document(
   fps: int,
   seconds_per_gap: float,
 ) -> dict:
-  """The path as nerfstudio's JSON has it; `size` is (width, height) of its frames.
+  """Returns the path in nerfstudio's JSON format; `size` is (width, height) of the frames.
 
   Raises:
-    ValueError: as `between`.
+    UserError: as `between`.
   """
   width, height = size
   poses, fovs = between(keyframes, max(1, round(fps * seconds_per_gap)))
-  flat = lambda poses: paths.pad_poses(to_capture(poses, world_transform)).reshape(-1, 16).tolist()  # noqa: E731
+
+  def flat(poses):
+    return paths.pad_poses(to_capture(poses, world_transform)).reshape(-1, 16).tolist()
+
   keys = flat(np.stack([key.pose for key in keyframes]))
   aspect = width / height
   return {
@@ -105,9 +110,9 @@ def document(
 
 
 def free_name(folder: str, name: str, ending: str) -> str:
-  """A path in the folder that no file has: the name's letters, digits, - and _, a number if taken.
+  """Returns an unused path in the folder: `name` reduced to letters, digits, - and _, numbered.
 
-  `ending` is such as '.json'.
+  `ending` is the file's extension, e.g. '.json'.
   """
   stem = re.sub(r'[^A-Za-z0-9_-]+', '_', name.removesuffix(ending)).strip('_')[:80] or 'unnamed'
   path, number = os.path.join(folder, stem + ending), 2
@@ -117,6 +122,6 @@ def free_name(folder: str, name: str, ending: str) -> str:
 
 
 def save(path: str, path_document: dict) -> None:
-  """Writes what `document` made, whole or not at all."""
+  """Writes a result of `document` atomically."""
   with files.whole(path) as temporary, open(temporary, 'w') as f:
     json.dump(path_document, f, indent=1)

@@ -1,7 +1,7 @@
-"""Normals of a trained field, for pictures: against the gradient of its density.
+"""Normals of a trained field, for pictures: the negative gradient of its density.
 
-Computed only where asked for (Config.vis_normals), never in training. `n` is the number of the last
-level's intervals.
+Computed only with Config.vis_normals, never in training. `n` is the number of intervals of the last
+level.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Array = jax.Array
 
 
 def make_normals(settings: configs.Settings) -> Callable:
-  """`normals(params, rays, history) -> [..., 3]`, what a pixel shows of the surfaces' directions.
+  """Makes `normals(params, rays, history) -> [..., 3]`, the pixels' normals in world axes.
 
-  `history` is the last level's. Each interval has the unit vector in which its density falls
-  fastest, in world axes, for its Gaussian moved as it is; the result is their mean by compositing
-  weight, shorter than 1 where they disagree or little is seen. Computed in float32: bfloat16
-  leaves little of differences at the encoding's highest frequencies.
+  `history` is that of the last level. The normal of an interval is the unit vector of steepest
+  density decrease when its Gaussian is translated. A pixel's normal is the sum of them by
+  compositing weight: shorter than 1 where they disagree or opacity is below 1. Computed in float32,
+  since bfloat16 cannot resolve differences at the encoding's highest frequencies.
   """
   exact = dataclasses.replace(settings.model, mlp_dtype='float32', use_gpu_kernels=False)
   model = models.build(dataclasses.replace(settings, model=exact))
@@ -31,11 +31,12 @@ def make_normals(settings: configs.Settings) -> Callable:
   def normals(params, rays: structs.Rays, history: structs.RayHistory) -> Array:
     def total_density(shift):
       density = model.apply({'params': params}, rays, history.tdist, shift, method='last_density')
-      return jnp.sum(density)  # Each interval's depends on its own shift alone.
+      # The gradient of the sum holds those of all intervals: each depends on its own shift only.
+      return jnp.sum(density)
 
     weights = history.weights[..., None]  # [..., n, 1]
     gradient = jax.grad(total_density)(jnp.zeros((*history.weights.shape, 3), weights.dtype))
-    # Scaled first: squares of a gradient far away would underflow.
+    # Scaled first, since squares of the small gradients far away would underflow.
     largest = jnp.max(jnp.abs(gradient), -1, keepdims=True)
     scaled = gradient / jnp.where(largest > 0, largest, 1)
     length = jnp.linalg.norm(scaled, axis=-1, keepdims=True)

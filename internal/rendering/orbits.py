@@ -1,7 +1,8 @@
-"""Camera paths about the point that a capture's cameras look at: orbit, helix, dolly (numpy).
+"""Camera paths around the focus point of a capture: orbit, helix, dolly (numpy).
 
-A pose is [3, 4], camera-to-world with OpenGL axes, as in `paths`. Elevations are angles over the
-plane through that point which is level, going by the cameras' mean up.
+The focus is the point that the cameras look at (`paths.focus_point`). A pose is [3, 4],
+camera-to-world with OpenGL axes. Elevations are angles above the horizontal plane through the
+focus, which is perpendicular to the cameras' mean up.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from ..errors import UserError
 
 
 def mean_up(poses: np.ndarray) -> np.ndarray:
-  """The cameras' mean up [3], of length 1; z where they cancel."""
+  """Returns the cameras' mean up [3] of length 1; z if they cancel out."""
   up = poses[:, :, 1].mean(0)
   length = np.linalg.norm(up)
   return up / length if length > 1e-6 else np.array([0.0, 0, 1])
 
 
 def level(poses: np.ndarray, up: np.ndarray) -> np.ndarray:
-  """Poses [n, 3, 4] at the same places, turned so that their up is `up`: a panorama's horizon.
+  """Rotates poses [n, 3, 4] so that their up is `up`, as panoramas need for a level horizon.
 
-  They look where they did, as seen from above; one that looks straight down or up looks to where
-  the upper edge of its picture was, or the lower one.
+  Positions and compass directions stay. A camera that looks straight down turns to where the upper
+  edge of its image was, one that looks straight up to where the lower edge was.
   """
   result = []
   for _, own_up, back, position in np.moveaxis(poses, -1, 1):
@@ -38,15 +39,15 @@ def level(poses: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Globe:
-  """Spherical coordinates about the point that cameras look at."""
+  """Spherical coordinates around the focus point."""
 
   focus: np.ndarray  # [3]
   axes: np.ndarray  # [3, 3], rows: azimuth 0, azimuth 90 degrees, up.
   elevations: np.ndarray  # [n] of the cameras, radians.
-  radius: float  # Their median distance.
+  radius: float  # Median distance of the cameras from the focus.
 
   def at(self, azimuth, elevation, radius) -> np.ndarray:
-    """Points [..., 3]."""
+    """Returns world points [..., 3] for angles in radians."""
     flat = np.cos(elevation)
     around = np.stack(
       [flat * np.cos(azimuth), flat * np.sin(azimuth), np.sin(elevation) + 0 * azimuth], -1
@@ -54,20 +55,20 @@ class _Globe:
     return self.focus + (radius * around) @ self.axes
 
   def look(self, positions: np.ndarray) -> np.ndarray:
-    """Poses [n, 3, 4] at `positions` that look at the focus and stand upright."""
+    """Returns upright poses [n, 3, 4] at `positions` that look at the focus."""
     return np.stack([paths.viewmatrix(p - self.focus, self.axes[2], p) for p in positions])
 
 
 def _globe(poses: np.ndarray) -> _Globe:
-  """Raises a ValueError where the cameras are all at the point that they look at."""
+  """Fits the coordinates to the cameras; raises UserError if most are at the focus itself."""
   focus, up = paths.focus_point(poses), mean_up(poses)
   offsets = poses[:, :, 3] - focus
   distances = np.linalg.norm(offsets, axis=-1)
   radius = float(np.median(distances))
   if not radius > 1e-9:
     raise UserError(
-      'The cameras stand where they look at: nothing is there to go around. Use a spline through '
-      'photos, Config.render_spline_keyframes.'
+      'The cameras are all at the point that they look at, so there is nothing to orbit; use a '
+      'spline through photos, Config.render_spline_keyframes.'
     )
   heights = offsets @ up
   elevations = np.arcsin(np.clip(heights / np.maximum(distances, 1e-9), -1, 1))
@@ -79,19 +80,19 @@ def _globe(poses: np.ndarray) -> _Globe:
 def generate_orbit_path(
   poses: np.ndarray, n_frames: int, elevation: float | None = None, radius: float = 1.0
 ) -> np.ndarray:
-  """A level circle around what the cameras look at, from the first camera's side on.
+  """Makes a horizontal circle around the focus, which starts on the first camera's side.
 
   Args:
     poses: [n, 3, 4]
-    n_frames: number of frames, equally far apart; the one after the last would be the first again.
-    elevation: degrees over the level plane, -89 to 89; None for the cameras' median.
-    radius: in the cameras' median distance from the point that they look at.
+    n_frames: number of frames, equally spaced; the last is one step short of the first.
+    elevation: degrees, -89 to 89; None for the cameras' median.
+    radius: in multiples of the cameras' median distance from the focus.
 
   Returns:
-    [n_frames, 3, 4] poses that look at that point.
+    [n_frames, 3, 4] poses that look at the focus.
 
   Raises:
-    ValueError: a number out of range, or cameras that stand where they look at.
+    UserError: a number is out of range, or the cameras are at the focus.
   """
   globe = _globe(paths.checked(poses))
   paths.check_frames(n_frames)
@@ -105,7 +106,7 @@ def generate_orbit_path(
 
 
 def generate_helix_path(poses: np.ndarray, n_frames: int, n_rots: int = 2) -> np.ndarray:
-  """A spiral around what the cameras look at, rising at a constant speed.
+  """Makes a helix around the focus that rises at a constant rate.
 
   Args:
     poses: [n, 3, 4]
@@ -113,46 +114,51 @@ def generate_helix_path(poses: np.ndarray, n_frames: int, n_rots: int = 2) -> np
     n_rots: number of turns, from the 10th to the 90th percentile of the cameras' elevations.
 
   Returns:
-    [n_frames, 3, 4] poses that look at that point, from their median distance.
+    [n_frames, 3, 4] poses that look at the focus from the cameras' median distance.
 
   Raises:
-    ValueError: n_frames is not positive, or the cameras stand where they look at.
+    UserError: n_frames is not positive, or the cameras are at the focus.
   """
   globe = _globe(paths.checked(poses))
   paths.check_frames(n_frames)
   low, high = np.percentile(globe.elevations, [10, 90])
-  position = lambda u: globe.at(2 * np.pi * n_rots * u, low + (high - low) * u, globe.radius)  # noqa: E731
+
+  def position(u):
+    return globe.at(2 * np.pi * n_rots * u, low + (high - low) * u, globe.radius)
+
   return globe.look(position(paths.equal_steps(position, n_frames, closed=False)))
 
 
 def generate_dolly_path(
   poses: np.ndarray, start: np.ndarray, n_frames: int, distance: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray]:
-  """A straight way from a camera towards what all look at, seen in one unchanging direction.
+  """Makes a straight path from a camera towards the focus, with a fixed viewing direction.
 
   Args:
     poses: [n, 3, 4]
-    start: [3, 4] the pose that it starts from and that gives the direction of view and of the way.
-    n_frames: number of frames, equally far apart.
-    distance: of the way, in the depth of the point that the cameras look at; negative: backwards.
+    start: [3, 4] the first pose; it gives the direction of both view and path.
+    n_frames: number of frames, equally spaced.
+    distance: length of the path as a fraction of the focus's depth; negative goes backwards.
 
   Returns:
-    [n_frames, 3, 4] poses, and [n_frames] the depths of that point over its depth at the start:
-    focal lengths in these proportions keep it at one size (a dolly zoom).
+    Poses [n_frames, 3, 4], and the focus's depth in each frame relative to the first [n_frames]:
+    focal lengths in this proportion keep it at a constant size (dolly zoom).
 
   Raises:
-    ValueError: the way ends at that point or beyond, or it lies behind the camera.
+    UserError: the path reaches the focus, or the focus is behind the camera.
   """
   paths.check_frames(n_frames)
   back, position = start[:, 2], start[:, 3]
   depth = (position - paths.focus_point(paths.checked(poses))) @ back
   if not depth > 1e-9:
-    raise UserError('A dolly must start from a photo that has before it what the others look at.')
+    raise UserError(
+      'A dolly must start from a photo that has the focus of the cameras in front of it.'
+    )
   if not distance < 0.99:
     raise UserError(
-      f'The distance of a dolly must be below 0.99, as 1 is all the way, got {distance}.'
+      f'The distance of a dolly must be below 0.99 (1 reaches the focus), got {distance}.'
     )
-  way = np.linspace(0, distance, n_frames)
+  travelled = np.linspace(0, distance, n_frames)
   result = np.repeat(start[None], n_frames, 0)
-  result[:, :, 3] -= (way * depth)[:, None] * back
-  return result, 1 - way
+  result[:, :, 3] -= (travelled * depth)[:, None] * back
+  return result, 1 - travelled

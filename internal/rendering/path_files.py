@@ -1,10 +1,10 @@
-"""Camera paths from files: poses as .npy, COLMAP sparse models, nerfstudio's camera paths.
+"""Reads camera paths: .npy files of poses, COLMAP sparse models, nerfstudio's camera paths.
 
 nerfstudio's viewers save camera paths as JSON: `camera_path`, a list of frames, each with
-`camera_to_world` (16 numbers row by row, OpenGL axes) and `fov` (of the height, in degrees);
+`camera_to_world` (a 4x4 matrix in row-major order, OpenGL axes) and `fov` (vertical, in degrees);
 `render_width` and `render_height`; `camera_type` (perspective, fisheye or equirectangular); `fps`.
-Their world is that of nerfstudio's training, which its `dataparser_transforms.json` (written
-beside its config.yml: `transform` [3, 4], then `scale`) leads to from the capture's.
+Their poses are in the world that nerfstudio trains in. Its `dataparser_transforms.json`, written
+beside its config.yml, maps the capture's world to it by `transform` [3, 4] and then `scale`.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ _LENSES = {
   'fisheye': structs.FISHEYE,
   'equirectangular': structs.PANORAMA,
 }
-_MOST_PIXELS = 100_000  # A side.
-_LARGEST = 1e12  # Of a position's coordinates.
+_MOST_PIXELS = 100_000  # Per side.
+_LARGEST = 1e12  # Limit on the coordinates of a position.
 
 
 class PathFileError(UserError):
-  """A file with no usable camera path; the message names it and says what to change."""
+  """A camera path's file that is missing or invalid."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PathFile:
-  """What a file says of a video's n frames; None is left to the config."""
+  """The content of a camera path's file, n frames; the config decides on what is None."""
 
-  poses: np.ndarray  # [n, 3, 4] in the world of the file.
-  fov: np.ndarray | None = None  # [n] of the picture's height, radians.
+  poses: np.ndarray  # [n, 3, 4] in the file's world.
+  fov: np.ndarray | None = None  # [n] Vertical, radians.
   size: tuple[int, int] | None = None  # Width and height in pixels.
-  lens: int | None = None  # A code of `structs`.
+  lens: int | None = None  # A lens code of `structs`.
   fps: float | None = None
 
 
 def read(path: str) -> PathFile:
-  """Reads a camera path: a folder is a COLMAP model, .json is nerfstudio's, others are .npy.
+  """Reads a camera path from a folder (COLMAP model), a .json (nerfstudio) or a .npy file.
 
-  A COLMAP model gives the poses of its images, by name, and nothing else.
+  A COLMAP model gives only poses, in the order of its images' names.
 
   Raises:
-    PathFileError: there is no such file, or it holds no camera path.
+    PathFileError: the file is missing, or is not a valid camera path.
   """
   if os.path.isdir(path):
     result = PathFile(_read_colmap(path))
@@ -65,8 +65,8 @@ def read(path: str) -> PathFile:
   rigid = paths.are_rigid(result.poses) & (np.abs(result.poses[:, :, 3]) < _LARGEST).all(-1)
   if not rigid.all():
     raise PathFileError(
-      f'{path}: pose {np.argmin(rigid)} is no rotation and position (it scales, shears or mirrors, '
-      'or is impossibly far away). Its matrices must be camera-to-world, with OpenGL axes.'
+      f'{path}: pose {np.argmin(rigid)} is not a rigid transform (it scales, shears, mirrors or is '
+      'too far away). Matrices must be camera-to-world, with OpenGL axes.'
     )
   return result
 
@@ -107,7 +107,7 @@ def _read_json(path: str) -> dict[str, Any]:
 
 
 def _numbers(where: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
-  """Finite numbers, of a shape."""
+  """Converts a JSON value to finite numbers of a shape; errors start with `where`."""
   try:
     array = np.array(value, np.float64)
     if array.size == np.prod(shape) and np.isfinite(array).all():
@@ -124,7 +124,7 @@ def _read_nerfstudio(path: str) -> PathFile:
   if not isinstance(frames, list) or not frames or not all(isinstance(f, dict) for f in frames):
     raise PathFileError(
       f"{path}: has no list 'camera_path' with frames. Export a camera path from nerfstudio's "
-      'viewer again; poses of other kinds go into a .npy file.'
+      'viewer again, or write poses from elsewhere to a .npy file.'
     )
   kind = table.get('camera_type', 'perspective')
   if not isinstance(kind, str) or kind not in _LENSES:
@@ -136,7 +136,9 @@ def _read_nerfstudio(path: str) -> PathFile:
     _numbers(f'{path}: {key}', table.get(key), ()) for key in ('render_width', 'render_height')
   ]
   if not all(1 <= side <= _MOST_PIXELS and side == int(side) for side in size):
-    raise PathFileError(f'{path}: render_width and render_height must be pixels.')
+    raise PathFileError(
+      f'{path}: render_width and render_height must be whole numbers from 1 to {_MOST_PIXELS}.'
+    )
   poses = np.stack(
     [
       _numbers(f'{path}: camera_to_world of frame {i}', f.get('camera_to_world'), (4, 4))[:3]
@@ -159,7 +161,7 @@ def _read_fov(path: str, frames: list[dict[str, Any]]) -> np.ndarray:
   outside = ~((degrees > 0.01) & (degrees < 179.9))
   if outside.any():
     raise PathFileError(
-      f'{path}: fov of frame {np.argmax(outside)} must be in 0 to 180 degrees, got '
+      f'{path}: fov of frame {np.argmax(outside)} must be between 0 and 180 degrees, got '
       f'{degrees[np.argmax(outside)]:g}.'
     )
   return np.radians(degrees)
@@ -170,12 +172,12 @@ def _read_fps(path: str, table: dict[str, Any]) -> float | None:
     return None
   fps = float(_numbers(f'{path}: fps', table['fps'], ()))
   if not 0 < fps <= 1000:
-    raise PathFileError(f'{path}: fps must be in 0 to 1000, got {fps:g}.')
+    raise PathFileError(f'{path}: fps must be above 0 and at most 1000, got {fps:g}.')
   return fps
 
 
 def _undo_dataparser(path: str, poses: np.ndarray) -> np.ndarray:
-  """Poses in the capture's world, where nerfstudio's account of its own lies beside the path."""
+  """Converts poses to the capture's world if nerfstudio's transform lies beside the path's file."""
   beside = os.path.join(os.path.dirname(path), _TRANSFORMS)
   if not os.path.isfile(beside):
     return poses

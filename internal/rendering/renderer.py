@@ -1,4 +1,4 @@
-"""Whole-image rendering: one compiled program for every image and camera of a run."""
+"""Renders whole images in chunks of rays; one compiled program serves all cameras of a run."""
 
 from __future__ import annotations
 
@@ -20,24 +20,33 @@ def make_chunk_renderer(
   free_memory: Callable = memory.free_memory,
   with_normals: bool = False,
 ) -> memory.FirstFit:
-  """`render_chunk(params, cams, i, start, train_frac, bounds=()) -> dict of [chunk, ...]`.
+  """Makes a function that renders a chunk of consecutive pixels.
 
-  Renders `chunk` pixels of camera i, row by row, from pixel number `start`; those past the
-  image's end repeat its last pixel. Deterministic: no jitter, no noise, appearance zero. Rays go
-  from Config.near to Config.far, or as `bounds`, two float32, tells. The chunk is
-  Config.render_chunk_size, on the first call halved until it fits in the memory which
-  `free_memory(mesh)` says is free; `render_chunk.choice` tells it from then on.
+  Rendering is deterministic: no jitter, no density noise, zero appearance vector.
+
+  Args:
+    settings: model and rendering settings.
+    mesh: the devices, over which the rays are sharded.
+    free_memory: `free_memory(mesh)` returns the free device memory. On the first call the chunk
+      size is halved, from Config.render_chunk_size, until the program fits.
+    with_normals: whether to render normals as well.
+
+  Returns:
+    `render_chunk(params, cams, i, start, train_frac, bounds=())` -> dict of [chunk, ...]: the
+    pixels of camera i in row-major order from `start`; past the image's end, the last pixel is
+    repeated. `bounds` are near and far as float32, instead of Config.near and Config.far.
+    `render_chunk.choice` is the chunk size, once called.
 
   Raises:
-    ValueError: a render_chunk_size that the devices do not divide.
+    UserError: Config.render_chunk_size is not divisible by the number of devices.
   """
   largest = settings.config.render_chunk_size
   sharding.check_divisible('Config.render_chunk_size', largest, mesh)
-  whole_model = models.build(settings)
-  more = {'normals': normals.make_normals(settings)} if with_normals else {}
+  full_model = models.build(settings)
+  extras = {'normals': normals.make_normals(settings)} if with_normals else {}
 
   def render_rays(params, rays, train_frac, bounds):
-    model = whole_model.clone(near=bounds[0], far=bounds[1]) if bounds else whole_model
+    model = full_model.clone(near=bounds[0], far=bounds[1]) if bounds else full_model
     renderings, history = model.apply({'params': params}, None, rays, train_frac, False)
     final = renderings[-1]
     return {
@@ -45,7 +54,7 @@ def make_chunk_renderer(
       'acc': final.acc,
       'distance_mean': final.distance_mean,
       'distance_percentiles': final.distance_percentiles,
-      **{name: function(params, rays, history[-1]) for name, function in more.items()},
+      **{name: function(params, rays, history[-1]) for name, function in extras.items()},
     }
 
   def variant(chunk):
@@ -73,14 +82,15 @@ def make_image_renderer(
   free_memory: Callable = memory.free_memory,
   with_normals: bool = False,
 ) -> Callable:
-  """A function that renders whole images.
+  """Makes a function that renders whole images. Arguments are those of `make_chunk_renderer`.
 
   Returns:
     `render_image(params, cams, i, step_fraction=1.0, progress=None, bounds=None)` -> dict of numpy
     arrays: rgb [h, w, 3] in [0, 1]; acc, distance_mean and distance_median [h, w];
-    distance_percentiles [h, w, 3] at 5, 50 and 95 percent; if asked for, normals [h, w, 3]
-    (`normals.make_normals`). `progress(done, total)` is called with numbers of rays; what it raises
-    ends the rendering. `bounds` are the rays' near and far distances, None: those of Config.
+    distance_percentiles [h, w, 3] at 5, 50 and 95 percent; with `with_normals` also normals
+    [h, w, 3] (`normals.make_normals`). The callback `progress(done, total)` gets numbers of rays;
+    an exception in it aborts the rendering. `bounds` are the rays' near and far distances, by
+    default Config.near and Config.far.
   """
   render_chunk = make_chunk_renderer(settings, mesh, free_memory, with_normals)
 
@@ -104,11 +114,11 @@ def make_image_renderer(
 
     start = 0
     while start < total:
-      where = np.int32(i), np.int32(start), np.float32(step_fraction)
-      where += (tuple(map(np.float32, bounds)),) if bounds else ()
-      pending.append(render_chunk(params, table, *where))
+      scalars = np.int32(i), np.int32(start), np.float32(step_fraction)
+      scalars += (tuple(map(np.float32, bounds)),) if bounds else ()
+      pending.append(render_chunk(params, table, *scalars))
       start += render_chunk.choice
-      if len(pending) > 2:  # Two chunks in flight keep the device busy and its memory small.
+      if len(pending) > 2:  # Two chunks in flight keep the device busy with little memory.
         fetch()
     while pending:
       fetch()
@@ -122,12 +132,12 @@ def make_image_renderer(
 
 
 def make_ray_probe(settings: configs.Settings, mesh: Mesh) -> Callable:
-  """A function that shows how rays were sampled: what `vis.ray_picture` draws.
+  """Makes a function that returns the samples along a few rays, for `pictures.ray_picture`.
 
   Returns:
     `probe_rays(params, cams, i, train_frac)` -> (sdist, weights, rgb), each a list over levels of
-    numpy arrays [r, ...] (rgb: None where a level has no colour), of vis_num_rays pixels spread
-    evenly over camera i's diagonal.
+    numpy arrays [r, ...]; rgb is None at levels without colour. The rays belong to
+    r = Config.vis_num_rays pixels, evenly spaced along the diagonal of camera i's image.
   """
   model, count = models.build(settings), settings.config.vis_num_rays
 
@@ -138,9 +148,9 @@ def make_ray_probe(settings: configs.Settings, mesh: Mesh) -> Callable:
     _, history = model.apply({'params': params}, None, rays, train_frac, False)
     return history
 
-  # So few rays that each device may as well follow all of them.
-  each = sharding.per_device(probe, mesh, sharding.WHOLE, sharding.WHOLE)
-  probe = jax.jit(each, out_shardings=sharding.replicated(mesh))
+  # Too few rays to shard: each device renders all of them.
+  replicated_probe = sharding.per_device(probe, mesh, sharding.WHOLE, sharding.WHOLE)
+  probe = jax.jit(replicated_probe, out_shardings=sharding.replicated(mesh))
 
   def probe_rays(params, cams: structs.Cameras, i: int, train_frac: float = 1.0):
     history = probe(sharding.whole(params, mesh), sharding.replicate(cams, mesh), i, train_frac)

@@ -1,4 +1,4 @@
-"""Coloured points on what a trained model shows: rendered pixels, put at their median distance."""
+"""Extracts coloured surface points: rendered pixels at their median distance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..system import progress
 
 
 def pixel_rays(cams: structs.Cameras, row: int) -> tuple[np.ndarray, np.ndarray]:
-  """Origins and directions [h, w, 3] of all pixels of a camera; distances are in the latter."""
+  """Returns the origins and directions [h, w, 3] of all pixels' rays."""
   width, height = np.asarray(cams.size)[row].tolist()
   x, y = jnp.meshgrid(jnp.arange(width), jnp.arange(height))
   rays = cameras.pixels_to_rays(cams, jnp.full_like(x, row), x, y)
@@ -22,15 +22,15 @@ def pixel_rays(cams: structs.Cameras, row: int) -> tuple[np.ndarray, np.ndarray]
 def from_image(
   cams: structs.Cameras, row: int, image: dict, min_opacity: float, max_spread: float
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The points of one rendered image that are surely on a surface.
+  """Returns the points of one rendered image that reliably lie on a surface.
 
   Args:
     cams: cameras in world space (not in NDC).
-    row: the one that `image` is of.
-    image: what `evaluation.make_image_renderer` gives.
-    min_opacity: pixels below it show no surface.
-    max_spread: the most that the distances at 5 and 95 percent of a pixel's weight may differ by,
-      over the median: above it a pixel looks through fog or across an edge.
+    row: the camera of `image`.
+    image: a result of `renderer.make_image_renderer`.
+    min_opacity: pixels of lower opacity are dropped.
+    max_spread: pixels are dropped if their distances at 5 and 95 percent differ by more than this
+      times the median, as in fog or at the edges of objects.
 
   Returns:
     Positions [m, 3] in the world and colours [m, 3], uint8.
@@ -53,7 +53,7 @@ def from_views(
   min_opacity: float = 0.5,
   max_spread: float = 0.3,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """`from_image` of several cameras, one after another: positions [m, 3] and colours [m, 3]."""
+  """Renders the cameras in `rows` and returns all their points, as `from_image` does."""
   parts = []
   for row in progress.track(list(rows), 'views'):
     image = render_image(params, cams, int(row), fraction)

@@ -1,4 +1,4 @@
-"""The cameras that a video is taken with: a path through a capture, and a lens for each frame."""
+"""Makes the cameras of a video: a path through a capture, and the lens of each frame."""
 
 from __future__ import annotations
 
@@ -12,42 +12,53 @@ from ..datasets import scenes
 from ..errors import UserError
 from . import orbits, path_files
 
-_FULL_CIRCLE = np.pi  # Angle that a fisheye shows across the shorter side, unless told.
+_FULL_CIRCLE = np.pi  # Default field of view of a fisheye across the shorter side, radians.
 
 
 class TrajectoryError(UserError):
-  """A camera path that cannot be followed; the message says what to change."""
+  """Settings of a camera path that are invalid for the capture."""
+
+
+def make_path(config: configs.Config, scene: scenes.Scene) -> tuple[structs.Cameras, float]:
+  """Makes the cameras of all frames, by Config.render_*, and the frames per second.
+
+  Poses come from render_path_file if set, else from a spline through render_spline_keyframes, else
+  from render_path_type (by default a spiral for forward-facing captures and an ellipse for others).
+  Panoramas along a generated path are levelled by the training cameras' mean up.
+
+  The lens is the first training camera's without distortion. If render_resolution changes the size,
+  the horizontal field of view stays, unless render_focal is set. render_camtype selects another
+  kind of lens; a fisheye then shows 180 degrees across the shorter side. nerfstudio's camera paths
+  bring size, lens, fields of view and frame rate; all settings but render_video_fps override them.
+
+  Raises:
+    TrajectoryError, PathFileError: a setting is invalid for the capture, or the file for its path.
+  """
+  path_file = path_files.read(config.render_path_file) if config.render_path_file else None
+  fps = (path_file and path_file.fps) or config.render_video_fps
+  return _make_cameras(config, scene, path_file), fps
 
 
 def make_cameras(config: configs.Config, scene: scenes.Scene) -> structs.Cameras:
-  """The cameras of all frames, as Config.render_* says.
+  """Makes the cameras of all frames; see `make_path`."""
+  return make_path(config, scene)[0]
 
-  Poses: render_path_file, else a spline through render_spline_keyframes, else render_path_type
-  (a spiral for forward-facing captures, otherwise an ellipse). Panoramas along a path that is made
-  here are levelled by the cameras' mean up.
 
-  Lens: the first training camera's, free of distortion, with its horizontal field of view where
-  render_resolution changes the size, unless render_focal is given; render_camtype may ask for
-  another kind, of which a fisheye shows half of all directions in a circle as wide as the shorter
-  side. nerfstudio's camera paths have size, lens and fields of view of their own, on top of which
-  those settings count.
-
-  Raises:
-    TrajectoryError, PathFileError: a setting that the capture or the file does not allow.
-  """
+def _make_cameras(
+  config: configs.Config, scene: scenes.Scene, path_file: path_files.PathFile | None
+) -> structs.Cameras:
   train = scene.cameras.take(np.array(scene.train))
-  told = path_files.read(config.render_path_file) if config.render_path_file else None
-  lens, size = _lens_and_size(config, train, told)
+  lens, size = _lens_and_size(config, train, path_file)
   if train.pixtocam_ndc is not None and lens != structs.PERSPECTIVE:
     raise TrajectoryError(
       'Config.render_camtype must be perspective for a forward-facing capture, got '
       f'{structs.LENS_NAMES[lens]!r}.'
     )
-  poses, zoom = _poses(config, scene, np.asarray(train.camtoworld, np.float64), told)
-  if told is None and lens == structs.PANORAMA:
+  poses, zoom = _poses(config, scene, np.asarray(train.camtoworld, np.float64), path_file)
+  if path_file is None and lens == structs.PANORAMA:
     poses = orbits.level(poses, orbits.mean_up(np.asarray(train.camtoworld, np.float64)))
   return cameras.make_cameras(
-    pixtocam=_pixtocam(config, train, told, lens, size, zoom),
+    pixtocam=_pixtocam(config, train, path_file, lens, size, zoom),
     camtoworld=poses,
     size=size,
     lens=lens,
@@ -55,14 +66,8 @@ def make_cameras(config: configs.Config, scene: scenes.Scene) -> structs.Cameras
   )
 
 
-def frames_per_second(config: configs.Config) -> float:
-  """Of the video: as the camera path's file says, else render_video_fps."""
-  told = path_files.read(config.render_path_file).fps if config.render_path_file else None
-  return told or config.render_video_fps
-
-
 def shrink(cams: structs.Cameras, max_side: int) -> structs.Cameras:
-  """The same views [n] in fewer pixels, at most max_side each way."""
+  """Returns the same views [n] with fewer pixels, at most max_side per side."""
   size = np.asarray(cams.size)
   scale = np.minimum(max_side / size.max(-1, keepdims=True), 1)
   small = np.maximum(np.round(size * scale), 1).astype(np.int32)
@@ -73,18 +78,18 @@ def shrink(cams: structs.Cameras, max_side: int) -> structs.Cameras:
 
 
 def _lens_and_size(
-  config: configs.Config, train: structs.Cameras, told: path_files.PathFile | None
+  config: configs.Config, train: structs.Cameras, path_file: path_files.PathFile | None
 ) -> tuple[int, np.ndarray]:
-  """Code of the lens, and [width, height]."""
+  """Returns the lens code and the size [width, height]."""
   lens, size = int(train.lens[0]), np.array(train.size[0])
-  if told and told.lens is not None:
-    lens = told.lens
+  if path_file and path_file.lens is not None:
+    lens = path_file.lens
   if config.render_camtype is not None:
     lens = structs.LENS_NAMES.index(config.render_camtype)
   if lens == structs.PANORAMA:
     size[0] = 2 * size[1]
-  if told and told.size is not None:
-    size = np.array(told.size)
+  if path_file and path_file.size is not None:
+    size = np.array(path_file.size)
   if config.render_resolution is not None:
     sides = tuple(config.render_resolution)
     if len(sides) != 2 or min(sides) < 1:
@@ -96,12 +101,12 @@ def _lens_and_size(
 def _pixtocam(
   config: configs.Config,
   train: structs.Cameras,
-  told: path_files.PathFile | None,
+  path_file: path_files.PathFile | None,
   lens: int,
   size: np.ndarray,
   zoom: np.ndarray,
 ) -> np.ndarray:
-  """Inverse intrinsics [n, 3, 3] of the frames; focal lengths are multiplied by zoom [n]."""
+  """Returns inverse intrinsics [n, 3, 3]; `zoom` [n] multiplies the focal lengths."""
   width, height = size
   cx, cy = size / 2
   if lens == structs.PANORAMA:
@@ -109,15 +114,15 @@ def _pixtocam(
     zoom = np.ones_like(zoom)
   elif config.render_focal is not None and not config.render_focal > 0:
     raise TrajectoryError(f'Config.render_focal must be positive, got {config.render_focal}.')
-  elif told and told.fov is not None and config.render_focal is None:
-    fx = fy = height / 2 / np.tan(told.fov / 2)
+  elif path_file and path_file.fov is not None and config.render_focal is None:
+    fx = fy = height / 2 / np.tan(path_file.fov / 2)
   else:
     fx, fy, cx, cy = _own_lens(config, train, lens, size)
   return cameras.pixtocam_from_intrinsics(fx * zoom, fy * zoom, cx, cy)
 
 
 def _own_lens(config: configs.Config, train: structs.Cameras, lens: int, size: np.ndarray):
-  """(fx, fy, cx, cy) of the training camera at another size, or of the lens asked for."""
+  """Returns (fx, fy, cx, cy) of the training camera, scaled to `size`, or of a full fisheye."""
   if lens == structs.FISHEYE and train.lens[0] != structs.FISHEYE:
     focal = config.render_focal or min(size) / _FULL_CIRCLE
     return focal, focal, size[0] / 2, size[1] / 2
@@ -133,16 +138,16 @@ def _poses(
   config: configs.Config,
   scene: scenes.Scene,
   poses: np.ndarray,
-  told: path_files.PathFile | None,
+  path_file: path_files.PathFile | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Poses [m, 3, 4] of the frames, and by what their focal lengths are to be multiplied [m].
+  """Returns the frames' poses [m, 3, 4] and the factors [m] of their focal lengths.
 
   `poses` [n, 3, 4] are the training cameras'.
   """
   count, zoom = config.render_path_frames, None
   kind = config.render_path_type or ('spiral' if config.forward_facing else 'ellipse')
-  if told:
-    path = told.poses
+  if path_file:
+    path = path_file.poses
     if config.render_path_space == 'capture':
       path = paths.transform_poses(scene.world_transform, path)
   elif config.render_spline_keyframes:
@@ -170,25 +175,25 @@ def _poses(
 
 
 def _spiral(config: configs.Config, scene: scenes.Scene, poses: np.ndarray) -> np.ndarray:
-  """Before a forward-facing scene, or around what the cameras of another one look at."""
+  """Makes a spiral in front of a forward-facing scene, or a helix around the focus of others."""
   if not config.forward_facing:
     return orbits.generate_helix_path(poses, config.render_path_frames)
   if scene.bounds is None:
     raise TrajectoryError(
-      'Config.forward_facing asks for a spiral, and this run was trained without it: it knows no '
-      'near and far bounds. Set Config.forward_facing = False.'
+      'Config.forward_facing = True needs near and far bounds, which this run lacks as it was '
+      'trained without it; set Config.forward_facing = False.'
     )
   return paths.generate_spiral_path(poses, scene.bounds, config.render_path_frames)
 
 
 def _photos(scene: scenes.Scene, knob: str, listed: str) -> np.ndarray:
-  """Poses [k, 3, 4] of the photos that `listed` names."""
+  """Returns the poses [k, 3, 4] of the photos named in `listed`."""
   rows = _keyframes(knob, listed, scene.names)
   return np.asarray(scene.cameras.camtoworld, np.float64)[rows]
 
 
 def _keyframes(knob: str, listed: str, names: tuple[str, ...]) -> list[int]:
-  """Rows of the images that `listed` names: separated by commas, or in a text file, one a line."""
+  """Returns the rows of images named in `listed`: comma-separated, or a text file's lines."""
   if os.path.isfile(listed):
     with open(listed, encoding='utf-8', errors='surrogateescape') as f:
       listed = f.read()
@@ -202,5 +207,5 @@ def _keyframes(knob: str, listed: str, names: tuple[str, ...]) -> list[int]:
         f'Config.{knob}: no image {name!r} in this capture. Nearest: {", ".join(near)}.'
       )
   if not wanted:
-    raise TrajectoryError(f'Config.{knob}: names no image. Say e.g. {names[0]!r}.')
+    raise TrajectoryError(f'Config.{knob}: must name images, e.g. {names[0]!r}.')
   return [row_of[name] for name in wanted]

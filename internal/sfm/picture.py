@@ -1,7 +1,4 @@
-"""Draws the report on a posed capture: from above, from the side, by photograph, and in words.
-
-Everything is drawn at `_FINE` times its size and reduced, which makes the lines smooth.
-"""
+"""Draws the report on a posed capture: views from above and the side, per-photo bars, checks."""
 
 from __future__ import annotations
 
@@ -11,13 +8,12 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from ..datasets import images
-from ..vis import pictures
+from ..vis import canvas, pictures
 from . import diagnosis, photos
 
-_FINE = 2
 _WIDTH = 1600
 _MARGIN = 28
 _MAP = (960, 640)  # From above.
@@ -27,46 +23,18 @@ _THUMB = 84  # Height.
 _SHOWN = 8  # Failed photographs.
 
 _PAPER, _INK, _DIM = (250, 249, 247), (35, 36, 40), (120, 121, 126)
-_PANEL, _PALE = (22, 23, 28), (170, 171, 176)  # What is drawn on is dark.
+_PANEL, _PALE = (22, 23, 28), (170, 171, 176)  # Views are drawn on a dark panel.
 _STATUS = {'good': (46, 150, 92), 'doubtful': (222, 152, 28), 'bad': (208, 62, 52)}
 _BAR, _SHARP = (86, 120, 178), (122, 148, 140)
 
 
-class _Sheet:
-  """A canvas whose coordinates are those of the finished picture."""
-
-  def __init__(self, width: int, height: int):
-    self.image = Image.new('RGB', (width * _FINE, height * _FINE), _PAPER)
-    self._draw = ImageDraw.Draw(self.image)
-
-  def text(self, x: float, y: float, words: str, size: int = 17, color=_INK, anchor='la') -> None:
-    font = ImageFont.load_default(size * _FINE)
-    self._draw.text((x * _FINE, y * _FINE), words, fill=color, font=font, anchor=anchor)
-
-  def box(self, x0, y0, x1, y1, color, radius: float = 0) -> None:
-    corners = [round(v * _FINE) for v in (x0, y0, x1, y1)]
-    self._draw.rounded_rectangle(corners, radius * _FINE, fill=color)
-
-  def line(self, points, color, width: float = 1.0) -> None:
-    scaled = [(x * _FINE, y * _FINE) for x, y in points]
-    self._draw.line(scaled, fill=color, width=max(1, round(width * _FINE)), joint='curve')
-
-  def paste(self, x: float, y: float, pixels: np.ndarray) -> None:
-    """Pixels of the fine canvas."""
-    self.image.paste(Image.fromarray(pixels), (round(x * _FINE), round(y * _FINE)))
-
-  def finished(self) -> np.ndarray:
-    size = (self.image.width // _FINE, self.image.height // _FINE)
-    return np.asarray(self.image.resize(size, Image.Resampling.BOX))
-
-
 def draw(scene_dir: str, found: diagnosis.Findings, checks: Sequence) -> np.ndarray:
-  """The report as a picture, uint8 [h, 1600, 3].
+  """Draws the report, uint8 [h, 1600, 3].
 
   Args:
-    scene_dir: the capture, for its name and the failed photographs.
-    found: what is drawn.
-    checks: what is said, each with a name, a status and a text.
+    scene_dir: folder of the capture; gives the title and the failed photographs.
+    found: poses, points and rows to draw.
+    checks: checks to list, each with a name, a status and a text.
   """
   failed = [row for row in found.rows if row.reason]
   top = 110
@@ -74,37 +42,37 @@ def draw(scene_dir: str, found: diagnosis.Findings, checks: Sequence) -> np.ndar
   below = top + _MAP[1] + _SIDE[1] + 2 * _MARGIN
   under = below + _STRIP + _LOW_STRIP + 116
   height = under + (rows * (_THUMB + 14) + 56 if failed else 0)
-  sheet = _Sheet(_WIDTH, height)
+  sheet = canvas.Canvas(_WIDTH, height, _PAPER, _INK)
   _title(sheet, scene_dir, found)
   middle, half = _window(found.poses)
   for name, size, y, axes in (
     ('from above', _MAP, top, (0, 1)),
     ('from the side', _SIDE, top + _MAP[1] + _MARGIN, (0, 2)),
   ):
-    sheet.paste(_MARGIN, y, _view(found, size, axes, middle, half))
+    sheet.paste(_MARGIN, y, _view(found, size, axes, middle, half), radius=10)
     sheet.box(_MARGIN + 8, y + 8, _MARGIN + 116, y + 32, _PANEL, 5)
     sheet.text(_MARGIN + 14, y + 10, name, 15, _PALE)
   if len(found.poses):
     _legend(sheet, _MARGIN + _MAP[0] - 14, top + 12)
-  _say_checks(sheet, _MARGIN + _MAP[0] + _MARGIN + 4, top, checks)
-  _say_points(sheet, below, found.rows)
-  _say_sharpness(sheet, below + _STRIP + 46, found.rows)
+  _draw_checks(sheet, _MARGIN + _MAP[0] + _MARGIN + 4, top, checks)
+  _draw_points(sheet, below, found.rows)
+  _draw_sharpness(sheet, below + _STRIP + 46, found.rows)
   if failed:
-    _say_failed(sheet, scene_dir, _MARGIN, under, failed)
+    _draw_failed(sheet, scene_dir, _MARGIN, under, failed)
   return sheet.finished()
 
 
-def _title(sheet: _Sheet, scene_dir: str, found: diagnosis.Findings) -> None:
+def _title(sheet: canvas.Canvas, scene_dir: str, found: diagnosis.Findings) -> None:
   name = os.path.basename(os.path.realpath(scene_dir))
   sheet.text(_MARGIN, 24, name, 34)
-  said = f'{len(found.poses)} of {len(found.rows)} photographs posed'
+  summary = f'{len(found.poses)} of {len(found.rows)} photographs posed'
   if found.error is not None:
-    said += f'   ·   {found.error:.2f} px reprojection error   ·   {len(found.xyz):,} points'
-  sheet.text(_MARGIN, 70, said, 19, _DIM)
+    summary += f'   ·   {found.error:.2f} px reprojection error   ·   {len(found.xyz):,} points'
+  sheet.text(_MARGIN, 70, summary, 19, _DIM)
 
 
 def _window(poses: np.ndarray) -> tuple[np.ndarray, float]:
-  """The middle [3] of what is drawn, and half its height in the picture from above."""
+  """Returns the centre [3] of the cameras, and half the height of the view from above."""
   if not len(poses):
     return np.zeros(3), 1.0
   positions = np.concatenate([poses[:, :, 3], np.zeros((1, 3))])
@@ -114,36 +82,32 @@ def _window(poses: np.ndarray) -> tuple[np.ndarray, float]:
   return (low + high) / 2, 1.35 * half
 
 
-def _view(found, size, axes, middle, half) -> np.ndarray:
-  """Points and cameras along one axis, uint8 [h, w, 3] on the fine canvas."""
-  width, height = (side * _FINE for side in size)
-  scale = _MAP[1] * _FINE / (2 * half)  # Fine pixels a unit, in both views.
+def _view(found: diagnosis.Findings, size, axes, middle, half) -> np.ndarray:
+  """Draws points and cameras as seen along one axis, uint8 [h, w, 3] at canvas.FINE."""
+  width, height = size
+  scale = _MAP[1] / (2 * half)  # Pixels per unit, in both views.
 
   def project(points):
     across, up = (points[..., a] - middle[a] for a in axes)
     return np.stack([width / 2 + scale * across, height / 2 - scale * up], -1)
 
-  panel = _splat(project(found.xyz), found.rgb, (width, height))
-  image = Image.fromarray(panel)
+  view = canvas.Canvas(width, height)
+  view.paste(0, 0, _splat(project(found.xyz), found.rgb, size))
   if len(found.poses):
-    _draw_cameras(
-      ImageDraw.Draw(image), found.poses, project, 0.085 * half * _frustum(len(found.poses))
-    )
-  mask = Image.new('L', image.size, 0)
-  ImageDraw.Draw(mask).rounded_rectangle((0, 0, width - 1, height - 1), 10 * _FINE, fill=255)
-  return np.asarray(Image.composite(image, Image.new('RGB', image.size, _PAPER), mask))
+    _draw_cameras(view, found.poses, project, 0.085 * half * _camera_scale(len(found.poses)))
+  return np.asarray(view.image)
 
 
-def _frustum(n: int) -> float:
-  """Cameras are drawn smaller where there are many."""
+def _camera_scale(n: int) -> float:
+  """Returns the size of each of `n` drawn cameras, smaller where there are many."""
   return float(np.clip(np.sqrt(100 / max(n, 1)), 0.35, 1.0))
 
 
 def _splat(places: np.ndarray, rgb: np.ndarray, size) -> np.ndarray:
-  """Coloured points [p, 2] on the panel, each a soft dot; where many fall, their mean."""
-  width, height = size
+  """Draws points at `places` [p, 2] as soft dots; overlapping ones show their mean colour."""
+  width, height = (side * canvas.FINE for side in size)
   color, weight = np.zeros((height * width, 3)), np.zeros(height * width)
-  corner = np.floor(places).astype(int) if len(places) else np.zeros((0, 2), int)
+  corner = np.floor(canvas.FINE * places).astype(int) if len(places) else np.zeros((0, 2), int)
   for dx, dy, share in [(x, y, 0.55 if x * y else 0.9) for x in range(-1, 2) for y in range(-1, 2)]:
     x, y = corner[:, 0] + dx, corner[:, 1] + dy
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
@@ -159,23 +123,20 @@ def _splat(places: np.ndarray, rgb: np.ndarray, size) -> np.ndarray:
 
 
 def _colors(n: int) -> list[tuple[int, ...]]:
-  """From the first photograph's colour to the last one's."""
+  """Returns `n` colours, from the first photograph's to the last one's."""
   return [tuple(c) for c in pictures.apply_colormap(np.linspace(0.42, 1.0, max(n, 2))).tolist()]
 
 
-def _draw_cameras(draw: ImageDraw.ImageDraw, poses: np.ndarray, project, size: float) -> None:
-  """Each camera as the pyramid of its view."""
+def _draw_cameras(view: canvas.Canvas, poses: np.ndarray, project, size: float) -> None:
+  """Draws each camera as the pyramid of its view."""
   corners = np.array(
     [[0, 0, 0], [-0.5, -0.38, -1], [0.5, -0.38, -1], [0.5, 0.38, -1], [-0.5, 0.38, -1]]
   )
   for pose, color in zip(poses, _colors(len(poses))):
-    at = [tuple(p) for p in project(size * corners @ pose[:, :3].T + pose[:, 3]).tolist()]
-    draw.line([at[1], at[2], at[3], at[4], at[1]], fill=color, width=_FINE)
-    for k in range(1, 5):
-      draw.line([at[0], at[k]], fill=color, width=_FINE)
+    view.pyramid(project(size * corners @ pose[:, :3].T + pose[:, 3]), color)
 
 
-def _legend(sheet: _Sheet, right: float, y: float) -> None:
+def _legend(sheet: canvas.Canvas, right: float, y: float) -> None:
   sheet.box(right - 272, y - 4, right + 6, y + 20, _PANEL, 5)
   for k, color in enumerate(_colors(100)):
     sheet.box(right - 150 + k, y + 4, right - 149 + k, y + 12, color)
@@ -183,8 +144,8 @@ def _legend(sheet: _Sheet, right: float, y: float) -> None:
   sheet.text(right - 44, y + 8, 'last', 14, _PALE, 'lm')
 
 
-def _say_checks(sheet: _Sheet, x: float, y: float, checks: Sequence) -> None:
-  """A mark, a name and a text for each."""
+def _draw_checks(sheet: canvas.Canvas, x: float, y: float, checks: Sequence) -> None:
+  """Lists the checks: a mark, the name and the text of each."""
   for check in checks:
     _mark(sheet, x + 13, y + 14, check.status)
     sheet.text(x + 42, y + 3, check.name, 19)
@@ -195,21 +156,21 @@ def _say_checks(sheet: _Sheet, x: float, y: float, checks: Sequence) -> None:
     y += 18
 
 
-def _mark(sheet: _Sheet, x: float, y: float, status: str) -> None:
-  """A tick, an exclamation mark or a cross in a disc."""
+def _mark(sheet: canvas.Canvas, x: float, y: float, status: str) -> None:
+  """Draws a tick, an exclamation mark or a cross in a disc."""
   sheet.box(x - 12, y - 12, x + 12, y + 12, _STATUS[status], 12)
   white = (255, 255, 255)
   if status == 'good':
-    sheet.line([(x - 5.5, y + 0.5), (x - 1.5, y + 4.5), (x + 6, y - 4.5)], white, 2.4)
+    sheet.line([(x - 5.5, y + 0.5), (x - 1.5, y + 4.5), (x + 6, y - 4.5)], white, 2.4, 'curve')
   elif status == 'bad':
-    sheet.line([(x - 4.5, y - 4.5), (x + 4.5, y + 4.5)], white, 2.4)
-    sheet.line([(x - 4.5, y + 4.5), (x + 4.5, y - 4.5)], white, 2.4)
+    sheet.line([(x - 4.5, y - 4.5), (x + 4.5, y + 4.5)], white, 2.4, 'curve')
+    sheet.line([(x - 4.5, y + 4.5), (x + 4.5, y - 4.5)], white, 2.4, 'curve')
   else:
-    sheet.line([(x, y - 6.5), (x, y + 1.5)], white, 2.6)
+    sheet.line([(x, y - 6.5), (x, y + 1.5)], white, 2.6, 'curve')
     sheet.box(x - 1.5, y + 4, x + 1.5, y + 7, white)
 
 
-def _say_points(sheet: _Sheet, y: float, rows: Sequence[diagnosis.Row]) -> None:
+def _draw_points(sheet: canvas.Canvas, y: float, rows: Sequence[diagnosis.Row]) -> None:
   failed = sum(row.reason is not None for row in rows)
   note = f'most: {max(row.points for row in rows):,}'
   note += f'   red: {failed} without a pose' if failed else ''
@@ -218,11 +179,11 @@ def _say_points(sheet: _Sheet, y: float, rows: Sequence[diagnosis.Row]) -> None:
   _strip(sheet, y, _STRIP, ('points that each photograph sees', note), points, colors)
 
 
-def _say_sharpness(sheet: _Sheet, y: float, rows: Sequence[diagnosis.Row]) -> None:
+def _draw_sharpness(sheet: canvas.Canvas, y: float, rows: Sequence[diagnosis.Row]) -> None:
   blurred = [row.sharpness < diagnosis.BLURRED for row in rows]
   note = f'yellow: {sum(blurred)} blurred' if any(blurred) else 'none is blurred'
   colors = [_STATUS['doubtful'] if soft else _SHARP for soft in blurred]
-  # Twice as sharp as the others is enough: one picture would dwarf the rest.
+  # Capped, or a single very sharp photograph would flatten all other bars.
   sharpness = [min(row.sharpness, 2.0) for row in rows]
   _strip(
     sheet,
@@ -236,8 +197,8 @@ def _say_sharpness(sheet: _Sheet, y: float, rows: Sequence[diagnosis.Row]) -> No
   sheet.text(_WIDTH - _MARGIN, y + 34 + _LOW_STRIP, rows[-1].name, 14, _DIM, 'ra')
 
 
-def _strip(sheet: _Sheet, y: float, height: float, words, values, colors) -> None:
-  """A title and a note, below them a bar for each value; None is a full one."""
+def _strip(sheet: canvas.Canvas, y: float, height: float, words, values, colors) -> None:
+  """Draws a title, a note and a bar chart of `values`; None is a bar of full height."""
   x, width = _MARGIN, _WIDTH - 2 * _MARGIN
   sheet.text(x, y, words[0], 17)
   sheet.text(x + width, y + 2, words[1], 15, _DIM, 'ra')
@@ -251,8 +212,8 @@ def _strip(sheet: _Sheet, y: float, height: float, words, values, colors) -> Non
     sheet.box(left, y + height * (1 - share), right, y + height, color)
 
 
-def _say_failed(sheet: _Sheet, scene_dir: str, x: float, y: float, rows) -> None:
-  """Small pictures of failed photographs, in two columns, with the likely reasons."""
+def _draw_failed(sheet: canvas.Canvas, scene_dir: str, x: float, y: float, rows) -> None:
+  """Draws thumbnails of the photographs without a pose, in two columns, with the likely reasons."""
   more = f': {_SHOWN} of {len(rows)}, all are in preflight.json' if len(rows) > _SHOWN else ''
   sheet.text(x, y, f'Without a pose, and why, likely{more}', 19)
   column = (_WIDTH - 2 * _MARGIN) / 2
@@ -260,24 +221,24 @@ def _say_failed(sheet: _Sheet, scene_dir: str, x: float, y: float, rows) -> None
     left, top = x + k % 2 * column, y + 38 + k // 2 * (_THUMB + 14)
     thumb = _thumbnail(os.path.join(scene_dir, photos.FOLDER, row.name))
     sheet.paste(left, top, thumb)
-    beside = left + thumb.shape[1] / _FINE + 16
+    beside = left + thumb.shape[1] / canvas.FINE + 16
     sheet.text(beside, top + 4, row.name, 17)
     for j, line in enumerate(textwrap.wrap(row.reason, 62)[:2]):
       sheet.text(beside, top + 30 + 22 * j, line, 16, _DIM)
 
 
 def _choose(rows: Sequence[diagnosis.Row]) -> list[diagnosis.Row]:
-  """At most as many as are shown, with each kind of reason among them, in their order."""
+  """Picks up to _SHOWN rows, alternating between kinds of reasons; keeps their order."""
   kinds = {}
   for row in rows:
     kinds.setdefault(row.reason.split(':')[0], []).append(row)
-  in_turn = [row for some in itertools.zip_longest(*kinds.values()) for row in some if row]
-  shown = in_turn[:_SHOWN]
+  alternating = [row for some in itertools.zip_longest(*kinds.values()) for row in some if row]
+  shown = alternating[:_SHOWN]
   return [row for row in rows if row in shown]
 
 
 def _thumbnail(path: str) -> np.ndarray:
-  """A photograph on the fine canvas."""
+  """Reads a photograph at thumbnail size, in pixels of the fine canvas."""
   picture = Image.fromarray(images.decode(path))
-  picture.thumbnail((_THUMB * _FINE * 2, _THUMB * _FINE), Image.Resampling.BOX)
+  picture.thumbnail((_THUMB * canvas.FINE * 2, _THUMB * canvas.FINE), Image.Resampling.BOX)
   return np.asarray(picture)

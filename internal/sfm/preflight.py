@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .. import configs, datasets
-from ..evaluation import metrics
+from ..evaluation import results
 from ..vis import pictures
 from . import diagnosis, picture
 from . import photos as photos_lib
@@ -32,7 +32,7 @@ def write(scene_dir: str, photos: Sequence[photos_lib.Photo]) -> dict:
   found = diagnosis.examine(scene_dir, photos)
   checks = all_checks(found)
   report = as_json(scene_dir, found, checks)
-  metrics.write_json(os.path.join(scene_dir, f'{FILE}.json'), report)
+  results.write_json(os.path.join(scene_dir, f'{FILE}.json'), report)
   drawn = picture.draw(scene_dir, found, checks)
   pictures.write_png(os.path.join(scene_dir, f'{FILE}.png'), drawn)
   return report

@@ -1,140 +1,140 @@
-"""Line charts as SVG, for pages that bring no scripts along."""
+"""Line charts as SVG, drawn by matplotlib.
+
+matplotlib is imported where a chart is drawn, since its import takes a second.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import html
+import io
 import math
+import re
 from collections.abc import Sequence
 
-_WIDTH, _HEIGHT = 560, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 22, 10, 30  # Margins.
-_POINTS = 240  # Of a line, at most; more are averaged.
+_SIZE = 560, 260  # The SVG's units, of which matplotlib puts 72 into an inch.
+_LEGEND_LINE = 18  # Height of a legend entry.
+_MAX_POINTS = 240  # Points drawn per line; longer lines are averaged.
+_COLORS = ('#00798c', '#d1495b', '#edae49', '#66a182', '#8d6a9f', '#7f8c8d', '#b5651d')
+_TEXT, _GRID = '#444444', '#dddddd'
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-  """A line, or dots alone: (x, y) in rising x."""
+  """A named line, or separate dots."""
 
   name: str
-  points: Sequence[tuple[float, float]]
+  points: Sequence[tuple[float, float]]  # (x, y) in order of x.
   dots: bool = False
 
 
 def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-  """At most _POINTS means of neighbours."""
-  size = math.ceil(len(points) / _POINTS)
+  """Averages neighbouring points, so that at most `_MAX_POINTS` are left."""
+  size = math.ceil(len(points) / _MAX_POINTS)
   parts = [points[k : k + size] for k in range(0, len(points), max(size, 1))]
   return [tuple(sum(values) / len(part) for values in zip(*part)) for part in parts]
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-  """Round numbers in [low, high], about so many: multiples of 1, 2 or 5 times a power of ten."""
-  if not high > low:
-    return [low]
-  rough = (high - low) / count
-  power = 10 ** math.floor(math.log10(rough))
-  step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
-  first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-  return [k * step for k in range(first, last + 1)]
+def line_chart(series: Sequence[Series], unit: str, log: bool = False) -> str:
+  """Returns an SVG to embed in an HTML page, or '' if there are no points to draw.
 
-
-def number(value: float) -> str:
-  """As short as a tick can be: '20k', '0.05', '1e-6'."""
-  if abs(value) >= 1e6:
-    return f'{value / 1e6:g}M'
-  if abs(value) >= 1e4:
-    return f'{value / 1e3:g}k'
-  return f'{value:.4g}'
-
-
-def line_chart(
-  series: Sequence[Series],
-  unit: str,
-  log: bool = False,
-  x_ticks: Sequence[tuple[float, str]] | None = None,
-) -> str:
-  """An SVG of the series over x, such as steps; '' where there is nothing to draw.
-
-  Colours are the page's CSS variables --c0, --c1, ...; names are not written, since a legend in
-  HTML wraps better.
+  Colours are the page's CSS variables: --c0, --c1, ... for the series, --soft for text and --rule
+  for the grid. The legend is left to the page.
 
   Args:
-    series: points that are not finite, and with `log` those that are not above 0, are left out.
-    unit: of the ordinate.
-    log: whether the ordinate is logarithmic.
-    x_ticks: where the abscissa has which labels, instead of round numbers.
+    series: non-finite points are left out, and with `log` also points that are not positive.
+    unit: unit of the y axis, written in the chart's corner.
+    log: whether the y axis is logarithmic.
   """
-  lines = []
-  for s in series:
-    points = [(x, math.log10(y) if log else y) for x, y in s.points if _can_be_drawn(y, log)]
-    lines.append(points if s.dots else thin(points))
-  drawn = [point for points in lines for point in points]
-  if not drawn:
+  lines = [[(x, y) for x, y in s.points if _is_drawable(y, log)] for s in series]
+  if not any(lines):
     return ''
-  xs, ys = zip(*drawn)
-  left, right = min(0, min(xs)), max(xs)
-  pad = (max(ys) - min(ys)) * 0.05 or 0.5
-  low, high = min(ys) - pad, max(ys) + pad
-  to_x = lambda x: _LEFT + (x - left) / ((right - left) or 1) * (_WIDTH - _LEFT - _RIGHT)  # noqa: E731
-  to_y = lambda y: _TOP + (high - y) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)  # noqa: E731
-  parts = []
-  for y in range(math.ceil(low), math.floor(high) + 1) if log else ticks(low, high):
-    parts.append(_grid(_LEFT, to_y(y), _WIDTH - _RIGHT, to_y(y)))
-    label = number(10**y) if log else number(y)
-    parts.append(_label(_LEFT - 6, to_y(y) + 4, label, 'end'))
-  for x, label in x_ticks or [(x, number(x)) for x in ticks(left, right, 6)]:
-    parts.append(_grid(to_x(x), _TOP, to_x(x), _HEIGHT - _BOTTOM))
-    parts.append(_label(to_x(x), _HEIGHT - 10, label, 'middle'))
-  parts.append(_label(_LEFT + 6, _TOP + 12, unit, 'start'))
-  for k, (s, points) in enumerate(zip(series, lines)):
-    spots = [(f'{to_x(x):.1f}', f'{to_y(y):.1f}') for x, y in points]
-    if s.dots or len(spots) == 1:
-      circle = '<circle cx="{}" cy="{}" r="4" fill="var(--c{})"/>'
-      parts += [circle.format(x, y, k) for x, y in spots]
-    elif spots:
-      path = ' '.join(f'{x},{y}' for x, y in spots)
-      parts.append(f'<polyline points="{path}" fill="none" stroke="var(--c{k})"/>')
-  return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
+  figure, axes = _figure(_SIZE[1])
+  _plot(axes, series, lines)
+  _format_axes(axes, min(0, min(points[0][0] for points in lines if points)), log)
+  axes.annotate(unit, (0, 1), (6, -6), 'axes fraction', 'offset points', va='top', color=_TEXT)
+  # ids must be unique in the page, which may embed several charts.
+  svg = _svg(figure, f'{unit}-{"log" if log else "linear"}-')
+  for color, name in [*((c, f'c{k}') for k, c in enumerate(_COLORS)), (_TEXT, 'soft'),
+                      (_GRID, 'rule')]:  # fmt: skip
+    svg = svg.replace(color, f'var(--{name})')
+  return svg
 
 
-_COLOURS = ('#7f8c8d', '#00798c', '#d1495b', '#edae49', '#66a182', '#8d6a9f')
+def standalone(series: Sequence[Series], title: str, x_ticks: Sequence[tuple[float, str]]) -> str:
+  """Returns an SVG file with title and legend, on white.
+
+  Args:
+    series: as in `line_chart`.
+    title: written above the chart.
+    x_ticks: positions and labels of the ticks of the x axis.
+  """
+  figure, axes = _figure(_SIZE[1] + 28 + _LEGEND_LINE * len(series))
+  figure.set_facecolor('white')
+  _plot(axes, series, [[(x, y) for x, y in s.points if _is_drawable(y, False)] for s in series])
+  _format_axes(axes, 0, False)
+  axes.set_xticks(*zip(*x_ticks))
+  axes.set_title(title, loc='left', fontsize=12, color=_TEXT, parse_math=False)
+  legend = figure.legend(loc='outside lower left', frameon=False, labelcolor=_TEXT)
+  for text in legend.get_texts():
+    text.set_parse_math(False)
+  return _svg(figure, '')
 
 
-def standalone(
-  series: Sequence[Series], title: str, x_ticks: Sequence[tuple[float, str]] | None = None
-) -> str:
-  """The chart as a file of its own, below a title and above a legend, on white."""
-  head, line = 28, 18
-  height = head + _HEIGHT + line * len(series) + 8
-  style = (
-    '<style>svg{font:12px sans-serif}text{fill:#444}.grid{stroke:#ddd}polyline{stroke-width:2}'
-    '</style>'
-  )
-  legend = ''.join(
-    f'<circle cx="{_LEFT + 5}" cy="{_HEIGHT + 6 + line * k}" r="5" fill="var(--c{k})"/>'
-    + _label(_LEFT + 16, _HEIGHT + 10 + line * k, html.escape(s.name), 'start')
-    for k, s in enumerate(series)
-  )
-  inner = line_chart(series, '', x_ticks=x_ticks).partition('>')[2].removesuffix('</svg>')
-  drawn = f'<g transform="translate(0,{head})">{inner}{legend}</g>'
-  for k, colour in enumerate(_COLOURS):  # Not every viewer of pictures knows variables.
-    drawn = drawn.replace(f'var(--c{k})', colour)
-  return (
-    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}">{style}'
-    f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>'
-    + _label(_LEFT, head - 8, html.escape(title), 'start')
-    + f'{drawn}</svg>\n'
-  )
-
-
-def _can_be_drawn(y: float | None, log: bool) -> bool:
+def _is_drawable(y: float | None, log: bool) -> bool:
   return y is not None and math.isfinite(y) and (y > 0 or not log)
 
 
-def _grid(x1: float, y1: float, x2: float, y2: float) -> str:
-  return f'<line class="grid" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+def _figure(height: int):
+  """An empty figure with a transparent background, and its axes."""
+  from matplotlib.figure import Figure
+
+  figure = Figure((_SIZE[0] / 72, height / 72), layout='constrained', facecolor='none')
+  axes = figure.add_subplot(facecolor='none')
+  axes.spines[:].set_visible(False)
+  axes.grid(color=_GRID, linewidth=1)
+  axes.tick_params(which='both', length=0, labelsize=11, labelcolor=_TEXT)
+  return figure, axes
 
 
-def _label(x: float, y: float, text: str, anchor: str) -> str:
-  return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
+def _plot(axes, series: Sequence[Series], lines: Sequence[Sequence[tuple[float, float]]]) -> None:
+  """Plots the `lines` [(x, y), ...] of the series; a single point becomes a dot."""
+  for k, (s, points) in enumerate(zip(series, lines)):
+    dots = s.dots or len(points) == 1
+    style = {'linestyle': 'none', 'marker': 'o', 'markersize': 7} if dots else {'linewidth': 2}
+    xs, ys = zip(*(points if dots else thin(points))) if points else ((), ())
+    (line,) = axes.plot(xs, ys, color=_COLORS[k % len(_COLORS)], label=s.name, **style)
+    line.set_gid(f'{"dots" if dots else "line"}-{k}')
+
+
+def _format_axes(axes, left: float, log: bool) -> None:
+  """Starts the x axis near `left` and gives both axes short, round tick labels."""
+  from matplotlib import ticker
+
+  axes.update_datalim([(left, axes.dataLim.y0)], updatey=False)
+  axes.margins(x=0.02)
+  axes.autoscale_view()
+  axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+  if log:
+    axes.set_yscale('log')
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1,) if high > 30 * low else (1, 2, 5)))
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter('{x:g}'))
+  else:
+    axes.ticklabel_format(axis='y', useOffset=False)
+
+
+def _svg(figure, prefix: str) -> str:
+  """Returns the figure as an <svg> element whose ids start with `prefix`."""
+  import matplotlib
+
+  out = io.StringIO()
+  metadata = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
+  # Text stays text, and equal charts give equal files.
+  with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'chart'}):
+    figure.savefig(out, format='svg', metadata=metadata)
+  svg = out.getvalue()
+  svg = svg[svg.index('<svg') :]
+  # In a page, this rule would apply to everything.
+  svg = re.sub(r'<defs>\s*<style type="text/css">.*?</style>\s*</defs>', '', svg, flags=re.DOTALL)
+  return re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{prefix}', svg)

@@ -1,6 +1,6 @@
-"""Pictures for people: depth, error, sheets of many images, ray histograms.
+"""Visualises depth, normals, opacity, errors and ray histograms, and lays out image sheets.
 
-In: float images [h, w, 3] in [0, 1] or uint8; maps [h, w]. Out: uint8 [h, w, 3]. numpy only.
+Inputs are images [h, w, 3], float in [0, 1] or uint8, and maps [h, w]; outputs are uint8 [h, w, 3].
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,19 +10,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..system import files
 
-# Our own map, in OKLCh: dark blue over violet and orange to a pale yellow. Lightness rises evenly,
-# so that equal steps look equal, and it reads the same in grey.
+# A colour map in OKLCh, from dark blue over violet and orange to pale yellow. Lightness rises
+# linearly, so that it is perceptually uniform and also works in grey.
 _LIGHTNESS = (0.13, 0.97)
 _HUES = (262, 290, 330, 372, 402, 430, 465)  # Degrees.
 _CHROMAS = (0.06, 0.16, 0.185, 0.17, 0.15, 0.15, 0.07)
 
-ERROR_MAX = 0.3  # The error that is drawn brightest; fixed, so that pictures can be compared.
+ERROR_MAX = 0.3  # The error drawn brightest; fixed, to make pictures comparable.
 _PAPER, _INK = 250, 40
 _MARGIN = 6
 
 
 def _oklab_to_srgb(lab: np.ndarray) -> np.ndarray:
-  """OKLab (Ottosson 2020) [..., 3] to sRGB in [0, 1]."""
+  """Converts OKLab (Ottosson 2020) [..., 3] to sRGB in [0, 1]."""
   to_lms = np.array(
     [
       [1, 0.3963377774, 0.2158037573],
@@ -44,7 +44,7 @@ def _oklab_to_srgb(lab: np.ndarray) -> np.ndarray:
 
 
 def _make_colormap(n: int = 256) -> np.ndarray:
-  """The map as a table [n, 3] in [0, 1]."""
+  """Returns the colour map as a table [n, 3] in [0, 1]."""
   x = np.linspace(0, 1, n)
   knots = np.linspace(0, 1, len(_HUES))
   hue = np.deg2rad(np.interp(x, knots, _HUES))
@@ -57,7 +57,7 @@ _COLORMAP = _make_colormap()
 
 
 def to_uint8(img: np.ndarray) -> np.ndarray:
-  """Float in [0, 1] (clipped; NaN is 0) or uint8, to uint8."""
+  """Converts floats in [0, 1] (clipped; NaN becomes 0) to uint8; uint8 is returned as is."""
   img = np.asarray(img)
   if img.dtype == np.uint8:
     return img
@@ -65,32 +65,32 @@ def to_uint8(img: np.ndarray) -> np.ndarray:
 
 
 def write_png(path: str, img: np.ndarray) -> None:
-  """Writes an image [h, w, 3], making its folder; the file is never seen half-written."""
+  """Writes an image [h, w, 3] atomically; creates the folder if necessary."""
   with files.whole(path) as temporary:
     Image.fromarray(to_uint8(img)).save(temporary, format='PNG')
 
 
 def apply_colormap(x: np.ndarray) -> np.ndarray:
-  """Values in [0, 1] (clipped; NaN is 0), dark to bright: [...] -> uint8 [..., 3]."""
+  """Maps values in [0, 1] (clipped; NaN becomes 0) to colours, dark to bright: uint8 [..., 3]."""
   position = np.clip(np.nan_to_num(x), 0, 1) * (len(_COLORMAP) - 1)
   knots = np.arange(len(_COLORMAP))
   return to_uint8(np.stack([np.interp(position, knots, c) for c in _COLORMAP.T], -1))
 
 
 def _finite(distance: np.ndarray) -> np.ndarray:
-  """Distances as positive finite numbers; NaN counts as far away."""
+  """Clips distances to positive finite numbers; NaN counts as far away."""
   return np.clip(np.nan_to_num(distance, nan=np.inf), 1e-6, 1e12)
 
 
 def _depth_curve(distance: np.ndarray) -> np.ndarray:
-  """1 / sqrt(t): disparity brings out what is near, the logarithm what is far; this is between."""
+  """Returns 1 / sqrt(t), which balances near and far better than disparity or log distance."""
   return 1 / np.sqrt(_finite(distance))
 
 
 def depth_range(distance: np.ndarray, acc: np.ndarray) -> tuple[float, float]:
-  """Near and far distance for `depth_picture`: 1st and 99th percentile weighted by opacity.
+  """Returns near and far for `depth_picture`: 1st and 99th percentile, weighted by opacity.
 
-  `distance` and `acc` have one shape, any: one image, or several for a range common to them.
+  `distance` and `acc` have equal shapes, of one image or of several that share a range.
   """
   distance = _finite(np.ravel(distance))
   order = np.argsort(distance)
@@ -105,9 +105,9 @@ def depth_range(distance: np.ndarray, acc: np.ndarray) -> tuple[float, float]:
 def depth_picture(
   distance: np.ndarray, acc: np.ndarray, bounds: tuple[float, float] | None = None
 ) -> np.ndarray:
-  """Distances [h, w] as colours, near bright and far dark; what is empty (acc 0) is white.
+  """Colours distances [h, w], near bright and far dark; empty space (acc 0) is white.
 
-  `bounds` are the distances drawn brightest and darkest; None: `depth_range` of this image.
+  `bounds` are the distances drawn brightest and darkest, by default `depth_range` of the image.
   """
   near, far = _depth_curve(np.array(bounds or depth_range(distance, acc)))
   x = (_depth_curve(distance) - far) / max(near - far, 1e-12)
@@ -116,27 +116,28 @@ def depth_picture(
 
 
 def opacity_picture(acc: np.ndarray) -> np.ndarray:
-  """Opacity [h, w] as grey: what is empty is black, what is opaque white."""
+  """Converts opacity [h, w] to grey: empty space is black, opaque is white."""
   return to_uint8(np.repeat(np.nan_to_num(acc)[..., None], 3, -1))
 
 
 def normal_picture(normals: np.ndarray, acc: np.ndarray) -> np.ndarray:
-  """Normals [h, w, 3] as colours: -1 to 1 along x, y, z as 0 to 1 of red, green, blue.
+  """Colours normals [h, w, 3]: x, y, z from -1 to 1 become red, green, blue from 0 to 1.
 
-  `normals` are means by weight, of which acc [h, w] is the sum; what is empty is white.
+  `normals` are weighted sums over a ray and `acc` [h, w] is the sum of the weights; empty space is
+  white.
   """
   opacity = np.clip(np.nan_to_num(acc), 0, 1)[..., None]
   return to_uint8((np.nan_to_num(normals) + opacity) / 2 + 1 - opacity)
 
 
 def error_picture(img: np.ndarray, truth: np.ndarray) -> np.ndarray:
-  """Mean absolute difference over channels (its square root), brightest from ERROR_MAX up."""
+  """Colours the square root of the mean absolute error over channels; ERROR_MAX is brightest."""
   difference = to_uint8(img).astype(np.float32) - to_uint8(truth)
   return apply_colormap(np.sqrt(np.abs(difference).mean(-1) / 255 / ERROR_MAX))
 
 
 def shrink(img: np.ndarray, max_width: int) -> np.ndarray:
-  """[h, w, 3] as uint8, at most max_width wide, its proportions kept."""
+  """Shrinks an image to at most `max_width`, keeping its aspect ratio; returns uint8."""
   picture = Image.fromarray(to_uint8(img))
   if picture.width > max_width:
     height = max(1, round(picture.height * max_width / picture.width))
@@ -145,7 +146,7 @@ def shrink(img: np.ndarray, max_width: int) -> np.ndarray:
 
 
 def enlarge(img: np.ndarray, max_width: int) -> np.ndarray:
-  """[h, w, 3] with each pixel repeated a whole number of times, as far as max_width allows."""
+  """Enlarges an image by the largest whole factor that fits into `max_width`."""
   times = max(1, max_width // img.shape[1])
   return to_uint8(img).repeat(times, 0).repeat(times, 1)
 
@@ -156,12 +157,12 @@ def sheet(
   columns: int | None = None,
   max_width: int = 800,
 ) -> np.ndarray:
-  """Lays images out in rows, each with its caption above it.
+  """Lays out images in rows, each below its caption.
 
   Args:
-    images: [h, w, 3] each, of any sizes; wider ones are shrunk to max_width.
-    captions: one each; cut off at a column's width.
-    columns: images a row; None: all in one.
+    images: [h, w, 3] of any sizes; wider ones are shrunk to max_width.
+    captions: one per image; cut off at the column's width.
+    columns: images per row; None for a single row.
     max_width: in pixels.
 
   Returns:
@@ -178,7 +179,7 @@ def sheet(
   canvas = Image.new('RGB', size, (_PAPER,) * 3)
   for k, (picture, caption) in enumerate(zip(pictures, captions)):
     x, y = _MARGIN + k % columns * (width + _MARGIN), int(tops[k // columns])
-    label = Image.new('RGB', (width, strip), (_PAPER,) * 3)  # Cuts off what is too long.
+    label = Image.new('RGB', (width, strip), (_PAPER,) * 3)  # Cuts off long captions.
     ImageDraw.Draw(label).text((2, 1), caption, fill=(_INK,) * 3, font=font)
     canvas.paste(label, (x, y))
     canvas.paste(picture, (x, y + strip))
@@ -188,7 +189,7 @@ def sheet(
 def comparison_sheet(
   rendering: Mapping[str, np.ndarray], truth: np.ndarray, note: str = ''
 ) -> np.ndarray:
-  """Truth, prediction, error and depth of one view; the note stands beside 'prediction'.
+  """Lays out truth, prediction, error and depth of a view; `note` follows 'prediction'.
 
   `rendering` has rgb [h, w, 3], distance_median and acc [h, w]; truth is [h, w, 3].
   """
@@ -204,7 +205,7 @@ def comparison_sheet(
 def contact_sheet(
   images: Sequence[np.ndarray], captions: Sequence[str], max_width: int = 320
 ) -> np.ndarray:
-  """Pictures of many images, in about as many columns as make the whole 4:3."""
+  """Lays out many images on a sheet of about 4:3."""
   images = [enlarge(img, max_width) for img in images]
   height, width = np.max([img.shape[:2] for img in images], axis=0)
   columns = int(np.ceil(np.sqrt(len(images) * 4 / 3 * height / width)))
@@ -214,9 +215,9 @@ def contact_sheet(
 def _histogram(
   sdist: np.ndarray, weights: np.ndarray, rgb: np.ndarray | None, size: tuple[int, int]
 ) -> np.ndarray:
-  """One ray's density over s in [0, 1] as bars, as high as it is to its own maximum.
+  """Draws a ray's density over s in [0, 1] as bars, relative to its maximum.
 
-  `sdist` [n + 1], `weights` [n], `rgb` [n, 3] the bars' colours or None; size (width, height).
+  `sdist` is [n + 1], `weights` [n]; `rgb` [n, 3] are the bars' colours; `size` is (width, height).
   """
   width, height = size
   step = np.diff(sdist)
@@ -225,7 +226,7 @@ def _histogram(
   k = np.searchsorted(sdist, position, side='right') - 1
   inside = (k >= 0) & (k < len(weights))
   k = np.clip(k, 0, len(weights) - 1)
-  # The square root keeps small densities visible beside a surface's peak.
+  # The square root keeps small densities visible next to a surface's peak.
   level = np.sqrt(np.where(inside, density[k], 0) / max(density.max(), 1e-9))
   filled = level[None] * height > np.arange(height)[::-1, None]
   color = np.full((width, 3), 0.45) if rgb is None else rgb[k]
@@ -241,14 +242,14 @@ def ray_picture(
   max_rays: int = 16,
   width: int = 960,
 ) -> np.ndarray:
-  """The histograms of a few rays: a block a ray, a row of bars a level, s from 0 to 1 across.
+  """Draws histograms of a few rays: one block per ray, one row per level, s from 0 to 1.
 
   Args:
-    sdist: of each level, [r, n + 1] endpoints in [0, 1]; bins' ends are drawn as ticks.
-    weights: of each level, [r, n].
-    rgb: of each level, [r, n, 3] colours of its bins, or None (drawn grey).
-    max_rays: the r rays are thinned to these, evenly.
-    width: of the bars, in pixels.
+    sdist: interval endpoints in [0, 1] by level, [r, n + 1]; drawn as ticks.
+    weights: by level, [r, n].
+    rgb: colours of the intervals by level, [r, n, 3], or None for grey.
+    max_rays: how many of the r rays to draw, evenly chosen.
+    width: of a histogram, in pixels.
 
   Returns:
     uint8 [h, w, 3].

@@ -1,4 +1,4 @@
-"""MP4 videos from frame files, by the encoder that the imageio-ffmpeg package brings along."""
+"""Encodes MP4 videos with the ffmpeg of the imageio-ffmpeg package."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..system import files
 
 
 class VideoError(UserError):
-  """Frames that cannot be encoded, or no encoder; the message says what to do."""
+  """Frames that cannot be encoded, or a missing encoder."""
 
 
 def find_ffmpeg() -> str:
-  """The program that encodes and decodes videos.
+  """Returns the path of the ffmpeg program.
 
   Raises:
-    VideoError: there is none.
+    VideoError: it is not installed.
   """
   try:
     import imageio_ffmpeg
@@ -37,48 +37,41 @@ def find_ffmpeg() -> str:
     raise VideoError(' '.join(str(e).split())) from None
 
 
-def _find_encoder(folder: str) -> str:
-  """The encoder's program; `folder` is where the frames are."""
-  try:
-    return find_ffmpeg()
-  except VideoError as e:
-    raise VideoError(f'{e} The frames are kept in {folder}.') from None
-
-
 def _read_even(path: str) -> np.ndarray:
-  """A frame as uint8 [h, w, 3]; odd sides repeat their last line: H.264 wants even ones."""
+  """Reads a frame as uint8 [h, w, 3], with odd sides padded, since H.264 needs even ones."""
   try:
     with Image.open(path) as picture:
       frame = np.asarray(picture.convert('RGB'))
   except OSError as e:
     reason = ' '.join(str(e).split())
     raise VideoError(
-      f'{path}: cannot be read as a frame ({reason}). Delete it and render again.'
+      f'{path}: cannot be read as an image ({reason}). Delete it and render again.'
     ) from None
   height, width = frame.shape[:2]
   return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode='edge')
 
 
 def write_video(frames: Sequence[str], path: str, fps: float = 60, crf: int = 18) -> None:
-  """Encodes image files, in their order, as H.264 (yuv420p, BT.709) in an .mp4.
-
-  The video appears under its name when it is whole.
+  """Encodes image files as H.264 (yuv420p, BT.709) in an .mp4, written atomically.
 
   Args:
-    frames: files, all of one size.
-    path: of the video.
-    fps: frames a second.
+    frames: image files of equal size, in order.
+    path: the video's path.
+    fps: frames per second.
     crf: constant rate factor, 0 (lossless) to 51 (worst).
 
   Raises:
-    VideoError: no frames, sizes that differ, an unreadable frame, a bad fps or crf, no encoder, or
-      an encoder that fails.
+    VideoError: there are no frames, their sizes differ, one is unreadable, fps or crf is out of
+      range, or the encoder is missing or fails.
   """
   if not frames:
-    raise VideoError(f'There are no frames to make {path} of.')
+    raise VideoError(f'There are no frames for {path}.')
   if not fps > 0 or not 0 <= crf <= 51:
-    raise VideoError(f'A video needs fps > 0 and crf in 0..51, got fps {fps}, crf {crf}.')
-  program = _find_encoder(os.path.dirname(frames[0]))
+    raise VideoError(f'fps must be positive and crf in 0..51, got fps {fps}, crf {crf}.')
+  try:
+    program = find_ffmpeg()
+  except VideoError as e:
+    raise VideoError(f'{e} The frames are kept in {os.path.dirname(frames[0])}.') from None
   with files.whole(path) as temporary:
     _encode(program, frames, temporary, fps, crf)
 
@@ -90,12 +83,12 @@ def _encode(program: str, frames: Sequence[str], path: str, fps: float, crf: int
     *(program, '-v', 'error', '-y'),
     *('-f', 'rawvideo', '-pix_fmt', 'rgb24', '-s', f'{width}x{height}', '-r', str(fps), '-i', '-'),
     *('-c:v', 'libx264', '-crf', str(crf), '-pix_fmt', 'yuv420p'),
-    # Without the tags players guess the matrix by the size, and colours shift.
+    # Without these tags, players guess the matrix from the size and colours shift.
     *('-vf', 'scale=out_color_matrix=bt709:out_range=tv'),
     *('-colorspace', 'bt709', '-color_primaries', 'bt709', '-color_trc', 'bt709'),
     *('-movflags', '+faststart', path),
   ]
-  # Not by the package's own writer: that loses the exit code, and forks under JAX's threads.
+  # The package's own writer drops the exit code, and forks despite JAX's threads.
   with tempfile.TemporaryFile() as log:
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
     try:
@@ -106,12 +99,12 @@ def _encode(program: str, frames: Sequence[str], path: str, fps: float, crf: int
       process.wait()
     if code:
       log.seek(0)
-      said = ' '.join(log.read().decode(errors='replace').split()) or f'exit code {code}'
-      raise VideoError(f'The video encoder failed: {said[-300:]}. The frames are kept.')
+      output = ' '.join(log.read().decode(errors='replace').split()) or f'exit code {code}'
+      raise VideoError(f'The video encoder failed: {output[-300:]}. The frames are kept.')
 
 
 def _send(pipe, frames: Sequence[str], shape: tuple[int, ...]) -> None:
-  with contextlib.suppress(BrokenPipeError), pipe:  # Its exit code says more.
+  with contextlib.suppress(BrokenPipeError), pipe:  # The exit code tells why the pipe broke.
     for name in frames:
       frame = _read_even(name)
       if frame.shape != shape:
