@@ -20,6 +20,7 @@ from ..export import mesh as mesh_lib
 from ..export import points
 from ..rendering import orbits, trained
 from ..system import progress
+from ..training import run_folder
 
 _KINDS = ('points', 'mesh', 'depth')
 _LEVEL_QUANTILE = 0.1  # The mesh's default level, among the densities at the views' surfaces.
