@@ -20,6 +20,7 @@ FLOORS = (
   ('evaluation', 'export', 'profiling', 'viewer'),
   ('experiments', 'sfm'),
   ('commands',),
+  ('api',),
 )  # fmt: skip
 FACE = ('__init__', '__main__')  # The package's own names: whatever they offer is lazy.
 

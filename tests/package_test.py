@@ -25,7 +25,7 @@ def _git_files() -> list[str]:
 def wheel(tmp_path_factory):
   """Built from a copy, since building writes beside the sources."""
   source, out = (tmp_path_factory.mktemp(name) for name in ('source', 'wheel'))
-  for name in filter(os.path.exists, (ROOT / f for f in _git_files())):
+  for name in filter(os.path.isfile, (ROOT / f for f in _git_files())):
     copy = source / name.relative_to(ROOT)
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_bytes(name.read_bytes())

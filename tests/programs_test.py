@@ -184,4 +184,4 @@ def test_errors_of_users_are_one_line(capture, run, tmp_path):
 
 def test_a_batch_that_devices_do_not_divide(capture, tmp_path):
   bindings = _train_bindings(capture, tmp_path / 'r', 'Config.batch_size = 62')
-  _one_line(_run('train.py', *bindings, code=1, env=_env(4)), '62', '4', 'multiple')
+  _one_line(_run('train.py', *bindings, code=1, env=_env(4)), '62', '4', 'divisible')

@@ -268,7 +268,7 @@ class TestPage:
       page.client.camera.position = np.array([x, 0, 0])
       page.gui['Add this view'].press()
     page.gui['Add this view'].press()
-    assert 'are the same camera' in page.client.notes[-1][1]
+    assert 'are the same' in page.client.notes[-1][1]
     page.gui['Remove the last'].press()
     page.gui['Name'].value = '../deep/<script>'
     page.gui['Save the path'].press()

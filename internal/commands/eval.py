@@ -109,8 +109,12 @@ def train_seconds(run: str, step: int) -> float | None:
   return seconds[-1] if seconds else None
 
 
-def evaluate(run: trained.TrainedRun, rows: Sequence[int], render_image: Callable) -> None:
-  """Renders the test images in `rows` and writes metrics, pictures and report."""
+def evaluate(run: trained.TrainedRun, rows: Sequence[int], render_image: Callable) -> dict | None:
+  """Renders the test images in `rows` and writes metrics, pictures and report.
+
+  Returns:
+    The content of results.json; None on processes other than the main one.
+  """
   compute_lpips, lpips_absent = load_lpips() if processes.is_main() else (None, None)
   per_image, pairs = [], []
   for k, row in enumerate(progress.track(rows, 'evaluating', processes.is_main())):
@@ -128,8 +132,7 @@ def evaluate(run: trained.TrainedRun, rows: Sequence[int], render_image: Callabl
         save_pictures(stem, rendering, truth, note)
         pair = np.concatenate([truth, pictures.to_uint8(rendering['rgb'])], 1)
         pairs.append(pictures.shrink(pair, _PAIR_WIDTH))
-  if processes.is_main():
-    write_outputs(run, per_image, pairs, lpips_absent)
+  return write_outputs(run, per_image, pairs, lpips_absent) if processes.is_main() else None
 
 
 def score_image(run: trained.TrainedRun, row: int, rendering: dict, compute_lpips) -> tuple:
@@ -145,8 +148,8 @@ def score_image(run: trained.TrainedRun, row: int, rendering: dict, compute_lpip
   return {'name': run.scene.names[row], **about, **metrics}, truth
 
 
-def write_outputs(run: trained.TrainedRun, per_image, pairs, lpips_absent: str | None) -> None:
-  """Writes results.json, contact sheet and report, and prints the means."""
+def write_outputs(run: trained.TrainedRun, per_image, pairs, lpips_absent: str | None) -> dict:
+  """Writes results.json, contact sheet and report, prints the means and returns the results."""
   config, folder = run.settings.config, os.path.join(run.folder, 'eval')
   results = results_lib.make(
     run.settings,
@@ -173,6 +176,7 @@ def write_outputs(run: trained.TrainedRun, per_image, pairs, lpips_absent: str |
   if config.eval_report:
     written['report'] = html_report.write(run.folder, run.settings, run.scene)
   progress.summary(written)
+  return results
 
 
 def main(argv: list[str] | None = None) -> None:
