@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import jax
 
-from . import configs
+from . import configs, plugins
 from .devices import processes
 from .errors import UserError
 from .system import installation, progress, signals
@@ -39,6 +39,13 @@ class _Switch(argparse.Action):
     self.const()
 
 
+class _LoadPlugins(argparse.Action):
+  """Imports plug-ins as soon as they are parsed: before any settings are read."""
+
+  def __call__(self, parser, namespace, values, option_string=None):
+    plugins.load(values)
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
   """Creates a parser with the flags that all commands share.
 
@@ -61,7 +68,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds --gin_configs and --gin_bindings, each repeatable and taking several values."""
+  """Adds --gin_configs, --gin_bindings and --plugins; each can be repeated and take many values."""
   parser.add_argument(
     '--gin_configs', nargs='+', action='extend', default=[], metavar='PATH', help='.gin files'
   )
@@ -73,8 +80,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     metavar='TEXT',
     help='settings that override the files, e.g. "Config.factor = 4"',
   )
+  add_plugins_argument(parser)
   # Accepted and ignored: published command lines pass it.
   parser.add_argument('--logtostderr', action='store_true', help=argparse.SUPPRESS)
+
+
+def add_plugins_argument(parser: argparse.ArgumentParser) -> None:
+  """Adds --plugins, which imports modules of your own that extend this package."""
+  parser.add_argument(
+    '--plugins', nargs='+', action=_LoadPlugins, default=argparse.SUPPRESS, metavar='MODULE',
+    help='modules of your own to import, such as my_package.my_field (see CONTRIBUTING.md)',
+  )  # fmt: skip
 
 
 def make_run_parser(description: str) -> argparse.ArgumentParser:

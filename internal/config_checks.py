@@ -1,7 +1,7 @@
 """Checks of settings.
 
-Types and choices come from a field's annotation, ranges from the tables here; the functions named
-_*_conflict check combinations of fields.
+Types and choices come from a field's annotation, more choices from plug-ins, ranges from the tables
+here; the functions named _*_conflict check combinations of fields.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 # (lowest, highest) allowed integer; a highest of None is no limit.
@@ -41,22 +41,32 @@ _MAX_FAR = 1e8  # The square of a much larger distance overflows float32.
 _POSITIVE = ('charb_padding', 'interlevel_blur', 'lr_init', 'lr_final', 'near_anneal_rate')
 
 
-def problem(settings: Any) -> str | None:
-  """Returns the error message for the first bad value in a settings dataclass, or None."""
+def problem(settings: Any, plugged: Mapping[str, Collection[str]]) -> str | None:
+  """Returns the error message for the first bad value in a settings dataclass, or None.
+
+  Args:
+    settings: the dataclass.
+    plugged: names that plug-ins add to a field's choices, for the fields that plug-ins can extend.
+  """
   hints = typing.get_type_hints(type(settings))
   for field in dataclasses.fields(settings):
     value = getattr(settings, field.name)
-    rule = _broken_rule(field, value, hints[field.name])
+    rule = _broken_rule(field, value, hints[field.name], plugged.get(field.name))
     if rule:
       return f'{type(settings).__name__}.{field.name} must be {rule}, got {value!r}.'
   return _CONFLICTS[type(settings).__name__](settings)
 
 
-def _broken_rule(field: dataclasses.Field, value: Any, hint: Any) -> str | None:
+def _broken_rule(
+  field: dataclasses.Field, value: Any, hint: Any, plugged: Collection[str] | None
+) -> str | None:
   """Returns the rule that the value breaks, as what it 'must be', or None."""
-  if not _fits(value, hint):
-    choices = _choices(hint)
+  choices = _choices(hint)
+  if not _fits(value, hint) and not (choices and value in (plugged or ())):
+    choices = (*choices, *(plugged or ())) if choices else ()
     return f'one of {", ".join(map(repr, choices))}' if choices else field.type
+  if isinstance(value, dict) and plugged is not None and not value.keys() <= set(plugged):
+    return f'multipliers of plugged-in losses ({", ".join(plugged) or "none is loaded"})'
   numbers = _numbers(value)
   if not all(math.isfinite(v) for v in numbers if isinstance(v, float)):
     return 'finite'  # gin cannot write other numbers to config.gin.

@@ -17,7 +17,7 @@ from typing import Literal
 
 import gin
 
-from . import config_checks
+from . import config_checks, plugins
 from .errors import UserError
 from .system import installation
 
@@ -39,7 +39,7 @@ class Checked:
     for name, value in vars(self).items():
       if callable(value):  # A gin reference, such as @coord.contract, is kept as its name.
         object.__setattr__(self, name, value.__name__)
-    problem = config_checks.problem(self)
+    problem = config_checks.problem(self, plugins.plugged())
     if problem:
       raise ConfigError(problem)
 
@@ -48,6 +48,8 @@ class Checked:
 @dataclasses.dataclass(frozen=True)
 class Config(Checked):
   """Data, training, evaluation and rendering."""
+
+  plugins: Sequence[str] = ()  # Modules that these settings need; --plugins loads and records them.
 
   # Data.
   dataset_loader: str = 'llff'  # Format of the capture: a name in datasets.LOADERS.
@@ -89,6 +91,8 @@ class Config(Checked):
   # Multiplier of the squared norm for each named part: {'nerf_mlp': 0.1, 'prop_mlp/trunk_0': 1}.
   weight_decay_mults: dict[str, float] = dataclasses.field(default_factory=dict)
   grid_decay_mult: float = 0.0  # Multiplier of the hash tables' mean squares, summed over levels.
+  # Multiplier of each plugged-in loss by name; those without one are not computed.
+  loss_mults: dict[str, float] = dataclasses.field(default_factory=dict)
   lr_init: float = 0.002  # Learning rate at step 0, before warm-up.
   lr_final: float = 0.00002  # Learning rate at max_steps; log-linear in between.
   lr_delay_steps: int = 512  # Steps of warm-up (0: none).
@@ -156,6 +160,8 @@ class MLP(Checked):
   net_width_viewdirs: int = 128  # Width of each.
   skip_layer: int = 4  # k: the outputs of layers k + 1, 2k + 1, ... get the encoding appended.
   encoding: Literal['ipe', 'grid'] = 'ipe'  # Integrated positional encoding, or hash grid.
+  # Constructor arguments of the encoding, on top of those that come from the settings below.
+  encoding_options: dict[str, object] = dataclasses.field(default_factory=dict, hash=False)
   min_deg_point: int = 0  # 'ipe': lowest frequency is 2^min_deg_point ...
   max_deg_point: int = 12  # ... and highest 2^(max_deg_point - 1).
   deg_view: int = 4  # Number of frequencies that encode view directions.
@@ -342,6 +348,7 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
 
   Raises:
     ConfigError: a missing file, an unknown name (lists the nearest known ones) or a bad value.
+    PluginError: Config.plugins lists a module that is not loaded.
   """
   gin.clear_config()
   try:
@@ -353,6 +360,9 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
     with _gin_errors('Bad gin config'):
       gin.parse_config(list(gin_bindings))
     _refuse_scopes()
+    needed = gin.get_bindings('Config', resolve_references=False).get('plugins', ())
+    if isinstance(needed, (tuple, list)):  # Otherwise Config refuses it.
+      gin.bind_parameter('Config.plugins', plugins.require(needed))
     with _gin_errors(f'Bad gin config ({", ".join(gin_configs) or "no file"})'):
       gin.finalize()
       settings = Config(), Model(), PropMLP(), NerfMLP()

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import math
+from . import math, plugins
 from .errors import UserError
 
 Array = jax.Array
@@ -98,7 +98,7 @@ def linearize(fn: Callable[[Array], Array], mean: Array, cov: Array) -> tuple[Ar
 # Pairs (g, inverse of g) for Eq. 11. 'power' is the family of arXiv:2304.06706 at lambda = -1.5.
 _POWER = -1.5
 _POWER_SCALE = abs(_POWER - 1)
-_CURVES = {
+for _name, _curve in {
   'identity': (lambda x: x, lambda x: x),
   'reciprocal': (lambda x: 1 / x, lambda x: 1 / x),
   'log': (jnp.log, jnp.exp),
@@ -113,7 +113,8 @@ _CURVES = {
       _POWER_SCALE * (jnp.maximum(y * _POWER / _POWER_SCALE + 1, 1e-20) ** (1 / _POWER) - 1)
     ),
   ),
-}
+}.items():
+  plugins.ray_distance(_name)(lambda curve=_curve: curve)
 
 
 def ray_warps(
@@ -125,7 +126,7 @@ def ray_warps(
 
   Args:
     name: 'reciprocal' (linear in disparity), 'log', 'identity' (or None), 'piecewise' (linear up
-      to t = 1, then in disparity) or 'power' (arXiv:2304.06706).
+      to t = 1, then in disparity), 'power' (arXiv:2304.06706), or another in plugins.ray_distance.
     near: metric distance at s = 0.
     far: metric distance at s = 1. The bounds are checked only if neither is a JAX array.
 
@@ -137,14 +138,15 @@ def ray_warps(
     UserError: the name is unknown, not 0 <= near < far, or near is 0 with 'reciprocal' or 'log'.
   """
   name = name or 'identity'
-  if name not in _CURVES:
-    raise UserError(f'The ray warp must be one of {", ".join(_CURVES)}, got {name!r}.')
+  if name not in plugins.ray_distance:
+    known = ', '.join(plugins.ray_distance)
+    raise UserError(f'The ray warp must be one of {known}, got {name!r}.')
   known = not isinstance(near, Array) and not isinstance(far, Array)
   if known and not 0 <= near < far:
     raise UserError(f'Ray warps require 0 <= near < far, got near {near} and far {far}.')
   if known and near == 0 and name in ('reciprocal', 'log'):
     raise UserError(f'Ray warp {name!r} requires near > 0; set Config.near, for example to 0.1.')
-  fwd, inv = _CURVES[name]
+  fwd, inv = plugins.ray_distance[name]()
   g_near, g_far = fwd(jnp.float32(near)), fwd(jnp.float32(far))
 
   def t_to_s(t):

@@ -4,12 +4,14 @@ The functions return terms without their multipliers; `total` applies these. Sha
 n the intervals along a ray.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from . import configs, stepfun, structs
+from . import configs, plugins, stepfun, structs
 from .errors import UserError
 
 Array = jax.Array
@@ -119,6 +121,71 @@ def grid_decay(params) -> Array:
   return sum((jnp.mean(x**2) for x in jax.tree.leaves(fields)), jnp.zeros(()))
 
 
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """What losses are computed from: one batch of rays [...] and its renderings."""
+
+  config: configs.Config
+  params: Any  # The parameters, as a nested dict.
+  renderings: Sequence[structs.Rendering | None]  # For each level; None for levels without colour.
+  history: Sequence[structs.RayHistory]  # For each level.
+  batch: structs.Batch  # Target colours, and weights of rays.
+
+
+def _photometric(inputs: Inputs, rendering: structs.Rendering) -> Array:
+  config, batch = inputs.config, inputs.batch
+  if config.data_loss_type == 'mse':
+    return squared_error(rendering.rgb, batch.rgb, batch.weight)
+  return charbonnier(rendering.rgb, batch.rgb, config.charb_padding, batch.weight)
+
+
+@plugins.loss('data')
+def _data(inputs: Inputs) -> Array:
+  if inputs.renderings[-1] is None:
+    raise UserError('Training needs colours; set NerfMLP.disable_rgb = False.')
+  return _photometric(inputs, inputs.renderings[-1])
+
+
+@plugins.loss('data_coarse')
+def _data_coarse(inputs: Inputs) -> Array:
+  if any(r is None for r in inputs.renderings):
+    raise UserError(
+      'Config.data_coarse_loss_mult needs colours of the proposal levels; set '
+      'PropMLP.disable_rgb = False.'
+    )
+  # One multiplier for all proposal levels.
+  return sum(_photometric(inputs, r) for r in inputs.renderings[:-1])
+
+
+@plugins.loss('interlevel')
+def _interlevel(inputs: Inputs) -> Array:
+  if inputs.config.interlevel_loss_type == 'blur':
+    return interlevel_blur(inputs.history, inputs.config.interlevel_blur)
+  return interlevel(inputs.history)
+
+
+plugins.loss('distortion')(lambda inputs: distortion(inputs.history))
+plugins.loss('weight_decay')(lambda i: weight_decay(i.params, i.config.weight_decay_mults))
+plugins.loss('grid_decay')(lambda inputs: grid_decay(inputs.params))
+
+
+def _multipliers(config: configs.Config) -> dict[str, float]:
+  """Returns the multiplier of each term to compute.
+
+  Terms with multiplier 0 are left out: they would cost time, and their NaNs times 0 are NaN.
+  """
+  own = {
+    'data_coarse': config.data_coarse_loss_mult,
+    'interlevel': config.interlevel_loss_mult,
+    'distortion': config.distortion_loss_mult,
+    'weight_decay': 1.0 if config.weight_decay_mults else 0.0,  # It has its own multipliers.
+    'grid_decay': config.grid_decay_mult,
+  }
+  own = {name: mult for name, mult in own.items() if mult > 0}
+  plugged = {name: mult for name, mult in config.loss_mults.items() if mult != 0}
+  return {'data': config.data_loss_mult, **own, **plugged}
+
+
 def total(
   config: configs.Config,
   params,
@@ -130,10 +197,7 @@ def total(
 
   Args:
     config: loss types and multipliers; terms with multiplier 0 are not computed.
-    params: parameters, for weight decay.
-    renderings: a rendering per level; None for levels without colour.
-    history: a ray history per level.
-    batch: target colours, and weights of rays.
+    params, renderings, history, batch: see `Inputs`.
 
   Returns:
     The loss, and a dict from term name to value.
@@ -141,32 +205,6 @@ def total(
   Raises:
     UserError: the data loss needs a colour that the level does not have.
   """
-
-  def data_loss(r: structs.Rendering) -> Array:
-    if config.data_loss_type == 'mse':
-      return squared_error(r.rgb, batch.rgb, batch.weight)
-    return charbonnier(r.rgb, batch.rgb, config.charb_padding, batch.weight)
-
-  if renderings[-1] is None:
-    raise UserError('Training needs colours; set NerfMLP.disable_rgb = False.')
-  terms = {'data': config.data_loss_mult * data_loss(renderings[-1])}
-  if config.data_coarse_loss_mult > 0:
-    if any(r is None for r in renderings):
-      raise UserError(
-        'Config.data_coarse_loss_mult needs colours of the proposal levels; set '
-        'PropMLP.disable_rgb = False.'
-      )
-    coarse = sum(map(data_loss, renderings[:-1]))  # One multiplier for all proposal levels.
-    terms['data_coarse'] = config.data_coarse_loss_mult * coarse
-  if config.interlevel_loss_mult > 0:
-    blur = config.interlevel_loss_type == 'blur'
-    loss = interlevel_blur(history, config.interlevel_blur) if blur else interlevel(history)
-    terms['interlevel'] = config.interlevel_loss_mult * loss
-  if config.distortion_loss_mult > 0:
-    terms['distortion'] = config.distortion_loss_mult * distortion(history)
-  if config.weight_decay_mults:
-    terms['weight_decay'] = weight_decay(params, config.weight_decay_mults)
-  if config.grid_decay_mult > 0:
-    terms['grid_decay'] = config.grid_decay_mult * grid_decay(params)
-  # Terms with multiplier 0 are absent: they would cost time, and their NaNs times 0 are NaN.
+  inputs = Inputs(config, params, renderings, history, batch)
+  terms = {name: mult * plugins.loss[name](inputs) for name, mult in _multipliers(config).items()}
   return sum(terms.values()), terms

@@ -23,7 +23,7 @@ import pytest
 import tiny
 import trajectory_test
 
-from internal import cli, configs, datasets, losses, models, structs
+from internal import cli, configs, datasets, losses, models, plugins, structs
 from internal.commands import eval as eval_program
 from internal.datasets import scenes
 from internal.evaluation import metrics as metrics_lib
@@ -241,6 +241,15 @@ def patience(settings, folder):
   return 'went on'
 
 
+def reading_back(settings, _):
+  """Whether a config.gin with the plug-ins of these settings loads."""
+  try:
+    load((f'Config.plugins = {settings.config.plugins!r}',))
+  except plugins.PluginError as e:
+    return str(e)
+  return 'loaded'
+
+
 def metrics(settings, _):
   img, truth = np.random.default_rng(0).random((2, 24, 24, 3)).astype(np.float32)
   return metrics_lib.image_metrics(img, truth, settings.config)
@@ -327,6 +336,7 @@ DTU = ("Config.dataset_loader = 'dtu'",)
 
 KNOBS = {
   'Config': {
+    'plugins': (reading_back, "('absent',)"),
     'dataset_loader': (data, "'tat_fvs'"),
     'data_dir': (data, "'b'"),
     'checkpoint_dir': (training, "'elsewhere'"),
@@ -368,6 +378,7 @@ KNOBS = {
     'distortion_loss_mult': (loss, '0.5'),
     'weight_decay_mults': (loss, "{'nerf_mlp/a': 0.1}"),
     'grid_decay_mult': (loss, '0.1'),
+    'loss_mults': (loss, "{'knob': 0.5}"),
     'lr_init': (optimizer, '0.1'),
     'lr_final': (optimizer, '0.001'),
     'lr_delay_steps': (optimizer, '10'),
@@ -449,6 +460,7 @@ KNOBS = {
     'net_width_viewdirs': (field, '9'),
     'skip_layer': (field, '1', '{}.net_depth = 3'),
     'encoding': (field, "'grid'"),
+    'encoding_options': (field, "{'max_deg': 9}"),
     'min_deg_point': (field, '1'),
     'max_deg_point': (field, '9'),
     'deg_view': (field, '2'),
@@ -485,6 +497,13 @@ BASE = (
   'PropMLP.net_depth = 1',
 )
 SHORT = ('Config.max_steps = 12',)
+
+
+@pytest.fixture(autouse=True)
+def loss_of_a_plugin(monkeypatch):
+  """Registers a loss for Config.loss_mults."""
+  monkeypatch.setitem(plugins.loss, 'knob', lambda inputs: jnp.mean(inputs.renderings[-1].rgb))
+  monkeypatch.setitem(plugins.loss.modules, 'knob', 'my_package.my_loss')
 
 
 def cases():

@@ -42,6 +42,7 @@ def parse(argv: list[str] | None):
   add('--box_units', choices=('normalized', 'capture'), default='normalized', help=units)
   add('--resolution', type=int, default=256, help='mesh cells along the longest side of the box')
   add('--density', type=float, help="density of the mesh's surface (default: from the views)")
+  cli.add_plugins_argument(parser)
   return parser.parse_args(argv)
 
 

@@ -15,7 +15,7 @@ import os
 import shlex
 import subprocess
 
-from .. import cli
+from .. import cli, plugins
 from ..evaluation import benchmarks, table_forms, tables
 from ..experiments import dataset_runs, runs
 from ..system import files, installation
@@ -51,6 +51,7 @@ def write_slurm(args: argparse.Namespace, unfinished: list[runs.Run], out: str) 
   command += ['--unchecked'] if args.unchecked else []
   for flag in ('gin_configs', 'gin_bindings'):
     command += [f'--{flag}', *getattr(args, flag)] if getattr(args, flag) else []
+  command += plugins.flags()
   path = os.path.join(out, 'slurm.sh')
   with files.whole(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
     f.write(dataset_runs.slurm_script(unfinished, args.slurm, command))

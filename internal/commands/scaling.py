@@ -30,7 +30,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from .. import cli, configs
+from .. import cli, configs, plugins
 from ..devices import sharding
 from ..errors import UserError
 from ..evaluation import benchmarks
@@ -216,7 +216,7 @@ def start_seconds(gin: str, capture: str, args: argparse.Namespace) -> dict[str,
         f'Config.checkpoint_dir = {run!r}',
       ]
       bindings += ['Config.factor = 0', 'Config.max_steps = 1', 'Config.train_render_every = 0']
-      command = [*installation.command('train'), '--gin_configs', gin]
+      command = [*installation.command('train'), *plugins.flags(), '--gin_configs', gin]
       began = time.monotonic()
       process = subprocess.Popen(
         [*command, '--gin_bindings', *bindings], env=env, text=True, stdout=subprocess.PIPE
@@ -254,7 +254,7 @@ def dataset_seconds(gin: str, folder: str, names: Sequence[str], args: argparse.
     env = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': os.path.join(out, 'cache')}
     env |= visible(args.platform, len(names))
     command = [
-      *installation.command('run_dataset'), '--dataset', '360', '--unchecked',
+      *installation.command('run_dataset'), '--dataset', '360', '--unchecked', *plugins.flags(),
       '--root', folder, '--out', os.path.join(out, 'runs'), '--scenes', *names,
       '--gin_configs', gin, '--gin_bindings', *args.gin_bindings,
       'Config.factor = 0', f'Config.max_steps = {args.scene_steps}',

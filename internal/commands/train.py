@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import jax
 
-from .. import cli, configs, datasets, models
+from .. import cli, configs, datasets, models, plugins
 from ..datasets import scenes
 from ..devices import processes, sharding
 from ..evaluation import train_renders
@@ -42,7 +42,7 @@ def preflight(settings: configs.Settings, scene: scenes.Scene, mesh) -> dict:
 
 def print_summary(folder: str, step: int, seconds: float) -> None:
   """Prints where a finished run's files are, and which commands to run next."""
-  run = shlex.quote(folder)
+  run = f'--checkpoint_dir {shlex.join([folder, *plugins.flags()])}'
   metrics, board, pictures = (
     os.path.join(folder, name) for name in ('metrics.jsonl', 'tensorboard', 'train_renders')
   )
@@ -52,8 +52,8 @@ def print_summary(folder: str, step: int, seconds: float) -> None:
       'checkpoint': os.path.join(folder, f'checkpoints/{step}'),
       'metrics': f'{metrics}, {board}',
       'pictures': pictures,
-      'next': f'{installation.command_text("eval")} --checkpoint_dir {run}',
-      '': f'{installation.command_text("render")} --checkpoint_dir {run}',
+      'next': f'{installation.command_text("eval")} {run}',
+      '': f'{installation.command_text("render")} {run}',
     }
   )
 

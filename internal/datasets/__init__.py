@@ -1,15 +1,16 @@
 """Dataset loaders: one module per format, and the table of their names.
 
-A new format is a module with `load(config, read_only) -> Scene` and a row here.
+A new format is a module with `load(config, read_only) -> Scene` and a row here, or a plug-in.
 """
 
 from __future__ import annotations
 
-from .. import configs
+from .. import configs, plugins
 from . import blender, dtu, images, llff, multicam, tat, tat_fvs, transforms
 from .scenes import Scene
 
-LOADERS = {
+LOADERS = plugins.dataset
+for _name, _load in {
   'llff': llff.load,
   'blender': blender.load,
   'multicam': multicam.load,
@@ -17,7 +18,8 @@ LOADERS = {
   'tat_nerfpp': tat.load,
   'tat_fvs': tat_fvs.load,
   'dtu': dtu.load,
-}
+}.items():
+  plugins.dataset(_name)(_load)
 
 
 def load_dataset(config: configs.Config, read_only: bool = False) -> Scene:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from .. import configs
+from .. import configs, plugins
 from ..errors import UserError
 from ..evaluation import lpips, results
 from ..system import installation, progress
@@ -86,8 +86,9 @@ def is_finished(run: Run) -> bool:
 def make_job(run: Run) -> jobs.Job:
   """Returns the job that trains, resuming if it can, and evaluates with the same bindings."""
   bindings = run.flags[run.flags.index('--gin_bindings') :]
-  train = (*installation.command('train'), *run.flags)
-  evaluate = (*installation.command('eval'), '--checkpoint_dir', run.folder, *bindings)
+  more = plugins.flags()
+  train = (*installation.command('train'), *run.flags, *more)
+  evaluate = (*installation.command('eval'), '--checkpoint_dir', run.folder, *bindings, *more)
   return jobs.Job(run.name, (train, evaluate), run.folder)
 
 

@@ -1,19 +1,19 @@
 """Encodings: from contracted Gaussians to features, behind one interface.
 
-An encoding is a module that maps `structs.Gaussians` (mean [..., 3], cov [..., 3, 3]) to features
-[..., f], where f is at least `num_features`. If `multisampled`, it takes k Gaussians per interval
-[..., k, 3] and averages their features. For speed an encoding may reorder and pad its features;
-`arrange` does the same to the rows of the kernel that multiplies them.
+The built-in ones average the features of k Gaussians per interval [..., k, 3] if `multisampled`.
+For speed an encoding may reorder and pad its features; `arrange` does the same to the rows of the
+kernel that multiplies them.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import coord, geopoly, structs
+from .. import coord, geopoly, plugins, structs
 from . import grid, packed_encoding
 
 Array = jax.Array
@@ -21,7 +21,29 @@ Array = jax.Array
 _PAD_TO = 128  # Matrix products on GPUs are fastest if widths are multiples of this.
 
 
-class IntegratedPositionalEncoding(nn.Module):
+class Encoding(nn.Module):
+  """Base class: maps Gaussians, mean [..., 3] and cov [..., 3, 3], to features [..., f].
+
+  A plug-in overrides `__call__(gaussians)`. Its attributes are set by NerfMLP.encoding_options.
+  """
+
+  @property
+  def num_features(self) -> int | None:
+    """Number of features without padding; None if there is no padding."""
+    return None
+
+  @classmethod
+  def arguments(cls, field: Any) -> dict[str, Any]:
+    """Returns the constructor's arguments for an `mlp.MLP`; its encoding_options override them."""
+    return {'name': 'encoding'}
+
+  def arrange(self, rows: Array) -> Array:
+    """Reorders and pads kernel rows [num_features, ...] to match the features."""
+    return rows
+
+
+@plugins.encoding('ipe')
+class IntegratedPositionalEncoding(Encoding):
   """Integrated positional encoding along an off-axis basis (section 2 of arXiv:2111.12077).
 
   Has no parameters; num_features = 2 * (max_deg - min_deg) * b for b basis directions.
@@ -45,6 +67,20 @@ class IntegratedPositionalEncoding(nn.Module):
   @property
   def num_features(self) -> int:
     return 2 * (self.max_deg - self.min_deg) * self._basis().shape[1]
+
+  @classmethod
+  def arguments(cls, field: Any) -> dict[str, Any]:
+    cfg = field.config
+    on_gpu = field.gpu_kernels and jax.default_backend() == 'gpu'
+    return {
+      'min_deg': cfg.min_deg_point,
+      'max_deg': cfg.max_deg_point,
+      'basis_shape': cfg.basis_shape,
+      'basis_subdivisions': cfg.basis_subdivisions,
+      'axes': 4 if cfg.warp_fn == 'inverted_sphere' else 3,
+      'packed': on_gpu and field.dtype == jnp.bfloat16,
+      'multisampled': field.multisampled,
+    }
 
   def __call__(self, gaussians: structs.Gaussians) -> Array:
     encode = _packed if self.packed else _plain
@@ -99,7 +135,8 @@ def _packed_backward(encoding, residuals, d_features):
 _packed.defvjp(_packed_forward, _packed_backward)
 
 
-class HashGrid(nn.Module):
+@plugins.encoding('grid')
+class HashGrid(Encoding):
   """Multi-resolution hash grid (arXiv:2201.05989) with downweighting (arXiv:2304.06706).
 
   num_features = levels * features. The parameters are one table per level, coarse to fine.
@@ -126,6 +163,20 @@ class HashGrid(nn.Module):
   def num_features(self) -> int:
     return self.levels * self.features
 
+  @classmethod
+  def arguments(cls, field: Any) -> dict[str, Any]:
+    cfg = field.config
+    return {
+      'levels': cfg.grid_levels,
+      'min_resolution': cfg.grid_min_resolution,
+      'max_resolution': cfg.grid_max_resolution,
+      'log2_size': cfg.grid_log2_size,
+      'features': cfg.grid_features,
+      'multisampled': field.multisampled,
+      'deterministic': field.deterministic,
+      'name': 'grid',
+    }
+
   @nn.compact
   def __call__(self, gaussians: structs.Gaussians) -> Array:
     x, scale = grid.in_cube(gaussians.mean, gaussians.cov)  # [..., 3], [...]
@@ -138,10 +189,6 @@ class HashGrid(nn.Module):
       # Fused into the concatenation, neighbouring GPU threads would work on different levels.
       by_level.append(grid.apart(jnp.mean(faded, -2) if self.multisampled else faded))
     return jnp.concatenate(by_level, -1)  # [..., levels * features]
-
-  def arrange(self, rows: Array) -> Array:
-    """Returns the rows [num_features, ...] unchanged: coarse levels first, as documented."""
-    return rows
 
 
 def _small_uniform(key: Array, shape: tuple[int, ...]) -> Array:

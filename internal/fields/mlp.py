@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .. import configs, coord, math, structs
+from .. import configs, coord, math, plugins, structs
 from . import dense, encodings, hopper
 
 Array = jax.Array
@@ -92,39 +92,33 @@ class MLP(nn.Module):
     # Padding lets a sigmoid reach 0 and 1 at finite inputs.
     return density, rgb * (1 + 2 * cfg.rgb_padding) - cfg.rgb_padding
 
-  def _encode(self, gaussians: structs.Gaussians) -> tuple[Array, nn.Module]:
+  def _encode(self, gaussians: structs.Gaussians) -> tuple[Array, encodings.Encoding]:
     """Returns features [..., n, f] of the warped Gaussians in `dtype`, and the encoding."""
     cfg = self.config
     warp = _WARPS[cfg.warp_fn]
     if warp is not None:
       gaussians = structs.Gaussians(*coord.linearize(warp, gaussians.mean, gaussians.cov))
     encoding = self._encoding()
-    return encoding(gaussians).astype(self.dtype), encoding
+    features = encoding(gaussians)
+    if self.multisampled and features.ndim == gaussians.mean.ndim:
+      features = jnp.mean(features, -2)  # A plug-in's features are of each Gaussian [..., n, k, f].
+    return features.astype(self.dtype), encoding
 
-  def _encoding(self) -> nn.Module:
-    """Returns the configured encoding (see encodings.py)."""
+  def _encoding(self) -> encodings.Encoding:
+    """Returns the configured encoding.
+
+    Raises:
+      ConfigError: encoding_options has arguments that the encoding does not take.
+    """
     cfg = self.config
-    if cfg.encoding == 'grid':
-      return encodings.HashGrid(
-        cfg.grid_levels,
-        cfg.grid_min_resolution,
-        cfg.grid_max_resolution,
-        cfg.grid_log2_size,
-        cfg.grid_features,
-        self.multisampled,
-        self.deterministic,
-        name='grid',
-      )
-    on_gpu = self.gpu_kernels and jax.default_backend() == 'gpu'
-    return encodings.IntegratedPositionalEncoding(
-      cfg.min_deg_point,
-      cfg.max_deg_point,
-      cfg.basis_shape,
-      cfg.basis_subdivisions,
-      axes=4 if cfg.warp_fn == 'inverted_sphere' else 3,
-      packed=on_gpu and self.dtype == jnp.bfloat16,
-      multisampled=self.multisampled,
-    )
+    kind = plugins.encoding[cfg.encoding]
+    try:
+      return kind(**{**kind.arguments(self), **cfg.encoding_options})
+    except TypeError as e:
+      raise configs.ConfigError(
+        f'{type(cfg).__name__}.encoding_options must be arguments of the encoding '
+        f'{cfg.encoding!r}, got {cfg.encoding_options} ({e}).'
+      ) from None
 
   def _trunk(self, gaussians: structs.Gaussians, by_view: bool) -> tuple[Array, Array | None]:
     """Evaluates the hidden layers and the heads.
@@ -138,7 +132,8 @@ class MLP(nn.Module):
     bins = encoded.shape[:-1]
     encoded = encoded.reshape(-1, encoded.shape[-1])  # [m, f]
     bottleneck_width = cfg.bottleneck_width if by_view and not cfg.disable_rgb else 0
-    layers, heads = self._trunk_parameters(encoding, bottleneck_width)
+    num_features = encoding.num_features or encoded.shape[-1]
+    layers, heads = self._trunk_parameters(encoding, num_features, bottleneck_width)
     fused = self.gpu_kernels and self.dtype == jnp.bfloat16 and hopper.available()
     if by_view or cfg.disable_rgb:  # The hidden layer itself is not needed, only its heads.
       raw, colour = dense.trunk_with_heads(layers, heads, encoded, fused)
@@ -150,14 +145,14 @@ class MLP(nn.Module):
     return raw.reshape(bins), None if colour is None else colour.reshape(*bins, -1)
 
   def _trunk_parameters(
-    self, encoding: nn.Module, bottleneck_width: int
+    self, encoding: encodings.Encoding, num_features: int, bottleneck_width: int
   ) -> tuple[tuple[dense.Layer, ...], dense.HeadLayers]:
     """Declares the parameters of the hidden layers and the heads (width 0: no bottleneck)."""
     cfg = self.config
 
     def linear(name: str, width: int, from_x: bool, from_encoded: bool) -> dense.Layer:
       rows = cfg.net_width * from_x  # One kernel for both inputs, as if they were concatenated.
-      kernel, bias = self._linear(name, rows + encoding.num_features * from_encoded, width)
+      kernel, bias = self._linear(name, rows + num_features * from_encoded, width)
       of_encoded = encoding.arrange(kernel[rows:]) if from_encoded else None
       return dense.Layer(kernel[:rows] if from_x else None, of_encoded, bias)
 

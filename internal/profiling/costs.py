@@ -24,7 +24,7 @@ _IN_FLIGHT = 8  # Calls that may be started before the first of them ends.
 def _needing(name: str, shape: tuple[int, int], mlp: configs.MLP, settings) -> int:
   """Counts a dense layer's inputs that need gradients: not encodings of positions or directions."""
   if name.startswith('trunk_') or name in ('density', 'bottleneck'):
-    if mlp.encoding == 'grid':
+    if mlp.encoding != 'ipe':
       return shape[0]
     return 0 if name == 'trunk_0' else mlp.net_width
   if name == 'view_0':
@@ -39,8 +39,8 @@ def _sample_flops(params: Mapping, mlp: configs.MLP, settings, colour: bool) -> 
   """Counts FLOPs per sample of one MLP: forward, and forward plus backward."""
   forward = both = 0
   for name, layer in params.items():
-    if name == 'grid':
-      continue  # Lookups, not products.
+    if name in ('grid', 'encoding'):
+      continue  # Lookups, or a plug-in's own operations.
     if not colour and not name.startswith(('trunk_', 'density')):
       continue
     inputs, outputs = layer['kernel'].shape

@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from .. import cameras, configs, paths, structs
+from .. import cameras, configs, paths, plugins, structs
 from ..datasets import scenes
 from ..errors import UserError
 from . import orbits, path_files
@@ -54,9 +54,9 @@ def _make_cameras(
       'Config.render_camtype must be perspective for a forward-facing capture, got '
       f'{structs.LENS_NAMES[lens]!r}.'
     )
-  poses, zoom = _poses(config, scene, np.asarray(train.camtoworld, np.float64), path_file)
+  poses, zoom = _poses(config, scene, path_file)
   if path_file is None and lens == structs.PANORAMA:
-    poses = orbits.level(poses, orbits.mean_up(np.asarray(train.camtoworld, np.float64)))
+    poses = orbits.level(poses, orbits.mean_up(_train_poses(scene)))
   return cameras.make_cameras(
     pixtocam=_pixtocam(config, train, path_file, lens, size, zoom),
     camtoworld=poses,
@@ -135,17 +135,10 @@ def _own_lens(config: configs.Config, train: structs.Cameras, lens: int, size: n
 
 
 def _poses(
-  config: configs.Config,
-  scene: scenes.Scene,
-  poses: np.ndarray,
-  path_file: path_files.PathFile | None,
+  config: configs.Config, scene: scenes.Scene, path_file: path_files.PathFile | None
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the frames' poses [m, 3, 4] and the factors [m] of their focal lengths.
-
-  `poses` [n, 3, 4] are the training cameras'.
-  """
-  count, zoom = config.render_path_frames, None
-  kind = config.render_path_type or ('spiral' if config.forward_facing else 'ellipse')
+  """Returns the frames' poses [m, 3, 4] and the factors [m] of their focal lengths."""
+  zoom = None
   if path_file:
     path = path_file.poses
     if config.render_path_space == 'capture':
@@ -159,23 +152,45 @@ def _poses(
       const_speed=config.render_spline_const_speed,
       closed=config.render_spline_closed,
     )
-  elif kind == 'spiral':
-    path = _spiral(config, scene, poses)
-  elif kind == 'orbit':
-    path = orbits.generate_orbit_path(
-      poses, count, config.render_orbit_elevation, config.render_orbit_radius
-    )
-  elif kind == 'dolly':
-    name = config.render_dolly_keyframe
-    start = _photos(scene, 'render_dolly_keyframe', name) if name else poses
-    path, zoom = orbits.generate_dolly_path(poses, start[0], count, config.render_dolly_distance)
   else:
-    path = paths.generate_ellipse_path(poses, count, config.z_variation, config.z_phase)
-  return path, np.ones(len(path)) if zoom is None or not config.render_dolly_zoom else zoom
+    kind = config.render_path_type or ('spiral' if config.forward_facing else 'ellipse')
+    made = plugins.camera_path[kind](config, scene)
+    path, zoom = made if isinstance(made, tuple) else (made, None)
+    path = paths.checked(path)
+  return path, np.ones(len(path)) if zoom is None else zoom
 
 
-def _spiral(config: configs.Config, scene: scenes.Scene, poses: np.ndarray) -> np.ndarray:
+def _train_poses(scene: scenes.Scene) -> np.ndarray:
+  """Returns the poses [n, 3, 4] of the training cameras, float64."""
+  return np.asarray(scene.cameras.camtoworld, np.float64)[list(scene.train)]
+
+
+@plugins.camera_path('ellipse')
+def _ellipse(config: configs.Config, scene: scenes.Scene) -> np.ndarray:
+  poses, count = _train_poses(scene), config.render_path_frames
+  return paths.generate_ellipse_path(poses, count, config.z_variation, config.z_phase)
+
+
+@plugins.camera_path('orbit')
+def _orbit(config: configs.Config, scene: scenes.Scene) -> np.ndarray:
+  elevation, radius = config.render_orbit_elevation, config.render_orbit_radius
+  poses, count = _train_poses(scene), config.render_path_frames
+  return orbits.generate_orbit_path(poses, count, elevation, radius)
+
+
+@plugins.camera_path('dolly')
+def _dolly(config: configs.Config, scene: scenes.Scene) -> tuple[np.ndarray, np.ndarray | None]:
+  poses, name = _train_poses(scene), config.render_dolly_keyframe
+  start = _photos(scene, 'render_dolly_keyframe', name)[0] if name else poses[0]
+  count, distance = config.render_path_frames, config.render_dolly_distance
+  path, zoom = orbits.generate_dolly_path(poses, start, count, distance)
+  return path, zoom if config.render_dolly_zoom else None
+
+
+@plugins.camera_path('spiral')
+def _spiral(config: configs.Config, scene: scenes.Scene) -> np.ndarray:
   """Makes a spiral in front of a forward-facing scene, or a helix around the focus of others."""
+  poses = _train_poses(scene)
   if not config.forward_facing:
     return orbits.generate_helix_path(poses, config.render_path_frames)
   if scene.bounds is None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from .. import plugins
 from ..datasets import scenes
 from ..errors import UserError
 from ..rendering import keyframes
@@ -335,7 +336,7 @@ class Page:
     self._key_text.content = (
       f'Saved {len(document["camera_path"])} frames. To render them:\n```\n'
       f'{installation.command_text("render")} '
-      f'--checkpoint_dir {shlex.quote(self._capture.folder)} --gin_bindings '
+      f'--checkpoint_dir {shlex.join([self._capture.folder, *plugins.flags()])} --gin_bindings '
       f'{shlex.quote(f"Config.render_path_file = {path!r}")}\n```'
     )
 
