@@ -66,7 +66,8 @@ def _broken_rule(
     choices = (*choices, *(plugged or ())) if choices else ()
     return f'one of {", ".join(map(repr, choices))}' if choices else field.type
   if isinstance(value, dict) and plugged is not None and not value.keys() <= set(plugged):
-    return f'multipliers of plugged-in losses ({", ".join(plugged) or "none is loaded"})'
+    known = ', '.join(map(repr, plugged)) or 'none is loaded; see --plugins'
+    return f'{{name: multiplier}} with names of plugged-in losses ({known})'
   numbers = _numbers(value)
   if not all(math.isfinite(v) for v in numbers if isinstance(v, float)):
     return 'finite'  # gin cannot write other numbers to config.gin.

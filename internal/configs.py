@@ -362,7 +362,8 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
     _refuse_scopes()
     needed = gin.get_bindings('Config', resolve_references=False).get('plugins', ())
     if isinstance(needed, (tuple, list)):  # Otherwise Config refuses it.
-      gin.bind_parameter('Config.plugins', plugins.require(needed))
+      source = ', '.join(gin_configs) or 'Config.plugins'
+      gin.bind_parameter('Config.plugins', plugins.require(needed, source))
     with _gin_errors(f'Bad gin config ({", ".join(gin_configs) or "no file"})'):
       gin.finalize()
       settings = Config(), Model(), PropMLP(), NerfMLP()

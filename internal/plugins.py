@@ -86,10 +86,10 @@ def load(modules: Iterable[str]) -> None:
       importlib.import_module(name)
     except UserError:
       raise
-    except Exception as e:  # A plug-in may raise anything.
+    except (Exception, SystemExit) as e:  # A plug-in may raise anything.
       raise PluginError(
         f'--plugins {name}: the import failed ({type(e).__name__}: {e}). Give the name of a module '
-        'in the working folder or on PYTHONPATH; --debug shows the traceback.'
+        'in the working folder or on PYTHONPATH; --debug before --plugins shows the traceback.'
       ) from e
     own = any(f'{module}.'.startswith(f'{name}.') for module in before)
     if loaded() == before and not own:
@@ -99,8 +99,8 @@ def load(modules: Iterable[str]) -> None:
       )
 
 
-def require(modules: Iterable[str]) -> tuple[str, ...]:
-  """Checks that the plug-ins that settings were made with are loaded; returns all loaded ones.
+def require(modules: Iterable[str], source: str) -> tuple[str, ...]:
+  """Checks that the plug-ins which `source` needs are loaded; returns all that are.
 
   Raises:
     PluginError: some are not.
@@ -108,8 +108,8 @@ def require(modules: Iterable[str]) -> tuple[str, ...]:
   missing = [str(name) for name in modules if name not in loaded()]
   if missing:
     raise PluginError(
-      f'These settings need plug-ins that are not loaded: {", ".join(missing)}. Add '
-      f'--plugins {" ".join(missing)} to the command.'
+      f'{source} needs plug-ins that are not loaded: {", ".join(missing)}. Add --plugins '
+      f'{" ".join(missing)} to the command.'
     )
   return loaded()
 
