@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from trajectory_test import make_scene
 
 from internal import cli, configs, losses, models, plugins, structs
 from internal.commands import run_dataset, scaling
@@ -230,14 +231,14 @@ class TestChoices:
     assert 'levls' in message
 
   def test_malformed_paths_are_refused(self, plug):
-    import trajectory_test
-
     plugins.camera_path('mine')(lambda config, scene: np.zeros((3, 4)))
     config = configs.Config(render_path_type='mine')
-    assert '[n, 3, 4]' in refused(trajectory.make_path, config, trajectory_test.make_scene())
+    assert '[n, 3, 4]' in refused(trajectory.make_path, config, make_scene())
+    plugins.camera_path('mine')(lambda config, scene: np.full((2, 3, 4), np.nan))
+    assert 'Pose 0 contains NaN' in refused(trajectory.make_path, config, make_scene())
     zoom = np.array([1.0, 2.0])
     plugins.camera_path('mine')(lambda config, scene: (scene.cameras.camtoworld[:2], zoom))
-    cams, _ = trajectory.make_path(config, trajectory_test.make_scene())
+    cams, _ = trajectory.make_path(config, make_scene())
     pixels = np.asarray(cams.pixtocam[:, 0, 0])
     np.testing.assert_allclose(pixels[0], 2 * pixels[1], rtol=1e-6)
 
