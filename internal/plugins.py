@@ -109,7 +109,7 @@ def require(modules: Iterable[str], source: str) -> tuple[str, ...]:
   if missing:
     raise PluginError(
       f'{source} needs plug-ins that are not loaded: {", ".join(missing)}. Add --plugins '
-      f'{" ".join(missing)} to the command.'
+      f'{" ".join(missing)} to the command, or import them first in Python.'
     )
   return loaded()
 

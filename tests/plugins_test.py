@@ -1,6 +1,7 @@
 """Extension points: plug-ins outside of the tree, and the examples of CONTRIBUTING.md."""
 
 import argparse
+import importlib
 import os
 import re
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import tiny
 from trajectory_test import make_scene
 
-from internal import cli, configs, losses, models, plugins, structs
+from internal import api, cli, configs, losses, models, plugins, structs
 from internal.commands import run_dataset, scaling
 from internal.errors import UserError
 from internal.experiments import runs
@@ -330,3 +331,14 @@ def test_reopening_a_run_needs_its_plugins(project, trained):
   args = ('--checkpoint_dir', 'run', '--plugins', *TRAINED_WITH, 'my_package.my_path')
   run(project, 'render.py', *args, '--gin_bindings', path)
   assert len(list((trained / 'render' / 'color').glob('*.png'))) == 3
+
+
+def test_the_api_needs_no_flag(project, trained, plug, monkeypatch):
+  with pytest.raises(plugins.PluginError, match=r'my_package\.my_loss'):
+    api.load_run(str(trained))
+  monkeypatch.syspath_prepend(project)
+  for name in TRAINED_WITH:
+    importlib.import_module(name)
+  image = api.load_run(str(trained)).render(0)['rgb']
+  assert image.shape == (12, 16, 3)
+  assert np.isfinite(image).all()
