@@ -9,7 +9,8 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -110,6 +111,13 @@ def show_notices(settings: configs.Settings) -> None:
   if processes.is_main():
     for line in configs.notices(settings):
       print(f'Note: {line}', file=sys.stderr)
+
+
+def show_warnings(report: Mapping[str, Any]) -> None:
+  """Prints a capture's warnings (`scene.report`) on stderr, in the main process."""
+  if processes.is_main():
+    for line in report.get('warnings', ()):  # Older runs have none.
+      print(f'Warning: {line}', file=sys.stderr)
 
 
 def run_folder(args: argparse.Namespace) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from internal import cameras, colmap, configs, datasets, structs
 from internal.datasets import images, llff, scenes
+from internal.system import warnings
 
 ERRORS = (
   images.DataError,
@@ -602,3 +603,13 @@ def test_real_captures(name, total, test, size):
   (pixels,) = scenes.read_images(root, found, [found.test[1]], progress=False)
   assert pixels.shape == (size[1], size[0], 3)
   assert 20 < pixels.mean() < 235
+
+
+def test_warnings_are_collected_once_and_only_while_a_capture_is_loaded():
+  warnings.warn('dropped')
+  with warnings.collect() as outer:
+    warnings.warn('a')
+    with warnings.collect() as inner:
+      warnings.warn('b')
+    warnings.warn('a')
+  assert (outer, inner) == (['a'], ['b'])

@@ -159,6 +159,7 @@ def write_outputs(run: trained.TrainedRun, per_image, pairs, lpips_absent: str |
     models.num_params(run.params),
     lpips_absent,
     train_seconds(run.folder, run.step),
+    run.scene.report.get('warnings', ()),
   )
   written = {'results': os.path.join(folder, 'results.json')}
   results_lib.write_json(written['results'], results)
@@ -194,6 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     return
   processes.initialize()
   cli.show_notices(settings)
+  cli.show_warnings(scene.report)
   rows = select_images(settings.config, scene)
   render_image = mesh = None
   for step in steps_to_evaluate(folder, settings.config):

@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f'{check["status"]:>8}  {check["name"]}: {check["text"]}')
   for name, reason in report['failed'].items():
     print(f'  failed  {name}: {reason}')
+  cli.show_warnings(report['capture'] or {})
   print(f'\nLook at {os.path.join(args.scene, "preflight.png")}. If it looks right, train with:')
   print(
     f'  {installation.command_text("train")} --gin_configs configs/360_fast.gin --gin_bindings '

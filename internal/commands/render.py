@@ -127,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
   cams, fps = trajectory.make_path(settings.config, scene)
   processes.initialize()
   cli.show_notices(settings)
+  cli.show_warnings(scene.report)
   run = trained.restore(folder, settings, scene)
   kinds = _KINDS if settings.config.vis_normals else _KINDS[:2]
   render_frames(run, cams, out, kinds)

@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   cli.show_notices(settings)
   mesh = sharding.make_mesh()
   scene = datasets.load_dataset(config, read_only=args.dry_run)
+  cli.show_warnings(scene.report)
   if args.dry_run:
     print(json.dumps(preflight(settings, scene, mesh), indent=2))
     return

@@ -29,5 +29,6 @@ def main(argv=None) -> None:
   args = parse(argv)
   run = trained.open_trained(args.checkpoint_dir, args.gin_bindings)
   cli.show_notices(run.settings)
+  cli.show_warnings(run.scene.report)
   page = server.open_page(args, run.settings, run.scene, run.mesh)
   page.serve(run.params, run.step, run.train_fraction)

@@ -5,7 +5,10 @@ A new format is a module with `load(config, read_only) -> Scene` and a row here,
 
 from __future__ import annotations
 
+import dataclasses
+
 from .. import configs, plugins
+from ..system import warnings
 from . import blender, dtu, images, llff, multicam, tat, tat_fvs, transforms
 from .scenes import Scene
 
@@ -26,6 +29,8 @@ def load_dataset(config: configs.Config, read_only: bool = False) -> Scene:
   """Loads the capture at Config.data_dir with Config.dataset_loader; pixels are read later.
 
   Makes missing downsampled pictures; with `read_only` it writes nothing and only reports them.
+  Warnings (`warnings.warn`) are collected in `scene.report['warnings']`; commands print them with
+  `cli.show_warnings`.
 
   Raises:
     DataError, DataNotFoundError, colmap.ModelError, colmap.ModelNotFoundError: the capture cannot
@@ -36,4 +41,6 @@ def load_dataset(config: configs.Config, read_only: bool = False) -> Scene:
     raise images.DataError(
       f'Config.dataset_loader = {name!r} is unknown; use one of {", ".join(map(repr, LOADERS))}.'
     )
-  return LOADERS[name](config, read_only)
+  with warnings.collect() as collected:
+    scene = LOADERS[name](config, read_only)
+  return dataclasses.replace(scene, report={**scene.report, 'warnings': collected})

@@ -71,7 +71,7 @@ def write(run: str, settings: configs.Settings, scene: scenes.Scene) -> str:
     images=images,
     maps=MAPS,
     videos=videos,
-    notes=notes + video_notes,
+    notes=[*(f'Warning: {w}' for w in found.get('capture_warnings', ())), *notes, *video_notes],
     charts=_make_charts(rows),
     facts=_facts(found, rows, scene),
     published=_published(found, os.path.join(folder, 'results.json')),

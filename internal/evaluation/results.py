@@ -217,6 +217,7 @@ def make(
   num_params: int,
   lpips_absent: str | None = None,
   train_seconds: float | None = None,
+  capture_warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
   """Makes the content of results.json.
 
@@ -229,6 +230,7 @@ def make(
     num_params: number of the model's parameters.
     lpips_absent: why LPIPS was not measured, if so.
     train_seconds: training time up to the step, if known.
+    capture_warnings: warnings of loading the capture for training.
   """
   config, devices = settings.config, jax.devices()
   packages = ('jax', 'jaxlib', 'flax', 'numpy')
@@ -240,6 +242,7 @@ def make(
     'scene': os.path.basename(os.path.abspath(config.data_dir)) if config.data_dir else None,
     'dataset_loader': config.dataset_loader,
     'factor': config.factor,
+    'capture_warnings': list(capture_warnings),
     'config_hash': config_hash(settings),
     'step': step,
     'num_images': len(rows),
