@@ -19,7 +19,7 @@ import gin
 
 from . import config_checks, plugins
 from .errors import UserError
-from .system import installation
+from .system import files, installation
 
 _RayDistance = Literal['reciprocal', 'log', 'identity', 'piecewise', 'power']
 _WeightInit = Literal[
@@ -315,7 +315,7 @@ def _refuse_import(_, statement) -> None:
 gin.config.ParseContext.process_import = _refuse_import
 # `include` searches the working folder, then the program's own. gin's other file readers would
 # import Python packages to search them.
-gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
+gin.config._FILE_READERS[:] = [(open, files.is_file)]
 gin.add_config_file_search_path(installation.DATA)
 for _name in ('reciprocal', 'log'):
   _register('jnp', _name)
@@ -353,7 +353,7 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
   gin.clear_config()
   try:
     for path in gin_configs:
-      if not os.path.isfile(_found(path)):
+      if not files.is_file(_found(path)):
         raise ConfigError(f'No such gin file: {path!r}. --gin_configs takes paths to .gin files.')
       with _gin_errors(f'{path}: bad gin config'):
         gin.parse_config_file(_found(path))
@@ -374,7 +374,7 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
 
 def _found(path: str) -> str:
   """Returns the path, or if there is no such file that of the program's own file of that name."""
-  return path if os.path.exists(path) else os.path.join(installation.DATA, path)
+  return path if files.exists(path) else os.path.join(installation.DATA, path)
 
 
 def _refuse_scopes() -> None:

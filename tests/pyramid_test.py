@@ -122,7 +122,7 @@ def test_the_folder_appears_whole(tmp_path, monkeypatch):
   monkeypatch.setattr(images, 'save_png', watch)
   pyramid.make(root, 'images', 2)
   assert seen == [False] * 6
-  assert len(os.listdir(tmp_path / 'images_2')) == 6
+  assert len(images.list_images(str(tmp_path / 'images_2'))) == 6
 
 
 def test_two_at_once(tmp_path):

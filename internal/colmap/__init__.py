@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 
+from ..system import files
 from . import binary, text
 from .model import (
   CAMERA_MODELS,
@@ -55,7 +56,7 @@ _KINDS = ('cameras', 'images', 'points3D')
 def find_extension(folder: str) -> str | None:
   """Returns the extension of the model in `folder`, '.bin' (preferred) or '.txt', or None."""
   for ext in _FORMATS:
-    if all(os.path.isfile(os.path.join(folder, kind + ext)) for kind in _KINDS[:2]):
+    if all(files.is_file(os.path.join(folder, kind + ext)) for kind in _KINDS[:2]):
       return ext
   return None
 
@@ -70,7 +71,7 @@ def read_model(folder: str) -> Model:
     ModelNotFoundError: the folder does not exist or has no sparse model.
     ModelError: a file is truncated, damaged or contradicts another.
   """
-  if not os.path.isdir(folder):
+  if not files.is_folder(folder):
     raise ModelNotFoundError(f'No such folder: {folder!r}.')
   ext = find_extension(folder)
   if ext is None:
@@ -93,7 +94,7 @@ def read_model(folder: str) -> Model:
         f'{images_file}: images {id_of[image.name]} and {image.id} have the same '
         f'name, {image.name!r}; {REDO}.'
       )
-  points = reader.read_points(points_file) if os.path.isfile(points_file) else make_points()
+  points = reader.read_points(points_file) if files.is_file(points_file) else make_points()
   return Model(cameras, images, points)
 
 

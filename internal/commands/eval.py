@@ -25,7 +25,7 @@ from ..evaluation import html_report, lpips
 from ..evaluation import metrics as metrics_lib
 from ..evaluation import results as results_lib
 from ..rendering import trained
-from ..system import progress
+from ..system import files, progress
 from ..training import checkpoints, run_folder, runlog
 from ..vis import pictures
 
@@ -72,7 +72,7 @@ def select_images(config: configs.Config, scene: scenes.Scene) -> list[int]:
     )
   for row in rows:
     path = os.path.join(config.data_dir or '', scene.files[row])
-    if not os.path.isfile(path):
+    if not files.is_file(path):
       raise EvalError(
         f'No such image: {path}. If the photographs have moved, set their folder: '
         '--gin_bindings "Config.data_dir=\'...\'".'

@@ -28,7 +28,7 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument(
     '--masks',
     metavar='DIR',
-    help='masks, a.jpg.png or a.png for a.jpg, black where the photograph is to be ignored',
+    help='masks, such as a.jpg.png or a.png for a.jpg, black where the photograph is to be ignored',
   )
   parser.add_argument(
     '--matching',

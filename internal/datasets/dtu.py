@@ -14,6 +14,7 @@ import re
 import numpy as np
 
 from .. import configs
+from ..system import files
 from . import frames as frames_lib
 from . import images, scenes
 
@@ -43,7 +44,7 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
 
 
 def _read_frames(data_dir: str, light: int) -> list[frames_lib.Frame]:
-  folder = 'images' if os.path.isdir(os.path.join(data_dir, 'images')) else ''
+  folder = 'images' if files.is_folder(os.path.join(data_dir, 'images')) else ''
   pattern = re.compile(_PICTURE % ('max' if light == 7 else f'{light}_r[57]000'))
   found = {n: m for n in images.list_images(os.path.join(data_dir, folder))
            if (m := pattern.fullmatch(n))}  # fmt: skip
@@ -63,7 +64,7 @@ def _read_frames(data_dir: str, light: int) -> list[frames_lib.Frame]:
 def _find_calibration(data_dir: str) -> str:
   for place in _CALIBRATIONS:
     folder = os.path.join(data_dir, place)
-    if os.path.isdir(folder):
+    if files.is_folder(folder):
       return folder
   raise images.DataNotFoundError(
     f'No calibration for {data_dir!r}: looked for {", ".join(_CALIBRATIONS)}. Copy it from '
@@ -73,7 +74,7 @@ def _find_calibration(data_dir: str) -> str:
 
 def _read_projection(path: str) -> tuple[np.ndarray, np.ndarray]:
   """Returns the intrinsics [3, 3] and the pose [3, 4], OpenGL camera axes to world."""
-  if not os.path.isfile(path):
+  if not files.is_file(path):
     raise images.DataNotFoundError(f'No such file: {path!r}. Each picture needs its calibration.')
   try:
     with open(path, encoding='utf-8') as f:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .. import cameras, colmap, paths, structs
+from ..system import files
 from . import images, masks, pyramid, scenes
 
 # Larger numbers, in pixels or world units, are errors. Products of smaller ones fit in a float32.
@@ -36,7 +37,7 @@ class Frame:
   size: tuple[int, int]  # Width and height of the full size.
   pose: np.ndarray  # [3, 4] float64
   model: str  # The camera model's name, for the report.
-  mask: str | None = None  # Relative to data_dir; None to search with `masks.find`.
+  mask: str | None = None  # Relative to data_dir; None to search by name (`masks.find`).
   weight: float = 1.0  # Multiplier of its pixels in the data loss.
 
   @property
@@ -65,7 +66,7 @@ def capture_dir(data_dir: str | None) -> str:
     raise images.DataNotFoundError(
       'Config.data_dir is not set. Set it to the folder of the capture.'
     )
-  if not os.path.isdir(data_dir):
+  if not files.is_folder(data_dir):
     raise images.DataNotFoundError(
       f'No such folder: {data_dir!r}. Set Config.data_dir to the folder of the capture.'
     )
@@ -172,7 +173,9 @@ def unposed(data_dir: str, frames: Sequence[Frame]) -> list[str]:
   return [
     f'{folder}/{name}'
     for folder in sorted({frame.folder for frame in frames} - {''})
-    for name in images.list_images(os.path.join(data_dir, folder))
+    for name in masks.photographs(
+      images.list_images(os.path.join(data_dir, folder)), (f for d, f in posed if d == folder)
+    )
     if (folder, name) not in posed
   ]
 
@@ -226,7 +229,7 @@ def assemble(
     ]
   )  # [n, 2]
   table = _camera_table(frames, world, sizes, max(1, factor))
-  found_masks = tuple(_find_mask(data_dir, *each) for each in zip(frames, sizes))
+  found_masks = _find_masks(data_dir, frames, sizes, unregistered, factor)
   report = _report(
     loader, frames, missing_names, unregistered, located, sizes, split, world, found_masks
   )
@@ -335,12 +338,14 @@ def _locate(data_dir, frames, factor, background, read_only) -> pyramid.Pictures
   )
 
 
-def _find_mask(data_dir: str, frame: Frame, used: np.ndarray) -> str | None:
-  """Returns the mask of a picture after checking its size, or None."""
-  mask = frame.mask or masks.find(data_dir, frame.picture)
-  if mask is not None:
-    masks.check(data_dir, mask, frame.size, tuple(used.tolist()))
-  return mask
+def _find_masks(data_dir, frames, sizes, unregistered, factor) -> tuple[str | None, ...]:
+  """Returns the mask of each picture after checking its size, or None."""
+  pictures, named = [f.picture for f in frames], [f.mask for f in frames]
+  found = masks.find(data_dir, pictures, named, unregistered, factor)
+  for mask, frame, used in zip(found, frames, sizes.tolist()):
+    if mask is not None:
+      masks.check(data_dir, mask, frame.size, tuple(used))
+  return tuple(found)
 
 
 def _used_size(path: str, header: images.Header, frame: Frame, factor: int) -> tuple[int, int]:

@@ -18,13 +18,15 @@ import functools
 import io
 import os
 import re
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from ..system import progress
+from ..system import files, progress
 
 EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
 
@@ -33,6 +35,10 @@ _ORIENTATION = 0x0112  # The EXIF tag.
 _GREY_16 = ('I;16', 'I;16B', 'I;16L', 'I;16N')
 # Detected by content. Pillow's document and video readers are left out.
 _FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'PPM')
+_AT_ONCE = 2**28  # Pixels of pictures decoded at once: a little over 10 bytes each.
+_room = threading.Condition()
+_decoding: dict[int, int] = {}  # Pixels, by thread.
+warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # `room_for` bounds the memory.
 _PLAIN = ('1', 'L', 'P', 'RGB', 'RGBX', 'CMYK', 'YCbCr', 'HSV')
 
 
@@ -113,16 +119,25 @@ def join(folder: str, name: str) -> str:
   return f'{folder}/{name}' if folder else name
 
 
-def list_images(folder: str) -> list[str]:
-  """Lists the pictures in a folder and its subfolders: relative paths with '/', sorted."""
+def list_images(folder: str, endings: tuple[str, ...] = EXTENSIONS) -> list[str]:
+  """Lists the pictures in a folder and its subfolders: relative paths with '/', sorted.
+
+  Raises:
+    DataError: a folder may not be read.
+  """
   found = []
-  for root, folders, files in os.walk(folder):
+  for root, folders, names in os.walk(folder, onerror=_refuse_denied):
     folders[:] = [name for name in folders if not name.startswith('.')]
-    for name in files:
-      if name.lower().endswith(EXTENSIONS) and not name.startswith('.'):
+    for name in names:
+      if name.lower().endswith(endings) and not name.startswith('.'):
         path = os.path.relpath(os.path.join(root, name), folder)
         found.append(path.replace(os.sep, '/'))
   return sorted(found)
+
+
+def _refuse_denied(error: OSError) -> None:
+  if isinstance(error, PermissionError):
+    raise DataError(f'{error.filename}: may not be read. Allow it (`chmod u+rX`).') from None
 
 
 def stem(name: str) -> str:
@@ -146,12 +161,19 @@ def _readable(function: Callable) -> Callable:
 
   @functools.wraps(function)
   def wrapped(path: str, *args, **kwargs):
-    if not os.path.isfile(path):  # Opening a named pipe would block.
-      raise DataNotFoundError(f'{path[:_LONGEST]}: no such image.')
     try:
+      if not files.is_file(path):  # Opening a named pipe would block.
+        raise DataNotFoundError(f'{path[:_LONGEST]}: no such image.')
       return function(path, *args, **kwargs)
-    except DataError:
+    except UserError:
       raise
+    except PermissionError as e:
+      _refuse_denied(e)
+    except Image.DecompressionBombError:
+      raise DataError(
+        f'{path}: cannot be read as an image: it has more than '
+        f'{2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels (a decompression bomb?). Reduce it.'
+      ) from None
     except Exception as e:  # Pillow's plugins raise many types.
       reason = ' '.join(str(e).split()) or type(e).__name__
       raise DataError(
@@ -179,6 +201,28 @@ def _opened(path: str) -> Iterator[Image.Image]:
     content = io.BytesIO(f.read())
   with Image.open(content, formats=_FORMATS) as image:
     yield image
+
+
+@contextlib.contextmanager
+def room_for(size: tuple[int, int]) -> Iterator[None]:
+  """Waits until a picture of (width, height) `size` can be decoded without too many others.
+
+  Pictures being decoded at once have at most `_AT_ONCE` pixels, or one of them is larger. In the
+  context, the thread can decode this picture (as `decode` does) without waiting again.
+  """
+  me, pixels = threading.get_ident(), size[0] * size[1]
+  if me in _decoding:
+    yield
+    return
+  with _room:
+    _room.wait_for(lambda: not _decoding or sum(_decoding.values()) + pixels <= _AT_ONCE)
+    _decoding[me] = pixels
+  try:
+    yield
+  finally:
+    with _room:
+      del _decoding[me]
+      _room.notify_all()
 
 
 def _header(image: Image.Image) -> Header:
@@ -210,7 +254,8 @@ def decode(path: str, background: str = 'none', size: tuple[int, int] | None = N
   """
   with _opened(path) as image:
     header = _header(image)
-    pixels = _composite(path, _decode_channels(path, image), background)
+    with room_for(image.size):
+      pixels = _composite(path, _decode_channels(path, image), background)
   if size is None or (header.width, header.height) == tuple(size):
     return pixels
   if header.fit(size) is None:
@@ -218,7 +263,22 @@ def decode(path: str, background: str = 'none', size: tuple[int, int] | None = N
       f'{path}: is {header.width}x{header.height} pixels, but its camera has {size[0]}x{size[1]}. '
       'Use the pictures that were posed.'
     )
-  return _turn(pixels, header.orientation)
+  return turn(pixels, header.orientation)
+
+
+@_readable
+def thumbnail(path: str, size: tuple[int, int]) -> np.ndarray:
+  """Returns the picture reduced to (width, height) `size`, float32 [h, w, 3]; alpha is on white.
+
+  JPEGs are decoded at a fraction of their resolution, which is much faster.
+  """
+  with _opened(path) as image:
+    if image.format in ('JPEG', 'MPO') and image.mode != 'CMYK':
+      image.draft('RGB', (4 * size[0], 4 * size[1]))
+    with room_for(image.size):
+      pixels = _composite(path, _decode_channels(path, image), 'white')
+      small = Image.fromarray(pixels).resize(size, Image.Resampling.BOX)
+  return np.asarray(small, np.float32)
 
 
 def _decode_channels(path: str, image: Image.Image) -> np.ndarray:
@@ -237,7 +297,7 @@ def _decode_channels(path: str, image: Image.Image) -> np.ndarray:
       f'{path}: has the unsupported pixel format {image.mode!r} ({image.format}). '
       'Convert it to an 8-bit PNG or JPEG.'
     )
-  return np.asarray(image.convert('RGB'))
+  return np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))  # No needless copy.
 
 
 def _decode_16_bits(path: str, image: Image.Image, raw_mode: str) -> np.ndarray:
@@ -275,7 +335,7 @@ def _composite(path: str, pixels: np.ndarray, background: str) -> np.ndarray:
   return ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
   """Applies the EXIF orientations 5 to 8, which swap width and height."""
   turned = {
     5: lambda a: a.swapaxes(0, 1),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .. import colmap, configs, paths
-from ..system import installation
+from ..system import files, installation
 from . import frames as frames_lib
 from . import images, poses_bounds, scenes
 
@@ -64,7 +64,7 @@ def _read_capture(
   try:
     folder = find_model(data_dir)
   except colmap.ModelNotFoundError:
-    if os.path.isfile(os.path.join(data_dir, poses_bounds.FILE)):
+    if files.is_file(os.path.join(data_dir, poses_bounds.FILE)):
       return poses_bounds.read_frames(data_dir), None
     raise
   model = colmap.read_model(folder)
@@ -83,7 +83,7 @@ def find_model(data_dir: str) -> str:
     if colmap.find_extension(path):
       return path
   for file, loader in (('transforms_train.json', 'blender'), ('transforms.json', 'transforms')):
-    if os.path.isfile(os.path.join(data_dir, file)):
+    if files.is_file(os.path.join(data_dir, file)):
       raise colmap.ModelNotFoundError(
         f"No sparse model in {data_dir!r}, but {file}: use Config.dataset_loader = '{loader}'."
       )
@@ -138,7 +138,7 @@ def read_bounds(data_dir: str, model: colmap.Model) -> tuple[float, float]:
     DataError: poses_bounds.npy is damaged, or it is missing and no point is in view.
   """
   path = os.path.join(data_dir, poses_bounds.FILE)
-  if os.path.isfile(path):
+  if files.is_file(path):
     return poses_bounds.read_bounds(path)
   with frames_lib.prefix_errors(data_dir):
     return bounds_from_points(model)

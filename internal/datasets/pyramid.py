@@ -2,21 +2,33 @@
 
 The write is atomic: pictures go to a temporary folder that is renamed when complete. Several
 processes may do this at once.
+
+A manifest in the folder has the digests of its pictures and of those they were made from. If these
+have changed, a folder that was made here is made again. One of another program is compared with
+images/ (`comparison`), and refused if it shows something else.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from . import images
+from ..system import files, warnings
+from . import comparison, images, masks
+
+_MANIFEST = '.sources.json'
+_BLOCK, _BLOCKS = 2**14, 8  # Bytes, and how many such blocks of a file count in its digest.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +86,114 @@ def locate(
       'images/. Move them there or set Config.factor = 0.'
     )
   small = folder_name(folder, factor)
-  if not images.list_images(os.path.join(data_dir, small)):
-    if read_only:
-      return _foresee(data_dir, folder, names, factor)
-    make(data_dir, folder, factor, background)
-  pairs = pair(data_dir, folder, small, names)
-  files = [images.join(small, pairs[name]) for name in names]
-  return Pictures(tuple(files), _read_headers(data_dir, files))
+  known = _read_manifest(os.path.join(data_dir, small))
+  digests = _digest_all(data_dir, folder, names)
+  stale = not images.list_images(os.path.join(data_dir, small))
+  if not stale and known['own']:
+    stale = _is_stale(data_dir, folder, small, names, known, digests)
+  if stale and read_only:
+    return _foresee(data_dir, folder, names, factor)
+  if stale:
+    make(data_dir, folder, factor, background, names)
+    known = _read_manifest(os.path.join(data_dir, small))
+  pairs = {name: known['files'].get(name) for name in names} if known['own'] else {}
+  if not all(pairs.values()) or not pairs:
+    pairs = pair(data_dir, folder, small, names)
+  if not stale:
+    _verify(data_dir, folder, small, pairs, known, digests, read_only)
+  located = [images.join(small, pairs[name]) for name in names]
+  return Pictures(tuple(located), _read_headers(data_dir, located))
+
+
+def _read_manifest(folder: str) -> dict[str, Any]:
+  """Returns the manifest of a folder of downsampled pictures; an empty one if it has none.
+
+  `own`: whether the folder was made here. `files`: the small picture of each full-size one.
+  `digests`: those of each full-size picture and its small one.
+  """
+  empty = {'own': False, 'files': {}, 'digests': {}}
+  try:
+    with open(os.path.join(folder, _MANIFEST), encoding='utf-8') as f:
+      known = json.load(f)
+    names = [*known['files'].values(), *known['files']]
+    valid = all(map(images.is_relative, names))
+    valid &= all(isinstance(pair, list) and len(pair) == 2 for pair in known['digests'].values())
+    return {key: known[key] for key in empty} if valid else empty
+  except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    return empty
+
+
+def _write_manifest(folder: str, known: Mapping[str, Any]) -> None:
+  path = os.path.join(folder, _MANIFEST)
+  with files.whole(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
+    json.dump(known, f)
+
+
+def _digest(path: str) -> str | None:
+  """Returns a digest of a file's size and of blocks spread over it; None if there is no file."""
+  if not files.is_file(path):
+    return None
+  size = os.path.getsize(path)
+  digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+  with open(path, 'rb') as f:
+    if size <= _BLOCK * _BLOCKS:
+      digest.update(f.read())
+    else:
+      for k in range(_BLOCKS):
+        f.seek(k * (size - _BLOCK) // (_BLOCKS - 1))
+        digest.update(f.read(_BLOCK))
+  return digest.hexdigest()
+
+
+def _digest_all(data_dir: str, folder: str, names: Sequence[str]) -> dict[str, str]:
+  """Returns the digests of the pictures that exist."""
+  paths = [images.inside(data_dir, images.join(folder, name)) for name in names]
+  return {n: d for n, d in zip(names, images.in_threads(_digest, paths)) if d}
+
+
+def _is_stale(data_dir, folder, small, names, known, digests) -> bool:
+  """Returns whether pictures have changed or been added since the folder `small` was made here.
+
+  Raises:
+    DataError: they have, but the folder cannot be made again.
+  """
+  path = os.path.join(data_dir, small)
+
+  def is_current(name: str) -> bool:
+    made = os.path.join(path, known['files'].get(name, ''))
+    return digests[name] == known['digests'].get(name, [None])[0] and files.is_file(made)
+
+  changed = [name for name in digests if not is_current(name)]
+  if not changed:
+    return False
+  what = f'{path}: was made before {len(changed)} pictures of {folder}/ were changed or added'
+  if len(digests) < len(names) or os.path.islink(path):
+    raise images.DataError(f'{what}: {warnings.some(changed)}. Remove {small}/.')
+  warnings.warn(f'{what}: {warnings.some(changed)}. It is made again, unless this is a dry run.')
+  return True
+
+
+def _verify(data_dir, folder, small, pairs, known, digests, read_only) -> None:
+  """Compares the contents of small pictures that the manifest does not know; then it does.
+
+  Raises:
+    DataError: a small picture shows something else than its full-size one.
+  """
+  reduced = _digest_all(data_dir, small, [pairs[name] for name in digests])
+  current = {name: [digest, reduced.get(pairs[name])] for name, digest in digests.items()}
+  new = [name for name in current if current[name] != known['digests'].get(name)]
+  if not new:
+    return
+  root = os.path.join(data_dir, small)
+  comparison.check(os.path.join(data_dir, folder), root, pairs, new, f'{folder}/', f'{small}/')
+  if not read_only:
+    merged = {
+      'own': False,  # Not any more, if somebody has changed its pictures.
+      'files': {**known['files'], **{name: pairs[name] for name in current}},
+      'digests': {**known['digests'], **current},
+    }
+    with contextlib.suppress(OSError):  # In a folder that is not writable, they are compared again.
+      _write_manifest(root, merged)
 
 
 def missing(data_dir: str, folder: str, names: Sequence[str], factor: int = 0) -> list[str]:
@@ -88,7 +201,7 @@ def missing(data_dir: str, folder: str, names: Sequence[str], factor: int = 0) -
   if factor > 1 and images.list_images(os.path.join(data_dir, folder_name(folder, factor))):
     return []
   root = os.path.join(data_dir, folder)
-  return [name for name in names if not os.path.isfile(os.path.join(root, name))]
+  return [name for name in names if not files.is_file(os.path.join(root, name))]
 
 
 def pair(data_dir: str, folder: str, small: str, names: Sequence[str]) -> dict[str, str]:
@@ -100,8 +213,8 @@ def pair(data_dir: str, folder: str, small: str, names: Sequence[str]) -> dict[s
   Raises:
     DataError: a picture has no counterpart.
   """
-  full = images.list_images(os.path.join(data_dir, folder)) or sorted(names)
-  reduced = images.list_images(os.path.join(data_dir, small))
+  full = _photographs(data_dir, folder, names) or sorted(names)
+  reduced = _photographs(data_dir, small, names)
   by_stem = {images.stem(name): name for name in reduced}
   unmatched = [name for name in names if images.stem(name) not in by_stem]
   unique = len(by_stem) == len(reduced) and len({images.stem(n) for n in full}) == len(full)
@@ -118,33 +231,44 @@ def pair(data_dir: str, folder: str, small: str, names: Sequence[str]) -> dict[s
   )
 
 
-def make(data_dir: str, folder: str, factor: int, background: str = 'none') -> None:
-  """Makes `<folder>_<factor>/` from all pictures of a folder: box filter, PNG.
+def _photographs(data_dir: str, folder: str, names: Sequence[str]) -> list[str]:
+  """Lists the pictures in a folder that are not masks; `names` are photographs."""
+  return masks.photographs(images.list_images(os.path.join(data_dir, folder)), names)
+
+
+def make(
+  data_dir: str, folder: str, factor: int, background: str = 'none', names: Sequence[str] = ()
+) -> None:
+  """Makes `<folder>_<factor>/` from all photographs of a folder: box filter, PNG.
+
+  Replaces an existing folder that was made here. `names` are photographs even if they are named
+  like masks.
 
   Raises:
     DataError: a picture cannot be read, or the folder cannot be written.
   """
-  source = os.path.join(data_dir, folder)
   target = os.path.join(data_dir, folder_name(folder, factor))
-  names = images.list_images(source)
+  names = _photographs(data_dir, folder, names)
   temporary = os.path.join(
     os.path.dirname(target), f'.{os.path.basename(target)}.{uuid.uuid4().hex}'
   )
 
-  def shrink(names: tuple[str, str]) -> None:
+  def shrink(names: tuple[str, str]) -> list[str | None]:
+    source = images.inside(data_dir, images.join(folder, names[0]))
     path = os.path.join(temporary, names[1])
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    _shrink(images.inside(data_dir, images.join(folder, names[0])), path, factor, background)
+    digest = _digest(source)  # Before it is read: a change from then on is noticed.
+    _shrink(source, path, factor, background)
+    return [digest, _digest(path)]
 
   try:
     os.mkdir(temporary)
     label = f'making {folder_name(folder, factor)}/'
-    images.in_threads(shrink, list(zip(names, target_names(names))), label)
-    try:
-      os.replace(temporary, target)
-    except OSError:
-      if not images.list_images(target):  # Otherwise another process was faster.
-        raise
+    made = dict(zip(names, target_names(names)))
+    digests = images.in_threads(shrink, list(made.items()), label)
+    known = {'own': True, 'files': made, 'digests': dict(zip(names, digests))}
+    _write_manifest(temporary, known)
+    _move(temporary, target)
   except images.DataNotFoundError:
     raise
   except OSError as e:
@@ -154,6 +278,19 @@ def make(data_dir: str, folder: str, factor: int, background: str = 'none') -> N
     ) from None
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(f'{temporary}.old', ignore_errors=True)
+
+
+def _move(temporary: str, target: str) -> None:
+  """Renames a finished folder to `target`, where another one made here may be."""
+  if _read_manifest(target)['own']:
+    with contextlib.suppress(FileNotFoundError):  # Another process was faster.
+      os.rename(target, f'{temporary}.old')
+  try:
+    os.replace(temporary, target)
+  except OSError:
+    if not images.list_images(target):  # Otherwise another process was faster.
+      raise
 
 
 def target_names(names: Sequence[str]) -> list[str]:
@@ -164,16 +301,18 @@ def target_names(names: Sequence[str]) -> list[str]:
 
 def _shrink(source: str, target: str, factor: int, background: str) -> None:
   """Writes a downsampled PNG. Keeps the EXIF tag: only the camera tells whether it applies."""
-  pixels = images.decode(source, background)
-  size = downsampled_size((pixels.shape[1], pixels.shape[0]), factor)
-  small = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
-  images.save_png(target, small, images.read_header(source).orientation)
+  header = images.read_header(source)
+  size = downsampled_size((header.width, header.height), factor)
+  with images.room_for((header.width, header.height)):
+    pixels = images.decode(source, background)
+    small = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
+  images.save_png(target, small, header.orientation)
 
 
 def _foresee(data_dir: str, folder: str, names: Sequence[str], factor: int) -> Pictures:
   """Returns the pictures that `make` would make."""
   small = folder_name(folder, factor)
-  everything = images.list_images(os.path.join(data_dir, folder))
+  everything = _photographs(data_dir, folder, names)
   target = dict(zip(everything, target_names(everything)))
   headers = _read_headers(data_dir, [images.join(folder, name) for name in names])
   headers = tuple(
@@ -199,7 +338,7 @@ def check_present(data_dir: str, folder: str, names: Sequence[str], factor: int)
   if not absent:
     return
   root = os.path.join(data_dir, folder)
-  if not os.path.isdir(root):
+  if not files.is_folder(root):
     raise images.DataNotFoundError(f'No such folder: {root!r}. Put the pictures there.')
   raise images.DataNotFoundError(
     f'{os.path.join(root, absent[0])}: no such image, but the capture has a pose for it '

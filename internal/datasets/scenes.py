@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import reprlib
 from collections.abc import Sequence
 from typing import Any
@@ -77,7 +76,7 @@ def load_scene(path: str) -> Scene:
     DataNotFoundError: the file is missing.
     DataError: the file is damaged, or its version is not supported.
   """
-  if not os.path.isfile(path):
+  if not files.is_file(path):
     raise images.DataNotFoundError(f'No such file: {path!r}. Training writes it.')
   try:
     with open(path, encoding='utf-8') as f:

@@ -52,7 +52,7 @@ def load(checkpoint_dir: str) -> tuple[np.ndarray, np.ndarray] | None:
   Returns None if the file is missing or damaged, since it is only for visualisation.
   """
   path = os.path.join(checkpoint_dir, FILE)
-  if not os.path.isfile(path):
+  if not files.is_file(path):
     return None
   try:
     table = files.read_array(path)

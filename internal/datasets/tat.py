@@ -11,6 +11,7 @@ import os
 import numpy as np
 
 from .. import configs
+from ..system import files
 from . import frames as frames_lib
 from . import images, scenes
 
@@ -57,7 +58,7 @@ def _read_part(data_dir: str, part: str) -> list[frames_lib.Frame]:
 
 def _read_matrix(path: str) -> np.ndarray:
   """Reads a [4, 4] matrix from 16 numbers on one or four lines."""
-  if not os.path.isfile(path):
+  if not files.is_file(path):
     raise images.DataNotFoundError(
       f'No such file: {path!r}. Each picture needs a file in pose/ and one in intrinsics/.'
     )

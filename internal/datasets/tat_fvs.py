@@ -49,7 +49,7 @@ def find_folder(data_dir: str) -> str:
     DataNotFoundError: there is none.
   """
   dense = os.path.join(data_dir, 'dense')
-  names = os.listdir(dense) if os.path.isdir(dense) else []
+  names = os.listdir(dense) if files.is_folder(dense) else []
   scales = {float(found[1]): name for name in names if (found := _FOLDER.fullmatch(name))}
   if not scales:
     raise images.DataNotFoundError(
@@ -74,7 +74,7 @@ def _read_frames(data_dir: str, folder: str) -> list[frames_lib.Frame]:
 def _read(root: str, name: str, *shape: int) -> np.ndarray:
   """Reads finite numbers of the given shape from NAME.npy."""
   path = os.path.join(root, f'{name}.npy')
-  if not os.path.isfile(path):
+  if not files.is_file(path):
     raise images.DataNotFoundError(f'No such file: {path!r}. Download the scene again.')
   with frames_lib.prefix_errors(path):
     numbers = files.read_array(path)

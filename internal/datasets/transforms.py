@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from .. import colmap, configs, structs
+from ..system import files
 from . import frames as frames_lib
 from . import images, scenes
 
@@ -88,7 +89,7 @@ def read_json(path: str, hint: str) -> Any:
   Raises:
     DataNotFoundError, DataError: the file is missing, or is not valid JSON.
   """
-  if not os.path.isfile(path):
+  if not files.is_file(path):
     raise images.DataNotFoundError(f'No such file: {path!r}. {hint}')
   try:
     with open(path, encoding='utf-8') as f:
@@ -158,9 +159,9 @@ def find_file(data_dir: str, name: str) -> str:
   """
   path = images.inside(data_dir, name)
   found = name
-  if not (name.lower().endswith(images.EXTENSIONS) or os.path.isfile(path)):
+  if not (name.lower().endswith(images.EXTENSIONS) or files.is_file(path)):
     endings = [ending for ext in images.EXTENSIONS for ending in (ext, ext.upper())]
-    found += next((ending for ending in endings if os.path.isfile(path + ending)), '.png')
+    found += next((ending for ending in endings if files.is_file(path + ending)), '.png')
   images.inside(data_dir, found)
   return found
 

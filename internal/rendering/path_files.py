@@ -54,9 +54,9 @@ def read(path: str) -> PathFile:
   Raises:
     PathFileError: the file is missing, or is not a valid camera path.
   """
-  if os.path.isdir(path):
+  if files.is_folder(path):
     result = PathFile(_read_colmap(path))
-  elif not os.path.isfile(path):
+  elif not files.is_file(path):
     raise PathFileError(f'Config.render_path_file: no such file: {path!r}.')
   elif path.lower().endswith('.json'):
     result = _read_nerfstudio(path)
@@ -179,7 +179,7 @@ def _read_fps(path: str, table: dict[str, Any]) -> float | None:
 def _undo_dataparser(path: str, poses: np.ndarray) -> np.ndarray:
   """Converts poses to the capture's world if nerfstudio's transform lies beside the path's file."""
   beside = os.path.join(os.path.dirname(path), _TRANSFORMS)
-  if not os.path.isfile(beside):
+  if not files.is_file(beside):
     return poses
   table = _read_json(beside)
   transform = np.eye(4)

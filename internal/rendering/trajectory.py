@@ -10,6 +10,7 @@ import numpy as np
 from .. import cameras, configs, paths, plugins, structs
 from ..datasets import scenes
 from ..errors import UserError
+from ..system import files
 from . import orbits, path_files
 
 _FULL_CIRCLE = np.pi  # Default field of view of a fisheye across the shorter side, radians.
@@ -209,7 +210,7 @@ def _photos(scene: scenes.Scene, knob: str, listed: str) -> np.ndarray:
 
 def _keyframes(knob: str, listed: str, names: tuple[str, ...]) -> list[int]:
   """Returns the rows of images named in `listed`: comma-separated, or a text file's lines."""
-  if os.path.isfile(listed):
+  if files.is_file(listed):
     with open(listed, encoding='utf-8', errors='surrogateescape') as f:
       listed = f.read()
   wanted = [name.strip() for name in listed.replace('\n', ',').split(',') if name.strip()]

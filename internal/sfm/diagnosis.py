@@ -16,6 +16,7 @@ import scipy.sparse
 import scipy.sparse.csgraph
 
 from .. import colmap, paths
+from ..system import files
 from . import photos as photos_lib
 from . import reconstruction
 
@@ -67,7 +68,9 @@ def recommend_factor(size: tuple[int, int]) -> int:
 def examine(scene_dir: str, photos: Sequence[photos_lib.Photo]) -> Findings:
   """Computes the findings from a capture's database and models."""
   folder = os.path.join(scene_dir, MODELS)
-  names = sorted(filter(str.isdigit, os.listdir(folder)), key=int) if os.path.isdir(folder) else []
+  names = (
+    sorted(filter(str.isdigit, os.listdir(folder)), key=int) if files.is_folder(folder) else []
+  )
   pycolmap = reconstruction.colmap()
   models = [pycolmap.Reconstruction(os.path.join(folder, name)) for name in names]
   observations = _Observations(models[0]) if models else None

@@ -23,6 +23,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from ..datasets import images, masks
 from ..errors import UserError
+from ..system import files, warnings
 
 FOLDER = 'images'
 STAGING = '.incoming'
@@ -93,7 +94,7 @@ def list_photos(folder: str) -> list[str]:
   Raises:
     PosesError: there are none, or two of them would have the same name as PNG files.
   """
-  names = sorted(images.list_images(folder), key=natural_key)
+  names = sorted(masks.photographs(images.list_images(folder)), key=natural_key)
   others = [n for _, _, found in os.walk(folder) for n in found if n.lower().endswith(_UNREADABLE)]
   if others and not names:
     raise PosesError(
@@ -136,8 +137,8 @@ def import_photos(
   Args:
     folder: the photographs; may be `scene_dir`/images itself if none of them must be changed.
     scene_dir: the capture.
-    masks_dir: folder of masks or None. The mask of a.jpg is a.jpg.png or a.png, black where the
-      photograph is to be ignored.
+    masks_dir: folder of masks or None. `datasets.masks` says how they are named. Masks beside the
+      photographs count too.
     known: photographs that an earlier run imported; they are skipped.
 
   Returns:
@@ -151,14 +152,15 @@ def import_photos(
   done = {photo.source: photo for photo in known}
   for name, photo in done.items():
     path = os.path.join(folder, name)
-    if not os.path.isfile(path) or os.path.getsize(path) != photo.bytes:
+    if not files.is_file(path) or os.path.getsize(path) != photo.bytes:
       raise PosesError(
         f'{path}: has been changed or removed since {scene_dir} was started. Put it back, or '
         'choose another folder for the capture.'
       )
   missing = [name for name in names if name not in done]
+  found = _find_masks(folder, names, masks_dir)
   added = images.in_threads(
-    lambda name: _import_photo(folder, name, scene_dir, masks_dir),
+    lambda name: _import_photo(folder, name, scene_dir, found.get(name), bool(found)),
     missing,
     'reading photographs' if missing else None,
   )
@@ -166,14 +168,34 @@ def import_photos(
   return [photos[name] for name in _sorted_by_time(folder, names)]
 
 
-def _import_photo(folder: str, name: str, scene_dir: str, masks_dir: str | None) -> Photo:
+def _find_masks(folder: str, names: Sequence[str], masks_dir: str | None) -> dict[str, str]:
+  """Returns the path of each photograph's mask, if it has one; prints warnings on stderr.
+
+  Raises:
+    DataError: no mask in masks_dir belongs to a photograph.
+  """
+  own = masks.list_masks(masks_dir) if masks_dir else []
+  beside = set(images.list_images(folder)) - set(names)
+  pool = {_without_spaces(name): os.path.join(folder, name) for name in sorted(beside)}
+  pool |= {_without_spaces(name): os.path.join(masks_dir or '', name) for name in own}
+  with warnings.collect() as collected:
+    found, used = masks.match(folder, [_without_spaces(name) for name in names], pool)
+    masks.check_paired(masks_dir or '', [_without_spaces(name) for name in own], used, names[0])
+  for line in collected:
+    print(f'Warning: {line}', file=sys.stderr)
+  return {name: pool[mask] for name, mask in zip(names, found) if mask}
+
+
+def _import_photo(folder: str, name: str, scene_dir: str, mask: str | None, masked: bool) -> Photo:
+  """Imports a photograph; if any is `masked`, also its mask."""
   source = os.path.join(folder, name)
-  pixels = images.decode(source)  # Decodes copied files too, to find truncated ones.
-  with Image.open(source) as image:
+  header = images.read_header(source)
+  with images.room_for((header.width, header.height)), Image.open(source) as image:
+    pixels = images.decode(source)  # Decodes copied files too, to find truncated ones.
     exif = image.getexif()
     # Phones write JPEG files with a second picture in them; Pillow calls these MPO.
     plain = image.format in ('JPEG', 'MPO', 'PNG') and image.mode in ('RGB', 'L')
-    turn = images.read_header(source).orientation
+    turn = header.orientation
     target_name = _without_spaces(name if plain else images.stem(name) + '.png')
     target = f'{FOLDER}/{target_name}'
     if not plain or turn != 1 or target_name != name:
@@ -186,20 +208,20 @@ def _import_photo(folder: str, name: str, scene_dir: str, masks_dir: str | None)
       with atomic_write(scene_dir, target) as temporary:
         upright.save(temporary, exif=exif, **(JPEG if plain and image.format != 'PNG' else {}))
       pixels = np.asarray(upright)
-  if masks_dir:
-    _import_mask(masks_dir, name, scene_dir, target_name, turn, pixels.shape[1::-1])
-  return Photo(
-    name=target_name,
-    source=name,
-    camera=_camera(name, exif, pixels.shape[1::-1]),
-    sharpness=round(sharpness(pixels), 6),
-    bytes=os.path.getsize(source),
-  )
+    if masked:
+      _import_mask(mask, scene_dir, target_name, turn, pixels.shape[1::-1])
+    return Photo(
+      name=target_name,
+      source=name,
+      camera=_camera(name, exif, pixels.shape[1::-1]),
+      sharpness=round(sharpness(pixels), 6),
+      bytes=os.path.getsize(source),
+    )
 
 
 def _copy(source: str, scene_dir: str, target: str) -> None:
   path = os.path.join(scene_dir, target)
-  if os.path.exists(path) and os.path.samefile(source, path):
+  if files.exists(path) and os.path.samefile(source, path):
     return
   with atomic_write(scene_dir, target) as temporary:
     shutil.copyfile(source, temporary)
@@ -207,7 +229,7 @@ def _copy(source: str, scene_dir: str, target: str) -> None:
 
 def _refuse_in_place(source: str, target: str) -> None:
   folder = os.path.dirname(target)
-  if os.path.isdir(folder) and os.path.samefile(os.path.dirname(source), folder):
+  if files.is_folder(folder) and os.path.samefile(os.path.dirname(source), folder):
     raise PosesError(
       f'{source}: must be rotated, converted or renamed, but no photograph is changed in place. '
       'Move the photographs out of the capture, and name their new folder.'
@@ -222,13 +244,15 @@ def _upright(pixels: np.ndarray, orientation: int) -> Image.Image:
 
 
 def _import_mask(
-  masks_dir: str, name: str, scene_dir: str, target: str, turn: int, size: tuple[int, int]
+  path: str | None, scene_dir: str, target: str, turn: int, size: tuple[int, int]
 ) -> None:
   """Writes a photograph's mask, rotated like the photograph, to masks/<photograph>.png."""
-  candidates = [os.path.join(masks_dir, n) for n in (f'{name}.png', f'{images.stem(name)}.png')]
-  path = next((c for c in candidates if os.path.isfile(c)), None)
+  target = f'{masks.FOLDER}/{target}.png'
+  if path and os.path.realpath(path) == os.path.realpath(os.path.join(scene_dir, target)):
+    return
   # With masks, COLMAP needs one for each photograph; an all-white one hides nothing.
-  mask = Image.fromarray(images.decode(path)) if path else Image.new('L', size, 255)
+  counts = masks.decode(path) if path else np.ones(size[::-1], bool)
+  mask = Image.fromarray(np.where(counts, np.uint8(255), np.uint8(0)))
   if mask.size != tuple(size):
     mask = _upright(np.asarray(mask), turn)
   if mask.size != tuple(size):
@@ -236,11 +260,8 @@ def _import_mask(
       f'{path}: is {mask.width}x{mask.height} pixels, but its photograph is {size[0]}x{size[1]}. '
       'A mask must have the size of its photograph.'
     )
-  target = f'{masks.FOLDER}/{target}.png'
-  if path and os.path.realpath(path) == os.path.realpath(os.path.join(scene_dir, target)):
-    return
   with atomic_write(scene_dir, target) as temporary:
-    mask.convert('L').save(temporary)
+    mask.save(temporary)
 
 
 def _camera(name: str, exif: Image.Exif, size: tuple[int, int]) -> str:

@@ -65,12 +65,11 @@ def make(source: str, scene_dir: str, options: Options = Options()) -> dict:
     photos = _collect(source, scene_dir, options)
     names = [photo.name for photo in photos]
     reconstruction.extract_features(scene_dir, photos, options.camera_model)
-    pairs = reconstruction.choose_pairs(scene_dir, names, options.matching, os.path.isfile(source))
+    pairs = reconstruction.choose_pairs(scene_dir, names, options.matching, files.is_file(source))
     reconstruction.match_pairs(scene_dir, names, pairs)
     _reconstruct(scene_dir, names, len(pairs))
     for factor in FACTORS:
-      if not os.path.isdir(os.path.join(scene_dir, pyramid.folder_name(FOLDER, factor))):
-        pyramid.make(scene_dir, FOLDER, factor)
+      pyramid.locate(scene_dir, FOLDER, names, factor)
     return _report(scene_dir, photos)
 
 
@@ -88,7 +87,7 @@ def _locked(scene_dir: str) -> Iterator[None]:
       ) from None
     for name in set(os.listdir(staging)) - {'lock'}:
       path = os.path.join(staging, name)
-      shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+      shutil.rmtree(path) if files.is_folder(path) else os.remove(path)
     try:
       yield
     finally:
@@ -108,16 +107,16 @@ def _report(scene_dir: str, photos: Sequence[Photo]) -> dict:
 
 
 def _check(source: str, options: Options) -> None:
-  if not os.path.exists(source):
+  if not files.exists(source):
     raise PosesError(f'{source}: no such video or folder of photographs.')
-  if os.path.isfile(source) and options.masks:
+  if files.is_file(source) and options.masks:
     raise PosesError(f'{source}: --masks works with photographs, not with a video; leave it out.')
-  if os.path.isdir(source) and options.frames is not None:
+  if files.is_folder(source) and options.frames is not None:
     raise PosesError(f'{source}: --frames works with a video, not with a folder; leave it out.')
   if options.frames is not None and options.frames < 3:
     raise PosesError(f'--frames must be at least 3, better 100, got {options.frames}.')
-  if options.masks and not os.path.isdir(options.masks):
-    raise PosesError(f'{options.masks}: no such folder of masks.')
+  if options.masks and not masks.list_masks(options.masks):
+    raise PosesError(f'{options.masks}: no such folder of masks, or there are no pictures in it.')
   if options.camera_model not in (None, *colmap.LAYOUTS):
     raise PosesError(
       f'--camera_model must be one of {", ".join(colmap.LAYOUTS)}, got {options.camera_model}.'
@@ -127,16 +126,16 @@ def _check(source: str, options: Options) -> None:
 def _check_folders(source: str, scene_dir: str) -> None:
   """Raises a PosesError if the capture would mix with files that are not its own."""
   inner, outer = os.path.realpath(scene_dir), os.path.realpath(source)
-  if os.path.isdir(source) and os.path.commonpath([inner, outer]) == outer:
+  if files.is_folder(source) and os.path.commonpath([inner, outer]) == outer:
     raise PosesError(
       f'{scene_dir}: must not be inside the folder of photographs, {source}, since its pictures '
       'would count as photographs. Choose a folder outside it.'
     )
-  if os.path.exists(os.path.join(scene_dir, STATE)):
+  if files.exists(os.path.join(scene_dir, STATE)):
     return
   for name in (diagnosis.MODELS, reconstruction.DATABASE, FOLDER):
     path = os.path.join(scene_dir, name)
-    if os.path.exists(path) and os.path.realpath(path) != outer:
+    if files.exists(path) and os.path.realpath(path) != outer:
       raise PosesError(
         f'{path}: already exists and was not made by this command. Choose another folder for the '
         'capture, or move this one away.'
@@ -149,27 +148,23 @@ def _collect(source: str, scene_dir: str, options: Options) -> list[Photo]:
   request = {'source': os.path.realpath(source), **dataclasses.asdict(options)}
   del request['matching']  # A later run may match more pairs.
   known = _resume(path, request)
-  if os.path.isfile(source):
+  if files.is_file(source):
     if known:
       return known
     photos = video_frames.extract_frames(source, scene_dir, options.frames)
   else:
-    own_masks = os.path.join(scene_dir, masks.FOLDER)
-    masks_dir = options.masks or (own_masks if os.path.isdir(own_masks) else None)
+    own_masks = [os.path.join(scene_dir, name) for name in masks.find_folders(scene_dir)]
+    masks_dir = options.masks or (own_masks[0] if own_masks else None)
     photos = photos_lib.import_photos(source, scene_dir, masks_dir, known)
   if len(photos) < 3:
     raise PosesError(f'{source}: has {len(photos)} photographs; at least 3 are needed, better 50.')
-  in_place = os.path.realpath(source) == os.path.realpath(os.path.join(scene_dir, FOLDER))
-  if known and len(photos) != len(known) and not in_place:
-    for factor in FACTORS:  # These lack the added photographs.
-      shutil.rmtree(os.path.join(scene_dir, pyramid.folder_name(FOLDER, factor)), True)
   _write_state(path, request, photos)
   return photos
 
 
 def _resume(path: str, request: dict) -> list[Photo]:
   """Returns the photographs of an earlier run with the same request; records a new request."""
-  if not os.path.isfile(path):
+  if not files.is_file(path):
     _write_state(path, request, [])
     return []
   try:
@@ -198,7 +193,7 @@ def _reconstruct(scene_dir: str, names: list[str], pairs: int) -> None:
   folder = os.path.join(scene_dir, diagnosis.MODELS)
   made_from = {'photographs': sorted(names), 'pairs': pairs}
   stamp = os.path.join(folder, _MADE_FROM)
-  if os.path.isfile(stamp):
+  if files.is_file(stamp):
     with open(stamp, encoding='utf-8') as f:
       if json.load(f) == made_from:
         return

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..datasets import masks
-from ..system import progress, signals
+from ..system import files, progress, signals
 from . import pairs
 from . import photos as photos_lib
 
@@ -83,7 +83,7 @@ def extract_features(
     options.camera_model = camera_model or ('SIMPLE_RADIAL' if len(names) < _FEW else 'OPENCV')
     _import(scene_dir, names, options)
     masks_dir = os.path.join(scene_dir, masks.FOLDER)
-    if os.path.isdir(masks_dir):
+    if files.is_folder(masks_dir):
       options.mask_path = masks_dir
     todo = _without_features(scene_dir, names)
     work += [
@@ -250,7 +250,7 @@ def write_folder(write: Callable[[str], None], scene_dir: str, name: str) -> Non
   os.makedirs(temporary)
   write(temporary)
   os.makedirs(os.path.dirname(folder), exist_ok=True)
-  if os.path.exists(folder):
+  if files.exists(folder):
     old = f'{temporary}.old'
     os.rename(folder, old)
     os.rename(temporary, folder)
@@ -260,7 +260,7 @@ def write_folder(write: Callable[[str], None], scene_dir: str, name: str) -> Non
 
 
 def _snapshots(folder: str) -> list[str]:
-  return sorted(n for n in os.listdir(folder) if n.isdigit()) if os.path.isdir(folder) else []
+  return sorted(n for n in os.listdir(folder) if n.isdigit()) if files.is_folder(folder) else []
 
 
 def _newest_snapshot(folder: str, count: int) -> str | None:

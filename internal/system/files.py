@@ -1,12 +1,45 @@
-"""Atomic file writes, and safe reading of untrusted .npy files."""
+"""Atomic file writes, questions about paths, and safe reading of untrusted .npy files."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 
 import numpy as np
+
+
+def _mode(path: str) -> int:
+  """Returns the file's type and permissions, or 0 if there is no such file."""
+  try:
+    return os.stat(path).st_mode
+  except PermissionError:
+    raise PermissionError(
+      errno.EACCES,
+      'may not be looked at. Allow it (`chmod u+rX` on the folders above)',
+      path,
+    ) from None
+  except (OSError, ValueError):  # ValueError: a zero byte in the name.
+    return 0
+
+
+def exists(path: str) -> bool:
+  """Returns whether there is a file or folder.
+
+  As do `is_file` and `is_folder`, it raises a PermissionError where `os.path` answers "no" because
+  a folder above may not be searched: a file that may not be read must not count as missing.
+  """
+  return _mode(path) != 0
+
+
+def is_file(path: str) -> bool:
+  return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: str) -> bool:
+  return stat.S_ISDIR(_mode(path))
 
 
 @contextlib.contextmanager
