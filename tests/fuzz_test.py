@@ -148,6 +148,18 @@ def _transforms(root):
   datasets_test.write_transforms(root, {**table, **lists})
 
 
+def _masks(root):
+  _colmap(root, '.bin')
+  for k in range(3):
+    captures.save_image(os.path.join(root, 'masks', f'{k:03}.png'), captures.pixels(k) | 1)
+
+
+def _small(root):
+  """A capture whose images_2/ was made here, with a manifest."""
+  _colmap(root, '.bin')
+  load(root, {'factor': 2})
+
+
 def _dtu(root):
   scan, _ = formats_test.write_dtu(os.path.join(root, 'made'), n=4)
   shutil.copytree(scan, root, dirs_exist_ok=True)
@@ -193,6 +205,12 @@ FORMATS = {
     ['metadata.json'],
   ),
   'llff': (formats_test.write_llff, {'forward_facing': True}, ['poses_bounds.npy']),
+  'masks': (_masks, {}, [f'masks/{k:03}.png' for k in range(3)]),
+  'manifest': (
+    _small,
+    {'factor': 2},
+    ['images_2/.sources.json', 'images_2/000.png', 'images/001.png'],
+  ),
 }
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from textured_corner import FOCAL, SIZE, VIEWS, render_room, room_pose, true_model, turns
 
 from internal import colmap, configs, datasets
+from internal.datasets import images
 from internal.sfm import pairs, reconstruction
 from internal.sfm import photos as photos_lib
 from internal.sfm import pipeline as pipeline_lib
@@ -201,7 +202,7 @@ def test_photographs_can_be_added_later(tmp_path, scene, room):
   Image.fromarray(render_room(room_pose(np.radians(43)))).save(photos / 'view_12.png')
   report = pipeline_lib.make(str(photos), str(folder))
   assert (report['photographs'], report['posed']) == (13, VIEWS + 1)
-  assert len(os.listdir(folder / 'images_2')) == 13
+  assert len(images.list_images(str(folder / 'images_2'))) == 13
   with reconstruction.database(folder) as db:
     assert db.num_cameras() == 1  # The new one was taken by the same camera.
   (photos / 'view_3.png').unlink()

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from internal.datasets import images, pyramid
+from internal.system import warnings
 
 
 def fill(tmp_path, names, folder='images', size=captures.SIZE):
@@ -175,3 +176,85 @@ def test_the_full_size_may_be_gone(tmp_path):
   assert found.files == ('images_4/b.jpg', 'images_4/a.jpg')
   with pytest.raises(images.DataNotFoundError, match=r'No such folder.*images'):
     pyramid.locate(root, 'images', ['b.JPG'], 2)
+
+
+def test_it_is_made_again_when_pictures_have_changed(tmp_path):
+  names = ['a.png', 'b.png']
+  root = fill(tmp_path, names)
+  pyramid.locate(root, 'images', names, 2)
+  for k, change in enumerate(('changed', 'added', 'lost')):
+    if change == 'lost':
+      os.remove(tmp_path / 'images_2' / 'a.png')
+    elif change == 'added':
+      names.append('c.png')
+    captures.save_image(str(tmp_path / 'images' / names[-1]), captures.pixels(50 + k))
+    with warnings.collect() as collected:
+      foreseen = pyramid.locate(root, 'images', names, 2, read_only=True)
+      assert foreseen.to_be_made == 'images_2'
+      made = pyramid.locate(root, 'images', names, 2)
+    assert made.files == foreseen.files
+    assert 'images_2: is out of date for ' in collected[0]
+    assert repr(names[-1]) in collected[0]
+    small = images.decode(str(tmp_path / 'images_2' / names[-1]))
+    mean = captures.pixels(50 + k).reshape(6, 2, 8, 2, 3).mean((1, 3))
+    assert np.abs(small - mean).max() <= 1
+    only(tmp_path, 'images', 'images_2')
+  with warnings.collect() as collected:
+    pyramid.locate(root, 'images', names, 2)
+  assert collected == []
+
+
+def test_it_is_not_made_again_when_only_times_have_changed(tmp_path):
+  root = fill(tmp_path, ['a.png'])
+  pyramid.locate(root, 'images', ['a.png'], 2)
+  before = os.stat(tmp_path / 'images_2').st_mtime_ns
+  os.utime(tmp_path / 'images' / 'a.png', (1, 1))
+  pyramid.locate(root, 'images', ['a.png'], 2)
+  assert os.stat(tmp_path / 'images_2').st_mtime_ns == before
+
+
+def test_it_is_refused_when_it_cannot_be_made_again(tmp_path):
+  names = ['a.png', 'b.png']
+  root = fill(tmp_path, names)
+  pyramid.locate(root, 'images', names, 2)
+  os.remove(tmp_path / 'images' / 'b.png')
+  assert len(pyramid.locate(root, 'images', names, 2).files) == 2
+  fill(tmp_path, ['a.png'], size=(18, 12))
+  with pytest.raises(
+    images.DataError, match=r"images_2: is out of date for 1 of 2 .*'a.png'. Remove"
+  ):
+    pyramid.locate(root, 'images', names, 2)
+
+
+def test_pictures_that_were_edited_are_kept(tmp_path):
+  """As by a program that compresses them: from then on the folder is not ours."""
+  names = [f'{i}.png' for i in range(4)]
+  root = fill(tmp_path, names)
+  pyramid.locate(root, 'images', names, 2)
+  path = str(tmp_path / 'images_2' / '1.png')
+  edited = images.decode(path) // 2
+  captures.save_image(path, edited)
+  pyramid.locate(root, 'images', names, 2)
+  fill(tmp_path, ['2.png'], size=(18, 12))
+  pyramid.locate(root, 'images', names, 2)
+  np.testing.assert_array_equal(images.decode(path), edited)
+
+
+def test_masks_among_the_pictures_are_not_made_small(tmp_path):
+  root = fill(tmp_path, ['a.jpg', 'a_mask.png', 'b.jpg', 'sub/dynamic_mask_c.png', 'sub/c.png'])
+  pyramid.make(root, 'images', 2)
+  assert images.list_images(str(tmp_path / 'images_2')) == ['a.png', 'b.png', 'sub/c.png']
+
+
+def test_digests_depend_on_all_of_a_small_file_and_on_parts_of_a_large_one(tmp_path):
+  path = tmp_path / 'a'
+  for size in (0, 10, 2**17, 2**20):
+    content = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    path.write_bytes(content.tobytes())
+    digests = {pyramid._digest(str(path))}
+    for at in {0, size // 3, size - 1} if 0 < size <= 2**17 else {0, size - 1} if size else ():
+      changed = content.copy()
+      changed[at] ^= 1
+      path.write_bytes(changed.tobytes())
+      digests.add(pyramid._digest(str(path)))
+    assert len(digests) == (1 if not size else 4 if size <= 2**17 else 3)

@@ -18,9 +18,10 @@ _GRID = 32  # Largest side of a thumbnail, in pixels.
 _MOST = 512  # Pictures that are compared; of more, these are spread evenly.
 _FLAT = 2.0  # Standard deviation, of 255 levels, below which a thumbnail has no structure.
 _COLOUR = 64.0  # Levels; a difference in colour of that much counts as 1.
-_FLOOR = 0.005  # A misfit below this is none.
+_FLOOR = 0.002  # A misfit below this is none.
 _BETTER = 4.0  # What fits this much better than the own picture is the one that is shown.
 _OTHER = 0.1  # Misfit of smooth pictures from which on they show something else.
+_NOISE = 1.4  # As much more is allowed in noise, whose pixels depend on the filter.
 _TURNS = {
   'turned by 180 degrees': lambda a: a[:, ::-1, ::-1],
   'mirrored': lambda a: a[:, :, ::-1],
@@ -45,7 +46,7 @@ def check(
   Args:
     full_dir: the folder of the full-size pictures.
     small_dir: the folder of the small ones.
-    pairs: the small picture of each full-size one, in order.
+    pairs: the small picture of each full-size one.
     names: the full-size pictures to check; their neighbours in `pairs` are compared, too.
     full_label: the folder as the message names it.
     small_label: likewise.
@@ -53,7 +54,7 @@ def check(
   Raises:
     DataError: some do not, or a picture cannot be read.
   """
-  order = [name for name in pairs if os.path.isfile(os.path.join(full_dir, name))]
+  order = [name for name in sorted(pairs) if os.path.isfile(os.path.join(full_dir, name))]
   row = {name: i for i, name in enumerate(order)}
   chosen = [row[name] for name in names][:: -(-len(names) // _MOST)]
   near = sorted({i + k for i in chosen for k in (-1, 0, 1) if 0 <= i + k < len(order)})
@@ -117,11 +118,16 @@ def find_problems(full: np.ndarray, small: np.ndarray, square: np.ndarray) -> di
   flat = np.minimum(_spread(full), _spread(small)) < _FLAT
   others = np.where(np.eye(len(own), dtype=bool), np.inf, total)
   best = others.argmin(0)
-  problems = {}
-  limit = np.where(flat, _OTHER, _OTHER + 0.8 * (1 - _smoothness(small)))
   # The exposure may have been changed, so that the colour of pictures with structure is no proof.
-  for i in np.flatnonzero(np.where(flat, own, np.diagonal(structure)) > limit):
-    problems[int(i)] = 'shows something else than'
+  shape = np.where(flat, own, np.diagonal(structure))
+  limit = _OTHER + np.where(flat, 0, _NOISE * (1 - _smoothness(small)))
+  foreign = shape > limit
+  textured = np.ix_(~flat, ~flat)
+  if (~flat).sum() > 2 and shape[~flat].mean() > max(0.2, 0.85 * structure[textured].mean()):
+    foreign |= ~flat & (shape > 0.2)  # On the whole, they fit no better than any others.
+  problems: dict[int, int | str] = {
+    int(i): 'shows something else than' for i in np.flatnonzero(foreign)
+  }
   for i in np.flatnonzero((own > _FLOOR) & (others.min(0) < own / _BETTER)):
     problems[int(i)] = int(best[i])
   for kinds, rows in ((_TURNS, own > _FLOOR), (_QUARTER_TURNS, (own > _FLOOR) & square)):

@@ -166,7 +166,7 @@ def _is_stale(data_dir, folder, small, names, known, digests) -> bool:
   changed = [name for name in digests if not is_current(name)]
   if not changed:
     return False
-  what = f'{path}: was made before {len(changed)} pictures of {folder}/ were changed or added'
+  what = f'{path}: is out of date for {len(changed)} of {len(names)} pictures of {folder}/'
   if len(digests) < len(names) or os.path.islink(path):
     raise images.DataError(f'{what}: {warnings.some(changed)}. Remove {small}/.')
   warnings.warn(f'{what}: {warnings.some(changed)}. It is made again, unless this is a dry run.')
