@@ -1,5 +1,6 @@
 """Small captures that the tests write: cameras on a circle, pictures of noise."""
 
+import builtins
 import os
 import struct
 import zlib
@@ -22,6 +23,23 @@ def pixels(seed: int, size=SIZE, channels: int = 3) -> np.ndarray:
 def save_image(path, values, **kwargs) -> None:
   os.makedirs(os.path.dirname(path), exist_ok=True)
   Image.fromarray(values).save(path, **kwargs)
+
+
+def deny(monkeypatch, path: str) -> None:
+  """Simulates a file or folder without read permission, which root does not feel."""
+
+  def refusing(real, itself):
+    def call(place='.', *args, **kwargs):
+      name = os.fspath(place) if isinstance(place, str | os.PathLike) else ''
+      if name.startswith(f'{path}/') or (itself and name == path):
+        raise PermissionError(13, 'Permission denied', name)
+      return real(place, *args, **kwargs)
+
+    return call
+
+  monkeypatch.setattr(os, 'stat', refusing(os.stat, False))
+  for module, name in ((os, 'scandir'), (os, 'listdir'), (builtins, 'open')):
+    monkeypatch.setattr(module, name, refusing(getattr(module, name), True))
 
 
 def circle_poses(n: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import tracemalloc
 
+import captures
 import numpy as np
 import pytest
 
@@ -86,3 +87,20 @@ def test_neither_pickles_nor_archives_nor_words(tmp_path):
       write(f)
     with pytest.raises(ValueError, match=r'no \.npy file of numbers'):
       files.read_array(path)
+
+
+def test_what_may_not_be_looked_at_is_not_missing(tmp_path, monkeypatch):
+  (tmp_path / 'a' / 'b').mkdir(parents=True)
+  (tmp_path / 'a' / 'c').touch()
+  for path, kind in (('a/b', files.is_folder), ('a/c', files.is_file), ('a/d', None)):
+    path = str(tmp_path / path)
+    assert files.is_folder(path) == (kind is files.is_folder)
+    assert files.is_file(path) == (kind is files.is_file)
+    assert files.exists(path) == (kind is not None)
+  for nothing in ('', '\0', str(tmp_path / 'a' / 'c' / 'x'), 'y' * 10**5):
+    assert not files.exists(nothing)
+  captures.deny(monkeypatch, str(tmp_path / 'a'))
+  assert files.is_folder(str(tmp_path / 'a'))
+  for ask in (files.exists, files.is_file, files.is_folder):
+    with pytest.raises(PermissionError, match=r'chmod.*a/c'):
+      ask(str(tmp_path / 'a' / 'c'))

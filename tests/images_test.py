@@ -277,3 +277,60 @@ def test_threads_keep_the_order_and_stop_at_an_error():
   with pytest.raises(KeyboardInterrupt):
     images.in_threads(work, list(range(1000)))
   assert len(done) < 500
+
+
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
+  path = saved(tmp_path, Image.fromarray(RGB))
+  (tmp_path / 'sub').mkdir()
+  with monkeypatch.context() as patch:
+    captures.deny(patch, path)
+    assert 'may not be read. Allow it' in refused(path)
+  captures.deny(monkeypatch, str(tmp_path / 'sub'))
+  with pytest.raises(images.DataError, match='sub: may not be read'):
+    images.list_images(str(tmp_path))
+
+
+@pytest.mark.parametrize('name', ['a.png', 'a.jpg', 'a.webp'])
+def test_thumbnails_are_averages(tmp_path, name):
+  smooth = np.asarray(Image.fromarray(RGB).resize((320, 240), Image.Resampling.BICUBIC))
+  path = saved(tmp_path, Image.fromarray(smooth), name)
+  wanted = smooth.reshape(4, 60, 8, 40, 3).mean((1, 3))
+  np.testing.assert_allclose(images.thumbnail(path, (8, 4)), wanted, atol=8)
+
+
+def test_thumbnails_of_large_jpegs_need_little_memory(tmp_path):
+  path = saved(tmp_path, Image.new('RGB', (4000, 3000), (9, 99, 200)), 'a.jpg')
+  tracemalloc.start()
+  small = images.thumbnail(path, (32, 32))
+  assert tracemalloc.get_traced_memory()[1] < 4e6
+  tracemalloc.stop()
+  np.testing.assert_allclose(small, np.broadcast_to([9, 99, 200], (32, 32, 3)), atol=3)
+
+
+def test_large_pictures_are_decoded_one_after_the_other(monkeypatch):
+  monkeypatch.setattr(images, '_AT_ONCE', 100)
+  now, most = [], []
+
+  def work(pixels):
+    with images.room_for((pixels, 1)), images.room_for((pixels, 1)):  # The second is of no account.
+      now.append(pixels)
+      most.append((sum(now), len(now)))
+      time.sleep(0.002)
+      now.remove(pixels)
+
+  images.in_threads(work, [30, 30, 30, 60, 1000, 99, 30, 2000, 5, 5, 5] * 3)
+  assert len(most) == 33
+  assert all(total <= 100 or count == 1 for total, count in most)
+  assert max(count for _, count in most) > 1
+  with pytest.raises(ZeroDivisionError), images.room_for((1, 1)):
+    1 / 0  # noqa: B018
+  assert not images._decoding
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+def test_a_picture_beyond_the_limit_is_refused_with_its_limit(tmp_path, monkeypatch):
+  path = saved(tmp_path, Image.new('1', (2000, 1001)))
+  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 10**6)
+  assert 'it has more than 2 megapixels' in refused(path)
+  path = saved(tmp_path, Image.new('1', (2000, 999)))
+  assert images.decode(path).shape == (999, 2000, 3)

@@ -75,6 +75,199 @@ class TestFiles:
       masks.read(str(tmp_path / 'masks' / '004.png'), (17, 12))
 
 
+NAMES = [f'{i:03}.jpg' for i in range(4)]
+
+
+def write_masked(root, template, names=NAMES, **kwargs):
+  """A COLMAP capture, and a mask for each photograph; `template` has {name} and {stem}."""
+  captures.write_colmap(root, names=list(names), **kwargs)
+  written = []
+  for i, path in enumerate(names):
+    folder, _, name = path.rpartition('/')
+    values = {'folder': folder, 'name': name, 'stem': name.rsplit('.', 1)[0]}
+    written.append(template.format(**values))
+    counts = pattern(i)
+    save_mask(root / written[-1], ~counts if 'dynamic' in template else counts)
+  return written
+
+
+class TestNames:
+  @pytest.mark.parametrize(
+    'template',
+    [
+      'masks/{name}',
+      'masks/{name}.png',
+      'masks/{stem}.png',
+      'masks/{stem}.PNG',
+      'masks/{stem}.tif',
+      'masks/{stem}_mask.png',
+      'masks/{name}_mask.png',
+      'masks/{stem}.mask.png',
+      'masks/{name}.mask.png',
+      'masks/mask_{stem}.png',
+      'masks/images/{stem}.png',
+      'mask/{stem}.png',
+      'Masks/{name}.png',
+      'mask/dynamic_mask_{stem}.png',
+      'images/{stem}_mask.png',
+      'images/{stem}.mask.png',
+      'images/{stem}-mask.bmp',
+      'images/{name}.mask.png',
+      'images/masks/{name}.png',
+      'images/dynamic_mask_{stem}.png',
+      'masks_2/{stem}.png',
+    ],
+  )
+  def test_every_usual_name_is_found(self, tmp_path, template):
+    written = write_masked(tmp_path, template, size=(32, 24))
+    found = load(tmp_path, factor=2)
+    assert found.masks == tuple(written)
+    assert found.report['masks'] == 4
+    assert found.report['images_unregistered'] == []
+    warned = [w for w in found.report['warnings'] if 'dynamic_mask' not in w]
+    assert warned == []
+    for i in range(4):
+      counts = scenes.read_mask(tmp_path, found, i)
+      if template != 'masks/{name}':  # JPEG blurs.
+        np.testing.assert_array_equal(counts, pattern(i))
+
+  @pytest.mark.parametrize(
+    'template',
+    ['masks/{folder}/{stem}.png', 'masks/{folder}/{name}.png', 'images/{folder}/{stem}_mask.png'],
+  )
+  def test_subfolders(self, tmp_path, template):
+    names = ['left/a.jpg', 'left/b.jpg', 'right/a.jpg', 'right/b.jpg']
+    written = write_masked(tmp_path, template, names)
+    assert load(tmp_path).masks == tuple(written)
+
+  def test_a_subfolder_may_be_missing_if_the_names_are_unique(self):
+    assert masks.pair(['l/a.jpg', 'r/b.jpg'], ['masks/a.png']) == {'l/a.jpg': ['masks/a.png']}
+    assert masks.pair(['l/a.jpg', 'r/a.jpg'], ['masks/a.png']) == {}
+
+  def test_pictures_of_one_stem_or_other_case_keep_their_own(self):
+    pictures = ['a.jpg', 'a.png', 'A.jpg', 'mask_1.jpg', '1.jpg', 'é.jpg']
+    found = masks.pair(
+      pictures, ['a.jpg.png', 'a.png.png', 'A.png', 'mask_1.png', '1_MASK.png', 'e\u0301.png']
+    )
+    assert found == {
+      'a.jpg': ['a.jpg.png'],
+      'a.png': ['a.png.png'],
+      'A.jpg': ['A.png'],
+      'mask_1.jpg': ['mask_1.png'],
+      '1.jpg': ['1_MASK.png'],
+      'é.jpg': ['e\u0301.png'],
+    }
+
+  def test_photographs_of_masks_are_photographs(self, tmp_path):
+    names = ['carnival_mask.jpg', 'carnival.jpg', 'mask_7.jpg']
+    captures.write_colmap(tmp_path, names=names)
+    captures.save_image(str(tmp_path / 'images' / 'mask_8.jpg'), captures.pixels(9))
+    found = load(tmp_path)
+    assert found.masks == ()
+    assert found.report['images_unregistered'] == ['images/mask_8.jpg']
+
+
+class TestWhatIsNotUsed:
+  def test_a_folder_that_pairs_with_nothing_is_refused(self, tmp_path):
+    captures.write_colmap(tmp_path, names=NAMES)
+    for i in range(5):
+      save_mask(tmp_path / 'masks' / f'frame_{i}.png', pattern(i))
+    message = refused(tmp_path)
+    assert 'masks: has 5 masks, but none has the name of a photograph' in message
+    assert "'masks/frame_0.png', 'masks/frame_1.png', 'masks/frame_2.png' and 2 more" in message
+    assert 'masks/000.jpg.png, masks/000.png or 000_mask.png' in message
+
+  def test_of_arrays_too(self, tmp_path):
+    captures.write_colmap(tmp_path, names=NAMES)
+    (tmp_path / 'masks').mkdir()
+    (tmp_path / 'masks' / 'notes.txt').touch()
+    assert load(tmp_path).masks == ()
+    np.save(tmp_path / 'masks' / '000.npy', pattern(0))
+    assert '000.npy: cannot be read as an image' in refused(tmp_path)
+
+  def test_some_pair(self, tmp_path):
+    written = write_masked(tmp_path, 'masks/{stem}.png')
+    (tmp_path / written[1]).rename(tmp_path / 'masks' / 'other.png')
+    found = load(tmp_path)
+    assert found.report['masks'] == 3
+    missing, unpaired = found.report['warnings']
+    assert (
+      "3 of 4 photographs have a mask. In the others all pixels count: 'images/001.jpg'" in missing
+    )
+    assert "masks: 1 of 4 masks have no photograph and are not used: 'masks/other.png'" in unpaired
+
+  def test_masks_of_photographs_without_a_pose_are_no_matter(self, tmp_path):
+    write_masked(tmp_path, 'masks/{stem}.png')
+    captures.save_image(str(tmp_path / 'images' / 'late.jpg'), captures.pixels(9))
+    save_mask(tmp_path / 'masks' / 'late.png', pattern(9))
+    found = load(tmp_path)
+    assert found.report['warnings'] == []
+    assert found.report['images_unregistered'] == ['images/late.jpg']
+
+  @pytest.mark.parametrize('name', ['masks_sam/000.png', 'my_masks/000.png', 'masks_4/000.png'])
+  def test_other_folders_are_named(self, tmp_path, name):
+    captures.write_colmap(tmp_path, names=NAMES)
+    save_mask(tmp_path / name, pattern(0))
+    (warned,) = load(tmp_path).report['warnings']
+    assert f'{name.split("/")[0]}: its 1 files are not used' in warned
+
+  def test_one_mask_for_all_is_named(self, tmp_path):
+    captures.write_colmap(tmp_path, names=NAMES)
+    save_mask(tmp_path / 'mask.png', pattern(0))
+    assert 'mask.png: is not used' in load(tmp_path).report['warnings'][0]
+
+  def test_a_smaller_copy_of_the_masks_is_no_matter(self, tmp_path):
+    write_masked(tmp_path, 'masks/{stem}.png')
+    save_mask(tmp_path / 'masks_4' / '000.png', pattern(0, (4, 3)))
+    assert load(tmp_path).report['warnings'] == []
+
+  def test_two_masks_of_one_photograph(self, tmp_path):
+    write_masked(tmp_path, 'masks/{stem}.png')
+    save_mask(tmp_path / 'masks' / '002.jpg.png', pattern(2))
+    found = load(tmp_path)
+    assert found.masks[2] == 'masks/002.jpg.png'
+    assert found.report['warnings'] == []  # They are equal.
+    save_mask(tmp_path / 'images' / '002_mask.png', pattern(9))
+    (warned,) = load(tmp_path).report['warnings']
+    assert "1 photographs have several masks, which differ. That of 'images/002.jpg' is" in warned
+    assert "'masks/002.jpg.png', not 'masks/002.png', 'images/002_mask.png'" in warned
+
+
+def test_masks_of_instant_ngp_are_inverted(tmp_path):
+  """Its own say where something moves; one that is all black is the rule there."""
+  write_masked(tmp_path, 'images/dynamic_mask_{stem}.png')
+  save_mask(tmp_path / 'images' / 'dynamic_mask_002.png', np.zeros((12, 16)))
+  found = load(tmp_path)
+  assert "4 masks follow instant-ngp's rule" in found.report['warnings'][0]
+  assert scenes.read_mask(tmp_path, found, 2).all()
+  save_mask(tmp_path / 'images' / 'dynamic_mask_002.png', np.ones((12, 16)))
+  with pytest.raises(masks.images.DataError, match='it is all white'):
+    scenes.read_mask(tmp_path, found, 2)
+
+
+def test_the_noise_of_jpegs_is_black(tmp_path):
+  counts = np.zeros((64, 64), bool)
+  counts[20:40, 12:50] = True
+  save_mask(tmp_path / 'a.jpg', counts)
+  assert (masks.decode(str(tmp_path / 'a.jpg')) == counts).all()
+  grey = np.where(counts, 1, 0).astype(np.uint8)
+  captures.save_image(str(tmp_path / 'a.png'), grey)
+  assert (masks.decode(str(tmp_path / 'a.png')) == counts).all()
+
+
+@pytest.mark.parametrize('denied', ['masks', 'masks/004.png', 'images'])
+def test_what_may_not_be_read_is_not_missing(tmp_path, monkeypatch, denied):
+  """Simulated, since root may read everything."""
+  captures.write_colmap(tmp_path)
+  save_mask(tmp_path / 'masks' / '004.png', pattern(0))
+  captures.deny(monkeypatch, str(tmp_path / denied))
+  with pytest.raises(
+    (masks.images.DataError, PermissionError), match=f'{denied}.* may not be'
+  ) as e:
+    load(tmp_path)
+  assert 'chmod' in str(e.value)
+
+
 @pytest.fixture(scope='module')
 def masked():
   """Three images of their own sizes, two of them masked, one nearly all."""

@@ -108,6 +108,59 @@ def test_masks_are_rotated_with_their_photographs(tmp_path):
     )
 
 
+def write_photos(folder, names=('a.jpg', 'b.jpg', 'c 1.png')):
+  for i, name in enumerate(names):
+    save_turned(folder / name, np.full((20, 30, 3), 80 * i, np.uint8), 1)
+
+
+def half_mask(path):
+  path.parent.mkdir(exist_ok=True)
+  mask = np.zeros((20, 30), np.uint8)
+  mask[:5] = 255
+  Image.fromarray(mask).save(path)
+
+
+@pytest.mark.parametrize(
+  'name', ['masks/a.jpg', 'masks/a_mask.png', 'masks/A.JPG.png', 'photos/a_mask.png']
+)
+def test_masks_of_every_usual_name_are_imported(tmp_path, capsys, name):
+  write_photos(tmp_path / 'photos')
+  half_mask(tmp_path / 'masks' / 'c 1.png')
+  half_mask(tmp_path / name)
+  args = str(tmp_path / 'photos'), str(tmp_path / 'scene'), str(tmp_path / 'masks')
+  photos = photos_lib.import_photos(*args)
+  assert [photo.name for photo in photos] == ['a.jpg', 'b.jpg', 'c_1.png']
+  for photo, rows in zip(photos, (5, 20, 5)):
+    mask = np.asarray(Image.open(tmp_path / 'scene' / 'masks' / f'{photo.name}.png'))
+    assert set(np.unique(mask)) <= {0, 255}
+    assert (mask > 0).sum() == 30 * rows
+  said = capsys.readouterr().err
+  assert '2 of 3 photographs have a mask' in said
+  assert "'b.jpg'" in said
+
+
+def test_masks_of_instant_ngp_are_imported_inverted(tmp_path):
+  write_photos(tmp_path / 'photos')
+  half_mask(tmp_path / 'photos' / 'dynamic_mask_a.png')
+  photos_lib.import_photos(str(tmp_path / 'photos'), str(tmp_path / 'scene'))
+  mask = np.asarray(Image.open(tmp_path / 'scene' / 'masks' / 'a.jpg.png'))
+  assert (mask[:5] == 0).all()
+  assert (mask[5:] == 255).all()
+
+
+def test_masks_without_photographs_are_refused_or_warned_of(tmp_path, capsys):
+  write_photos(tmp_path / 'photos')
+  half_mask(tmp_path / 'masks' / 'x.png')
+  args = str(tmp_path / 'photos'), str(tmp_path / 'scene'), str(tmp_path / 'masks')
+  with pytest.raises(ValueError, match='masks: has 1 masks, but none has the name of a photograph'):
+    photos_lib.import_photos(*args)
+  half_mask(tmp_path / 'masks' / 'a.png')
+  photos_lib.import_photos(*args)
+  assert (
+    "masks: 1 of 2 masks have no photograph and are not used: 'x.png'" in capsys.readouterr().err
+  )
+
+
 def test_photographs_in_the_capture_are_never_changed(tmp_path):
   folder = tmp_path / 'scene' / 'images'
   save_turned(folder / 'a.jpg', np.zeros((8, 12, 3), np.uint8), 1)

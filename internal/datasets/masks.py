@@ -57,8 +57,11 @@ def pair(pictures: Sequence[str], masks: Sequence[str]) -> dict[str, list[str]]:
   for mask in masks:
     folder, base = _split(mask)
     inner = images.stem(base)
-    for text in dict.fromkeys((inner, _AFFIX.sub('', inner))):
-      index['inner', folder, text].append(mask)
+    texts = {'inner': inner, 'stripped': _AFFIX.sub('', inner)}
+    if texts['stripped'] == inner:
+      del texts['stripped']
+    for kind, text in texts.items():
+      index[kind, folder, text].append(mask)
       if text.lower().endswith(images.EXTENSIONS):
         index['bare', folder, images.stem(text)].append(mask)
     index['same', folder, base].append(mask)
@@ -85,7 +88,8 @@ def _keys(picture: str, twins: collections.Counter) -> list[tuple[str, str, str]
   """Returns what to look for in `pair`'s index, best first."""
   folder, base = _split(picture)
   stem = images.stem(base)
-  exact = [('inner', base), ('same', base), ('inner', stem), ('bare', stem)]
+  exact = [('inner', base), ('same', base), ('inner', stem)]
+  exact += [('stripped', base), ('stripped', stem), ('bare', stem)]
   keys = [(kind, folder, text) for kind, text in exact]
   keys += [(f'{kind} folded', folder.casefold(), text.casefold()) for kind, text in exact]
   if folder and twins[stem.casefold()] == 1:

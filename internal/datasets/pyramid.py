@@ -268,7 +268,7 @@ def make(
     digests = images.in_threads(shrink, list(made.items()), label)
     known = {'own': True, 'files': made, 'digests': dict(zip(names, digests))}
     _write_manifest(temporary, known)
-    _move(temporary, target)
+    _move(temporary, target, known)
   except images.DataNotFoundError:
     raise
   except OSError as e:
@@ -281,9 +281,10 @@ def make(
     shutil.rmtree(f'{temporary}.old', ignore_errors=True)
 
 
-def _move(temporary: str, target: str) -> None:
-  """Renames a finished folder to `target`, where another one made here may be."""
-  if _read_manifest(target)['own']:
+def _move(temporary: str, target: str, known: Mapping[str, Any]) -> None:
+  """Renames a finished folder to `target`; replaces one that was made here from other pictures."""
+  existing = _read_manifest(target)
+  if existing['own'] and existing != known:
     with contextlib.suppress(FileNotFoundError):  # Another process was faster.
       os.rename(target, f'{temporary}.old')
   try:
