@@ -20,8 +20,9 @@ _FLAT = 2.0  # Standard deviation, of 255 levels, below which a thumbnail has no
 _COLOUR = 64.0  # Levels; a difference in colour of that much counts as 1.
 _FLOOR = 0.002  # A misfit below this is none.
 _BETTER = 4.0  # What fits this much better than the own picture is the one that is shown.
-_OTHER = 0.1  # Misfit of smooth pictures from which on they show something else.
-_NOISE = 1.4  # As much more is allowed in noise, whose pixels depend on the filter.
+_OTHER = 0.15  # A photograph that fits worse shows something else.
+_NOISE = 1.5  # In noise, whose pixels depend on the filter, this is too little to tell.
+_SMOOTH = 0.2, 0.5  # Smoothness of noise and of photographs.
 _TURNS = {
   'turned by 180 degrees': lambda a: a[:, ::-1, ::-1],
   'mirrored': lambda a: a[:, :, ::-1],
@@ -120,7 +121,7 @@ def find_problems(full: np.ndarray, small: np.ndarray, square: np.ndarray) -> di
   best = others.argmin(0)
   # The exposure may have been changed, so that the colour of pictures with structure is no proof.
   shape = np.where(flat, own, np.diagonal(structure))
-  limit = _OTHER + np.where(flat, 0, _NOISE * (1 - _smoothness(small)))
+  limit = np.where(flat, _OTHER, np.interp(_smoothness(small), _SMOOTH, (_NOISE, _OTHER)))
   foreign = shape > limit
   textured = np.ix_(~flat, ~flat)
   if (~flat).sum() > 2 and shape[~flat].mean() > max(0.2, 0.85 * structure[textured].mean()):
