@@ -165,7 +165,7 @@ def test_the_order_of_other_names_must_be_that_of_the_pictures(tmp_path):
 
 def test_of_many_pictures_some_are_compared(monkeypatch):
   monkeypatch.setattr(comparison, '_MOST', 4)
-  monkeypatch.setattr(os.path, 'isfile', lambda path: True)
+  monkeypatch.setattr(comparison.files, 'is_file', lambda path: True)
   read = []
 
   def thumbnails(full, small, label):

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ..system import files
 from . import images
 
 _GRID = 32  # Largest side of a thumbnail, in pixels.
@@ -55,7 +56,7 @@ def check(
   Raises:
     DataError: some do not, or a picture cannot be read.
   """
-  order = [name for name in sorted(pairs) if os.path.isfile(os.path.join(full_dir, name))]
+  order = [name for name in sorted(pairs) if files.is_file(os.path.join(full_dir, name))]
   row = {name: i for i, name in enumerate(order)}
   chosen = [row[name] for name in names][:: -(-len(names) // _MOST)]
   near = sorted({i + k for i in chosen for k in (-1, 0, 1) if 0 <= i + k < len(order)})
