@@ -18,7 +18,7 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -139,7 +139,7 @@ def find(
   paths = {mask: os.path.join(data_dir, mask) for mask in pool}
   found, used = match(data_dir, pictures, paths, named, unregistered)
   for folder, masks in folders.items():
-    check_paired(folder, masks, used, pictures[0])
+    check_paired(folder, masks, used, pictures[0], required=not all(named))
   _warn_of_unused(data_dir, [mask for mask in found if mask], {*pictures, *pool})
   return found
 
@@ -181,12 +181,17 @@ def list_masks(folder: str) -> list[str]:
   return images.list_images(folder, images.EXTENSIONS + _FOREIGN)
 
 
-def check_paired(where: str, masks: Sequence[str], used, picture: str) -> None:
-  """Warns if some masks are not `used`; raises a DataError if none is. `picture` is an example."""
+def check_paired(
+  where: str, masks: Sequence[str], used: Container[str], picture: str, required: bool = True
+) -> None:
+  """Warns if some masks are not `used`; raises a DataError if none is, but must be.
+
+  `picture` is an example of a photograph.
+  """
   unused = [mask for mask in masks if mask not in used]
   if not unused:
     return
-  if len(unused) == len(masks):
+  if required and len(unused) == len(masks):
     raise images.DataError(
       f'{where}: has {len(masks)} masks, but none has the name of a photograph: '
       f'{warnings.some(unused)}. {_expected(picture)} Rename them, or move the folder elsewhere to '
