@@ -135,6 +135,7 @@ def test_masks_of_every_usual_name_are_imported(tmp_path, capsys, name):
     assert set(np.unique(mask)) <= {0, 255}
     assert (mask > 0).sum() == 30 * rows
   said = capsys.readouterr().err
+  assert ("used as masks, not as photographs: 'a_mask.png'" in said) == name.startswith('photos')
   assert '2 of 3 photographs have a mask' in said
   assert "'b.jpg'" in said
 

@@ -85,24 +85,33 @@ def locate(
       f'{data_dir}: Config.factor = {factor} needs pictures in a folder of their own, such as '
       'images/. Move them there or set Config.factor = 0.'
     )
-  small = folder_name(folder, factor)
-  known = _read_manifest(os.path.join(data_dir, small))
-  digests = _digest_all(data_dir, folder, names)
-  stale = not images.list_images(os.path.join(data_dir, small))
-  if not stale and known['own']:
-    stale = _is_stale(data_dir, folder, small, names, known, digests)
-  if stale and read_only:
+  pairs = _find_small(data_dir, folder, names, factor, background, read_only)
+  if pairs is None:
     return _foresee(data_dir, folder, names, factor)
+  files = [images.join(folder_name(folder, factor), pairs[name]) for name in names]
+  return Pictures(tuple(files), _read_headers(data_dir, files))
+
+
+def _find_small(data_dir, folder, names, factor, background, read_only) -> dict[str, str] | None:
+  """Returns the small picture of each name, after making or checking them; None if read_only."""
+  small = folder_name(folder, factor)
+  root = os.path.join(data_dir, small)
+  existing = bool(images.list_images(root))
+  known = _read_manifest(root)
+  digests = _digest_all(data_dir, folder, names) if existing else {}
+  stale = not existing or (known['own'] and _is_stale(root, folder, names, known, digests))
+  if stale and read_only:
+    return None
   if stale:
     make(data_dir, folder, factor, background, names)
-    known = _read_manifest(os.path.join(data_dir, small))
-  pairs = {name: known['files'].get(name) for name in names} if known['own'] else {}
-  if not all(pairs.values()) or not pairs:
+    known = _read_manifest(root)
+  if known['own'] and known['files'].keys() >= set(names):
+    pairs = {name: known['files'][name] for name in names}
+  else:
     pairs = pair(data_dir, folder, small, names)
   if not stale:
     _verify(data_dir, folder, small, pairs, known, digests, read_only)
-  located = [images.join(small, pairs[name]) for name in names]
-  return Pictures(tuple(located), _read_headers(data_dir, located))
+  return pairs
 
 
 def _read_manifest(folder: str) -> dict[str, Any]:
@@ -151,24 +160,23 @@ def _digest_all(data_dir: str, folder: str, names: Sequence[str]) -> dict[str, s
   return {n: d for n, d in zip(names, images.in_threads(_digest, paths)) if d}
 
 
-def _is_stale(data_dir, folder, small, names, known, digests) -> bool:
-  """Returns whether pictures have changed or been added since the folder `small` was made here.
+def _is_stale(root: str, folder: str, names, known, digests) -> bool:
+  """Returns whether pictures have changed or been added since the folder `root` was made here.
 
   Raises:
     DataError: they have, but the folder cannot be made again.
   """
-  path = os.path.join(data_dir, small)
 
   def is_current(name: str) -> bool:
-    made = os.path.join(path, known['files'].get(name, ''))
+    made = os.path.join(root, known['files'].get(name, ''))
     return digests[name] == known['digests'].get(name, [None])[0] and files.is_file(made)
 
   changed = [name for name in digests if not is_current(name)]
   if not changed:
     return False
-  what = f'{path}: is out of date for {len(changed)} of {len(names)} pictures of {folder}/'
-  if len(digests) < len(names) or os.path.islink(path):
-    raise images.DataError(f'{what}: {warnings.some(changed)}. Remove {small}/.')
+  what = f'{root}: is out of date for {len(changed)} of {len(names)} pictures of {folder}/'
+  if len(digests) < len(names) or os.path.islink(root):
+    raise images.DataError(f'{what}: {warnings.some(changed)}. Remove the folder.')
   warnings.warn(f'{what}: {warnings.some(changed)}. It is made again, unless this is a dry run.')
   return True
 

@@ -181,6 +181,10 @@ def _find_masks(folder: str, names: Sequence[str], masks_dir: str | None) -> dic
   with warnings.collect() as collected:
     found, used = masks.match(folder, [_without_spaces(name) for name in names], pool)
     masks.check_paired(masks_dir or '', [_without_spaces(name) for name in own], used, names[0])
+    if beside:
+      warnings.warn(
+        f'{folder}: used as masks, not as photographs: {warnings.some(sorted(beside))}.'
+      )
   for line in collected:
     print(f'Warning: {line}', file=sys.stderr)
   return {name: pool[mask] for name, mask in zip(names, found) if mask}
