@@ -140,6 +140,17 @@ def test_masks_of_every_usual_name_are_imported(tmp_path, capsys, name):
   assert "'b.jpg'" in said
 
 
+def test_masks_that_come_after_their_photographs_are_refused(tmp_path):
+  write_photos(tmp_path / 'photos')
+  args = str(tmp_path / 'photos'), str(tmp_path / 'scene')
+  photos = photos_lib.import_photos(*args)
+  half_mask(tmp_path / 'scene' / 'masks' / 'a.png')  # It is found in training.
+  assert photos_lib.import_photos(*args, str(tmp_path / 'scene' / 'masks'), photos) == photos
+  half_mask(tmp_path / 'photos' / 'b_mask.png')
+  with pytest.raises(pipeline.PosesError, match=r"scene: was started before .* masks of 'b\.jpg'"):
+    photos_lib.import_photos(*args, known=photos)
+
+
 def test_masks_of_instant_ngp_are_imported_inverted(tmp_path):
   write_photos(tmp_path / 'photos')
   half_mask(tmp_path / 'photos' / 'dynamic_mask_a.png')

@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -159,6 +159,7 @@ def import_photos(
       )
   missing = [name for name in names if name not in done]
   found = _find_masks(folder, names, masks_dir)
+  _refuse_late_masks({photo.name: found.get(name) for name, photo in done.items()}, scene_dir)
   added = images.in_threads(
     lambda name: _import_photo(folder, name, scene_dir, found.get(name), bool(found)),
     missing,
@@ -188,6 +189,23 @@ def _find_masks(folder: str, names: Sequence[str], masks_dir: str | None) -> dic
   for line in collected:
     print(f'Warning: {line}', file=sys.stderr)
   return {name: pool[mask] for name, mask in zip(names, found) if mask}
+
+
+def _refuse_late_masks(found: Mapping[str, str | None], scene_dir: str) -> None:
+  """Raises a PosesError if photographs that an earlier run imported have got masks since."""
+  folder = os.path.join(scene_dir, masks.FOLDER)
+  outside = [
+    name
+    for name, mask in found.items()
+    if mask
+    and os.path.commonpath(map(os.path.realpath, (mask, scene_dir))) != os.path.realpath(scene_dir)
+  ]
+  late = [name for name in outside if not files.is_file(os.path.join(folder, f'{name}.png'))]
+  if late:
+    raise PosesError(
+      f'{scene_dir}: was started before there were masks of {warnings.some(late)}. Choose another '
+      'folder for the capture, or move the masks elsewhere.'
+    )
 
 
 def _import_photo(folder: str, name: str, scene_dir: str, mask: str | None, masked: bool) -> Photo:
