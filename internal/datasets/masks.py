@@ -42,8 +42,8 @@ _COMPARED = 16  # Photographs with several masks, of which these are compared.
 def photographs(names: Sequence[str], posed: Iterable[str] = ()) -> list[str]:
   """Returns the pictures of a folder that are not masks of others; `posed` ones never are."""
   posed = set(posed)
-  marked = [name for name in names if name not in posed and _is_marked(name)]
-  found = pair([name for name in names if name not in marked], marked) if marked else {}
+  marked = {name: None for name in names if name not in posed and _is_marked(name)}
+  found = pair([name for name in names if name not in marked], list(marked)) if marked else {}
   beside = {mask for several in found.values() for mask in several}
   return [name for name in names if name not in beside]
 
@@ -53,25 +53,11 @@ def pair(pictures: Sequence[str], masks: Sequence[str]) -> dict[str, list[str]]:
 
   Names are paths with '/'. A mask belongs to the pictures that its name fits best.
   """
-  index = collections.defaultdict(list)
-  for mask in masks:
-    folder, base = _split(mask)
-    inner = images.stem(base)
-    texts = {'inner': inner, 'stripped': _AFFIX.sub('', inner)}
-    if texts['stripped'] == inner:
-      del texts['stripped']
-    for kind, text in texts.items():
-      index[kind, folder, text].append(mask)
-      if text.lower().endswith(images.EXTENSIONS):
-        index['bare', folder, images.stem(text)].append(mask)
-    index['same', folder, base].append(mask)
-  for (kind, folder, text), several in list(index.items()):
-    folded = (f'{kind} folded', folder.casefold(), text.casefold())
-    index[folded] = index[folded] + several
-  found, best = {}, {}
+  index = _index(masks)
   twins = collections.Counter(images.stem(_split(name)[1]).casefold() for name in pictures)
+  found, best = {}, {}
   for picture in pictures:
-    levels = found[picture] = {}
+    levels = found[picture] = {}  # By mask; 0 is the best fit.
     for level, key in enumerate(_keys(picture, twins)):
       for mask in index.get(key, ()):
         levels.setdefault(mask, level)
@@ -82,6 +68,25 @@ def pair(pictures: Sequence[str], masks: Sequence[str]) -> dict[str, list[str]]:
     for picture, levels in found.items()
   }
   return {picture: several for picture, several in kept.items() if several}
+
+
+def _index(masks: Sequence[str]) -> dict[tuple[str, str, str], list[str]]:
+  """Returns masks by (part of the name, folder, text): the parts that can name a picture."""
+  index = collections.defaultdict(list)
+  for mask in masks:
+    folder, base = _split(mask)
+    inner = images.stem(base)
+    stripped = _AFFIX.sub('', inner)
+    texts = {('same', base), ('inner', inner)} | ({('stripped', stripped)} - {('stripped', inner)})
+    texts |= {('bare', images.stem(t)) for t in (inner, stripped) if _has_ending(t)}
+    for kind, text in texts:
+      index[kind, folder, text].append(mask)
+      index[f'{kind} folded', folder.casefold(), text.casefold()].append(mask)
+  return index
+
+
+def _has_ending(name: str) -> bool:
+  return name.lower().endswith(images.EXTENSIONS)
 
 
 def _keys(picture: str, twins: collections.Counter) -> list[tuple[str, str, str]]:
@@ -227,7 +232,7 @@ def _beside(data_dir: str, pictures: Sequence[str]) -> list[str]:
   for folder in sorted({picture.partition('/')[0] for picture in pictures if '/' in picture}):
     found += [f'{folder}/{name}' for name in images.list_images(os.path.join(data_dir, folder))]
   if any('/' not in picture for picture in pictures):
-    found += [n for n in sorted(os.listdir(data_dir)) if n.lower().endswith(images.EXTENSIONS)]
+    found += [n for n in sorted(os.listdir(data_dir)) if _has_ending(n)]
   posed = set(pictures)
   return [name for name in found if name not in posed and _is_marked(name)]
 
@@ -244,7 +249,7 @@ def _warn_of_unused(data_dir: str, used: Sequence[str], known: set[str]) -> None
         f'{os.path.join(data_dir, name)}: its {count} files are not used. If they are the masks, '
         f'rename the folder to {FOLDER}/.'
       )
-    elif _is_marked(f'_{images.stem(name)}') and name.lower().endswith(images.EXTENSIONS):
+    elif _is_marked(f'_{images.stem(name)}') and _has_ending(name):
       warnings.warn(
         f'{os.path.join(data_dir, name)}: is not used. If it is the mask of all photographs, name '
         f"it in the 'mask_path' of a transforms.json, or copy it to {FOLDER}/ for each photograph."
@@ -265,8 +270,7 @@ def _warn_of_several(where: str, pairs: Mapping[str, list[str]], paths: Mapping[
     first, *others = several[different[0]]
     warnings.warn(
       f'{where}: {len(several)} photographs have several masks, which differ. That of '
-      f'{different[0]!r} is {first!r}, not {warnings.some(others)}. Remove the '
-      'wrong ones.'
+      f'{different[0]!r} is {first!r}, not {warnings.some(others)}. Remove the wrong ones.'
     )
 
 
