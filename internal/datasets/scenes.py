@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import cameras as cameras_lib
-from .. import structs
+from .. import paths, structs
 from ..system import files
 from . import images, masks
 
@@ -28,6 +28,23 @@ _ARRAYS = {
   'lens': np.int32,
   'size': np.int32,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Applied:
+  """How nerfstudio's importer moved a capture: poses in the file are scale * transform * original.
+
+  nerfstudio removes both from the world of its camera paths, so reading those paths needs them.
+  """
+
+  transform: np.ndarray  # [4, 4] float64, a similarity; in practice a rotation.
+  scale: float = 1.0
+
+  def __post_init__(self):
+    with np.errstate(all='ignore'):
+      unscaled = self.transform[None, :3] / np.cbrt(np.linalg.det(self.transform[:3, :3]))
+    if not (np.isfinite(unscaled).all() and paths.are_rigid(unscaled) and 0 < self.scale < np.inf):
+      raise ValueError('applied must be a similarity and a positive scale')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +63,7 @@ class Scene:
   report: dict[str, Any]  # What a preflight prints.
   masks: tuple[str | None, ...] = ()  # [n] relative to data_dir, or None; () if there are none.
   weights: tuple[float, ...] = ()  # [n] weights in the data loss; () if all are 1.
+  applied: Applied | None = None  # Already in the capture's world.
 
   def stem(self, i: int) -> str:
     """Returns image i's name for file names: no extension, '/' replaced by '_'."""
@@ -58,6 +76,10 @@ def save_scene(path: str, scene: Scene) -> None:
   fields = {field.name: getattr(scene, field.name) for field in dataclasses.fields(scene)}
   fields['version'] = _VERSION
   fields['world_transform'] = np.asarray(scene.world_transform, np.float64).tolist()
+  if scene.applied:
+    fields['applied'] = {
+      'transform': scene.applied.transform.tolist(), 'scale': scene.applied.scale
+    }  # fmt: skip
   fields['cameras'] = {
     # JSON writes all digits of a float64, so float32 values are exact.
     **{name: np.asarray(getattr(cameras, name), dtype).tolist() for name, dtype in _ARRAYS.items()},
@@ -101,6 +123,9 @@ def _checked_scene(fields: dict[str, Any]) -> Scene:
     fields[name] = tuple(fields.get(name, ()))  # Old files have no masks or weights.
   fields['bounds'] = fields['bounds'] and tuple(map(float, fields['bounds']))
   fields['world_transform'] = _numbers(fields['world_transform'], (4, 4), np.float64)
+  if fields.get('applied') is not None:  # Old files have none.
+    transform = _numbers(fields['applied']['transform'], (4, 4), np.float64)
+    fields['applied'] = Applied(transform, float(fields['applied']['scale']))
   scene = Scene(cameras=_checked_cameras(fields.pop('cameras'), len(fields['names'])), **fields)
   rows = {*scene.train, *scene.test}
   if not all(isinstance(row, int) and 0 <= row < len(scene.names) for row in rows):

@@ -1,38 +1,43 @@
 """transforms.json of instant-ngp and nerfstudio, for photographs.
 
-Poses are camera to world with OpenGL axes. A frame's intrinsics override those of
-the file. The world is normalised by PCA, as for a COLMAP-posed folder. Alpha is composited on
-white.
+Poses are camera to world with OpenGL axes; for the cameras see `transforms_cameras`. The world is
+normalised by PCA, as for a COLMAP-posed folder. Alpha is composited on white. What a file has and
+this program does not use is named in a warning.
 """
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import json
-import math
 import os
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from .. import colmap, configs, structs
-from ..system import files
+from .. import configs
+from ..system import files, warnings
 from . import frames as frames_lib
-from . import images, scenes
+from . import images, scenes, transforms_cameras
 
-_LENSES = {
-  'PINHOLE': structs.PERSPECTIVE,
-  'SIMPLE_PINHOLE': structs.PERSPECTIVE,
-  'SIMPLE_RADIAL': structs.PERSPECTIVE,
-  'RADIAL': structs.PERSPECTIVE,
-  'OPENCV': structs.PERSPECTIVE,
-  'OPENCV_FISHEYE': structs.FISHEYE,
-  'SIMPLE_RADIAL_FISHEYE': structs.FISHEYE,
-  'RADIAL_FISHEYE': structs.FISHEYE,
-}
 _SPLITS = ('train_filenames', 'val_filenames', 'test_filenames')
+_USED = {
+  *transforms_cameras.KEYS, *_SPLITS, 'frames', 'file_path', 'transform_matrix', 'mask_path',
+  'applied_transform', 'applied_scale', 'ply_file_path', 'lossmult',
+}  # fmt: skip
+# Keys that describe the files and change nothing in any program.
+_METADATA = {
+  'author', 'cam_id', 'camera', 'camera_id', 'camera_label', 'capture_time', 'colmap_im_id',
+  'comment', 'comments', 'created', 'created_at', 'creator', 'dataset', 'date', 'datetime',
+  'description', 'device', 'device_name', 'fps', 'frame', 'frame_id', 'frame_idx',
+  'frame_number', 'frame_rate', 'generator', 'id', 'idx', 'image_id', 'image_idx', 'image_index',
+  'img_id', 'index', 'info', 'label', 'license', 'motion_blur_score', 'name', 'num_frames',
+  'rotation', 'scene', 'scene_id', 'scene_name', 'sharpness', 'software', 'source', 'time_stamp',
+  'timestamp', 'title', 'url', 'uuid', 'version',
+}  # fmt: skip
 
 
 def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
@@ -54,7 +59,7 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
     split = _listed_split(path, table, frames)
   else:
     split = frames_lib.split_every(len(frames), config.llffhold)
-  return frames_lib.assemble(
+  scene = frames_lib.assemble(
     'transforms',
     data_dir,
     frames,
@@ -65,6 +70,7 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
     unregistered=frames_lib.unposed(data_dir, frames),
     read_only=read_only,
   )
+  return dataclasses.replace(scene, applied=_read_applied(path, table))
 
 
 def read_table(path: str) -> dict[str, Any]:
@@ -104,7 +110,7 @@ def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_
   Raises:
     DataError, DataNotFoundError: a value or a picture is missing or invalid.
   """
-  result = []
+  result, notes = [], {}
   for number, own in enumerate(table['frames'], 1):
     where = f'{path}: frame {number}'
     if not isinstance(own.get('file_path'), str):
@@ -113,34 +119,85 @@ def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_
     with frames_lib.prefix_errors(where):
       file = find_file(data_dir, name)
     where = f'{where} ({name})'
-    values = {**table, **own}
-    size = _read_size(where, values, data_dir, file)
-    model = _camera_model(where, values)
+    values = transforms_cameras.choose(own, table)
+    size = transforms_cameras.read_size(where, values, os.path.join(data_dir, file))
+    model = transforms_cameras.read_model(where, values)
     folder, _, rest = file.partition('/')
     frame = frames_lib.Frame(
       name=name,
       folder=folder if rest else '',
       file=rest or folder,
-      intrinsics=_intrinsics(where, values, size, _LENSES[model]),
+      intrinsics=transforms_cameras.read_intrinsics(
+        where, values, size, model, other_keys=[*own, *table]
+      ),
       size=size,
       pose=_read_pose(where, own),
       model=model,
-      mask=_read_mask(where, own, data_dir),
+      mask=_read_mask(where, {**table, **own}, data_dir),
     )
     result.append(frame)
+    for what, example in transforms_cameras.contradictions(own, table, size, model):
+      notes.setdefault(what, []).append(f'{name}: {example}')
+  _warn_of_unused_keys(path, table)
+  for what, found in notes.items():
+    warnings.warn(f'{path}: {what} ({len(found)} of {len(result)} frames, e.g. {found[0]}).')
   return result
 
 
-def _read_mask(where: str, own: dict[str, Any], data_dir: str) -> str | None:
-  """Returns the frame's mask_path, relative to data_dir."""
-  if own.get('mask_path') is None:
+def _warn_of_unused_keys(path: str, table: Mapping[str, Any]) -> None:
+  """Warns of keys with a value that are neither used nor metadata."""
+
+  def unused(source: Mapping[str, Any]) -> list[str]:
+    ignored = _USED | _METADATA
+    return [key for key in source if key not in ignored and key[:1] != '_' and _is_on(source[key])]
+
+  counts = collections.Counter(key for own in table['frames'] for key in unused(own))
+  keys = [reprlib.repr(key) for key in unused(table)]
+  keys += [f'{reprlib.repr(key)} of {count} frames' for key, count in counts.items()]
+  if keys:
+    more = f' and {len(keys) - 20} more' if len(keys) > 20 else ''
+    warnings.warn(
+      f'{path}: these keys are not used: {", ".join(keys[:20])}{more}. If one matters (a crop, '
+      'depth, a rolling shutter), apply it to the pictures, or mask what it excludes.'
+    )
+
+
+def _is_on(value: Any) -> bool:
+  """Whether a value is anything but null, false, zero, empty, or a list of these."""
+  return any(value) if isinstance(value, list) else bool(value)
+
+
+def _read_mask(where: str, values: Mapping[str, Any], data_dir: str) -> str | None:
+  """Returns the mask_path of the frame, or else of the file, relative to data_dir."""
+  if values.get('mask_path') is None:
     return None
-  if not isinstance(own['mask_path'], str):
+  if not isinstance(values['mask_path'], str):
     raise images.DataError(f'{where}: mask_path must be a name. Export it again.')
-  name = normal_name(own['mask_path'])
+  name = normal_name(values['mask_path'])
   with frames_lib.prefix_errors(where):
-    images.inside(data_dir, name)
+    path = images.inside(data_dir, name)
+  if not os.path.exists(path):
+    raise images.DataNotFoundError(
+      f'{where}: there is no mask {path!r}. Correct or remove its mask_path.'
+    )
   return name
+
+
+def _read_applied(path: str, table: Mapping[str, Any]) -> scenes.Applied | None:
+  """Returns applied_transform and applied_scale; None if there is neither."""
+  if table.get('applied_transform') is None and table.get('applied_scale') is None:
+    return None
+  try:
+    transform, scale = np.eye(4), float(table.get('applied_scale') or 1)
+    if table.get('applied_transform') is not None:
+      transform[:3] = np.array(table['applied_transform'], np.float64)[:3]
+    return scenes.Applied(transform, scale)
+  except (ValueError, TypeError, IndexError, OverflowError):
+    warnings.warn(
+      f'{path}: applied_transform must be a 3x4 rotation and translation, and applied_scale '
+      'positive; both are ignored. Correct them, or camera paths of nerfstudio may be misplaced.'
+    )
+    return None
 
 
 def normal_name(file_path: str) -> str:
@@ -164,70 +221,6 @@ def find_file(data_dir: str, name: str) -> str:
     found += next((ending for ending in endings if files.is_file(path + ending)), '.png')
   images.inside(data_dir, found)
   return found
-
-
-def _number(where: str, values: dict[str, Any], key: str) -> float | None:
-  value = values.get(key)
-  if value is None:
-    return None
-  number = isinstance(value, int | float) and not isinstance(value, bool)
-  if not (number and abs(value) < frames_lib.LARGEST):
-    raise images.DataError(
-      f'{where}: {key} must be a number, got {reprlib.repr(value)}. Export it again.'
-    )
-  return float(value)
-
-
-def _read_size(where: str, values: dict[str, Any], data_dir: str, file: str) -> tuple[int, int]:
-  """Returns the width and height from the file, or from the full-size picture."""
-  width, height = _number(where, values, 'w'), _number(where, values, 'h')
-  if width is None or height is None:
-    header = images.read_header(os.path.join(data_dir, file))
-    return header.width, header.height
-  fits = all(1 <= side <= colmap.MAX_SIDE and side % 1 == 0 for side in (width, height))
-  if not fits:
-    raise images.DataError(f'{where}: w and h must be whole pixels, got {width:g} and {height:g}.')
-  return int(width), int(height)
-
-
-def _camera_model(where: str, values: dict[str, Any]) -> str:
-  model = values.get('camera_model') or ('OPENCV_FISHEYE' if values.get('is_fisheye') else 'OPENCV')
-  if not isinstance(model, str) or model not in _LENSES:
-    raise images.DataError(
-      f'{where}: unknown camera model {reprlib.repr(model)}. Undistort the pictures, or use one of '
-      f'{", ".join(_LENSES)}.'
-    )
-  return model
-
-
-def _intrinsics(
-  where: str, values: dict[str, Any], size: tuple[int, int], lens: int
-) -> colmap.Intrinsics:
-  """Returns intrinsics. Fields of view can replace focal lengths; the centre is the default."""
-
-  def focal(key: str, angle_key: str, side: int) -> float | None:
-    pixels, angle = _number(where, values, key), _number(where, values, angle_key)
-    if pixels is None and angle is not None and 1e-6 < angle < math.pi:
-      return 0.5 * side / math.tan(0.5 * angle)
-    return pixels
-
-  fx = focal('fl_x', 'camera_angle_x', size[0])
-  fy = focal('fl_y', 'camera_angle_y', size[1])
-  fx, fy = fx if fx is not None else fy, fy if fy is not None else fx
-  if fx is None or min(fx, fy) <= 0:
-    raise images.DataError(
-      f"{where}: has no focal length. Add a positive 'fl_x' or a 'camera_angle_x' below pi."
-    )
-  cx, cy = _number(where, values, 'cx'), _number(where, values, 'cy')
-  keys = ('k1', 'k2', 'k3', 'k4', 'p1', 'p2')
-  return colmap.Intrinsics(
-    fx,
-    fy,
-    size[0] / 2 if cx is None else cx,
-    size[1] / 2 if cy is None else cy,
-    tuple(_number(where, values, key) or 0.0 for key in keys),
-    lens,
-  )
 
 
 def _read_pose(where: str, own: dict[str, Any]) -> np.ndarray:
@@ -261,6 +254,14 @@ def _listed_split(
         f'three lists {", ".join(_SPLITS)}.'
       )
     rows[key] = sorted({row[name] for name in names})
-  test = rows['test_filenames'] or rows['val_filenames']
+  test_key = 'test_filenames' if rows['test_filenames'] else 'val_filenames'
+  test = rows[test_key]
   train = rows['train_filenames'] or [i for i in range(len(frames)) if i not in set(test)]
+  both = [frames[i].name for i in sorted(set(train) & set(test))]
+  if both:
+    warnings.warn(
+      f'{path}: {len(both)} of {len(test)} test pictures ({test_key}) are trained on too, as '
+      f'train_filenames lists them: {warnings.some(both)}. Their metrics do not measure new views; '
+      'remove them from train_filenames.'
+    )
   return tuple(train), tuple(test)

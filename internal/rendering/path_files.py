@@ -4,7 +4,10 @@ nerfstudio's viewers save camera paths as JSON: `camera_path`, a list of frames,
 `camera_to_world` (a 4x4 matrix in row-major order, OpenGL axes) and `fov` (vertical, in degrees);
 `render_width` and `render_height`; `camera_type` (perspective, fisheye or equirectangular); `fps`.
 Their poses are in the world that nerfstudio trains in. Its `dataparser_transforms.json`, written
-beside its config.yml, maps the capture's world to it by `transform` [3, 4] and then `scale`.
+beside its config.yml, maps the capture's original world to it by `transform` [3, 4] and then
+`scale`. Where a transforms.json has `applied_transform` A and `applied_scale` a, the original world
+is that before nerfstudio's importer applied them: nerfstudio trains in scale / a (transform A^-1 x)
+of the world x of the transforms.json.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from .. import colmap, paths, structs
+from ..datasets import scenes
 from ..errors import UserError
 from ..system import files
 
@@ -39,27 +43,31 @@ class PathFileError(UserError):
 class PathFile:
   """The content of a camera path's file, n frames; the config decides on what is None."""
 
-  poses: np.ndarray  # [n, 3, 4] in the file's world.
+  poses: np.ndarray  # [n, 3, 4] in the capture's world, unless the file says otherwise.
   fov: np.ndarray | None = None  # [n] Vertical, radians.
   size: tuple[int, int] | None = None  # Width and height in pixels.
   lens: int | None = None  # A lens code of `structs`.
   fps: float | None = None
 
 
-def read(path: str) -> PathFile:
+def read(path: str, applied: scenes.Applied | None = None) -> PathFile:
   """Reads a camera path from a folder (COLMAP model), a .json (nerfstudio) or a .npy file.
 
   A COLMAP model gives only poses, in the order of its images' names.
+
+  Args:
+    path: the folder or file.
+    applied: how the capture's world came from that of its COLMAP model; None if they are equal.
 
   Raises:
     PathFileError: the file is missing, or is not a valid camera path.
   """
   if files.is_folder(path):
-    result = PathFile(_read_colmap(path))
+    result = PathFile(_read_colmap(path, applied))
   elif not files.is_file(path):
     raise PathFileError(f'Config.render_path_file: no such file: {path!r}.')
   elif path.lower().endswith('.json'):
-    result = _read_nerfstudio(path)
+    result = _read_nerfstudio(path, applied)
   else:
     result = PathFile(_read_npy(path))
   rigid = paths.are_rigid(result.poses) & (np.abs(result.poses[:, :, 3]) < _LARGEST).all(-1)
@@ -85,14 +93,17 @@ def _read_npy(path: str) -> np.ndarray:
   return poses[:, :3]
 
 
-def _read_colmap(folder: str) -> np.ndarray:
+def _read_colmap(folder: str, applied: scenes.Applied | None) -> np.ndarray:
   try:
     images = colmap.read_model(folder).images.values()
   except (colmap.ModelError, colmap.ModelNotFoundError) as e:
     raise PathFileError(f'Config.render_path_file: {e}') from None
   if not images:
     raise PathFileError(f'{folder}: the sparse model has no images, so there are no poses.')
-  return np.stack([colmap.camera_to_world(i) for i in sorted(images, key=lambda i: i.name)])
+  poses = np.stack([colmap.camera_to_world(i) for i in sorted(images, key=lambda i: i.name)])
+  if applied:
+    poses = paths.transform_poses(_scaling(applied.scale) @ applied.transform, poses)
+  return poses
 
 
 def _read_json(path: str) -> dict[str, Any]:
@@ -118,7 +129,7 @@ def _numbers(where: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
   raise PathFileError(f'{where} must be {wanted}, got {reprlib.repr(value)}.')
 
 
-def _read_nerfstudio(path: str) -> PathFile:
+def _read_nerfstudio(path: str, applied: scenes.Applied | None) -> PathFile:
   table = _read_json(path)
   frames = table.get('camera_path')
   if not isinstance(frames, list) or not frames or not all(isinstance(f, dict) for f in frames):
@@ -146,7 +157,7 @@ def _read_nerfstudio(path: str) -> PathFile:
     ]
   )
   return PathFile(
-    poses=_undo_dataparser(path, poses),
+    poses=_undo_dataparser(path, poses, applied),
     fov=None if _LENSES[kind] == structs.PANORAMA else _read_fov(path, frames),
     size=(int(size[0]), int(size[1])),
     lens=_LENSES[kind],
@@ -176,7 +187,11 @@ def _read_fps(path: str, table: dict[str, Any]) -> float | None:
   return fps
 
 
-def _undo_dataparser(path: str, poses: np.ndarray) -> np.ndarray:
+def _scaling(factor: float) -> np.ndarray:
+  return np.diag([factor, factor, factor, 1])
+
+
+def _undo_dataparser(path: str, poses: np.ndarray, applied: scenes.Applied | None) -> np.ndarray:
   """Converts poses to the capture's world if nerfstudio's transform lies beside the path's file."""
   beside = os.path.join(os.path.dirname(path), _TRANSFORMS)
   if not files.is_file(beside):
@@ -185,7 +200,8 @@ def _undo_dataparser(path: str, poses: np.ndarray) -> np.ndarray:
   transform = np.eye(4)
   transform[:3] = _numbers(f'{beside}: transform', table.get('transform'), (3, 4))
   scale = float(_numbers(f'{beside}: scale', table.get('scale'), ()))
+  if applied:
+    transform, scale = transform @ np.linalg.inv(applied.transform), scale / applied.scale
   if not (scale > 0 and paths.are_rigid(transform[None, :3])[0]):
     raise PathFileError(f'{beside}: transform must be a rotation and scale positive.')
-  similarity = np.diag([scale, scale, scale, 1]) @ transform
-  return paths.transform_poses(np.linalg.inv(similarity), poses)
+  return paths.transform_poses(np.linalg.inv(_scaling(scale) @ transform), poses)

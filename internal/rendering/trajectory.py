@@ -10,10 +10,14 @@ import numpy as np
 from .. import cameras, configs, paths, plugins, structs
 from ..datasets import scenes
 from ..errors import UserError
-from ..system import files
+from ..system import files, warnings
 from . import orbits, path_files
 
 _FULL_CIRCLE = np.pi  # Default field of view of a fisheye across the shorter side, radians.
+# A path from a file is warned of if it stays this many times the cameras' extent away from them, or
+# if no view has within this angle of its axis anything that the cameras look at.
+_FAR, _VIEW_ANGLE = 3.0, np.radians(60)
+_CHECKED = 64  # Frames and cameras that represent the path and the capture in the latter check.
 
 
 class TrajectoryError(UserError):
@@ -32,12 +36,18 @@ def make_path(config: configs.Config, scene: scenes.Scene) -> tuple[structs.Came
   kind of lens; a fisheye then shows 180 degrees across the shorter side. nerfstudio's camera paths
   bring size, lens, fields of view and frame rate; all settings but render_video_fps override them.
 
+  Warns (`warnings.warn`) of a path from a file that comes nowhere near the training cameras.
+
   Raises:
     TrajectoryError, PathFileError: a setting is invalid for the capture, or the file for its path.
   """
-  path_file = path_files.read(config.render_path_file) if config.render_path_file else None
+  file = config.render_path_file
+  path_file = path_files.read(file, scene.applied) if file else None
   fps = (path_file and path_file.fps) or config.render_video_fps
-  return _make_cameras(config, scene, path_file), fps
+  cams = _make_cameras(config, scene, path_file)
+  if file:
+    _warn_if_elsewhere(file, cams, np.asarray(scene.cameras.camtoworld)[list(scene.train)])
+  return cams, fps
 
 
 def make_cameras(config: configs.Config, scene: scenes.Scene) -> structs.Cameras:
@@ -65,6 +75,39 @@ def _make_cameras(
     lens=lens,
     pixtocam_ndc=train.pixtocam_ndc,
   )
+
+
+def _warn_if_elsewhere(file: str, cams: structs.Cameras, train: np.ndarray) -> None:
+  """Warns if the path `cams` is far from the poses [n, 3, 4] `train` or never sees what they do."""
+  from scipy import spatial  # Imported here because the import takes a second.
+
+  path, positions = np.asarray(cams.camtoworld, np.float64), train[:, :, 3].astype(np.float64)
+  extent = np.linalg.norm(positions - positions.mean(0), axis=-1).max()
+  if not extent > 0:
+    return
+  nearest = spatial.cKDTree(positions).query(path[:, :, 3])[0].min() / extent
+  wrong = None
+  if nearest > _FAR:
+    wrong = f"stays {nearest:.3g} times the training cameras' extent away from all of them"
+  elif cams.lens[0] != structs.PANORAMA and not _overlaps(path, train, extent):
+    wrong = 'looks at nothing that the training cameras look at'
+  if wrong:
+    warnings.warn(
+      f'{file}: this camera path {wrong}, so its video will be empty or blurred. Its poses must be '
+      "in the capture's world, camera to world with OpenGL axes; for a path of nerfstudio, put its "
+      'dataparser_transforms.json beside it. If they are in the normalised world, set '
+      "Config.render_path_space = 'normalized'."
+    )
+
+
+def _overlaps(path: np.ndarray, train: np.ndarray, extent: float) -> bool:
+  """Whether a pose of `path` has a point on the optical axis of a pose of `train` in view."""
+  path, train = (poses[:: -(-len(poses) // _CHECKED)] for poses in (path, train))
+  distances = extent * np.array([0.5, 1, 2])[:, None, None]
+  points = (train[:, :, 3] - distances * train[:, :, 2]).reshape(-1, 3)
+  rays = points - path[:, None, :, 3]  # [m, 3n, 3]
+  depth = -(rays * path[:, None, :, 2]).sum(-1)
+  return bool((depth > np.cos(_VIEW_ANGLE) * np.linalg.norm(rays, axis=-1)).any())
 
 
 def shrink(cams: structs.Cameras, max_side: int) -> structs.Cameras:

@@ -6,17 +6,20 @@ Any reader calls `warn`; `datasets.load_dataset` keeps what it collects in the s
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 
 _collectors: list[list[str]] = []
 
 
 def warn(text: str) -> None:
-  """Adds a warning to those being collected, once; without `collect` it is dropped.
+  """Adds a warning to those being collected, once; without `collect` it is printed on stderr.
 
   A warning names the file or value, says what was done about it, and the way out.
   """
-  if _collectors and text not in _collectors[-1]:
+  if not _collectors:
+    print(f'Warning: {text}', file=sys.stderr)
+  elif text not in _collectors[-1]:
     _collectors[-1].append(text)
 
 

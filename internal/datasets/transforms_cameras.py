@@ -1,0 +1,178 @@
+"""Cameras of a transforms.json: size, lens model, focal lengths, principal point, distortion.
+
+Each of these five groups of keys comes whole from the frame if the frame has a key of the group,
+else from the file, so values of two lenses are never mixed. Focal lengths are `fl_x` (or `fx`) in
+pixels, or fields of view: `x_fov` in degrees (instant-ngp), `camera_angle_x` in radians; the same
+with y, which is by default equal to x. As in instant-ngp and nerfstudio, fields of view mean
+f = w / (2 tan(fov / 2)), for fisheyes too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from .. import colmap, structs
+from ..system import warnings
+from . import frames as frames_lib
+from . import images
+
+# Lens, and the distortion coefficients that the model has.
+_MODELS = {
+  'PINHOLE': (structs.PERSPECTIVE, ''),
+  'SIMPLE_PINHOLE': (structs.PERSPECTIVE, ''),
+  'SIMPLE_RADIAL': (structs.PERSPECTIVE, 'k1'),
+  'RADIAL': (structs.PERSPECTIVE, 'k1 k2'),
+  'OPENCV': (structs.PERSPECTIVE, 'k1 k2 k3 p1 p2'),
+  'OPENCV_FISHEYE': (structs.FISHEYE, 'k1 k2 k3 k4'),
+  'SIMPLE_RADIAL_FISHEYE': (structs.FISHEYE, 'k1'),
+  'RADIAL_FISHEYE': (structs.FISHEYE, 'k1 k2'),
+}
+_COEFFICIENTS = ('k1', 'k2', 'k3', 'k4', 'p1', 'p2')
+_OTHER_LENSES = ('latlong', 'equirectangular', 'ftheta_p0')  # Of instant-ngp; not supported.
+_SIZE = ('w', 'h')
+_LENS = ('camera_model', 'is_fisheye', *_OTHER_LENSES)
+_FOCAL = ('fl_x', 'fl_y', 'fx', 'fy', 'x_fov', 'y_fov', 'camera_angle_x', 'camera_angle_y')
+_CENTER = ('cx', 'cy')
+_DISTORTION = (*_COEFFICIENTS, 'k5', 'k6')
+KEYS = frozenset((*_SIZE, *_LENS, *_FOCAL, *_CENTER, *_DISTORTION))
+
+
+def choose(own: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the camera's values, each group from the frame (`own`) or from the file (`table`)."""
+  values = {}
+  for group in (_SIZE, _LENS, _FOCAL, _CENTER, _DISTORTION):
+    source = own if any(own.get(key) is not None for key in group) else table
+    if group is _DISTORTION and any(own.get(k) not in (None, table.get(k)) for k in _LENS):
+      source = own  # The file's coefficients are those of another lens model.
+    values |= {key: source[key] for key in group if source.get(key) is not None}
+  return values
+
+
+def read_size(where: str, values: Mapping[str, Any], picture: str) -> tuple[int, int]:
+  """Returns the (width, height) in the file, or that of the full-size picture."""
+  width, height = _number(where, values, 'w'), _number(where, values, 'h')
+  if width is None or height is None:
+    header = images.read_header(picture)
+    return header.width, header.height
+  fits = all(1 <= side <= colmap.MAX_SIDE and side % 1 == 0 for side in (width, height))
+  if not fits:
+    raise images.DataError(f'{where}: w and h must be whole pixels, got {width:g} and {height:g}.')
+  return int(width), int(height)
+
+
+def read_model(where: str, values: Mapping[str, Any]) -> str:
+  """Returns the name of the camera model."""
+  model = next((key for key in _OTHER_LENSES if values.get(key)), None)
+  model = model or values.get('camera_model')
+  model = model or ('OPENCV_FISHEYE' if values.get('is_fisheye') else 'OPENCV')
+  if not isinstance(model, str) or model not in _MODELS:
+    raise images.DataError(
+      f'{where}: unknown camera model {reprlib.repr(model)}. Undistort the pictures, or use one of '
+      f'{", ".join(_MODELS)}.'
+    )
+  return model
+
+
+def read_intrinsics(
+  where: str,
+  values: Mapping[str, Any],
+  size: tuple[int, int],
+  model: str,
+  other_keys: Iterable[str] = (),
+) -> colmap.Intrinsics:
+  """Returns the intrinsics; the principal point is by default the centre.
+
+  If there is no focal length, the error names those of `other_keys` that may be meant as one.
+  """
+  fx, fy = (
+    (_focal_lengths(where, values, axis, side) or [('', None)])[0][1]
+    for axis, side in zip('xy', size)
+  )
+  fx, fy = fx if fx is not None else fy, fy if fy is not None else fx
+  if fx is None or not (fx > 0 and fy > 0):
+    similar = [key for key in other_keys if re.search('fov|foc|angle|intrin|^k$', key.lower())]
+    unread = f' (the unit of {warnings.some(similar)} is not defined)' if similar else ''
+    raise images.DataError(
+      f"{where}: has no focal length{unread}. Add a positive 'fl_x' in pixels, an 'x_fov' below "
+      "180 degrees or a 'camera_angle_x' below pi."
+    )
+  cx, cy = (_number(where, values, key) for key in _CENTER)
+  return colmap.Intrinsics(
+    fx,
+    fy,
+    size[0] / 2 if cx is None else cx,
+    size[1] / 2 if cy is None else cy,
+    tuple(_number(where, values, key) or 0.0 for key in _COEFFICIENTS),
+    _MODELS[model][0],
+  )
+
+
+def contradictions(
+  own: Mapping[str, Any], table: Mapping[str, Any], size: tuple[int, int], model: str
+) -> Iterator[tuple[str, str]]:
+  """Yields what contradicts itself in a camera that was read without errors, and the values."""
+  values, file_size = choose(own, table), (table.get('w'), table.get('h'))
+  inherited = [k for k in (*_FOCAL[:4], *_CENTER) if k in values and own.get(k) is None]
+  if inherited and None not in file_size and file_size != tuple(size):
+    yield (
+      f'frames of another size than the file use its {", ".join(inherited)} unscaled; give each '
+      'frame its own',
+      f'{size[0]}x{size[1]}, the file {file_size[0]}x{file_size[1]}',
+    )
+  lens, coefficients = _MODELS[model]
+  fisheye = values.get('is_fisheye')
+  if isinstance(fisheye, bool) and fisheye != (lens == structs.FISHEYE):
+    yield 'camera_model contradicts is_fisheye, which is ignored', f'{model} and {fisheye}'
+  read = _COEFFICIENTS[: 4 if lens == structs.FISHEYE else 6]
+  for key in _DISTORTION:
+    if values.get(key) and key not in coefficients.split():
+      what = 'used nevertheless' if key in read else 'ignored'
+      yield f'{model} has no coefficient {key}; it is {what}', reprlib.repr(values[key])
+  for axis, side in zip('xy', size):
+    found = _focal_lengths('', values, axis, side)
+    for key, pixels in found[1:]:
+      first, chosen = found[0]
+      if not abs(pixels / chosen - 1) <= 0.01:  # True for nan.
+        yield (
+          f'{first} contradicts {key}, which is ignored',
+          f'{first} = {chosen:g} pixels and {key} = {values[key]:g}, which means {pixels:g} pixels',
+        )
+
+
+def _focal_lengths(
+  where: str, values: Mapping[str, Any], axis: str, side: int
+) -> list[tuple[str, float]]:
+  """Lists the keys that give the focal length along an axis, best first, and it in pixels.
+
+  It is nan for a field of view that no perspective picture can have.
+  """
+  found = []
+  for key, unit in (
+    (f'fl_{axis}', None),
+    (f'f{axis}', None),
+    (f'{axis}_fov', math.pi / 180),
+    (f'camera_angle_{axis}', 1.0),
+  ):
+    value = _number(where, values, key)
+    if value is not None and unit is not None:
+      angle = value * unit
+      value = 0.5 * side / math.tan(0.5 * angle) if 1e-6 < angle < math.pi else math.nan
+    if value is not None:
+      found.append((key, value))
+  return found
+
+
+def _number(where: str, values: Mapping[str, Any], key: str) -> float | None:
+  value = values.get(key)
+  if value is None:
+    return None
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not (number and abs(value) < frames_lib.LARGEST):
+    raise images.DataError(
+      f'{where}: {key} must be a number, got {reprlib.repr(value)}. Export it again.'
+    )
+  return float(value)
