@@ -8,6 +8,7 @@ import paths_test
 import pytest
 
 from internal import colmap, paths, structs
+from internal.datasets import scenes
 from internal.rendering import path_files
 
 
@@ -57,6 +58,40 @@ def test_nerfstudios_own_world_is_left_again(tmp_path):
   found = path_files.read(path).poses
   np.testing.assert_allclose(paths_test.apply(similarity, found), poses, atol=1e-9)
   paths_test.assert_are_poses(found)
+
+
+# nerfstudio's importer rotated the original world by A, (x, y, z) -> (x, z, -y). Training rotated
+# the result by 90 degrees about z, moved it by (1, 2, 3) and halved it. By hand, for a camera at
+# (4, 5, 6) of the transforms.json: rotated (-5, 4, 6), moved (-4, 6, 9), halved (-2, 3, 4.5).
+APPLIED = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
+TRAINED = [[0, -1, 0, -2], [1, 0, 0, 3], [0, 0, 1, 4.5], [0, 0, 0, 1]]
+SAVED = [[0, 0, -1, 1], [1, 0, 0, 2], [0, -1, 0, 3]]  # The rotation times A, and the move.
+
+
+@pytest.mark.parametrize('applied_scale', [1.0, 4.0])
+def test_what_nerfstudios_importer_applied_is_applied_again(tmp_path, applied_scale):
+  path, _ = write(tmp_path, frame={'camera_to_world': TRAINED})
+  (tmp_path / 'dataparser_transforms.json').write_text(
+    json.dumps({'transform': SAVED, 'scale': 0.5 * applied_scale})
+  )
+  found = path_files.read(path, scenes.Applied(APPLIED, applied_scale)).poses[1]
+  np.testing.assert_allclose(found, np.c_[np.eye(3), [4, 5, 6]], atol=1e-12)
+
+
+def test_without_a_transforms_json_the_original_world_is_the_captures(tmp_path):
+  path, _ = write(tmp_path, frame={'camera_to_world': TRAINED})
+  (tmp_path / 'dataparser_transforms.json').write_text(
+    json.dumps({'transform': SAVED, 'scale': 0.5})
+  )
+  found = path_files.read(path).poses[1]
+  np.testing.assert_allclose(found[:, 3], [4, -6, 5], atol=1e-12)  # A sends it to (4, 5, 6).
+
+
+def test_a_colmap_model_is_in_the_original_world(tmp_path):
+  pose = np.c_[np.eye(3), [4.0, -6, 5]]
+  colmap.write_model(str(tmp_path), captures.make_model(['a.png'], [pose]))
+  found = path_files.read(str(tmp_path), scenes.Applied(APPLIED, 2.0)).poses[0]
+  np.testing.assert_allclose(found, np.c_[APPLIED[:3, :3], [8, 10, 12]], atol=1e-9)
 
 
 def test_a_colmap_model_gives_its_images_poses_by_name(tmp_path):

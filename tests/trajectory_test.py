@@ -8,6 +8,7 @@ import pytest
 from internal import cameras, configs, paths, structs
 from internal.datasets import scenes
 from internal.rendering import orbits, path_files, trajectory
+from internal.system import warnings
 
 
 def make_scene(n=8, lens=structs.PERSPECTIVE, bounds=None, pixtocam_ndc=None):
@@ -118,6 +119,36 @@ class TestPoses:
     scene = dataclasses.replace(scene, world_transform=transform)
     cams = make(scene, render_path_file=str(tmp_path / 'p.npy'), render_path_space=space)
     np.testing.assert_allclose(cams.camtoworld, own, atol=1e-6)
+
+  @pytest.mark.parametrize(
+    ('height', 'turn', 'text'),
+    [
+      # The cameras stand on a circle of radius 1 around the origin and look at it.
+      (2.0, [1, 1, 1], None),  # From above, down.
+      (2.0, [1, -1, -1], 'looks at nothing that the training cameras look at'),  # Up.
+      (50.0, [1, 1, 1], "times the training cameras' extent away from all of them"),
+    ],
+  )
+  def test_a_path_elsewhere_is_warned_of(self, height, turn, text, tmp_path, capsys):
+    path = str(tmp_path / 'p.npy')
+    np.save(path, np.c_[np.diag(np.array(turn, float)), [0, 0, height]][None])
+    with warnings.collect() as found:
+      make(render_path_file=path)
+    assert len(found) == (text is not None)
+    for warning in found:
+      assert warning.startswith(f'{path}: ')
+      assert text in warning
+      make(render_path_file=path)  # Where nobody collects, it is printed.
+      assert text in capsys.readouterr().err
+
+  def test_panoramas_see_everything_and_single_frames_may_be_far(self, tmp_path):
+    poses = np.tile(np.eye(3, 4), (3, 1, 1))
+    poses[:, :, 3] = [[0, 0, 2.0], [0, 0, 50], [0, 0, 99]]
+    poses[:, :, :3] = np.diag([1.0, -1, -1])  # Looking up.
+    np.save(tmp_path / 'p.npy', poses)
+    with warnings.collect() as found:
+      make(render_path_file=str(tmp_path / 'p.npy'), render_camtype='panorama')
+    assert found == []
 
   def test_an_orbit_a_helix_and_a_dolly(self):
     scene = make_scene()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ from ..devices import processes
 from ..errors import UserError
 from ..evaluation import html_report, results
 from ..rendering import preview, trained, trajectory
-from ..system import progress
+from ..system import progress, warnings
 from ..training import run_folder
 from ..vis import pictures, video
 
@@ -124,19 +124,23 @@ def main(argv: list[str] | None = None) -> None:
   if args.preview:
     progress.summary({'preview': preview.write(settings, scene, folder, out)})
     return
-  cams, fps = trajectory.make_path(settings.config, scene)
+  with warnings.collect() as path_warnings:
+    cams, fps = trajectory.make_path(settings.config, scene)
   processes.initialize()
   cli.show_notices(settings)
   cli.show_warnings(scene.report)
+  cli.show_warnings({'warnings': path_warnings})
   run = trained.restore(folder, settings, scene)
   kinds = _KINDS if settings.config.vis_normals else _KINDS[:2]
-  render_frames(run, cams, out, kinds)
+  render_frames(run, cams, out, kinds, path_warnings)
   if processes.is_main():
     write_videos(run, out, kinds, len(cams.size), fps)
 
 
-def render_frames(run: trained.TrainedRun, cams: structs.Cameras, out: str, kinds) -> None:
-  """Renders the frames that are missing in the folder `out`.
+def render_frames(
+  run: trained.TrainedRun, cams: structs.Cameras, out: str, kinds, path_warnings: Sequence[str]
+) -> None:
+  """Renders the frames that are missing in the folder `out`; render.json keeps the warnings.
 
   Raises:
     RenderError: the folder has frames of another video.
@@ -152,7 +156,11 @@ def render_frames(run: trained.TrainedRun, cams: structs.Cameras, out: str, kind
     progress.say(f'{count} frames of {size} at step {run.step:,}, {len(missing)} to do -> {out}')
   render_image = run.make_image_renderer(with_normals=run.settings.config.vis_normals)
   if description is None:
-    description = {**wanted, 'depth_range': survey_depth(run, render_image, cams)}
+    description = {
+      **wanted,
+      'warnings': list(path_warnings),
+      'depth_range': survey_depth(run, render_image, cams),
+    }
     if main_process:
       results.write_json(os.path.join(out, 'render.json'), description)
   for k in progress.track(missing, 'frames', main_process):

@@ -8,31 +8,39 @@ import numpy as np
 
 from .. import colmap, configs, paths
 from ..system import files
-from . import llff, scenes
+from . import llff, ply, scenes, transforms
 
 FILE = 'points.npy'  # [m, 6] float32: position in the normalised world, colour 0 to 255.
 _MAX_POINTS = 50_000
 
 
-def read(data_dir: str | None, transform: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-  """Returns COLMAP's points [m, 3] and their colours, uint8 [m, 3]; None if there are none.
+def read(
+  data_dir: str | None, transform: np.ndarray, loader: str = 'llff'
+) -> tuple[np.ndarray, np.ndarray] | None:
+  """Returns a capture's points [m, 3] and their colours, uint8 [m, 3]; None if there are none.
 
+  They are those of the COLMAP model or, for the loader 'transforms', of `ply_file_path`.
   `transform` [4, 4] maps the capture's world to the world of the result.
   """
+  data_dir = data_dir or ''
   try:
-    points = colmap.read_model(llff.find_model(data_dir or '')).points
+    if loader == 'transforms':
+      table = transforms.read_table(os.path.join(data_dir, 'transforms.json'))
+      path = transforms.points_file(data_dir, table)
+      xyz, rgb = ply.read_points(path) if path else ((), ())
+    else:
+      points = colmap.read_model(llff.find_model(data_dir)).points
+      xyz, rgb = points.xyz, points.rgb
   except (OSError, ValueError):
     return None  # Poses may come from elsewhere (poses_bounds.npy).
-  if not len(points.xyz):
-    return None
-  return paths.transform_points(transform, points.xyz), points.rgb
+  return (paths.transform_points(transform, xyz), rgb) if len(xyz) else None
 
 
 def save(checkpoint_dir: str, config: configs.Config, capture: scenes.Scene) -> None:
-  """Writes the points of a COLMAP-posed capture into the run's folder."""
-  if capture.loader != 'llff':
+  """Writes the sparse points of a capture, if it has some, into the run's folder."""
+  if capture.loader not in ('llff', 'transforms'):
     return
-  points = read(config.data_dir, capture.world_transform)
+  points = read(config.data_dir, capture.world_transform, capture.loader)
   if points is None:
     return
   xyz, rgb = points

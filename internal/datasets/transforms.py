@@ -70,6 +70,10 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
     unregistered=frames_lib.unposed(data_dir, frames),
     read_only=read_only,
   )
+  try:
+    points_file(data_dir, table)
+  except images.DataError as e:
+    warnings.warn(f'{path}: {e} Previews and the viewer show no sparse points.')
   return dataclasses.replace(scene, applied=_read_applied(path, table))
 
 
@@ -181,6 +185,21 @@ def _read_mask(where: str, values: Mapping[str, Any], data_dir: str) -> str | No
       f'{where}: there is no mask {path!r}. Correct or remove its mask_path.'
     )
   return name
+
+
+def points_file(data_dir: str, table: Mapping[str, Any]) -> str | None:
+  """Returns the path of `ply_file_path`, points in the world of the frames; None if there is none.
+
+  Raises:
+    DataError: it is not the name of a file inside data_dir.
+  """
+  name = table.get('ply_file_path')
+  if not name:
+    return None
+  path = images.inside(data_dir, normal_name(name)) if isinstance(name, str) else ''
+  if not os.path.isfile(path):
+    raise images.DataError(f'ply_file_path {reprlib.repr(name)} is not a file in {data_dir!r}.')
+  return path
 
 
 def _read_applied(path: str, table: Mapping[str, Any]) -> scenes.Applied | None:

@@ -50,7 +50,7 @@ def open_page(
       'with scripts/view.py.'
     )
   config = settings.config
-  points = sparse_points.read(config.data_dir, scene.world_transform)
+  points = sparse_points.read(config.data_dir, scene.world_transform, scene.loader)
   capture = page_lib.Capture(config.checkpoint_dir, scene, points, config.last_step)
   session = session_lib.Session(session_lib.Renderer(settings, scene, mesh))
   server = _open_server(args.host, args.port)
