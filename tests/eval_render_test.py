@@ -233,6 +233,18 @@ class TestRender:
     for name, picture in frames(render.folder).items():
       np.testing.assert_array_equal(picture, resumed[name])
 
+  def test_a_path_far_from_the_cameras_is_warned_of(self, render, tmp_path, capsys):
+    render()
+    assert json.loads((render.folder / 'render.json').read_text())['warnings'] == []
+    shutil.rmtree(render.folder)
+    far = np.tile(np.eye(3, 4), (6, 1, 1))
+    far[:, :, 3] = 1000
+    np.save(tmp_path / 'far.npy', far)
+    render(render_path_file=str(tmp_path / 'far.npy'))
+    (warning,) = json.loads((render.folder / 'render.json').read_text())['warnings']
+    assert warning.startswith(f'{tmp_path}/far.npy: this camera path stays ')
+    assert f'Warning: {warning}' in capsys.readouterr().err
+
   def test_nothing_is_rendered_twice(self, render):
     render()
     (render.folder / 'depth' / '00004.png').unlink()

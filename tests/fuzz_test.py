@@ -9,6 +9,7 @@ import contextlib
 import faulthandler
 import gc
 import io
+import json
 import os
 import pathlib
 import pickle
@@ -30,7 +31,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from internal import cli, colmap, configs, datasets
-from internal.datasets import images, scenes
+from internal.datasets import images, ply, scenes
 from internal.devices import sharding
 from internal.rendering import path_files
 from internal.training import checkpoints, train_step
@@ -144,8 +145,12 @@ def _transforms(root):
   table['frames'][0] |= {'fl_x': 22.0, 'w': 16, 'h': 12}
   table['frames'][1]['mask_path'] = 'masks/a.png'
   captures.save_image(os.path.join(root, 'masks', 'a.png'), captures.pixels(0))
-  lists = {'train_filenames': names[1:], 'test_filenames': names[:1]}
-  datasets_test.write_transforms(root, {**table, **lists})
+  more = {
+    'train_filenames': names[1:], 'test_filenames': names[:1], 'mask_path': 'masks/a.png',
+    'applied_transform': np.eye(4)[:3].tolist(), 'applied_scale': 0.5, 'ply_file_path': 'a.ply',
+    'fisheye_crop_radius': 3,
+  }  # fmt: skip
+  datasets_test.write_transforms(root, {**table, **more})
 
 
 def _masks(root):
@@ -461,6 +466,34 @@ def test_damaged_pose_files(tmp_path_factory, data):
     poses = told.poses
     assert poses.shape[1:] == (3, 4)
     assert np.isfinite(poses).all()
+
+
+@cases(0.1)
+@hypothesis.given(data=st.data())
+def test_damaged_nerfstudio_paths(tmp_path_factory, data):
+  folder = tmp_path_factory.mktemp('path', numbered=True)
+  path, frames = folder / 'path.json', [{'camera_to_world': np.eye(4).ravel().tolist(), 'fov': 50}]
+  whole = {'camera_path': frames, 'render_width': 30, 'render_height': 20, 'fps': 24}
+  account = {'transform': np.eye(4)[:3].tolist(), 'scale': 0.5}
+  for file, table in ((path, whole), (folder / 'dataparser_transforms.json', account)):
+    content = json.dumps(table).encode()
+    file.write_bytes(data.draw(st.just(content) | corruption.of_file(str(file), content)))
+  applied = scenes.Applied(np.eye(4), 2.0)
+  found = attempt(lambda: path_files.read(str(path), applied), re.escape(str(folder)))
+  assert found is None or np.isfinite(found.poses).all()
+
+
+@cases(0.1)
+@hypothesis.given(data=st.data())
+def test_damaged_points(tmp_path_factory, data):
+  path = str(tmp_path_factory.getbasetemp() / 'points.ply')
+  form = data.draw(st.sampled_from(['ascii', 'binary_little_endian', 'binary_big_endian']))
+  axes = '\n'.join(f'property float {axis}' for axis in 'xyz')
+  header = f'ply\nformat {form} 1.0\nelement vertex 2\n{axes}\nend_header\n'.encode()
+  body = b'1 2 3\n4 5 6\n' if form == 'ascii' else bytes(24)
+  pathlib.Path(path).write_bytes(data.draw(corruption.of_bytes(header + body)))
+  found = attempt(lambda: ply.read_points(path), re.escape(path))
+  assert found is None or found[0].shape == found[1].shape == (len(found[0]), 3)
 
 
 def test_nothing_reads_pickles():

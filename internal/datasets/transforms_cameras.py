@@ -1,7 +1,7 @@
 """Cameras of a transforms.json: size, lens model, focal lengths, principal point, distortion.
 
-Each of these five groups of keys comes whole from the frame if the frame has a key of the group,
-else from the file, so values of two lenses are never mixed. Focal lengths are `fl_x` (or `fx`) in
+Each of these groups of keys comes whole from the frame if the frame has a key of the group, else
+from the file, so values of two lenses are never mixed; only `w` and `h` count one by one. Focal lengths are `fl_x` (or `fx`) in
 pixels, or fields of view: `x_fov` in degrees (instant-ngp), `camera_angle_x` in radians; the same
 with y, which is by default equal to x. As in instant-ngp and nerfstudio, fields of view mean
 f = w / (2 tan(fov / 2)), for fisheyes too.
@@ -33,18 +33,17 @@ _MODELS = {
 }
 _COEFFICIENTS = ('k1', 'k2', 'k3', 'k4', 'p1', 'p2')
 _OTHER_LENSES = ('latlong', 'equirectangular', 'ftheta_p0')  # Of instant-ngp; not supported.
-_SIZE = ('w', 'h')
 _LENS = ('camera_model', 'is_fisheye', *_OTHER_LENSES)
 _FOCAL = ('fl_x', 'fl_y', 'fx', 'fy', 'x_fov', 'y_fov', 'camera_angle_x', 'camera_angle_y')
 _CENTER = ('cx', 'cy')
 _DISTORTION = (*_COEFFICIENTS, 'k5', 'k6')
-KEYS = frozenset((*_SIZE, *_LENS, *_FOCAL, *_CENTER, *_DISTORTION))
+KEYS = frozenset(('w', 'h', *_LENS, *_FOCAL, *_CENTER, *_DISTORTION))
 
 
 def choose(own: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the camera's values, each group from the frame (`own`) or from the file (`table`)."""
   values = {}
-  for group in (_SIZE, _LENS, _FOCAL, _CENTER, _DISTORTION):
+  for group in (('w',), ('h',), _LENS, _FOCAL, _CENTER, _DISTORTION):
     source = own if any(own.get(key) is not None for key in group) else table
     if group is _DISTORTION and any(own.get(k) not in (None, table.get(k)) for k in _LENS):
       source = own  # The file's coefficients are those of another lens model.
@@ -121,7 +120,7 @@ def contradictions(
     yield (
       f'frames of another size than the file use its {", ".join(inherited)} unscaled; give each '
       'frame its own',
-      f'{size[0]}x{size[1]}, the file {file_size[0]}x{file_size[1]}',
+      f'{size[0]}x{size[1]}, the file {"x".join(map(reprlib.repr, file_size))}',
     )
   lens, coefficients = _MODELS[model]
   fisheye = values.get('is_fisheye')
