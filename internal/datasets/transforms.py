@@ -116,36 +116,41 @@ def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_
   """
   result, notes = [], {}
   for number, own in enumerate(table['frames'], 1):
-    where = f'{path}: frame {number}'
-    if not isinstance(own.get('file_path'), str):
-      raise images.DataError(f"{where} has no 'file_path'. Export it again.")
-    name = normal_name(own['file_path'])
-    with frames_lib.prefix_errors(where):
-      file = find_file(data_dir, name)
-    where = f'{where} ({name})'
-    values = transforms_cameras.choose(own, table)
-    size = transforms_cameras.read_size(where, values, os.path.join(data_dir, file))
-    model = transforms_cameras.read_model(where, values)
-    folder, _, rest = file.partition('/')
-    frame = frames_lib.Frame(
-      name=name,
-      folder=folder if rest else '',
-      file=rest or folder,
-      intrinsics=transforms_cameras.read_intrinsics(
-        where, values, size, model, other_keys=[*own, *table]
-      ),
-      size=size,
-      pose=_read_pose(where, own),
-      model=model,
-      mask=_read_mask(where, {**table, **own}, data_dir),
-    )
+    frame = _read_frame(data_dir, f'{path}: frame {number}', own, table)
     result.append(frame)
-    for what, example in transforms_cameras.contradictions(own, table, size, model):
-      notes.setdefault(what, []).append(f'{name}: {example}')
+    for what, example in transforms_cameras.contradictions(own, table, frame.size, frame.model):
+      notes.setdefault(what, []).append(f'{frame.name}: {example}')
   _warn_of_unused_keys(path, table)
   for what, found in notes.items():
     warnings.warn(f'{path}: {what} ({len(found)} of {len(result)} frames, e.g. {found[0]}).')
   return result
+
+
+def _read_frame(
+  data_dir: str, where: str, own: Mapping[str, Any], table: Mapping[str, Any]
+) -> frames_lib.Frame:
+  """Returns the frame of the keys `own`; errors start with `where`."""
+  if not isinstance(own.get('file_path'), str):
+    raise images.DataError(f"{where} has no 'file_path'. Export it again.")
+  name = normal_name(own['file_path'])
+  with frames_lib.prefix_errors(where):
+    file = find_file(data_dir, name)
+  where = f'{where} ({name})'
+  picture = os.path.join(data_dir, file)
+  values = transforms_cameras.choose(own, table)
+  size = transforms_cameras.read_size(where, values, picture)
+  model = transforms_cameras.read_model(where, values)
+  folder, _, rest = file.partition('/')
+  return frames_lib.Frame(
+    name=name,
+    folder=folder if rest else '',
+    file=rest or folder,
+    intrinsics=transforms_cameras.read_intrinsics(where, values, size, model, [*own, *table]),
+    size=size,
+    pose=_read_pose(where, own),
+    model=model,
+    mask=_read_mask(where, {**table, **own}, data_dir, picture),
+  )
 
 
 def _warn_of_unused_keys(path: str, table: Mapping[str, Any]) -> None:
@@ -171,7 +176,7 @@ def _is_on(value: Any) -> bool:
   return any(value) if isinstance(value, list) else bool(value)
 
 
-def _read_mask(where: str, values: Mapping[str, Any], data_dir: str) -> str | None:
+def _read_mask(where: str, values: Mapping[str, Any], data_dir: str, picture: str) -> str | None:
   """Returns the mask_path of the frame, or else of the file, relative to data_dir."""
   if values.get('mask_path') is None:
     return None
@@ -180,7 +185,7 @@ def _read_mask(where: str, values: Mapping[str, Any], data_dir: str) -> str | No
   name = normal_name(values['mask_path'])
   with frames_lib.prefix_errors(where):
     path = images.inside(data_dir, name)
-  if not os.path.exists(path):
+  if os.path.exists(picture) and not os.path.exists(path):
     raise images.DataNotFoundError(
       f'{where}: there is no mask {path!r}. Correct or remove its mask_path.'
     )

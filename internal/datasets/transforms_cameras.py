@@ -1,10 +1,10 @@
 """Cameras of a transforms.json: size, lens model, focal lengths, principal point, distortion.
 
 Each of these groups of keys comes whole from the frame if the frame has a key of the group, else
-from the file, so values of two lenses are never mixed; only `w` and `h` count one by one. Focal lengths are `fl_x` (or `fx`) in
-pixels, or fields of view: `x_fov` in degrees (instant-ngp), `camera_angle_x` in radians; the same
-with y, which is by default equal to x. As in instant-ngp and nerfstudio, fields of view mean
-f = w / (2 tan(fov / 2)), for fisheyes too.
+from the file, so values of two lenses are never mixed; only `w` and `h` count one by one. Focal
+lengths are `fl_x` (or `fx`) in pixels, or fields of view: `x_fov` in degrees (instant-ngp),
+`camera_angle_x` in radians; the same with y, which is by default equal to x. As in instant-ngp and
+nerfstudio, fields of view mean f = w / (2 tan(fov / 2)), for fisheyes too.
 """
 
 from __future__ import annotations
