@@ -10,6 +10,7 @@ import pytest
 from internal import colmap, paths, structs
 from internal.datasets import scenes
 from internal.rendering import path_files
+from internal.system import warnings
 
 
 def write(tmp_path, drop=(), frame=None, **more):
@@ -76,6 +77,21 @@ def test_what_nerfstudios_importer_applied_is_applied_again(tmp_path, applied_sc
   )
   found = path_files.read(path, scenes.Applied(APPLIED, applied_scale)).poses[1]
   np.testing.assert_allclose(found, np.c_[np.eye(3), [4, 5, 6]], atol=1e-12)
+
+
+def test_nerfstudios_world_is_assumed_only_with_its_transform(tmp_path):
+  path, poses = write(tmp_path)
+  with warnings.collect() as found:
+    np.testing.assert_array_equal(path_files.read(path).poses, poses)
+  (warning,) = found
+  assert warning.startswith(f'{path}: dataparser_transforms.json is not beside it')
+  (tmp_path / 'dataparser_transforms.json').write_text(
+    json.dumps({'transform': SAVED, 'scale': 0.5})
+  )
+  write(tmp_path, world='capture')  # As our viewer saves it.
+  with warnings.collect() as found:
+    np.testing.assert_array_equal(path_files.read(path).poses, poses)
+  assert found == []
 
 
 def test_without_a_transforms_json_the_original_world_is_the_captures(tmp_path):

@@ -17,6 +17,7 @@ import numpy as np
 from .. import paths
 from ..errors import UserError
 from ..system import files
+from . import path_files
 
 _DEGREE = 3
 
@@ -83,6 +84,7 @@ def document(
   keys = flat(np.stack([key.pose for key in keyframes]))
   aspect = width / height
   return {
+    'world': path_files.CAPTURE,  # nerfstudio ignores it.
     'camera_type': 'perspective',
     'render_width': width,
     'render_height': height,

@@ -7,7 +7,8 @@ Their poses are in the world that nerfstudio trains in. Its `dataparser_transfor
 beside its config.yml, maps the capture's original world to it by `transform` [3, 4] and then
 `scale`. Where a transforms.json has `applied_transform` A and `applied_scale` a, the original world
 is that before nerfstudio's importer applied them: nerfstudio trains in scale / a (transform A^-1 x)
-of the world x of the transforms.json.
+of the world x of the transforms.json. Paths that our viewer saves have 'world': 'capture', since
+they need no conversion.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import numpy as np
 from .. import colmap, paths, structs
 from ..datasets import scenes
 from ..errors import UserError
-from ..system import files
+from ..system import files, warnings
 
+CAPTURE = 'capture'  # Value of 'world' in a path that is in the capture's world.
 _TRANSFORMS = 'dataparser_transforms.json'
 _LENSES = {
   'perspective': structs.PERSPECTIVE,
@@ -157,7 +159,7 @@ def _read_nerfstudio(path: str, applied: scenes.Applied | None) -> PathFile:
     ]
   )
   return PathFile(
-    poses=_undo_dataparser(path, poses, applied),
+    poses=poses if table.get('world') == CAPTURE else _undo_dataparser(path, poses, applied),
     fov=None if _LENSES[kind] == structs.PANORAMA else _read_fov(path, frames),
     size=(int(size[0]), int(size[1])),
     lens=_LENSES[kind],
@@ -195,6 +197,10 @@ def _undo_dataparser(path: str, poses: np.ndarray, applied: scenes.Applied | Non
   """Converts poses to the capture's world if nerfstudio's transform lies beside the path's file."""
   beside = os.path.join(os.path.dirname(path), _TRANSFORMS)
   if not files.is_file(beside):
+    warnings.warn(
+      f'{path}: {_TRANSFORMS} is not beside it, so its poses are not converted. If nerfstudio saved '
+      "the path, copy that file from the folder of nerfstudio's config.yml."
+    )
     return poses
   table = _read_json(beside)
   transform = np.eye(4)
