@@ -198,8 +198,8 @@ def _undo_dataparser(path: str, poses: np.ndarray, applied: scenes.Applied | Non
   beside = os.path.join(os.path.dirname(path), _TRANSFORMS)
   if not files.is_file(beside):
     warnings.warn(
-      f'{path}: {_TRANSFORMS} is not beside it, so its poses are not converted. If nerfstudio saved '
-      "the path, copy that file from the folder of nerfstudio's config.yml."
+      f'{path}: {_TRANSFORMS} is not beside it, so its poses are not converted. If nerfstudio '
+      "saved the path, copy that file from the folder of nerfstudio's config.yml."
     )
     return poses
   table = _read_json(beside)
