@@ -319,3 +319,18 @@ class TestPoints:
     assert 'transforms.json: ' in warning
     assert str(name) in warning
     assert sparse_points.read(str(tmp_path), np.eye(4), 'transforms') is None
+
+
+def test_a_missing_picture_needs_neither_a_size_nor_a_mask(tmp_path):
+  table, _ = write_ngp(tmp_path)
+  for key in ('w', 'h'):
+    del table[key]
+  for i, frame in enumerate(reversed(table['frames'])):
+    frame['mask_path'] = f'm{i}.png'
+    if i != 4:
+      captures.save_image(str(tmp_path / f'm{i}.png'), np.full((12, 16), 255, np.uint8))
+  write_transforms(tmp_path, table)
+  (tmp_path / 'images/004.png').unlink()
+  report = load(tmp_path, read_only=True).report
+  assert report['images_missing'] == ['images/004.png']
+  assert report['masks'] == 8

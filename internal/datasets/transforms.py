@@ -115,8 +115,12 @@ def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_
     DataError, DataNotFoundError: a value or a picture is missing or invalid.
   """
   result, notes = [], {}
-  for number, own in enumerate(table['frames'], 1):
-    frame = _read_frame(data_dir, f'{path}: frame {number}', own, table)
+  pictures = _find_pictures(data_dir, path, table)
+  existing = {file: None for file in pictures if os.path.isfile(os.path.join(data_dir, file))}
+  for number, (own, file) in enumerate(zip(table['frames'], pictures), 1):
+    where = f'{path}: frame {number} ({normal_name(own["file_path"])})'
+    sized = file if file in existing else next(iter(existing), file)
+    frame = _read_frame(data_dir, where, own, table, file, sized)
     result.append(frame)
     for what, example in transforms_cameras.contradictions(own, table, frame.size, frame.model):
       notes.setdefault(what, []).append(f'{frame.name}: {example}')
@@ -126,30 +130,50 @@ def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_
   return result
 
 
+def _find_pictures(data_dir: str, path: str, table: Mapping[str, Any]) -> list[str]:
+  """Returns the pictures of the frames, relative to data_dir; some may be missing."""
+  pictures = []
+  for number, own in enumerate(table['frames'], 1):
+    where = f'{path}: frame {number}'
+    if not isinstance(own.get('file_path'), str):
+      raise images.DataError(f"{where} has no 'file_path'. Export it again.")
+    with frames_lib.prefix_errors(where):
+      pictures.append(find_file(data_dir, normal_name(own['file_path'])))
+  return pictures
+
+
 def _read_frame(
-  data_dir: str, where: str, own: Mapping[str, Any], table: Mapping[str, Any]
+  data_dir: str,
+  where: str,
+  own: Mapping[str, Any],
+  table: Mapping[str, Any],
+  file: str,
+  sized: str,
 ) -> frames_lib.Frame:
-  """Returns the frame of the keys `own`; errors start with `where`."""
-  if not isinstance(own.get('file_path'), str):
-    raise images.DataError(f"{where} has no 'file_path'. Export it again.")
-  name = normal_name(own['file_path'])
-  with frames_lib.prefix_errors(where):
-    file = find_file(data_dir, name)
-  where = f'{where} ({name})'
-  picture = os.path.join(data_dir, file)
+  """Returns the frame of the keys `own`.
+
+  Args:
+    data_dir: the capture.
+    where: starts the messages of errors.
+    own: keys of the frame.
+    table: keys of the file.
+    file: the picture, relative to data_dir.
+    sized: a picture whose size counts if neither the frame nor the file has one: that of the frame,
+      or of another frame if it is missing.
+  """
   values = transforms_cameras.choose(own, table)
-  size = transforms_cameras.read_size(where, values, picture)
+  size = transforms_cameras.read_size(where, values, os.path.join(data_dir, sized))
   model = transforms_cameras.read_model(where, values)
   folder, _, rest = file.partition('/')
   return frames_lib.Frame(
-    name=name,
+    name=normal_name(own['file_path']),
     folder=folder if rest else '',
     file=rest or folder,
     intrinsics=transforms_cameras.read_intrinsics(where, values, size, model, [*own, *table]),
     size=size,
     pose=_read_pose(where, own),
     model=model,
-    mask=_read_mask(where, {**table, **own}, data_dir, picture),
+    mask=_read_mask(where, {**table, **own}, data_dir, file == sized),
   )
 
 
@@ -176,8 +200,11 @@ def _is_on(value: Any) -> bool:
   return any(value) if isinstance(value, list) else bool(value)
 
 
-def _read_mask(where: str, values: Mapping[str, Any], data_dir: str, picture: str) -> str | None:
-  """Returns the mask_path of the frame, or else of the file, relative to data_dir."""
+def _read_mask(where: str, values: Mapping[str, Any], data_dir: str, needed: bool) -> str | None:
+  """Returns the mask_path of the frame, or else of the file, relative to data_dir.
+
+  It may be missing unless `needed`, since the masks of missing pictures are missing too.
+  """
   if values.get('mask_path') is None:
     return None
   if not isinstance(values['mask_path'], str):
@@ -185,9 +212,9 @@ def _read_mask(where: str, values: Mapping[str, Any], data_dir: str, picture: st
   name = normal_name(values['mask_path'])
   with frames_lib.prefix_errors(where):
     path = images.inside(data_dir, name)
-  if os.path.exists(picture) and not os.path.exists(path):
+  if needed and not os.path.exists(path):
     raise images.DataNotFoundError(
-      f'{where}: there is no mask {path!r}. Correct or remove its mask_path.'
+      f'{where}: {path}: no such image. Add the mask, or correct mask_path.'
     )
   return name
 

@@ -46,7 +46,7 @@ def make_path(config: configs.Config, scene: scenes.Scene) -> tuple[structs.Came
   fps = (path_file and path_file.fps) or config.render_video_fps
   cams = _make_cameras(config, scene, path_file)
   if file:
-    _warn_if_elsewhere(file, cams, np.asarray(scene.cameras.camtoworld)[list(scene.train)])
+    _warn_if_elsewhere(file, cams, _train_poses(scene))
   return cams, fps
 
 
@@ -81,7 +81,7 @@ def _warn_if_elsewhere(file: str, cams: structs.Cameras, train: np.ndarray) -> N
   """Warns if the path `cams` is far from the poses [n, 3, 4] `train` or never sees what they do."""
   from scipy import spatial  # Imported here because the import takes a second.
 
-  path, positions = np.asarray(cams.camtoworld, np.float64), train[:, :, 3].astype(np.float64)
+  path, positions = np.asarray(cams.camtoworld, np.float64), train[:, :, 3]
   extent = np.linalg.norm(positions - positions.mean(0), axis=-1).max()
   if not extent > 0:
     return
