@@ -72,7 +72,7 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
   )
   try:
     points_file(data_dir, table)
-  except images.DataError as e:
+  except (images.DataError, OSError) as e:
     warnings.warn(f'{path}: {e} Previews and the viewer show no sparse points.')
   return dataclasses.replace(scene, applied=_read_applied(path, table))
 
@@ -116,7 +116,7 @@ def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_
   """
   result, notes = [], {}
   pictures = _find_pictures(data_dir, path, table)
-  existing = {file: None for file in pictures if os.path.isfile(os.path.join(data_dir, file))}
+  existing = {file: None for file in pictures if files.is_file(os.path.join(data_dir, file))}
   for number, (own, file) in enumerate(zip(table['frames'], pictures), 1):
     where = f'{path}: frame {number} ({normal_name(own["file_path"])})'
     sized = file if file in existing else next(iter(existing), file)
@@ -212,7 +212,7 @@ def _read_mask(where: str, values: Mapping[str, Any], data_dir: str, needed: boo
   name = normal_name(values['mask_path'])
   with frames_lib.prefix_errors(where):
     path = images.inside(data_dir, name)
-  if needed and not os.path.exists(path):
+  if needed and not files.exists(path):
     raise images.DataNotFoundError(
       f'{where}: {path}: no such image. Add the mask, or correct mask_path.'
     )
@@ -229,7 +229,7 @@ def points_file(data_dir: str, table: Mapping[str, Any]) -> str | None:
   if not name:
     return None
   path = images.inside(data_dir, normal_name(name)) if isinstance(name, str) else ''
-  if not os.path.isfile(path):
+  if not files.is_file(path):
     raise images.DataError(f'ply_file_path {reprlib.repr(name)} is not a file in {data_dir!r}.')
   return path
 
