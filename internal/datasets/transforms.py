@@ -173,7 +173,7 @@ def _read_frame(
     size=size,
     pose=_read_pose(where, own),
     model=model,
-    mask=_read_mask(where, {**table, **own}, data_dir, file == sized),
+    mask=_read_mask(where, own.get('mask_path') or table.get('mask_path'), data_dir, file == sized),
   )
 
 
@@ -200,16 +200,16 @@ def _is_on(value: Any) -> bool:
   return any(value) if isinstance(value, list) else bool(value)
 
 
-def _read_mask(where: str, values: Mapping[str, Any], data_dir: str, needed: bool) -> str | None:
-  """Returns the mask_path of the frame, or else of the file, relative to data_dir.
+def _read_mask(where: str, mask: Any, data_dir: str, needed: bool) -> str | None:
+  """Returns a mask_path relative to data_dir.
 
   It may be missing unless `needed`, since the masks of missing pictures are missing too.
   """
-  if values.get('mask_path') is None:
+  if mask is None:
     return None
-  if not isinstance(values['mask_path'], str):
+  if not isinstance(mask, str):
     raise images.DataError(f'{where}: mask_path must be a name. Export it again.')
-  name = normal_name(values['mask_path'])
+  name = normal_name(mask)
   with frames_lib.prefix_errors(where):
     path = images.inside(data_dir, name)
   if needed and not files.exists(path):
