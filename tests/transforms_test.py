@@ -204,6 +204,36 @@ def test_test_pictures_that_are_trained_on_are_warned_of(tmp_path):
   assert "'images/007.png', 'images/008.png'" in warning
 
 
+class TestPoses:
+  @pytest.mark.parametrize(
+    ('matrix', 'text'),
+    [
+      (
+        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [5, 6, 7, 1]],
+        'is 5, 6, 7, 1. Its last column is that: transpose the matrix',
+      ),
+      ([[1, 0, 0, 5], [0, 1, 0, 6], [0, 0, 1, 7], [0, 0, 0, 2]], 'is 0, 0, 0, 2. Export it again'),
+      ([[1, 0, 0], [0, 1, 0], [0, 0, 1], [5, 6, 7]], 'must be 4x4 or 3x4 finite numbers'),
+      ([[1, 0, 0, math.nan], [0, 1, 0, 6], [0, 0, 1, 7], [0, 0, 0, 1]], 'finite numbers'),
+    ],
+  )
+  def test_what_is_not_a_pose_is_refused(self, tmp_path, matrix, text):
+    table, _ = write_ngp(tmp_path)
+    table['frames'][2]['transform_matrix'] = matrix
+    write_transforms(tmp_path, table)
+    message = refused(tmp_path, dataset_loader='transforms')
+    assert 'transforms.json: frame 3 (images/006.png)' in message
+    assert text in message
+
+  def test_the_last_row_may_be_absent(self, tmp_path):
+    table, _ = write_ngp(tmp_path)
+    whole = loaded(tmp_path, table)
+    for frame in table['frames']:
+      del frame['transform_matrix'][3]
+    short = loaded(tmp_path, table)
+    np.testing.assert_array_equal(short.cameras.camtoworld, whole.cameras.camtoworld)
+
+
 class TestApplied:
   def test_is_kept_in_the_scenes_file(self, tmp_path):
     table, _ = write_ngp(tmp_path, applied_transform=APPLIED, applied_scale=0.5)

@@ -274,7 +274,7 @@ def find_file(data_dir: str, name: str) -> str:
   return found
 
 
-def _read_pose(where: str, own: dict[str, Any]) -> np.ndarray:
+def _read_pose(where: str, own: Mapping[str, Any]) -> np.ndarray:
   """Returns the pose, [3, 4]."""
   try:
     matrix = np.array(own['transform_matrix'], np.float64)
@@ -282,7 +282,16 @@ def _read_pose(where: str, own: dict[str, Any]) -> np.ndarray:
     matrix = np.empty(0)
   if matrix.shape not in ((4, 4), (3, 4)) or not np.isfinite(matrix).all():
     raise images.DataError(
-      f"{where}: 'transform_matrix' must be 4x4 finite numbers, camera to world. Export it again."
+      f"{where}: 'transform_matrix' must be 4x4 or 3x4 finite numbers, camera to world. Export it "
+      'again.'
+    )
+  bottom = np.array([0, 0, 0, 1])
+  if len(matrix) == 4 and np.abs(matrix[3] - bottom).max() > 1e-5:
+    transposed = np.abs(matrix[:, 3] - bottom).max() <= 1e-5
+    raise images.DataError(
+      f"{where}: the last row of 'transform_matrix' must be 0, 0, 0, 1, but is "
+      f'{", ".join(f"{x:g}" for x in matrix[3])}. '
+      + ('Its last column is that: transpose the matrix.' if transposed else 'Export it again.')
     )
   return matrix[:3]
 
