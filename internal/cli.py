@@ -199,14 +199,19 @@ def run(main: Callable[[], None]) -> None:
 
   A UserError, an OSError of the system, and the death of another process of the run are printed as
   one line on stderr, with exit code 1; --debug adds the traceback. Other errors keep their
-  traceback. SIGTERM exits with 143 and SIGINT with 130, as in shells.
+  traceback. SIGTERM exits with 143, SIGINT with 130 and a closed output pipe with 141, as in
+  shells.
   """
   if isinstance(sys.stdout, io.TextIOWrapper):  # Log files show each line immediately.
     sys.stdout.reconfigure(line_buffering=True)
   try:
     with signals.listening():
       enable_compilation_cache()
-      main()
+      try:
+        main()
+      except BrokenPipeError:  # From `print`, or from another pipe than the output.
+        if not signals.stop_for_closed_output():
+          raise
   except signals.Stopped as stop:
     progress.close()
     print(f'Stopped by {stop.name}.', file=sys.stderr)

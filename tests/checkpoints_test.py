@@ -16,7 +16,7 @@ import tiny
 
 from internal import datasets
 from internal.devices import sharding
-from internal.training import checkpoints, run_folder, train_step
+from internal.training import checkpoints, run_folder, run_lock, run_seal, train_step
 
 
 @pytest.fixture(scope='module')
@@ -207,7 +207,7 @@ def test_a_manifest_opens_nothing_beside_the_checkpoint(saved):
   secret.write_text('x')
   manifest = Path(folder) / 'checkpoints' / '8' / 'manifest.json'
   for name in ('../../secret', str(secret)):
-    manifest.write_text(json.dumps({'sha256': {name: checkpoints._sha256(secret)}}))
+    manifest.write_text(json.dumps({'sha256': {name: run_seal.sha256(secret)}}))
     assert checkpoints.damage(folder, 8) == f'{name} is missing'
 
 

@@ -76,3 +76,37 @@ def test_one_request_may_come_twice_in_a_row():
     time.sleep(0.05)
   assert process.communicate(timeout=60)[0] == f'asked by {signal.SIGTERM.value}\n'
   assert process.returncode == 0
+
+
+_PRINTING = """
+import sys
+from internal import cli
+from internal.system import progress, signals
+def main():
+  if 'postponed' in sys.argv:
+    with signals.postponed() as request:
+      while not request.signum:
+        progress.say('a line')
+    open(sys.argv[1], 'w').write(f'saved after {request.signum}')
+    raise signals.Stopped(request.signum)
+  while True:
+    print('a line', flush=True)
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize('postponed', [True, False])
+def test_a_closed_pipe_stops_the_program_as_a_signal_would(tmp_path, postponed):
+  command = [sys.executable, '-c', _PRINTING, str(tmp_path / 'saved'), *['postponed'] * postponed]
+  process = subprocess.Popen(
+    command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  assert process.stdout.readline() == 'a line\n'  # As `| head -1` does.
+  process.stdout.close()
+  assert process.stderr.read() == 'Stopped by SIGPIPE.\n'
+  assert process.wait(60) == 141
+  assert not postponed or (tmp_path / 'saved').read_text() == 'saved after 13'
+
+
+def test_another_broken_pipe_is_an_error():
+  assert not signals.stop_for_closed_output()

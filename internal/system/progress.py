@@ -14,6 +14,8 @@ import rich.live
 import rich.progress
 import rich.table
 
+from . import signals
+
 _SECONDS_PER_LINE = 15.0  # Without a terminal.
 _quiet = False
 _bars: list[Bar] = []  # Active bars, the innermost last.
@@ -38,9 +40,16 @@ def is_quiet() -> bool:
 
 
 def say(text: str) -> None:
-  """Prints a line above any live line; does nothing after `set_quiet`."""
-  if not _quiet:
+  """Prints a line above any live line; does nothing after `set_quiet`.
+
+  If the reader of a pipe has ended, as in `| head`, the program is stopped as by a signal.
+  """
+  if _quiet:
+    return
+  try:
     print(text)
+  except BrokenPipeError:
+    signals.stop_for_closed_output()
 
 
 def summary(rows: Mapping[str, object]) -> None:
@@ -130,7 +139,7 @@ class Bar:
       return f'{text}{self._unit}'
     text = f'{text}/{self.total / self._scale:,.0f}{self._unit}'
     new = self.done - self._first
-    if not new:
+    if new <= 0:
       return text
     return f'{text}, {duration((now - self._began) / new * (self.total - self.done))} left'
 

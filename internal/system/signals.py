@@ -1,13 +1,15 @@
-"""Graceful shutdown on SIGTERM and SIGINT.
+"""Graceful shutdown on SIGTERM and SIGINT, and when nobody reads the output any more.
 
 The first signal raises `Stopped`. Inside `postponed` it is only recorded, and the program stops at
-a suitable point. A second signal ends the process immediately.
+a suitable point. A second signal ends the process immediately. A closed output pipe counts as
+SIGPIPE, which Python ignores.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import threading
 import time
@@ -18,7 +20,7 @@ _ONE_REQUEST = 1.0  # Seconds; `timeout` and others send one request as two sign
 
 
 class Stopped(BaseException):
-  """Raised by SIGTERM and SIGINT; not an Exception, so that handlers of errors let it pass."""
+  """Raised by SIGTERM, SIGINT and SIGPIPE; not an Exception, so that handlers of errors let it pass."""
 
   def __init__(self, signum: int):
     super().__init__(signum)
@@ -30,7 +32,7 @@ class Stopped(BaseException):
 
   @property
   def exit_code(self) -> int:
-    """The exit code by the convention of shells: 143 for SIGTERM, 130 for SIGINT."""
+    """The exit code by the convention of shells: 143 for SIGTERM, 130 for SIGINT, 141 for SIGPIPE."""
     return 128 + self.signum
 
 
@@ -47,6 +49,25 @@ def _handle(signum: int, _) -> None:
   if _request is None:
     raise Stopped(signum)
   _request.signum = _request.signum or signum
+
+
+def stop_for_closed_output() -> bool:
+  """Stops the program as by SIGPIPE if stdout or stderr is a pipe that nobody reads.
+
+  What it still prints there is discarded. Returns False if both can be written to.
+  """
+  closed = False
+  for stream in (1, 2):
+    poll = select.poll()
+    poll.register(stream, 0)  # Errors are always reported.
+    if any(event & select.POLLERR for _, event in poll.poll(0)):
+      null = os.open(os.devnull, os.O_WRONLY)
+      os.dup2(null, stream)
+      os.close(null)
+      closed = True
+  if closed:
+    _handle(signal.SIGPIPE, None)
+  return closed
 
 
 def _end_at_the_second(pipe: int) -> None:

@@ -1,13 +1,14 @@
 """Checkpoints of a run: saved by orbax, sealed by a manifest, and verified when read.
 
 A checkpoint is written as checkpoints/<step>.partial and renamed once it is complete, so a crash
-never leaves a half-written one. Its manifest.json holds the SHA-256 of each of its files.
+never leaves a half-written one. Its manifest.json holds the SHA-256 of each of its files, its step
+and its run's id, so a renamed folder or one of another run is recognised.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import errno
 import json
 import logging
 import os
@@ -22,13 +23,14 @@ import orbax.checkpoint as ocp
 from .. import configs, structs
 from ..devices import processes, sharding
 from ..errors import UserError
-from . import train_step
+from . import run_lock, run_seal, train_step
 
 _STATE = 'default'  # Folder of orbax's files, named as by its CheckpointManager.
 _NOTES = 'notes.json'
 _MANIFEST = 'manifest.json'
 _PARTIAL = '.partial'  # Incomplete, or half deleted.
 _DAMAGED = '.damaged'
+_TRIES = 5  # To read the newest checkpoint while training replaces it.
 
 
 def _folder(checkpoint_dir: str) -> str:
@@ -39,12 +41,20 @@ class CheckpointError(UserError):
   """A checkpoint or run folder that cannot be used."""
 
 
+class _CheckpointGoneError(CheckpointError):
+  """A checkpoint that training removed while it was being read."""
+
+
 def all_steps(checkpoint_dir: str) -> list[int]:
   """Returns the steps of complete checkpoints, ascending, without verifying their files."""
   folder = _folder(checkpoint_dir)
   if not os.path.isdir(folder):
     return []
-  return sorted(int(name) for name in os.listdir(folder) if name.isdecimal())
+  return sorted(int(name) for name in os.listdir(folder) if _is_step(name))
+
+
+def _is_step(name: str) -> bool:
+  return name.isdecimal() and name == str(int(name))
 
 
 def latest_step(checkpoint_dir: str) -> int | None:
@@ -57,18 +67,13 @@ def _files_in(folder: str) -> list[str]:
   return sorted(os.path.relpath(path, folder) for path in found)
 
 
-def _sha256(path: str) -> str:
-  with open(path, 'rb') as f:
-    return hashlib.file_digest(f, 'sha256').hexdigest()
-
-
-def _seal(folder: str, notes: Mapping[str, Any]) -> None:
-  """Adds the notes and a manifest of all files, and flushes everything to disk."""
+def _seal(folder: str, notes: Mapping[str, Any], **identity) -> None:
+  """Adds the notes and a manifest of all files and `identity`, and flushes everything to disk."""
   with open(os.path.join(folder, _NOTES), 'w') as f:
     json.dump(notes, f)
-  sums = {name: _sha256(os.path.join(folder, name)) for name in _files_in(folder)}
+  sums = {name: run_seal.sha256(os.path.join(folder, name)) for name in _files_in(folder)}
   with open(os.path.join(folder, _MANIFEST), 'w') as f:
-    json.dump({'sha256': sums}, f, indent=1)
+    json.dump({**identity, 'sha256': sums}, f, indent=1)
   for root, _, names in os.walk(folder):
     for name in ['', *names]:
       opened = os.open(os.path.join(root, name), os.O_RDONLY)
@@ -83,13 +88,19 @@ def damage(checkpoint_dir: str, step: int) -> str | None:
   folder = folder_of(checkpoint_dir, step)
   try:
     with open(os.path.join(folder, _MANIFEST), 'rb') as f:
-      sums = dict(json.load(f)['sha256'])
+      manifest = json.load(f)
+    sums = dict(manifest['sha256'])
     existing = _files_in(folder)  # A manifest cannot make us open files elsewhere.
     for name, expected in sums.items():
       if name not in existing:
         return f'{name} is missing'
-      if _sha256(os.path.join(folder, name)) != expected:
+      if run_seal.sha256(os.path.join(folder, name)) != expected:
         return f'{name} has changed since it was written'
+    # Manifests of earlier versions have no step and no run.
+    if manifest.get('step', step) != step:
+      return f'it is the checkpoint of step {manifest["step"]}, in a folder of another name'
+    if manifest.get('run', run := run_seal.run_id(checkpoint_dir)) != run is not None:
+      return 'it is the checkpoint of another run'
   except FileNotFoundError as error:
     return f'{os.path.relpath(error.filename, folder)} is missing'
   except OSError as error:
@@ -104,29 +115,41 @@ def folder_of(checkpoint_dir: str, step: int) -> str:
   return os.path.join(_folder(checkpoint_dir), str(step))
 
 
+def _is_gone(checkpoint_dir: str, step: int) -> bool:
+  """Returns whether a checkpoint that was listed has been removed, by training that keeps few."""
+  return not os.path.lexists(folder_of(checkpoint_dir, step))
+
+
 def newest(checkpoint_dir: str, at_most: int | None = None) -> int | None:
   """Returns the step of the newest undamaged checkpoint, or None, the same on all processes.
 
-  Reports newer, damaged ones on stderr.
+  Reports newer, damaged ones on stderr. Looks again if training removes one while it is verified.
 
   Args:
     checkpoint_dir: the run's folder.
     at_most: ignores checkpoints of later steps.
   """
-  found = None
-  if processes.is_main():
-    steps = [step for step in all_steps(checkpoint_dir) if at_most is None or step <= at_most]
-    while steps and found is None:
-      step = steps.pop()
-      reason = damage(checkpoint_dir, step)
-      if reason is None:
-        found = step
-      else:
-        then = f'trying step {steps[-1]}' if steps else 'there is no other'
-        path = folder_of(checkpoint_dir, step)
-        print(f'Checkpoint {path} is damaged: {reason}; {then}.', file=sys.stderr)
-  found = processes.from_main(-1 if found is None else found)
+  found = _newest(checkpoint_dir, at_most) if processes.is_main() else -1
+  found = processes.from_main(found)
   return None if found < 0 else found
+
+
+def _newest(checkpoint_dir: str, at_most: int | None) -> int:
+  damaged = set()
+  while True:
+    steps = [step for step in all_steps(checkpoint_dir) if at_most is None or step <= at_most]
+    steps = [step for step in steps if step not in damaged]
+    if not steps:
+      return -1
+    step = steps.pop()
+    reason = damage(checkpoint_dir, step)
+    if reason is None:
+      return step
+    if not _is_gone(checkpoint_dir, step):
+      damaged.add(step)
+      then = f'trying step {steps[-1]}' if steps else 'there is no other'
+      path = folder_of(checkpoint_dir, step)
+      print(f'Checkpoint {path} is damaged: {reason}; {then}.', file=sys.stderr)
 
 
 def start_step(checkpoint_dir: str, at_most: int | None = None) -> int:
@@ -148,6 +171,9 @@ def tidy(checkpoint_dir: str, start: int) -> None:
   """Prepares the folder for resuming from step `start` (main process only).
 
   Renames later checkpoints, which are damaged, and removes incomplete ones.
+
+  Raises:
+    CheckpointError: a damaged checkpoint cannot be renamed.
   """
   folder = _folder(checkpoint_dir)
   for name in os.listdir(folder) if os.path.isdir(folder) else []:
@@ -156,14 +182,22 @@ def tidy(checkpoint_dir: str, start: int) -> None:
       shutil.rmtree(path, ignore_errors=True)
     elif name.isdecimal() and int(name) > start:
       shutil.rmtree(path + _DAMAGED, ignore_errors=True)
-      os.rename(path, path + _DAMAGED)
+      try:
+        os.rename(path, path + _DAMAGED)
+      except OSError as e:
+        raise CheckpointError(
+          f'Checkpoint {path} is damaged and cannot be renamed ({e.strerror}); move it away.'
+        ) from None
 
 
 def _remove_all_but(checkpoint_dir: str, keep: int) -> None:
   for step in all_steps(checkpoint_dir)[:-keep] if keep else ():
     path = folder_of(checkpoint_dir, step)
-    os.rename(path, path + _PARTIAL)
-    shutil.rmtree(path + _PARTIAL)
+    try:
+      os.rename(path, path + _PARTIAL)
+      shutil.rmtree(path + _PARTIAL)
+    except OSError as e:
+      print(f'Old checkpoint {path} cannot be removed: {e.strerror}.', file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -175,6 +209,17 @@ def _quiet() -> Iterator[None]:
     yield
   finally:
     logging.disable(before)
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+  """Returns whether a full disk or quota caused an error; TensorStore only says so in its text."""
+  while error is not None:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+      return True
+    if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def _orbax() -> ocp.Checkpointer:
@@ -204,26 +249,48 @@ def save(
 
   Raises:
     CheckpointError: writing failed; earlier checkpoints are unchanged.
+    RunLockError: the folder was locked by `run_lock.locked` and no longer is.
   """
   state = jax.tree.map(sharding.to_host, state)
   if not processes.is_main():
     return
   step = int(state.step)
   folder, final = _folder(checkpoint_dir), folder_of(checkpoint_dir, step)
+  identity = {'step': step, 'run': run_seal.run_id(checkpoint_dir)}
+  identity = {key: value for key, value in identity.items() if value is not None}
+  run_lock.check()
   try:
     with _quiet(), _orbax() as writer:
       writer.save(os.path.join(final + _PARTIAL, _STATE), args=ocp.args.StandardSave(state))
-    _seal(final + _PARTIAL, notes or {})
+    _seal(final + _PARTIAL, notes or {}, **identity)
+    run_lock.check()  # Writing can take minutes.
     os.rename(final + _PARTIAL, final)
-    _remove_all_but(checkpoint_dir, keep)
+  except run_lock.RunLockError:
+    shutil.rmtree(final + _PARTIAL, ignore_errors=True)
+    raise
   except Exception as error:  # TensorStore raises many types for a full disk.
     shutil.rmtree(final + _PARTIAL, ignore_errors=True)
     last = latest_step(checkpoint_dir)
     raise CheckpointError(
       f'Step {step:,} could not be saved in {folder}: {" ".join(str(error).split())[:1000]}. '
       + (f'The checkpoint of step {last:,} is kept' if last else 'There is no earlier checkpoint')
-      + '. Free some disk space and run the same command again to resume.'
+      + ('. Free some disk space and' if _is_disk_full(error) else '. Remove the cause and')
+      + ' run the same command again to resume.'
     ) from error
+  _remove_all_but(checkpoint_dir, keep)
+
+
+def saved_run_id(checkpoint_dir: str) -> str | None:
+  """Returns the run's id as the newest checkpoint has it; None if no checkpoint has one."""
+  for step in reversed(all_steps(checkpoint_dir)):
+    try:
+      with open(os.path.join(folder_of(checkpoint_dir, step), _MANIFEST), 'rb') as f:
+        run = json.load(f)['run']
+      if isinstance(run, str):
+        return run
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+      continue
+  return None
 
 
 def notes(checkpoint_dir: str, step: int) -> dict[str, Any]:
@@ -264,18 +331,31 @@ def restore(checkpoint_dir: str, settings: configs.Settings, mesh, step: int) ->
   """Restores a checkpoint, sharded for `mesh`, whatever devices it was saved from.
 
   Raises:
-    CheckpointError: the checkpoint is damaged or has another architecture.
+    CheckpointError: the checkpoint is damaged, has another architecture, or was removed meanwhile.
   """
-  folder, wanted = folder_of(checkpoint_dir, step), _abstract_state(settings, mesh)
-  reason = damage(checkpoint_dir, step)
-  if not processes.on_all(reason is None):
-    reason = reason or 'another process cannot read it'
-    raise CheckpointError(f'Checkpoint {folder} is damaged: {reason}.')
+  folder, error, state = folder_of(checkpoint_dir, step), None, None
+  try:
+    if reason := damage(checkpoint_dir, step):
+      raise CheckpointError(f'Checkpoint {folder} is damaged: {reason}.')
+    state = _read(folder, _abstract_state(settings, mesh), step)
+  except Exception as e:  # The processes agree below.
+    error = e
+  if processes.on_all(error is None):
+    return state
+  if processes.largest(_is_gone(checkpoint_dir, step)):
+    raise _CheckpointGoneError(
+      f'Checkpoint {folder} was removed while it was being read, by training that keeps only the '
+      'newest (Config.checkpoint_keep). Try again.'
+    )
+  raise error or CheckpointError(f'Checkpoint {folder}: another process cannot read it.')
+
+
+def _read(folder: str, wanted: structs.TrainState, step: int) -> structs.TrainState:
   path = os.path.join(folder, _STATE)
   try:
     with _orbax() as reader:
       _check_same_architecture(folder, reader.metadata(path).item_metadata.tree, wanted)
-      return reader.restore(path, args=ocp.args.StandardRestore(wanted))
+      state = reader.restore(path, args=ocp.args.StandardRestore(wanted))
   except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
     raise
   except Exception as e:  # The files are intact; orbax raises many types.
@@ -284,6 +364,11 @@ def restore(checkpoint_dir: str, settings: configs.Settings, mesh, step: int) ->
       f'Checkpoint {folder} cannot be read ({reason}). Remove it to resume from the previous one, '
       'or use the version of the program that wrote it.'
     ) from e
+  if int(state.step) != step:  # Manifests of earlier versions have no step.
+    raise CheckpointError(
+      f'Checkpoint {folder} is that of step {int(state.step)}; give its folder that name.'
+    )
+  return state
 
 
 def restore_params(
@@ -303,13 +388,19 @@ def restore_params(
   Raises:
     CheckpointError: there is no such checkpoint, it is damaged, or has another architecture.
   """
-  steps = all_steps(checkpoint_dir)
-  step = newest(checkpoint_dir) if step is None else step
-  if step is None or step not in steps:
-    raise CheckpointError(
-      f'No {"intact checkpoint" if step is None else f"checkpoint of step {step}"} in '
-      f'{_folder(checkpoint_dir)} (steps there: {steps or "none"}). Train first, or wait for '
-      'Config.checkpoint_every steps.'
-    )
   mesh = mesh or sharding.make_mesh()
-  return sharding.whole(restore(checkpoint_dir, settings, mesh, step).params, mesh), step
+  for tries_left in reversed(range(_TRIES)):
+    chosen = newest(checkpoint_dir) if step is None else step
+    if chosen is None or (step is not None and _is_gone(checkpoint_dir, step)):
+      steps = all_steps(checkpoint_dir)
+      raise CheckpointError(
+        f'No {"intact checkpoint" if chosen is None else f"checkpoint of step {chosen}"} in '
+        f'{_folder(checkpoint_dir)} (steps there: {steps or "none"}). Train first, or wait for '
+        'Config.checkpoint_every steps.'
+      )
+    try:
+      state = restore(checkpoint_dir, settings, mesh, chosen)
+      return sharding.whole(state.params, mesh), chosen
+    except _CheckpointGoneError:
+      if step is not None or not tries_left:
+        raise

@@ -13,7 +13,7 @@ from .. import configs, models, structs
 from ..datasets import scenes
 from ..devices import processes, sharding
 from ..system import progress, signals
-from . import checkpoints, nonfinite, pixel_store, run_folder, runlog, train_step
+from . import checkpoints, nonfinite, pixel_store, run_folder, run_lock, runlog, train_step
 
 OnStep = Callable[[int, dict], float]
 RenderTest = Callable[[dict, int, runlog.RunLog], None]
@@ -23,7 +23,7 @@ class _Clock:
   """Times steps, without compilation, rendering, saving and callbacks."""
 
   def __init__(self):
-    self.steps, self._start = 0, time.time()
+    self.steps, self._start = 0, time.monotonic()
 
   def leave_out(self, seconds: float) -> None:
     """Excludes seconds from the current lap."""
@@ -32,8 +32,8 @@ class _Clock:
   def lap(self, params: dict) -> tuple[int, float]:
     """Waits for the device, starts a new lap and returns the last one's (steps, seconds)."""
     jax.block_until_ready(params)
-    steps, seconds = self.steps, time.time() - self._start
-    self.steps, self._start = 0, time.time()
+    steps, seconds = self.steps, time.monotonic() - self._start
+    self.steps, self._start = 0, time.monotonic()
     return steps, seconds if steps else 0.0
 
 
@@ -73,14 +73,29 @@ def train(
     signals.Stopped: SIGTERM or SIGINT arrived; the current step was finished and saved.
     NonFiniteError: a part was not updated in Config.max_skipped_updates consecutive steps.
     CheckpointError: the folder holds a run that cannot be resumed.
+    RunLockError: another training writes to the folder, or it vanished while training.
   """
   check_settings(settings, scene)
   mesh = mesh or sharding.make_mesh()
+  folder, last = settings.config.checkpoint_dir, settings.config.last_step
+  newest = processes.from_main(checkpoints.latest_step(folder) or 0)
+  if newest >= last and checkpoints.start_step(folder) >= last:
+    print(f'Nothing to do: {folder} has step {newest:,} of {last:,}.')
+    return None
+  with run_lock.locked(folder):
+    return _train(settings, scene, mesh, on_step, render_test)
+
+
+def _train(
+  settings: configs.Settings,
+  scene: scenes.Scene,
+  mesh: Mesh,
+  on_step: OnStep | None,
+  render_test: RenderTest | None,
+) -> float:
+  """Trains in a locked folder; see `train`."""
   config, last = settings.config, settings.config.last_step
   start = checkpoints.start_step(config.checkpoint_dir)
-  if start >= last:
-    print(f'Nothing to do: {config.checkpoint_dir} has step {start:,} of {last:,}.')
-    return None
   state, recent, step_fn = _start(settings, scene, mesh, start)
   cams, load_pixels, place = _load_data(settings, scene, mesh)
   log = _open_log(settings, start, render_test)
@@ -134,7 +149,7 @@ def _start(
   state, recent, micro_batches = run_folder.start_run(settings, mesh, start)
   step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches)
   if processes.is_main():
-    checkpoints.tidy(folder, start)
+    run_folder.tidy(folder, start)
     run_folder.write_run(folder, settings, scene)
   return state, recent, step_fn
 
@@ -183,6 +198,7 @@ def _log_steps(
 ) -> None:
   """Logs the steps since the last call, and ends a run that makes no progress."""
   rows = jax.device_get(recent)
+  run_lock.check()
   log.steps(step, rows, timed, seconds, config.batch_size)
   for line in nonfinite.lines(step, rows):
     log.say(line)

@@ -1,12 +1,17 @@
 """A run's folder: config.gin, scene.json, sparse points, and the checkpoints beside them.
 
 config.gin holds all settings of the run, scene.json its cameras and world transform. With
-checkpoints/<step>/, eval and render need nothing else but the photographs.
+checkpoints/<step>/, eval and render need nothing else but the photographs. run.json seals them
+(`run_seal`), and train.lock is there while training writes (`run_lock`).
 """
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
+import sys
+import uuid
 from collections.abc import Sequence
 
 import jax
@@ -16,23 +21,42 @@ from jax.sharding import Mesh
 from .. import configs, structs
 from ..datasets import images, scenes, sparse_points
 from ..devices import sharding
-from ..system import files
-from . import checkpoints, train_step
+from . import checkpoints, run_seal, train_step
 from .checkpoints import CheckpointError
+from .run_seal import CONFIG, SCENE
 
-_CONFIG = 'config.gin'
-_SCENE = 'scene.json'
 # Fields of Config that decide what scene.json holds: fixed once the run has been trained.
 _SCENE_FIELDS = ('dataset_loader', 'factor', 'llffhold', 'load_alphabetical', 'dtu_light_cond')
 _MAX_POSE_CHANGE = 1e-3  # In the normalised world; rounding stays below.
 
 
 def write_run(checkpoint_dir: str, settings: configs.Settings, scene: scenes.Scene) -> None:
-  """Writes config.gin, scene.json and the sparse points, each atomically (main process only)."""
-  with files.whole(os.path.join(checkpoint_dir, _CONFIG)) as path, open(path, 'w') as f:
-    f.write(settings.text)
-  scenes.save_scene(os.path.join(checkpoint_dir, _SCENE), scene)
-  sparse_points.save(checkpoint_dir, settings.config, scene)
+  """Writes and seals config.gin, scene.json and the sparse points (main process only)."""
+
+  def write_files(folder: str) -> None:
+    scenes.save_scene(os.path.join(folder, SCENE), scene)
+    sparse_points.save(folder, settings.config, scene)
+
+  run = run_seal.run_id(checkpoint_dir) or checkpoints.saved_run_id(checkpoint_dir)
+  run_seal.write(checkpoint_dir, run or uuid.uuid4().hex, settings.text, write_files)
+
+
+# What a killed training may leave in its folder, besides incomplete checkpoints.
+_LEFTOVERS = (
+  run_seal.STAGING, '.clock*', 'train.lock.*', 'run.*.part.json', 'metrics.*.part.jsonl',
+  'config.*.part.gin', 'scene.*.part.json', 'points.*.part.npy', 'train_renders/*.part.png',
+)  # fmt: skip
+
+
+def tidy(checkpoint_dir: str, start: int) -> None:
+  """Prepares a locked folder for resuming from step `start` (main process only).
+
+  Removes what a kill has left half-written, and renames damaged checkpoints.
+  """
+  for pattern in _LEFTOVERS:
+    for path in glob.glob(os.path.join(glob.escape(checkpoint_dir), pattern)):
+      shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+  checkpoints.tidy(checkpoint_dir, start)
 
 
 def open_run(
@@ -42,15 +66,17 @@ def open_run(
 
   Raises:
     CheckpointError: the folder has no run, or a binding changes which images the run uses.
+    RunFileError: config.gin or scene.json is damaged.
     ConfigError: a binding is invalid.
   """
-  paths = [os.path.join(checkpoint_dir, name) for name in (_CONFIG, _SCENE)]
+  paths = [os.path.join(checkpoint_dir, name) for name in (CONFIG, SCENE)]
   for path in paths:
     if not os.path.isfile(path):
       raise CheckpointError(
         f'No training run in {checkpoint_dir!r}: {path} is missing. Train first, or set '
         'Config.checkpoint_dir to the folder that train.py wrote.'
       )
+  run_seal.check(checkpoint_dir)
   here = f'Config.checkpoint_dir = {checkpoint_dir!r}'  # The folder may have been moved.
   settings = configs.load_config([paths[0]], [*gin_bindings, here])
   trained = configs.load_config([paths[0]]).config
@@ -73,11 +99,12 @@ def check_same_scene(checkpoint_dir: str, scene: scenes.Scene) -> None:
     CheckpointError: they differ; the message names the first image that does.
   """
   try:
-    before = scenes.load_scene(os.path.join(checkpoint_dir, _SCENE))
-  except (images.DataError, images.DataNotFoundError):
+    before = scenes.load_scene(os.path.join(checkpoint_dir, SCENE))
+  except (images.DataError, images.DataNotFoundError) as e:
+    print(f'Warning: the images and poses of the run are not compared: {e}', file=sys.stderr)
     return  # `write_run` is about to write it anew.
   way_out = (
-    f'Set Config.data_dir and llffhold as in {checkpoint_dir}/{_CONFIG}, or set another '
+    f'Set Config.data_dir and llffhold as in {checkpoint_dir}/{CONFIG}, or set another '
     'Config.checkpoint_dir to train from scratch.'
   )
   poses = [{s.names[row]: s.cameras.camtoworld[row] for row in s.train} for s in (before, scene)]

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -15,16 +16,30 @@ from ..system import files, progress
 
 
 def read_metrics(path: str) -> list[dict]:
-  """Reads metrics.jsonl, without a last line that was cut short by a crash."""
-  rows = []
-  if os.path.exists(path):
-    with open(path) as f:
-      for line in f:
-        try:
-          rows.append(json.loads(line))
-        except json.JSONDecodeError:
-          break
-  return rows
+  """Reads metrics.jsonl, without damaged lines."""
+  return _read_lines(path)[0]
+
+
+def _read_lines(path: str) -> tuple[list[dict], list[bytes]]:
+  """Returns the rows, and the damaged lines without a last one that was cut short by a crash."""
+  if not os.path.exists(path):
+    return [], []
+  with open(path, 'rb') as f:
+    lines = f.readlines()
+  rows = [_parse(line) for line in lines]
+  damaged = [line for line, row in zip(lines, rows) if row is None and line.endswith(b'\n')]
+  return [row for row in rows if row is not None], damaged
+
+
+def _parse(line: bytes) -> dict | None:
+  """Returns a row of metrics.jsonl: numbers or nulls by name, and the step; None if damaged."""
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  if not isinstance(row, dict) or not isinstance(row.get('step'), int):
+    return None
+  return row if all(isinstance(v, int | float | None) for v in row.values()) else None
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -95,17 +110,30 @@ class RunLog:
     self._bar = progress.Bar('training', last_step, start_step, enabled=enabled)
     self.train_seconds = 0.0  # Over all starts, without compiling, rendering and saving.
     self._path = os.path.join(run_dir, 'metrics.jsonl')
-    rows = [r for r in read_metrics(self._path) if r['step'] <= start_step]
+    rows, damaged = _read_lines(self._path)
+    rows = [r for r in rows if r['step'] <= start_step]
     if rows:
-      self.train_seconds = rows[-1].get('train_seconds', 0.0)
+      self.train_seconds = rows[-1].get('train_seconds') or 0.0
     if not enabled:
       return
+    self._keep_aside(damaged)
     with files.whole(self._path) as path, open(path, 'w') as f:
       f.writelines(json.dumps(r) + '\n' for r in rows)
     self._board = _Board(os.path.join(run_dir, 'tensorboard'), start_step + 1)
     self._bar.__enter__()
     if progress.is_live():
       self._bar.show(start_step, 'compiling the step')
+
+  def _keep_aside(self, damaged: Sequence[bytes]) -> None:
+    if not damaged:
+      return
+    aside = f'{self._path}.damaged'
+    with open(aside, 'ab') as f:
+      f.writelines(damaged)
+    print(
+      f'Warning: {len(damaged)} damaged lines of {self._path} were moved to {aside}.',
+      file=sys.stderr,
+    )
 
   @contextlib.contextmanager
   def pause(self, name: str) -> Iterator[None]:
@@ -168,7 +196,7 @@ class RunLog:
       f'step {step:>{width},}/{self.last_step:,}  loss {values["loss"]:.5f}  '
       f'psnr {values["psnr"]:5.2f}'
     )
-    if timed:
+    if timed and elapsed > 0:
       values['rays_per_sec'] = timed * batch_size / elapsed
       left = self._seconds_left(step, elapsed / timed)
       text += f'  {values["rays_per_sec"]:>9,.0f} rays/s  {progress.duration(left)} left'

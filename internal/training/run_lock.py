@@ -1,0 +1,213 @@
+"""The lock of a run's folder, which keeps a second training out.
+
+The file train.lock names its holder: host, process and start. It is stale if that process is gone.
+For a process that cannot be looked up (another host, a container, before a reboot) the holder's
+heartbeat decides: it touches the file every few seconds. This works on shared disks without flock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+
+from ..devices import processes
+from ..errors import UserError
+
+FILE = 'train.lock'
+_HEARTBEAT = 5.0  # Seconds.
+_STALE = 30.0  # Seconds without a heartbeat.
+
+
+class RunLockError(UserError):
+  """The run's folder belongs to another training, or has vanished."""
+
+
+def _read(path: str) -> str:
+  """Returns a file's text, '' if it cannot be read."""
+  try:
+    with open(path, encoding='utf-8', errors='replace') as f:
+      return f.read()
+  except OSError:
+    return ''
+
+
+def _started(pid: int) -> str | None:
+  """Returns a process's start in clock ticks since the boot; None if it has ended."""
+  fields = _read(f'/proc/{pid}/stat').rpartition(')')[2].split()  # From field 3, the state.
+  return fields[19] if len(fields) > 19 and fields[0] not in 'ZX' else None
+
+
+def _process() -> dict:
+  """Describes this process. Numbers of processes are only unique within a boot and a namespace."""
+  pid, namespace = os.getpid(), '/proc/self/ns/pid'
+  return {
+    'host': socket.gethostname(),
+    'boot': _read('/proc/sys/kernel/random/boot_id').strip(),
+    'namespace': os.readlink(namespace) if os.path.exists(namespace) else '',
+    'pid': pid,
+    'started': _started(pid),
+  }
+
+
+def _holder(text: str) -> dict:
+  """Parses a lock file; damaged ones name nobody."""
+  try:
+    holder = json.loads(text)
+  except (ValueError, RecursionError):
+    holder = None
+  return holder if isinstance(holder, dict) else {}
+
+
+def _beat(path: str) -> float | None:
+  """Returns the time of the last heartbeat by the disk's clock; None if the file is gone."""
+  try:
+    with open(path, 'rb') as f:  # Opening refreshes what NFS has cached.
+      return os.fstat(f.fileno()).st_mtime
+  except FileNotFoundError:
+    return None
+
+
+def _disk_time(folder: str) -> float:
+  with tempfile.NamedTemporaryFile(dir=folder, prefix='.clock') as f:
+    os.utime(f.name)
+    return os.stat(f.name).st_mtime
+
+
+def _is_held(path: str, holder: dict) -> bool:
+  """Returns whether a lock's holder is alive; waits for a heartbeat if only that can tell."""
+  this = _process()
+  if all(this[key] and holder.get(key) == this[key] for key in ('host', 'boot', 'namespace')):
+    pid = holder.get('pid')
+    return isinstance(pid, int) and _started(pid) == holder.get('started') is not None
+  last = _beat(path)
+  end = time.monotonic() + _STALE - (_disk_time(os.path.dirname(path)) - (last or 0))
+  while _beat(path) == last is not None:
+    if time.monotonic() >= end:
+      return False
+    time.sleep(min(_HEARTBEAT / 10, _STALE / 10))
+  return _beat(path) is not None
+
+
+def _refuse(path: str, holder: dict) -> None:
+  folder = os.path.dirname(path)
+  raise RunLockError(
+    f'{folder} is being trained by process {holder.get("pid", "unknown")} on '
+    f'{holder.get("host", "an unknown host")} since {holder.get("since", "an unknown time")}. '
+    'Wait for it, stop it, or set another Config.checkpoint_dir. If you know that it has ended, '
+    f'remove {path} and try again.'
+  )
+
+
+class _Lock:
+  """A lock that this process holds."""
+
+  def __init__(self, folder: str):
+    self.path = os.path.join(folder, FILE)
+    since = time.strftime('%Y-%m-%d %H:%M:%S %z')
+    self._text = json.dumps({**_process(), 'since': since, 'id': uuid.uuid4().hex})
+    self._end = threading.Event()
+    os.makedirs(folder, exist_ok=True)
+    while not self._create():
+      text = _read(self.path)
+      if _is_held(self.path, _holder(text)):
+        _refuse(self.path, _holder(text))
+      self._remove_stale(text)
+    threading.Thread(target=self._keep_alive, daemon=True).start()
+
+  def _create(self) -> bool:
+    """Creates the lock file; returns False if there is one."""
+    try:
+      opened = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    except FileExistsError:
+      return False
+    try:
+      with open(opened, 'w', encoding='utf-8') as f:
+        f.write(self._text)
+    except OSError as e:
+      os.remove(self.path)
+      raise OSError(e.errno, e.strerror, self.path) from None  # Writing does not name the file.
+    return True
+
+  def _remove_stale(self, text: str) -> None:
+    """Removes a stale lock; one that another start has replaced meanwhile is put back."""
+    aside = f'{self.path}.{uuid.uuid4().hex}'
+    with contextlib.suppress(FileNotFoundError):
+      os.rename(self.path, aside)
+      if _read(aside) != text:
+        os.rename(aside, self.path)
+        _refuse(self.path, _holder(_read(self.path)))
+      os.remove(aside)
+
+  def _keep_alive(self) -> None:
+    while not self._end.wait(_HEARTBEAT):
+      with contextlib.suppress(OSError):
+        if _read(self.path) == self._text:
+          os.utime(self.path)
+
+  def check(self) -> None:
+    """Raises RunLockError if the folder has vanished or another training has taken it over."""
+    text = _read(self.path)
+    if text == self._text:
+      return
+    if text:
+      _refuse(self.path, _holder(text))
+    if os.path.lexists(self.path):
+      return  # A disk that does not answer; what is written next will say so.
+    folder = os.path.dirname(self.path)
+    state = f'no longer has {FILE}' if os.path.isdir(folder) else 'has vanished'
+    raise RunLockError(
+      f'{folder} {state}: it was moved, removed or emptied while it was being trained. Nothing more '
+      'is written there. Run the same command again to train from the newest checkpoint that is '
+      'left.'
+    )
+
+  def release(self) -> None:
+    self._end.set()
+    with contextlib.suppress(OSError):
+      if _read(self.path) == self._text:
+        os.remove(self.path)
+
+
+_held: _Lock | None = None  # By this process.
+
+
+@contextlib.contextmanager
+def locked(folder: str) -> Iterator[None]:
+  """Locks a run's folder inside the block; the main process does it for all, which call this.
+
+  Raises:
+    RunLockError: another training holds it; the message names it.
+  """
+  global _held
+  error = lock = None
+  if processes.is_main():
+    try:
+      lock = _Lock(os.path.abspath(folder))
+    except (UserError, OSError) as e:
+      error = e
+  if not processes.on_all(error is None):
+    raise error or RunLockError(f'The main process cannot lock {folder}.')
+  before, _held = _held, lock
+  try:
+    yield
+  finally:
+    _held = before
+    if lock:
+      lock.release()
+
+
+def check() -> None:
+  """Checks before writing that the lock is still this process's; does nothing outside `locked`.
+
+  Raises:
+    RunLockError: another training has taken the folder over, or it has vanished.
+  """
+  if _held:
+    _held.check()
