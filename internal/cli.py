@@ -15,11 +15,12 @@ from typing import Any
 import jax
 
 from . import configs, plugins
-from .devices import processes
+from .devices import processes, program_cache
 from .errors import UserError
 from .system import installation, progress, signals
 
 _CACHE = 'mipnerf360-jax'
+_CACHE_BYTES = 4 << 30
 _PROCESS_COUNTS = ('JAX_NUM_PROCESSES', 'SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
 
 _debug = False
@@ -159,11 +160,13 @@ def _cache_folder() -> str:
 def enable_compilation_cache() -> None:
   """Enables JAX's compilation cache in the user's cache folder; call before compiling.
 
+  Its entries are checked (`program_cache`) and, in that folder, limited to 4 GiB.
   Explicit settings win: JAX_COMPILATION_CACHE_DIR, even if empty, and
   JAX_ENABLE_COMPILATION_CACHE=false. Multi-process runs are left alone because only process 0
   writes the cache: on a host of its own, another process would miss programs that process 0 finds,
   and GPUs that autotune kernels together would wait for each other.
   """
+  program_cache.install()
   config = jax.config
   configured = 'JAX_COMPILATION_CACHE_DIR' in os.environ or config.jax_compilation_cache_dir
   several = any(os.environ.get(name) not in (None, '', '1') for name in _PROCESS_COUNTS)
@@ -177,6 +180,8 @@ def enable_compilation_cache() -> None:
       file=sys.stderr,
     )
     return
+  if 'JAX_COMPILATION_CACHE_MAX_SIZE' not in os.environ:
+    config.update('jax_compilation_cache_max_size', _CACHE_BYTES)
   if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
     # The default of one second skips programs that slow down a start.
     config.update('jax_persistent_cache_min_compile_time_secs', 0.1)

@@ -16,7 +16,7 @@ import tiny
 
 from internal import datasets
 from internal.devices import sharding
-from internal.training import checkpoints, run_folder, run_lock, run_seal, train_step
+from internal.training import checkpoints, run_folder, run_seal, train_step
 
 
 @pytest.fixture(scope='module')
