@@ -125,6 +125,102 @@ def test_a_damaged_checkpoint_is_not_read_even_where_it_is_asked_for(saved, caps
   assert '; there is no other' in capsys.readouterr().err
 
 
+def _folder(folder, step):
+  return Path(checkpoints.folder_of(folder, step))
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_another_step(saved, capsys):
+  folder, settings, _ = saved
+  _folder(folder, 8).rename(_folder(folder, 330))
+  assert checkpoints.newest(folder) == 5
+  assert '330 is damaged: it is the checkpoint of step 8' in capsys.readouterr().err
+  with pytest.raises(checkpoints.CheckpointError, match='330 is damaged: it is .* of step 8'):
+    checkpoints.restore_params(folder, settings, 330)
+
+
+def test_swapped_checkpoints_are_not_used(saved):
+  folder, settings, _ = saved
+  for old, new in ((5, 1), (8, 5), (1, 8)):
+    _folder(folder, old).rename(_folder(folder, new))
+  with pytest.raises(checkpoints.CheckpointError, match='No intact checkpoint'):
+    checkpoints.restore_params(folder, settings)
+
+
+def _write_run_json(folder, run):
+  run_seal.write(folder, run, '', lambda folder: None)
+
+
+def test_a_checkpoint_of_another_run_is_not_used(saved, tmp_path, capsys):
+  folder, _, state = saved
+  _write_run_json(folder, 'a')
+  checkpoints.save(folder, state.replace(step=state.step + 9))
+  assert (checkpoints.newest(folder), checkpoints.saved_run_id(folder)) == (9, 'a')
+  _write_run_json(str(tmp_path / 'other'), 'b')
+  shutil.copytree(Path(folder) / 'checkpoints', tmp_path / 'other' / 'checkpoints')
+  assert checkpoints.newest(str(tmp_path / 'other')) == 8  # Is of a version without ids.
+  assert '9 is damaged: it is the checkpoint of another run' in capsys.readouterr().err
+
+
+def _remove_identity(folder, step):
+  path = _folder(folder, step) / 'manifest.json'
+  path.write_text(json.dumps({'sha256': json.loads(path.read_text())['sha256']}))
+
+
+def test_checkpoints_of_earlier_versions_are_read_unless_they_were_renamed(saved):
+  folder, settings, _ = saved
+  _remove_identity(folder, 8)
+  assert checkpoints.restore_params(folder, settings)[1] == 8
+  _folder(folder, 8).rename(_folder(folder, 10))
+  with pytest.raises(checkpoints.CheckpointError, match='10 is that of step 8'):
+    checkpoints.restore_params(folder, settings)
+
+
+@pytest.mark.parametrize('moment', ['damage', 'restore'])
+def test_what_training_removes_meanwhile_is_not_called_damaged(saved, monkeypatch, capsys, moment):
+  folder, settings, state = saved
+  function, calls = getattr(checkpoints, moment), []
+
+  def after_training_went_on(*args):
+    calls.append(args)
+    if len(calls) < 3:
+      new = state.replace(step=state.step + 8 + len(calls))
+      checkpoints.save(folder, new, keep=1)
+    return function(*args)
+
+  monkeypatch.setattr(checkpoints, moment, after_training_went_on)
+  assert checkpoints.restore_params(folder, settings)[1] == 10
+  assert capsys.readouterr().err == ''
+
+
+def test_a_given_checkpoint_that_is_removed_meanwhile_is_said_to_be(saved, monkeypatch):
+  folder, settings, _ = saved
+  read = checkpoints._read
+  monkeypatch.setattr(
+    checkpoints, '_read', lambda path, *args: (shutil.rmtree(path), read(path, *args))
+  )
+  with pytest.raises(checkpoints.CheckpointError, match='8 was removed while it was being read'):
+    checkpoints.restore_params(folder, settings, 8)
+
+
+@pytest.mark.parametrize('function', ['rename', 'rmtree'])
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(
+  saved, monkeypatch, capsys, function
+):
+  folder, _, state = saved
+  module = {'rename': os, 'rmtree': shutil}[function]
+  original = getattr(module, function)
+
+  def refuse(path, *args, **kwargs):
+    if Path(path).name.startswith('5'):
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+    return original(path, *args, **kwargs)
+
+  monkeypatch.setattr(module, function, refuse)
+  checkpoints.save(folder, state.replace(step=state.step + 9), keep=2)
+  assert 'checkpoints/5 cannot be removed: Permission denied' in capsys.readouterr().err
+  assert checkpoints.newest(folder) == 9
+
+
 def test_training_moves_damaged_and_half_made_ones_out_of_the_way(saved):
   folder, _, state = saved
   steps = Path(folder) / 'checkpoints'
@@ -135,6 +231,26 @@ def test_training_moves_damaged_and_half_made_ones_out_of_the_way(saved):
   checkpoints.save(folder, state.replace(step=state.step + 8))
   assert checkpoints.all_steps(folder) == [5, 8]
   assert checkpoints.newest(folder) == 8
+
+
+@pytest.mark.parametrize(
+  ('error', 'advice'),
+  [
+    (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), 'Free some disk space'),
+    (ValueError('RESOURCE_EXHAUSTED: No space left on device [d/0]'), 'Free some disk space'),
+    (PermissionError(errno.EACCES, os.strerror(errno.EACCES), 'x'), 'Remove the cause'),
+    (ValueError('something else'), 'Remove the cause'),
+  ],
+)
+def test_only_a_full_disk_is_told_to_be_freed(saved, monkeypatch, error, advice):
+  folder, _, state = saved
+
+  def fail(*_, **__):
+    raise error
+
+  monkeypatch.setattr(checkpoints, '_seal', fail)
+  with pytest.raises(checkpoints.CheckpointError, match=advice):
+    checkpoints.save(folder, state.replace(step=state.step + 9))
 
 
 @pytest.mark.parametrize('part', ['save', '_seal', 'rename'])
@@ -260,6 +376,97 @@ class TestScene:
     settings = tiny.settings(f'Config.data_dir = {str(folder)!r}', 'Config.llffhold = 3')
     run_folder.write_run(str(tmp_path / 'run'), settings, datasets.load_dataset(settings.config))
     return str(tmp_path / 'run'), settings.config
+
+  def test_sealed_files_open_without_a_word(self, run, capsys):
+    run_folder.open_run(run[0])
+    run_folder.write_run(
+      run[0], tiny.settings('Config.llffhold = 3'), datasets.load_dataset(run[1])
+    )
+    run_folder.open_run(run[0])
+    assert capsys.readouterr().err == ''
+    assert sorted(os.listdir(run[0])) == ['config.gin', 'run.json', 'scene.json']
+
+  @pytest.mark.parametrize('share', [0, 0.2, 0.5, 0.9, 0.99])
+  def test_a_cut_config_is_refused(self, run, share):
+    path = Path(run[0]) / 'config.gin'
+    text = path.read_text()
+    path.write_text(text[: int(share * len(text))])
+    with pytest.raises(run_seal.RunFileError, match='config.gin was cut.*training command again'):
+      run_folder.open_run(run[0])
+
+  def test_a_lost_setting_is_named(self, run):
+    path = Path(run[0]) / 'config.gin'
+    lines = path.read_text().splitlines()
+    path.write_text('\n'.join(line for line in lines if not line.startswith('Config.near')))
+    with pytest.raises(run_seal.RunFileError, match=r'\(Config.near and 0 other settings'):
+      run_folder.open_run(run[0])
+    (Path(run[0]) / 'run.json').unlink()  # Accepts it.
+    run_folder.open_run(run[0])
+
+  def test_an_edited_config_is_used_and_told(self, run, capsys):
+    path = Path(run[0]) / 'config.gin'
+    path.write_text(path.read_text().replace('Config.far = 1000000.0', 'Config.far = 7.0'))
+    settings, _ = run_folder.open_run(run[0])
+    assert settings.config.far == 7
+    assert 'was edited after training and is used as it is: Config.far = 7.0.' in (
+      capsys.readouterr().err
+    )
+
+  def test_a_changed_scene_is_refused(self, run):
+    path = Path(run[0]) / 'scene.json'
+    path.write_text(path.read_text().replace('1.0', '1.5', 1))
+    with pytest.raises(run_seal.RunFileError, match='scene.json has changed since training'):
+      run_folder.open_run(run[0])
+
+  def test_changed_points_are_told(self, run, capsys):
+    points = Path(run[0]) / 'points.npy'
+    config = (points.parent / 'config.gin').read_text()
+    run_seal.write(run[0], 'a', config, lambda folder: np.save(f'{folder}/points.npy', np.eye(6)))
+    run_folder.open_run(run[0])
+    assert capsys.readouterr().err == ''
+    _truncate(points)
+    run_folder.open_run(run[0])
+    assert 'points.npy has changed' in capsys.readouterr().err
+
+  @pytest.mark.parametrize('content', [None, b'', b'[]', b'{"id": 1}', b'\xff', b'[' * 100_000])
+  def test_runs_without_an_intact_seal_open(self, run, capsys, content):
+    path = Path(run[0]) / 'run.json'
+    path.unlink() if content is None else path.write_bytes(content)
+    run_folder.open_run(run[0])
+    err = capsys.readouterr().err
+    assert err == '' if content is None else 'run.json is damaged' in err
+
+  @pytest.mark.parametrize('moment', range(3))
+  def test_a_kill_while_they_are_written_leaves_files_that_fit(self, run, monkeypatch, moment):
+    """Kills before one of three files gets its name; both configs are valid until the next start."""
+    folder, replace, calls = run[0], os.replace, []
+
+    def kill(source, target):
+      if os.path.dirname(target) == folder:
+        calls.append(target)
+        if len(calls) > moment:
+          raise KeyboardInterrupt
+      replace(source, target)
+
+    settings, scene = tiny.settings('Config.max_steps = 7'), datasets.load_dataset(run[1])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      patch.setattr(os, 'replace', kill)
+      run_folder.write_run(folder, settings, scene)
+    run_seal.check(folder)
+    identity = run_seal.run_id(folder)
+    run_folder.tidy(folder, 0)
+    run_folder.write_run(folder, settings, scene)
+    assert run_seal.run_id(folder) == identity
+    assert sorted(os.listdir(folder)) == ['config.gin', 'run.json', 'scene.json']
+
+  def test_what_kills_leave_is_tidied(self, run):
+    folder = Path(run[0])
+    before = sorted(p.name for p in folder.iterdir())
+    (folder / '.staging').mkdir()
+    for name in ('.staging/config.gin', '.clock1', 'train.lock.9', 'metrics.3.part.jsonl'):
+      (folder / name).touch()
+    run_folder.tidy(run[0], 0)
+    assert sorted(p.name for p in folder.iterdir()) == before
 
   def test_opens_with_bindings_that_leave_it_as_it_is(self, run):
     bindings = ['Config.llffhold = 3', 'Config.factor = 0', 'Config.eval_crop_borders = 2']

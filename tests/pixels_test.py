@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from concurrent import futures
 
 import captures
@@ -112,6 +113,31 @@ def test_it_is_made_anew_of_other_pictures_or_if_cut(capture, decoded, change):
   assert len(tables(folder)) == 1  # The old one is gone,
   if change != 'cut':
     np.testing.assert_array_equal(colors(old), before)  # but not for who has it open.
+
+
+@pytest.mark.parametrize('harm', ['flipped', 'copied', 'lock'])
+def test_the_file_is_known_by_its_content(capture, decoded, harm):
+  wanted = colors(read(capture))
+  folder = os.path.join(capture, '.pixels')
+  (name,) = tables(folder)
+  path, lock = os.path.join(folder, name), os.path.join(folder, 'lock')
+  status = os.stat(path)
+  if harm == 'flipped':
+    with open(path, 'r+b') as f:
+      first = f.read(1)
+      f.seek(0)
+      f.write(bytes([first[0] ^ 4]))
+  elif harm == 'copied':
+    shutil.copy2(path, f'{path}.copy')
+    os.replace(f'{path}.copy', path)
+  else:
+    with open(lock, 'w') as f:
+      f.write('[')
+  os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+  np.testing.assert_array_equal(colors(read(capture)), wanted)
+  assert len(decoded) == (7 if harm == 'copied' else 14)
+  read(capture)
+  assert len(decoded) == (7 if harm == 'copied' else 14)
 
 
 def test_what_was_never_finished_is_not_used_and_removed(capture, monkeypatch):

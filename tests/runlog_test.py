@@ -1,9 +1,13 @@
 """The run's record: lines that parse, numbers that JSON can hold, nothing twice after a resume."""
 
+import errno
+import io
 import json
 import math
+import os
 
 import numpy as np
+import pytest
 
 from internal.training import runlog
 
@@ -53,6 +57,47 @@ def test_a_resume_drops_what_is_done_again_and_keeps_the_clock(tmp_path):
   log.close()
   assert [r['step'] for r in _rows(tmp_path)] == [100, 200, 300]
   assert _rows(tmp_path)[-1]['train_seconds'] == 30
+
+
+def test_a_damaged_line_is_kept_aside_and_later_ones_stay(tmp_path, capsys):
+  good = [json.dumps({'step': step, 'loss': 1.0}) for step in (1, 2, 3, 4, 5, 6)]
+  damaged = ['{"step": 2, "lo\xffss": 1', '[]', '{"step": "3"}', '{"step": 4, "loss": [1]}', '']
+  lines = [good[0], *damaged, *good[1:], '{"step": 7, "lo']
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes('\n'.join(lines).encode('latin-1'))
+  assert [row['step'] for row in runlog.read_metrics(str(path))] == [1, 2, 3, 4, 5, 6]
+  assert path.read_bytes() == '\n'.join(lines).encode('latin-1')
+  runlog.RunLog(str(tmp_path), 5, 10).close()
+  assert [row['step'] for row in _rows(tmp_path)] == [1, 2, 3, 4, 5]
+  aside = tmp_path / 'metrics.jsonl.damaged'
+  assert aside.read_bytes() == ('\n'.join(damaged) + '\n').encode('latin-1')
+  assert capsys.readouterr().err.count('5 damaged lines') == 1
+  runlog.RunLog(str(tmp_path), 5, 10).close()
+  assert capsys.readouterr().err == ''
+
+
+@pytest.mark.parametrize('seconds', [0.0, -5.0])
+def test_a_clock_that_stands_still_or_jumps_gives_no_rate(tmp_path, seconds):
+  log = runlog.RunLog(str(tmp_path), 0, 10)
+  log.steps(1, [_stats(1)], 1, seconds, 64)
+  log.close()
+  assert 'rays_per_sec' not in _rows(tmp_path)[0]
+
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch, number):
+  log = runlog.RunLog(str(tmp_path), 0, 10)
+
+  class Full(io.StringIO):
+    def write(self, _):
+      raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(runlog, 'open', lambda *_, **__: Full(), raising=False)
+  with pytest.raises(OSError, match=r'metrics\.jsonl'):
+    log.scalars(1, {'loss': 1.0})
+  monkeypatch.setattr(log._board._writer, 'flush', lambda: Full().write(''))
+  with pytest.raises(OSError, match='tensorboard'):
+    log.picture(1, 'x', np.zeros((2, 2, 3), np.uint8))
 
 
 def test_numbers_that_json_has_not_become_null(tmp_path):

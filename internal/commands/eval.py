@@ -118,9 +118,9 @@ def evaluate(run: trained.TrainedRun, rows: Sequence[int], render_image: Callabl
   compute_lpips, lpips_absent = load_lpips() if processes.is_main() else (None, None)
   per_image, pairs = [], []
   for k, row in enumerate(progress.track(rows, 'evaluating', processes.is_main())):
-    began = time.time()
+    began = time.monotonic()
     rendering = render_image(run.params, run.scene.cameras, row, run.train_fraction)
-    seconds = time.time() - began
+    seconds = time.monotonic() - began
     if processes.is_main():
       scores, truth = score_image(run, row, rendering, compute_lpips)
       per_image.append({**scores, 'seconds': seconds})
@@ -198,8 +198,9 @@ def main(argv: list[str] | None = None) -> None:
   cli.show_warnings(scene.report)
   rows = select_images(settings.config, scene)
   render_image = mesh = None
-  for step in steps_to_evaluate(folder, settings.config):
-    run = trained.restore(folder, settings, scene, step, mesh)
+  for _ in steps_to_evaluate(folder, settings.config):
+    # The newest checkpoint now: training may already have replaced the one that was found.
+    run = trained.restore(folder, settings, scene, mesh=mesh)
     # One renderer for all checkpoints, so that it is compiled only once.
     render_image = render_image or run.make_image_renderer(settings.config.vis_normals)
     mesh = run.mesh

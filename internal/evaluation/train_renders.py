@@ -33,9 +33,9 @@ class TestRenders:
     frac = float(train_step.train_fraction(step, self.config.max_steps))
     scores = []
     for row in self.rows:
-      began = time.time()
+      began = time.monotonic()
       out = self.render_image(params, self.scene.cameras, row, frac)
-      seconds = time.time() - began
+      seconds = time.monotonic() - began
       if not processes.is_main():
         continue
       truth = scenes.read_image(self.config.data_dir, self.scene, row)

@@ -10,6 +10,31 @@ from collections.abc import Iterator
 
 import numpy as np
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_ERRORS = (*_FULL, errno.EFBIG, errno.EIO)
+
+
+@contextlib.contextmanager
+def named_errors(path: str) -> Iterator[None]:
+  """Adds the path to errors of a full disk, which Python raises without it when writing."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is None and error.errno in _DISK_ERRORS:
+      error.filename = path
+    raise
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+  """Returns whether a full disk or quota caused an error; TensorStore only says so in its text."""
+  while error is not None:
+    if isinstance(error, OSError) and error.errno in _FULL:
+      return True
+    if any(os.strerror(code) in str(error) for code in _FULL):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
 
 def _mode(path: str) -> int:
   """Returns the file's type and permissions, or 0 if there is no such file."""
@@ -53,8 +78,9 @@ def whole(path: str) -> Iterator[str]:
   stem, ending = os.path.splitext(path)
   temporary = f'{stem}.{os.getpid()}.part{ending}'
   try:
-    yield temporary
-    os.replace(temporary, path)
+    with named_errors(path):
+      yield temporary
+      os.replace(temporary, path)
   finally:
     if os.path.exists(temporary):
       os.remove(temporary)

@@ -20,7 +20,7 @@ _ONE_REQUEST = 1.0  # Seconds; `timeout` and others send one request as two sign
 
 
 class Stopped(BaseException):
-  """Raised by SIGTERM, SIGINT and SIGPIPE; not an Exception, so that handlers of errors let it pass."""
+  """Raised by SIGTERM, SIGINT and SIGPIPE; not an Exception, so error handlers let it pass."""
 
   def __init__(self, signum: int):
     super().__init__(signum)
@@ -32,7 +32,7 @@ class Stopped(BaseException):
 
   @property
   def exit_code(self) -> int:
-    """The exit code by the convention of shells: 143 for SIGTERM, 130 for SIGINT, 141 for SIGPIPE."""
+    """The exit code as in shells: 143 for SIGTERM, 130 for SIGINT, 141 for SIGPIPE."""
     return 128 + self.signum
 
 

@@ -8,7 +8,6 @@ and its run's id, so a renamed folder or one of another run is recognised.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ import orbax.checkpoint as ocp
 from .. import configs, structs
 from ..devices import processes, sharding
 from ..errors import UserError
+from ..system import files
 from . import run_lock, run_seal, train_step
 
 _STATE = 'default'  # Folder of orbax's files, named as by its CheckpointManager.
@@ -211,17 +211,6 @@ def _quiet() -> Iterator[None]:
     logging.disable(before)
 
 
-def _is_disk_full(error: BaseException | None) -> bool:
-  """Returns whether a full disk or quota caused an error; TensorStore only says so in its text."""
-  while error is not None:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-      return True
-    if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
-      return True
-    error = error.__cause__ or error.__context__
-  return False
-
-
 def _orbax() -> ocp.Checkpointer:
   """Returns a checkpointer that runs in this process alone, without waiting for others."""
   alone = ocp.options.MultiprocessingOptions(
@@ -274,7 +263,7 @@ def save(
     raise CheckpointError(
       f'Step {step:,} could not be saved in {folder}: {" ".join(str(error).split())[:1000]}. '
       + (f'The checkpoint of step {last:,} is kept' if last else 'There is no earlier checkpoint')
-      + ('. Free some disk space and' if _is_disk_full(error) else '. Remove the cause and')
+      + ('. Free some disk space and' if files.is_disk_full(error) else '. Remove the cause and')
       + ' run the same command again to resume.'
     ) from error
   _remove_all_but(checkpoint_dir, keep)

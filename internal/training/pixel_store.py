@@ -1,7 +1,8 @@
 """The training pixels of a capture, in host memory or in a memory-mapped file.
 
 Pixels that exceed memory are decoded once into a cache file, which later starts reuse. It is named
-by a hash of its sources and written atomically, and a folder holds only one.
+by a hash of its sources and written atomically, and a folder holds only one. The folder's lock file
+holds its SHA-256, which is verified if the cache file was touched, copied or changed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from typing import IO
 
 import jax
 import numpy as np
@@ -25,11 +27,14 @@ from ..datasets import images, scenes
 from ..devices import processes, sharding
 from ..errors import UserError
 from ..system import files
-from . import batches
+from . import batches, run_seal
 
 _FOLDER = '.pixels'  # In the capture, unless Config.pixel_cache_dir is set.
 _SHARE = 0.5  # Maximum part of the free memory.
 _VERSION = 1  # Of the file format.
+_MORE_SPACE = (
+  'Set Config.pixel_cache_dir to a folder with more space, or Config.factor for smaller images.'
+)
 _READERS, _PER_READER = 32, 128  # Threads, and pixels per thread.
 
 
@@ -148,31 +153,56 @@ def _mapped(
   path = os.path.join(folder, f'{_key(config.data_dir, scene)}.rgb')
   try:
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, 'lock'), 'w') as lock:
+    with open(os.path.join(folder, 'lock'), 'a+') as lock:
       fcntl.flock(lock, fcntl.LOCK_EX)  # Released when the file is closed or the process ends.
-      if not os.path.isfile(path) or os.path.getsize(path) != num_bytes(scene):
+      if not _is_intact(path, num_bytes(scene), lock):
         # Outdated and incomplete files; processes that map them keep them.
         for old in glob.glob(os.path.join(glob.escape(folder), '*.rgb')):
           os.remove(old)
         _make(path, config.data_dir, scene, first, progress)
+        _record(path, run_seal.sha256(path), lock)
       return MappedPixels(path)
   except OSError as e:
     if e.errno is None:  # From decoding an image.
       raise
-    raise PixelCacheError(f'{path}: cannot be written ({e.strerror}). {_way_out()}') from None
+    way_out = 'Set Config.pixel_cache_dir to a folder that can be written to.'
+    raise PixelCacheError(
+      f'{path}: cannot be written ({e.strerror}). {_MORE_SPACE if files.is_disk_full(e) else way_out}'
+    ) from None
 
 
-def _way_out() -> str:
-  return (
-    'Set Config.pixel_cache_dir to a folder with more space, or Config.factor for smaller images.'
-  )
+def _stamp(path: str) -> list[int]:
+  status = os.stat(path)
+  return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _record(path: str, sha256: str, lock: IO[str]) -> None:
+  lock.truncate(0)
+  json.dump({'file': os.path.basename(path), 'stamp': _stamp(path), 'sha256': sha256}, lock)
+
+
+def _is_intact(path: str, size: int, lock: IO[str]) -> bool:
+  """Returns whether the cache file has the content that was recorded in the open lock file."""
+  lock.seek(0)
+  try:
+    known = json.loads(lock.read())
+    name, stamp, sha256 = known['file'], known['stamp'], known['sha256']
+  except (ValueError, LookupError, TypeError, RecursionError):
+    return False
+  if name != os.path.basename(path) or not os.path.isfile(path) or os.path.getsize(path) != size:
+    return False
+  if stamp != _stamp(path):  # Hashing takes about a second per gigabyte.
+    if run_seal.sha256(path) != sha256:
+      return False
+    _record(path, sha256, lock)
+  return True
 
 
 def _make(path: str, data_dir: str, scene: scenes.Scene, first: np.ndarray, progress: bool) -> None:
   needed, free = num_bytes(scene), shutil.disk_usage(os.path.dirname(path)).free
   if needed > free:
     raise PixelCacheError(
-      f'{path}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free. {_way_out()}'
+      f'{path}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free. {_MORE_SPACE}'
     )
   with files.whole(path) as temporary, open(temporary, 'wb') as f:
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 from ..devices import processes
 from ..errors import UserError
+from ..system import files
 
 FILE = 'train.lock'
 _HEARTBEAT = 5.0  # Seconds.
@@ -128,11 +129,11 @@ class _Lock:
     except FileExistsError:
       return False
     try:
-      with open(opened, 'w', encoding='utf-8') as f:
+      with files.named_errors(self.path), open(opened, 'w', encoding='utf-8') as f:
         f.write(self._text)
-    except OSError as e:
+    except OSError:
       os.remove(self.path)
-      raise OSError(e.errno, e.strerror, self.path) from None  # Writing does not name the file.
+      raise
     return True
 
   def _remove_stale(self, text: str) -> None:
@@ -163,9 +164,8 @@ class _Lock:
     folder = os.path.dirname(self.path)
     state = f'no longer has {FILE}' if os.path.isdir(folder) else 'has vanished'
     raise RunLockError(
-      f'{folder} {state}: it was moved, removed or emptied while it was being trained. Nothing more '
-      'is written there. Run the same command again to train from the newest checkpoint that is '
-      'left.'
+      f'{folder} {state}: it was moved, removed or emptied during training. Nothing more is written '
+      'there. Run the same command again to resume from the newest checkpoint that is left.'
     )
 
   def release(self) -> None:

@@ -59,7 +59,7 @@ class _Board:
     from tensorboardX import event_file_writer, summary
     from tensorboardX.proto import event_pb2
 
-    self._summary, self._proto = summary, event_pb2
+    self._summary, self._proto, self._folder = summary, event_pb2, folder
     os.makedirs(folder, exist_ok=True)
     prefix = os.path.join(folder, 'events')
     self._writer = event_file_writer.EventsWriter(prefix, f'.{os.getpid()}')
@@ -71,14 +71,16 @@ class _Board:
     self._writer.write_event(self._proto.Event(wall_time=time.time(), step=step, **value))
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
-    for name, value in values.items():
-      if math.isfinite(value):
-        self._add(step, summary=self._summary.scalar(name, value))
-    self._writer.flush()
+    with files.named_errors(self._folder):
+      for name, value in values.items():
+        if math.isfinite(value):
+          self._add(step, summary=self._summary.scalar(name, value))
+      self._writer.flush()
 
   def picture(self, step: int, name: str, image: np.ndarray) -> None:
-    self._add(step, summary=self._summary.image(name, image, dataformats='HWC'))
-    self._writer.flush()
+    with files.named_errors(self._folder):
+      self._add(step, summary=self._summary.image(name, image, dataformats='HWC'))
+      self._writer.flush()
 
   def close(self) -> None:
     self._writer.close()
@@ -128,7 +130,7 @@ class RunLog:
     if not damaged:
       return
     aside = f'{self._path}.damaged'
-    with open(aside, 'ab') as f:
+    with files.named_errors(aside), open(aside, 'ab') as f:
       f.writelines(damaged)
     print(
       f'Warning: {len(damaged)} damaged lines of {self._path} were moved to {aside}.',
@@ -161,7 +163,7 @@ class RunLog:
     row = {k: v if math.isfinite(v) else None for k, v in values.items()}
     row = {'step': step, 'time': round(time.time(), 3), **row}
     row['train_seconds'] = round(self.train_seconds, 3)
-    with open(self._path, 'a') as f:
+    with files.named_errors(self._path), open(self._path, 'a') as f:
       f.write(json.dumps(row) + '\n')
     self._board.scalars(step, {f'{prefix}/{name}': value for name, value in values.items()})
 
