@@ -134,7 +134,7 @@ def test_a_renamed_checkpoint_is_not_taken_for_another_step(saved, capsys):
   _folder(folder, 8).rename(_folder(folder, 330))
   assert checkpoints.newest(folder) == 5
   assert '330 is damaged: it is the checkpoint of step 8' in capsys.readouterr().err
-  with pytest.raises(checkpoints.CheckpointError, match='330 is damaged: it is .* of step 8'):
+  with pytest.raises(checkpoints.CheckpointError, match=r'330 is damaged: it is .* of step 8'):
     checkpoints.restore_params(folder, settings, 330)
 
 
@@ -391,7 +391,7 @@ class TestScene:
     path = Path(run[0]) / 'config.gin'
     text = path.read_text()
     path.write_text(text[: int(share * len(text))])
-    with pytest.raises(run_seal.RunFileError, match='config.gin was cut.*training command again'):
+    with pytest.raises(run_seal.RunFileError, match=r'config\.gin was cut.*training command again'):
       run_folder.open_run(run[0])
 
   def test_a_lost_setting_is_named(self, run):
@@ -415,7 +415,7 @@ class TestScene:
   def test_a_changed_scene_is_refused(self, run):
     path = Path(run[0]) / 'scene.json'
     path.write_text(path.read_text().replace('1.0', '1.5', 1))
-    with pytest.raises(run_seal.RunFileError, match='scene.json has changed since training'):
+    with pytest.raises(run_seal.RunFileError, match=r'scene\.json has changed since training'):
       run_folder.open_run(run[0])
 
   def test_changed_points_are_told(self, run, capsys):
@@ -438,7 +438,7 @@ class TestScene:
 
   @pytest.mark.parametrize('moment', range(3))
   def test_a_kill_while_they_are_written_leaves_files_that_fit(self, run, monkeypatch, moment):
-    """Kills before one of three files gets its name; both configs are valid until the next start."""
+    """Kills before one of three files gets its name; both configs stay valid."""
     folder, replace, calls = run[0], os.replace, []
 
     def kill(source, target):
@@ -449,9 +449,10 @@ class TestScene:
       replace(source, target)
 
     settings, scene = tiny.settings('Config.max_steps = 7'), datasets.load_dataset(run[1])
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
       patch.setattr(os, 'replace', kill)
-      run_folder.write_run(folder, settings, scene)
+      with pytest.raises(KeyboardInterrupt):
+        run_folder.write_run(folder, settings, scene)
     run_seal.check(folder)
     identity = run_seal.run_id(folder)
     run_folder.tidy(folder, 0)

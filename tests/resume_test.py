@@ -1,6 +1,7 @@
 """Killed and signalled runs resume to the bits of an uninterrupted run."""
 
 import json
+import os
 import resource
 import signal
 import struct
@@ -179,6 +180,61 @@ class TestSignals:
     assert not list(whole.rglob('*.part*'))
     assert runner.start(name, ['--checkpoint_dir', str(whole)], output).wait() == 0
     assert (whole / made).exists()
+
+
+class TestTwoPrograms:
+  def test_a_second_training_is_refused_and_the_first_goes_on(
+    self, start_training, whole, tmp_path
+  ):
+    run = tmp_path / 'run'
+    first = start_training(run)
+    assert first.until((run / 'config.gin').exists)
+    second = start_training(run, "Config.data_dir = '/elsewhere'", output=f'{run}.early')
+    assert second.wait() == 1  # Has another capture, which is not there.
+    second = start_training(run, 'Config.max_steps = 2', output=f'{run}.second')
+    assert second.wait() == 1, second.text()
+    assert f'Error: {run} is being trained by process {first.pid} on ' in second.text()
+    assert first.wait() == 0, first.text()
+    assert same(run, whole)
+
+  def test_eval_beside_training_never_calls_a_checkpoint_damaged(
+    self, start_training, runner, tmp_path
+  ):
+    run = tmp_path / 'run'
+    often = ('Config.checkpoint_every = 2', 'Config.checkpoint_keep = 1')
+    training = start_training(run, *often, 'Config.max_steps = 20000')
+    assert training.until(lambda: checkpoints.latest_step(str(run)))
+    for k in range(4):
+      program = runner.start('eval', ['--checkpoint_dir', str(run)], f'{run}.eval{k}')
+      assert program.wait() == 0, program.text()
+      assert 'damaged' not in program.text()
+    training.kill()
+    assert training.wait() == -signal.SIGKILL
+
+  def test_a_folder_that_vanishes_ends_the_run(self, start_training, tmp_path):
+    run = tmp_path / 'run'
+    program = start_training(run, 'Config.max_steps = 20000')
+    assert program.until(lambda: checkpoints.latest_step(str(run)))
+    run.rename(tmp_path / 'moved')
+    assert program.wait() == 1
+    assert f'Error: {run} has vanished' in program.text()
+    assert not (run / 'checkpoints').exists()
+
+
+def test_a_closed_pipe_ends_training_with_a_checkpoint(start_training, whole, tmp_path):
+  run, pipe = tmp_path / 'run', tmp_path / 'pipe'
+  os.mkfifo(pipe)
+  reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+  program = start_training(run, output=pipe)
+  log = run / 'metrics.jsonl'
+  assert program.until(lambda: log.exists() and log.stat().st_size)
+  os.close(reader)
+  assert program.wait() == 141
+  step = checkpoints.newest(str(run))
+  assert 7 <= step < program_runner.STEPS
+  assert step % 7 == 0  # Where the next line would have been.
+  assert start_training(run).wait() == 0
+  assert same(run, whole)
 
 
 class TestFullDisk:

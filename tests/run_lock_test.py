@@ -152,7 +152,7 @@ def test_a_holder_notices_another_holder_and_leaves_its_lock(folder):
 def test_a_holder_notices_that_its_folder_has_vanished(folder):
   with run_lock.locked(folder):
     os.remove(os.path.join(folder, run_lock.FILE))
-    with pytest.raises(run_lock.RunLockError, match='no longer has train.lock'):
+    with pytest.raises(run_lock.RunLockError, match=r'no longer has train\.lock'):
       run_lock.check()
     shutil.rmtree(folder)
     with pytest.raises(run_lock.RunLockError, match='has vanished'):

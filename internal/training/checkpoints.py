@@ -30,7 +30,7 @@ _NOTES = 'notes.json'
 _MANIFEST = 'manifest.json'
 _PARTIAL = '.partial'  # Incomplete, or half deleted.
 _DAMAGED = '.damaged'
-_TRIES = 5  # To read the newest checkpoint while training replaces it.
+_TRIES = 50  # To read the newest checkpoint while training replaces it.
 
 
 def _folder(checkpoint_dir: str) -> str:
@@ -202,7 +202,7 @@ def _remove_all_but(checkpoint_dir: str, keep: int) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Stops orbax from logging tracebacks of errors that it also raises."""
+  """Stops orbax from logging errors that it also raises."""
   before = logging.root.manager.disable
   logging.disable(logging.ERROR)
   try:
@@ -342,7 +342,7 @@ def restore(checkpoint_dir: str, settings: configs.Settings, mesh, step: int) ->
 def _read(folder: str, wanted: structs.TrainState, step: int) -> structs.TrainState:
   path = os.path.join(folder, _STATE)
   try:
-    with _orbax() as reader:
+    with _quiet(), _orbax() as reader:
       _check_same_architecture(folder, reader.metadata(path).item_metadata.tree, wanted)
       state = reader.restore(path, args=ocp.args.StandardRestore(wanted))
   except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):

@@ -165,9 +165,12 @@ def _mapped(
   except OSError as e:
     if e.errno is None:  # From decoding an image.
       raise
-    way_out = 'Set Config.pixel_cache_dir to a folder that can be written to.'
+    full, other = (
+      files.is_disk_full(e),
+      'Set Config.pixel_cache_dir to a folder that can be written.',
+    )
     raise PixelCacheError(
-      f'{path}: cannot be written ({e.strerror}). {_MORE_SPACE if files.is_disk_full(e) else way_out}'
+      f'{path}: cannot be written ({e.strerror}). {_MORE_SPACE if full else other}'
     ) from None
 
 

@@ -164,8 +164,8 @@ class _Lock:
     folder = os.path.dirname(self.path)
     state = f'no longer has {FILE}' if os.path.isdir(folder) else 'has vanished'
     raise RunLockError(
-      f'{folder} {state}: it was moved, removed or emptied during training. Nothing more is written '
-      'there. Run the same command again to resume from the newest checkpoint that is left.'
+      f'{folder} {state}: it was moved, removed or emptied during training. Nothing more is '
+      'written there. Run the same command again to resume from the newest checkpoint that is left.'
     )
 
   def release(self) -> None:
