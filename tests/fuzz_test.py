@@ -34,7 +34,7 @@ from internal import cli, colmap, configs, datasets
 from internal.datasets import images, ply, scenes
 from internal.devices import sharding
 from internal.rendering import path_files
-from internal.training import checkpoints, train_step
+from internal.training import checkpoints, run_folder, train_step
 
 CASES = int(os.environ.get('FUZZ_CASES', 0))
 SECONDS, MEGABYTES = 20, 150  # For one case.
@@ -399,6 +399,37 @@ def test_damaged_checkpoints(run, data):
     )
   assert found is None or found[1] == 3
   gc.collect()  # Reads that orbax left unfinished complain once, here.
+
+
+@pytest.fixture(scope='module')
+def sealed_run(outside, tmp_path_factory):
+  """A run's folder without checkpoints, and what it opens as."""
+  root, folder = str(tmp_path_factory.mktemp('capture')), str(tmp_path_factory.mktemp('sealed'))
+  _colmap(root, '.bin')
+  settings = tiny.settings(f'Config.data_dir = {root!r}', 'Config.factor = 0')
+  run_folder.write_run(folder, settings, datasets.load_dataset(settings.config))
+  return folder, _opened(folder)
+
+
+def _opened(folder):
+  """Returns the settings and scene of a run, as text, and whether opening it printed a warning."""
+  with contextlib.redirect_stderr(io.StringIO()) as err:
+    settings, scene = run_folder.open_run(folder)
+  fields = {**vars(scene), **vars(scene.cameras), 'cameras': None}
+  return settings.text, repr({k: np.asarray(v, object).tolist() for k, v in fields.items()}), bool(
+    err.getvalue()
+  )  # fmt: skip
+
+
+@cases(0.15)
+@hypothesis.given(data=st.data())
+def test_damaged_files_of_a_run_are_never_misread_in_silence(sealed_run, data):
+  folder, intact = sealed_run
+  path = os.path.join(folder, data.draw(st.sampled_from(['config.gin', 'scene.json', 'run.json'])))
+  content = pathlib.Path(path).read_bytes()
+  with replaced(path, data.draw(corruption.of_file(path, content))):
+    found = attempt(lambda: _opened(folder), '.', traced=False)
+  assert found is None or found[2] or found[:2] == intact[:2]
 
 
 # Pictures.
