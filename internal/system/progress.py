@@ -8,13 +8,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import IO
 
 import rich.console
 import rich.live
 import rich.progress
 import rich.table
 
-from . import signals
+from . import files, signals
 
 _SECONDS_PER_LINE = 15.0  # Without a terminal.
 _quiet = False
@@ -44,10 +45,14 @@ def say(text: str) -> None:
 
   If the reader of a pipe has ended, as in `| head`, the program is stopped as by a signal.
   """
-  if _quiet:
-    return
+  if not _quiet:
+    _print(text)
+
+
+def _print(text: str, file: IO[str] | None = None) -> None:
   try:
-    print(text)
+    with files.named_errors('standard output'):
+      print(text, file=file)
   except BrokenPipeError:
     signals.stop_for_closed_output()
 
@@ -129,7 +134,7 @@ class Bar:
     if self._shown:
       self._shown.update(self._task, completed=done, text=text or self._account(now))
     elif self._enabled and now - self._printed >= _SECONDS_PER_LINE:
-      print(f'{self.label}: {text or self._account(now)}', file=sys.stderr)
+      _print(f'{self.label}: {text or self._account(now)}', sys.stderr)
       self._printed = now
 
   def _account(self, now: float) -> str:
