@@ -33,6 +33,16 @@ def test_area_average(tmp_path):
   only(tmp_path, 'images', 'images_4')
 
 
+def test_folders_of_killed_processes_go_and_those_of_running_ones_stay(tmp_path):
+  root = fill(tmp_path, ['a.png'])
+  for name in ('.images_4.killed', '.images_4.running', '.images_40.killed'):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'a.png').touch()
+  with pyramid._locked(str(tmp_path / '.images_4.running')):
+    pyramid.make(root, 'images', 4)
+  only(tmp_path, 'images', 'images_4', '.images_4.running', '.images_40.killed')
+
+
 @pytest.mark.parametrize(
   ('size', 'factor', 'expected'),
   [((4946, 3286), 4, (1237, 822)), ((3118, 2078), 2, (1559, 1039)), ((5, 3), 8, (1, 1))],

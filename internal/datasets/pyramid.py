@@ -13,12 +13,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -257,9 +259,8 @@ def make(
   """
   target = os.path.join(data_dir, folder_name(folder, factor))
   names = _photographs(data_dir, folder, names)
-  temporary = os.path.join(
-    os.path.dirname(target), f'.{os.path.basename(target)}.{uuid.uuid4().hex}'
-  )
+  stem = os.path.join(os.path.dirname(target), f'.{os.path.basename(target)}.')
+  temporary, lock = stem + uuid.uuid4().hex, contextlib.ExitStack()
 
   def shrink(names: tuple[str, str]) -> list[str | None]:
     source = images.inside(data_dir, images.join(folder, names[0]))
@@ -270,7 +271,10 @@ def make(
     return [digest, _digest(path)]
 
   try:
+    _remove_abandoned(stem)
     os.mkdir(temporary)
+    with contextlib.suppress(OSError):  # Some shared disks have no locks.
+      lock.enter_context(_locked(temporary))
     label = f'making {folder_name(folder, factor)}/'
     made = dict(zip(names, target_names(names)))
     digests = images.in_threads(shrink, list(made.items()), label)
@@ -287,6 +291,29 @@ def make(
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(f'{temporary}.old', ignore_errors=True)
+    lock.close()
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+  """Locks a folder, until the block or the process ends.
+
+  Raises:
+    OSError: another process has locked it.
+  """
+  opened = os.open(folder, os.O_RDONLY)
+  try:
+    fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield
+  finally:
+    os.close(opened)
+
+
+def _remove_abandoned(stem: str) -> None:
+  """Removes temporary folders whose process was killed; those at work are locked."""
+  for folder in glob.glob(glob.escape(stem) + '*'):
+    with contextlib.suppress(OSError), _locked(folder):
+      shutil.rmtree(folder)
 
 
 def _move(temporary: str, target: str, known: Mapping[str, Any]) -> None:
