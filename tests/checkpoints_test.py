@@ -1,4 +1,4 @@
-"""What a run leaves on disk comes back, on any devices, or says why not."""
+"""Checkpoints and run folders: exact restores on any devices, and named damage."""
 
 import dataclasses
 import errno
@@ -39,7 +39,7 @@ def saved(made, tmp_path):
   return str(shutil.copytree(folder, tmp_path / 'run')), settings, state
 
 
-def test_a_state_comes_back_exactly_on_another_number_of_devices(saved):
+def test_restores_exactly_on_another_number_of_devices(saved):
   folder, settings, state = saved
   back = checkpoints.restore(folder, settings, tiny.mesh(2), 8)
   assert int(back.step) == 8
@@ -51,7 +51,7 @@ def test_a_state_comes_back_exactly_on_another_number_of_devices(saved):
   assert checkpoints.notes(folder, 8) == {'window': [8]}
 
 
-def test_a_state_shared_out_among_devices_is_saved_whole(tmp_path, monkeypatch):
+def test_a_sharded_state_is_saved_whole(tmp_path, monkeypatch):
   monkeypatch.setattr(sharding, '_LARGE', 512)
   settings, folder = tiny.settings(), str(tmp_path)
   state = train_step.create_state(settings)
@@ -68,7 +68,7 @@ def test_a_state_shared_out_among_devices_is_saved_whole(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, params, state.params)
 
 
-def test_the_newest_are_kept_and_found(saved):
+def test_keeps_and_finds_the_newest(saved):
   folder, settings, _ = saved
   assert checkpoints.all_steps(folder) == [5, 8]
   assert checkpoints.latest_step(folder) == 8
@@ -93,7 +93,7 @@ def _truncate(path):
 
 
 @pytest.mark.parametrize('harm', [_flip, _truncate, Path.unlink])
-def test_whatever_file_is_damaged_the_checkpoint_before_is_taken(saved, harm, capsys):
+def test_any_damaged_file_falls_back_to_the_previous_checkpoint(saved, harm, capsys):
   folder, _, _ = saved
   names = [p.relative_to(Path(folder) / 'checkpoints' / '8') for p in _state_files(folder, 8)]
   assert len(names) > 5
@@ -111,7 +111,7 @@ def test_whatever_file_is_damaged_the_checkpoint_before_is_taken(saved, harm, ca
   assert capsys.readouterr().err == ''
 
 
-def test_a_damaged_checkpoint_is_not_read_even_where_it_is_asked_for(saved, capsys):
+def test_a_damaged_checkpoint_is_refused_when_requested_by_step(saved, capsys):
   folder, settings, _ = saved
   largest = max(_state_files(folder, 8), key=lambda p: p.stat().st_size)
   _flip(largest)
@@ -176,7 +176,7 @@ def test_checkpoints_of_earlier_versions_are_read_unless_they_were_renamed(saved
 
 
 @pytest.mark.parametrize('moment', ['damage', 'restore'])
-def test_what_training_removes_meanwhile_is_not_called_damaged(saved, monkeypatch, capsys, moment):
+def test_a_checkpoint_removed_by_training_is_not_called_damaged(saved, monkeypatch, capsys, moment):
   folder, settings, state = saved
   function, calls = getattr(checkpoints, moment), []
 
@@ -192,7 +192,7 @@ def test_what_training_removes_meanwhile_is_not_called_damaged(saved, monkeypatc
   assert capsys.readouterr().err == ''
 
 
-def test_a_given_checkpoint_that_is_removed_meanwhile_is_said_to_be(saved, monkeypatch):
+def test_a_requested_checkpoint_that_is_removed_while_read(saved, monkeypatch):
   folder, settings, _ = saved
   read = checkpoints._read
   monkeypatch.setattr(
@@ -221,7 +221,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(
   assert checkpoints.newest(folder) == 9
 
 
-def test_training_moves_damaged_and_half_made_ones_out_of_the_way(saved):
+def test_tidy_renames_damaged_and_removes_partial_checkpoints(saved):
   folder, _, state = saved
   steps = Path(folder) / 'checkpoints'
   (steps / '8' / 'manifest.json').unlink()
@@ -242,7 +242,7 @@ def test_training_moves_damaged_and_half_made_ones_out_of_the_way(saved):
     (ValueError('something else'), 'Remove the cause'),
   ],
 )
-def test_only_a_full_disk_is_told_to_be_freed(saved, monkeypatch, error, advice):
+def test_only_a_full_disk_gets_the_advice_to_free_space(saved, monkeypatch, error, advice):
   folder, _, state = saved
 
   def fail(*_, **__):
@@ -254,7 +254,7 @@ def test_only_a_full_disk_is_told_to_be_freed(saved, monkeypatch, error, advice)
 
 
 @pytest.mark.parametrize('part', ['save', '_seal', 'rename'])
-def test_a_failure_to_save_keeps_what_there_is(saved, monkeypatch, part):
+def test_a_failed_save_keeps_earlier_checkpoints(saved, monkeypatch, part):
   folder, _, state = saved
 
   def full(*_, **__):
@@ -282,7 +282,7 @@ def test_no_pickle_is_ever_read(saved, monkeypatch):
   assert checkpoints.restore_params(folder, settings)[1] == 8
 
 
-def test_what_is_not_there_is_said(saved, tmp_path):
+def test_missing_checkpoints_and_runs_are_named(saved, tmp_path):
   folder, settings, _ = saved
   with pytest.raises(checkpoints.CheckpointError, match=r'of step 7 .*\[5, 8\]'):
     checkpoints.restore_params(folder, settings, 7)
@@ -301,7 +301,7 @@ def _seal_anew(step):
   checkpoints._seal(str(step), {})
 
 
-def test_files_that_are_as_they_were_written_but_no_checkpoint_are_named(saved):
+def test_intact_files_that_are_not_a_checkpoint_are_named(saved):
   """Such as somebody else's, with a manifest that fits."""
   folder, settings, _ = saved
   step = Path(folder) / 'checkpoints' / '8'
@@ -317,7 +317,7 @@ def test_files_that_are_as_they_were_written_but_no_checkpoint_are_named(saved):
   assert checkpoints.restore_params(folder, settings)[1] == 8
 
 
-def test_a_manifest_opens_nothing_beside_the_checkpoint(saved):
+def test_a_manifest_cannot_open_files_outside_the_checkpoint(saved):
   folder, _, _ = saved
   secret = Path(folder) / 'secret'
   secret.write_text('x')
@@ -327,7 +327,7 @@ def test_a_manifest_opens_nothing_beside_the_checkpoint(saved):
     assert checkpoints.damage(folder, 8) == f'{name} is missing'
 
 
-def test_all_is_on_the_disk_before_it_gets_its_name(saved, monkeypatch):
+def test_files_are_flushed_before_the_folder_is_renamed(saved, monkeypatch):
   folder, _, state = saved
   flushed, renamed = set(), []
 
@@ -346,7 +346,7 @@ def test_all_is_on_the_disk_before_it_gets_its_name(saved, monkeypatch):
 
 
 @pytest.mark.parametrize(('keep', 'left'), [(1, [9]), (2, [8, 9]), (0, [5, 8, 9])])
-def test_as_many_are_kept_as_told(saved, keep, left):
+def test_checkpoint_keep(saved, keep, left):
   folder, _, state = saved
   checkpoints.save(folder, state.replace(step=state.step + 9), keep=keep)
   assert checkpoints.all_steps(folder) == left
@@ -377,7 +377,7 @@ class TestScene:
     run_folder.write_run(str(tmp_path / 'run'), settings, datasets.load_dataset(settings.config))
     return str(tmp_path / 'run'), settings.config
 
-  def test_sealed_files_open_without_a_word(self, run, capsys):
+  def test_sealed_files_open_without_warnings(self, run, capsys):
     run_folder.open_run(run[0])
     run_folder.write_run(
       run[0], tiny.settings('Config.llffhold = 3'), datasets.load_dataset(run[1])
@@ -403,7 +403,7 @@ class TestScene:
     (Path(run[0]) / 'run.json').unlink()  # Accepts it.
     run_folder.open_run(run[0])
 
-  def test_an_edited_config_is_used_and_told(self, run, capsys):
+  def test_an_edited_config_is_used_with_a_warning(self, run, capsys):
     path = Path(run[0]) / 'config.gin'
     path.write_text(path.read_text().replace('Config.far = 1000000.0', 'Config.far = 7.0'))
     settings, _ = run_folder.open_run(run[0])
@@ -418,7 +418,7 @@ class TestScene:
     with pytest.raises(run_seal.RunFileError, match=r'scene\.json has changed since training'):
       run_folder.open_run(run[0])
 
-  def test_changed_points_are_told(self, run, capsys):
+  def test_changed_points_are_a_warning(self, run, capsys):
     points = Path(run[0]) / 'points.npy'
     config = (points.parent / 'config.gin').read_text()
     run_seal.write(run[0], 'a', config, lambda folder: np.save(f'{folder}/points.npy', np.eye(6)))
@@ -437,7 +437,7 @@ class TestScene:
     assert err == '' if content is None else 'run.json is damaged' in err
 
   @pytest.mark.parametrize('moment', range(3))
-  def test_a_kill_while_they_are_written_leaves_files_that_fit(self, run, monkeypatch, moment):
+  def test_a_kill_while_writing_leaves_files_that_match_the_seal(self, run, monkeypatch, moment):
     """Kills before one of three files gets its name; both configs stay valid."""
     folder, replace, calls = run[0], os.replace, []
 
@@ -460,7 +460,7 @@ class TestScene:
     assert run_seal.run_id(folder) == identity
     assert sorted(os.listdir(folder)) == ['config.gin', 'run.json', 'scene.json']
 
-  def test_what_kills_leave_is_tidied(self, run):
+  def test_leftovers_of_kills_are_removed(self, run):
     folder = Path(run[0])
     before = sorted(p.name for p in folder.iterdir())
     (folder / '.staging').mkdir()
@@ -469,7 +469,7 @@ class TestScene:
     run_folder.tidy(run[0], 0)
     assert sorted(p.name for p in folder.iterdir()) == before
 
-  def test_opens_with_bindings_that_leave_it_as_it_is(self, run):
+  def test_opens_with_bindings_that_do_not_change_the_scene(self, run):
     bindings = ['Config.llffhold = 3', 'Config.factor = 0', 'Config.eval_crop_borders = 2']
     settings, scene = run_folder.open_run(run[0], bindings)
     assert settings.config.eval_crop_borders == 2
@@ -479,12 +479,12 @@ class TestScene:
     ('name', 'value', 'was'),
     [('llffhold', 8, 3), ('factor', 4, 0), ('dataset_loader', 'blender', 'llff')],
   )
-  def test_other_bindings_are_refused(self, run, name, value, was):
+  def test_bindings_that_change_the_scene_are_refused(self, run, name, value, was):
     with pytest.raises(checkpoints.CheckpointError) as caught:
       run_folder.open_run(run[0], [f'Config.{name} = {value!r}'])
     assert f'Config.{name} is {value!r}, but {run[0]} was trained with {was!r}' in str(caught.value)
 
-  def test_training_goes_on_with_the_same_pictures_and_poses(self, run):
+  def test_training_resumes_only_with_the_same_images_and_poses(self, run):
     folder, config = run
     scene = datasets.load_dataset(config)
     run_folder.check_same_scene(folder, scene)

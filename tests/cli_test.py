@@ -77,19 +77,19 @@ class TestRun:
     cli.run(lambda: None)
     assert capsys.readouterr().err == ''
 
-  def test_our_value_errors_are_one_line(self, capsys):
+  def test_user_errors_are_one_line(self, capsys):
     code, err = self.told(lambda: configs.Config(factor=-1), capsys)
     assert code == 1
     assert err.count('\n') == 1
     assert 'Config.factor' in err
     assert 'Traceback' not in err
 
-  def test_also_from_inside_a_compiled_function(self, capsys):
+  def test_user_errors_inside_compiled_functions_are_one_line(self, capsys):
     code, err = self.told(lambda: image.ssim(np.zeros((3, 3, 3)), np.zeros((3, 3, 3))), capsys)
     assert code == 1
     assert 'SSIM needs 11' in err
 
-  def test_also_files_that_the_system_refuses(self, capsys, tmp_path):
+  def test_system_errors_are_one_line(self, capsys, tmp_path):
     blocker = tmp_path / 'file'
     blocker.touch()
     code, err = self.told(lambda: os.makedirs(blocker / 'folder'), capsys)
@@ -149,7 +149,7 @@ class TestCompilationCache:
     assert list(folder.iterdir()) == []
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.1
 
-  def test_is_where_the_desktop_keeps_caches(self, home, monkeypatch):
+  def test_is_in_xdg_cache_home(self, home, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(home / 'xdg'))
     cli.enable_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == str(home / 'xdg' / 'mipnerf360-jax')
@@ -166,7 +166,7 @@ class TestCompilationCache:
     assert jax.config.jax_compilation_cache_dir is None  # JAX has read the variable by itself.
     assert not (home / '.cache').exists()
 
-  def test_what_jax_was_told_wins(self, home):
+  def test_a_folder_configured_in_jax_wins(self, home):
     jax.config.update('jax_compilation_cache_dir', '/elsewhere')
     cli.enable_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == '/elsewhere'
@@ -203,7 +203,7 @@ class TestCompilationCache:
     assert err.count('\n') == 1
     assert str(home / '.cache' / 'mipnerf360-jax') in err
 
-  def test_nobody_without_a_home(self, home, monkeypatch, capsys):
+  def test_a_user_without_a_home_folder(self, home, monkeypatch, capsys):
     monkeypatch.setattr(os.path, 'expanduser', lambda path: path)
     monkeypatch.chdir(home)
     cli.enable_compilation_cache()
@@ -232,7 +232,7 @@ print('/jax/compilation_cache/cache_hits' in hits)
     assert starts == ['False\n', 'True\n']
 
 
-def test_lines_come_as_they_are_said_where_nobody_watches():
+def test_lines_are_flushed_without_a_terminal():
   code = (
     'import os; from internal import cli\n'
     "cli.run(lambda: (print('said'), os._exit(0)))"  # Ends without flushing.

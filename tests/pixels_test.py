@@ -1,4 +1,4 @@
-"""Pixels in memory and in a mapped file: the same ones, and no file that is not whole is used."""
+"""Training pixels in memory and in a mapped cache file, which is never used incomplete."""
 
 import errno
 import os
@@ -49,7 +49,7 @@ def decoded(monkeypatch):
   return seen
 
 
-def test_on_disk_they_are_those_in_memory(capture):
+def test_pixels_on_disk_equal_those_in_memory(capture):
   wanted = np.stack([captures.pixels(row) for row in range(1, 8)]).reshape(-1, 3)
   for where in ('host', 'disk', 'disk'):
     np.testing.assert_array_equal(colors(read(capture, where)), wanted)
@@ -72,7 +72,7 @@ def test_the_file_is_made_once(capture, decoded):
   assert len(tables(os.path.join(capture, '.pixels'))) == 1
 
 
-def test_of_several_that_start_at_once_one_makes_it(capture, decoded):
+def test_one_of_several_concurrent_starts_makes_the_file(capture, decoded):
   with futures.ThreadPoolExecutor(3) as pool:
     stores = list(pool.map(lambda _: read(capture), range(3)))
   assert len(decoded) == 7
@@ -80,7 +80,7 @@ def test_of_several_that_start_at_once_one_makes_it(capture, decoded):
   assert all(np.array_equal(colors(store), wanted) for store in stores)
 
 
-def test_they_get_from_the_file_to_the_device(capture, monkeypatch):
+def test_pixels_on_disk_are_copied_to_the_device(capture, monkeypatch):
   settings = configs.load_config(
     [], [f"Config.data_dir = '{capture}'", "Config.pixels_on = 'disk'"]
   )
@@ -95,7 +95,7 @@ def test_they_get_from_the_file_to_the_device(capture, monkeypatch):
 
 
 @pytest.mark.parametrize('change', ['touched', 'another', 'cut'])
-def test_it_is_made_anew_of_other_pictures_or_if_cut(capture, decoded, change):
+def test_the_file_is_made_again_for_changed_pictures_or_if_cut(capture, decoded, change):
   old = read(capture)
   folder, picture = os.path.join(capture, '.pixels'), os.path.join(capture, 'images', '003.png')
   (name,) = tables(folder)
@@ -140,7 +140,7 @@ def test_the_file_is_known_by_its_content(capture, decoded, harm):
   assert len(decoded) == (7 if harm == 'copied' else 14)
 
 
-def test_what_was_never_finished_is_not_used_and_removed(capture, monkeypatch):
+def test_unfinished_files_are_removed(capture, monkeypatch):
   folder = os.path.join(capture, '.pixels')
   pwrite = os.pwrite
   written = []
@@ -167,13 +167,13 @@ def test_what_was_never_finished_is_not_used_and_removed(capture, monkeypatch):
   assert 'part' not in name
 
 
-def test_short_writes_are_gone_on_with(capture, monkeypatch):
+def test_short_writes_are_continued(capture, monkeypatch):
   pwrite = os.pwrite
   monkeypatch.setattr(os, 'pwrite', lambda fd, data, at: pwrite(fd, data[:100], at))
   np.testing.assert_array_equal(colors(read(capture)), colors(read(capture, 'host')))
 
 
-def test_too_little_room_is_seen_before(capture, monkeypatch):
+def test_too_little_space_is_noticed_before_writing(capture, monkeypatch):
   monkeypatch.setattr(
     pixel_store.shutil, 'disk_usage', lambda folder: type('Usage', (), {'free': 100})
   )
@@ -199,7 +199,7 @@ def test_a_missing_picture_is_named(capture):
 
 
 @pytest.mark.parametrize(('free', 'mapped'), [(None, False), (9000, False), (8000, True)])
-def test_what_fills_half_of_the_memory_goes_to_the_disk(capture, monkeypatch, free, mapped):
+def test_pixels_over_half_the_memory_go_to_disk(capture, monkeypatch, free, mapped):
   monkeypatch.setattr(pixel_store, 'available_memory', lambda: free)
   found = datasets.load_dataset(configs.Config(data_dir=capture))
   assert pixel_store.num_bytes(found) == 7 * 16 * 12 * 3 == 4032
@@ -207,13 +207,13 @@ def test_what_fills_half_of_the_memory_goes_to_the_disk(capture, monkeypatch, fr
   assert not isinstance(read(capture, 'host').rgb, pixel_store.MappedPixels)
 
 
-def test_memory_that_is_available():
+def test_available_memory():
   free = pixel_store.available_memory()
   assert free is None or 2**20 < free < 2**50
   assert pixel_store._number_in('/nowhere') is None
 
 
-def test_more_pixels_than_32_bits_count_stay_off_the_device(monkeypatch):
+def test_more_pixels_than_32_bits_can_index_stay_off_the_device(monkeypatch):
   size = np.array([[50_000, 50_000], [4, 4]])
   first = batches.first_pixels(size)
   assert first.tolist() == [0, 2_500_000_000]
@@ -236,7 +236,7 @@ def test_more_pixels_than_32_bits_count_stay_off_the_device(monkeypatch):
     pixel_store.keep_on_device(configs.Config(pixels_on='device'), store)
 
 
-def test_a_capture_made_for_measuring_is_read(tmp_path):
+def test_reads_the_large_synthetic_capture(tmp_path):
   large_capture.main([str(tmp_path / 'c'), '--images=12', '--width=32', '--height=24'])
   store = read(str(tmp_path / 'c'))
   assert store.rgb.nbytes == 3 * 10 * 32 * 24

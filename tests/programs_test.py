@@ -116,7 +116,7 @@ def test_a_finished_run_has_nothing_to_do(run, capture):
   assert 'Nothing to do' in done.stdout
 
 
-def test_resuming_gives_what_one_go_gives(run, capture, tmp_path):
+def test_a_resumed_run_ends_like_an_uninterrupted_one(run, capture, tmp_path):
   whole = tmp_path / 'whole'
   _run('train.py', *_train_bindings(capture, whole))
   a, b = _metrics(run)[-1], _metrics(whole)[-1]
@@ -166,7 +166,7 @@ def test_eval_without_a_checkpoint_says_so(tmp_path, run):
   _one_line(done, 'No complete checkpoint', str(empty))
 
 
-def test_eval_says_where_the_photographs_went(run):
+def test_eval_names_missing_photographs(run):
   bindings = (f"Config.checkpoint_dir = '{run}'", "Config.data_dir = '/gone'")
   _one_line(_run('eval.py', *bindings, config=None, code=1), '/gone', 'Config.data_dir')
 
@@ -182,6 +182,6 @@ def test_errors_of_users_are_one_line(capture, run, tmp_path):
   _one_line(done, 'another architecture', 'nerf_mlp', '16', '24')
 
 
-def test_a_batch_that_devices_do_not_divide(capture, tmp_path):
+def test_a_batch_size_not_divisible_by_the_devices(capture, tmp_path):
   bindings = _train_bindings(capture, tmp_path / 'r', 'Config.batch_size = 62')
   _one_line(_run('train.py', *bindings, code=1, env=_env(4)), '62', '4', 'divisible')

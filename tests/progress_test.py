@@ -1,4 +1,4 @@
-"""What long work shows, with and without a terminal."""
+"""Progress bars and lines, with and without a terminal."""
 
 import os
 import pathlib
@@ -35,7 +35,7 @@ class TestWithoutATerminal:
     assert list(progress.track([3, 1, 2], 'frames', enabled=False)) == [3, 1, 2]
     assert list(progress.track(iter([3, 1, 2]), 'frames', total=3)) == [3, 1, 2]
 
-  def test_lines_come_now_and_then(self, capsys, clock):
+  def test_lines_are_printed_at_intervals(self, capsys, clock):
     list(progress.track(range(9), 'frames'))
     lines = capsys.readouterr().err.splitlines()
     assert lines == ['frames: 3/9, 30s left', 'frames: 6/9, 15s left', 'frames: 9/9, 0s left']
@@ -54,7 +54,7 @@ class TestWithoutATerminal:
         bar.advance(10e6)
     assert capsys.readouterr().err == 'a.zip: 70/100 MB, 15s left\n'
 
-  def test_a_total_that_nobody_knows(self, capsys, clock):
+  def test_an_unknown_total(self, capsys, clock):
     with progress.Bar('a.zip', scale=1e6, unit='MB') as bar:
       for _ in range(3):
         bar.advance(10e6)
@@ -125,7 +125,7 @@ cli.run(main)
 
 
 class TestOnATerminal:
-  def test_one_line_changes_and_news_stay(self):
+  def test_one_line_is_updated_and_messages_stay(self):
     shown, code = on_a_terminal(f'__doc__ = "well"\n{_PROGRAM}')
     assert code == 0
     assert 'step 10  psnr 20' in shown

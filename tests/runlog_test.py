@@ -1,4 +1,4 @@
-"""The run's record: lines that parse, numbers that JSON can hold, nothing twice after a resume."""
+"""The run log: valid JSON lines, no step twice after a resume, damaged lines kept aside."""
 
 import errno
 import io
@@ -20,7 +20,7 @@ def _stats(loss):
   return {'loss': np.float32(loss), 'psnr': np.float32(20.0)}
 
 
-def test_steps_are_averaged_timed_and_told(tmp_path, capsys):
+def test_steps_are_averaged_timed_and_printed(tmp_path, capsys):
   log = runlog.RunLog(str(tmp_path), 0, 1000)
   log.steps(100, [_stats(1.0), _stats(3.0)], 2, 4.0, 512)
   log.close()
@@ -32,7 +32,7 @@ def test_steps_are_averaged_timed_and_told(tmp_path, capsys):
   assert list((tmp_path / 'tensorboard').glob('events*'))
 
 
-def test_steps_that_nobody_timed_are_averaged_all_the_same(tmp_path):
+def test_untimed_steps_are_averaged_without_a_rate(tmp_path):
   log = runlog.RunLog(str(tmp_path), 0, 1000)
   log.steps(2, [_stats(1.0), _stats(3.0)], 1, 4.0, 512)
   log.steps(3, [_stats(5.0)], 0, 0.0, 512)
@@ -43,7 +43,7 @@ def test_steps_that_nobody_timed_are_averaged_all_the_same(tmp_path):
   assert 'rays_per_sec' not in second
 
 
-def test_a_resume_drops_what_is_done_again_and_keeps_the_clock(tmp_path):
+def test_a_resume_drops_repeated_steps_and_keeps_the_training_time(tmp_path):
   log = runlog.RunLog(str(tmp_path), 0, 1000)
   for step in (100, 200, 300):
     log.steps(step, [_stats(step)], 1, 10.0, 1)
@@ -100,7 +100,7 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch, number):
     log.picture(1, 'x', np.zeros((2, 2, 3), np.uint8))
 
 
-def test_numbers_that_json_has_not_become_null(tmp_path):
+def test_non_finite_numbers_become_null(tmp_path):
   log = runlog.RunLog(str(tmp_path), 0, 10)
   log.scalars(1, {'loss': math.nan, 'psnr': math.inf, 'ok': 1.0})
   log.close()

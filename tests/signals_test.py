@@ -1,4 +1,4 @@
-"""What SIGTERM and SIGINT do: once, twice, and to whom."""
+"""SIGTERM and SIGINT, once and twice, and closed output pipes."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from internal.system import signals
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_first_is_raised_where_nothing_is_to_be_finished():
+def test_the_first_signal_is_raised():
   with (
     signals.listening(),
     pytest.raises(signals.Stopped) as caught,
@@ -23,7 +23,7 @@ def test_the_first_is_raised_where_nothing_is_to_be_finished():
   assert (caught.value.name, caught.value.exit_code) == ('SIGTERM', 143)
 
 
-def test_the_first_is_noted_where_there_is():
+def test_the_first_signal_is_recorded_inside_postponed():
   with signals.listening():
     with signals.postponed() as request:
       assert request.signum == 0
@@ -59,7 +59,7 @@ def _start_busy(count):
   return process
 
 
-def test_the_second_ends_the_process_even_inside_a_compiler():
+def test_the_second_signal_ends_the_process_even_inside_c_code():
   process = _start_busy(10**9)
   process.terminate()
   time.sleep(signals._ONE_REQUEST + 0.2)
@@ -69,7 +69,7 @@ def test_the_second_ends_the_process_even_inside_a_compiler():
   process.stdout.close()
 
 
-def test_one_request_may_come_twice_in_a_row():
+def test_two_signals_in_quick_succession_are_one_request():
   process = _start_busy(10**6)
   for _ in range(2):
     os.kill(process.pid, signal.SIGTERM)

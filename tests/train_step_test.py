@@ -53,7 +53,7 @@ def test_eight_devices_compute_what_one_does():
   assert np.quantile(worst, 0.99) < 1e-5
 
 
-def test_each_ray_of_each_step_draws_by_its_own_key():
+def test_each_ray_of_each_step_has_its_own_key():
   config = tiny.settings().config
   keys = [jax.random.key_data(train_step.step_keys(config, k)[1]) for k in range(3)]
   assert len(np.unique(np.concatenate(keys), axis=0)) == 3 * 64
@@ -180,7 +180,7 @@ def test_stats_add_up():
     stats['loss_of_nothing']
 
 
-def test_a_batch_that_the_devices_do_not_divide_is_refused():
+def test_a_batch_size_not_divisible_by_the_devices_is_refused():
   settings = tiny.settings('Config.batch_size = 60')
   with pytest.raises(ValueError, match=r'divisible by the number of devices \(8\), got 60; use 64'):
     train_step.make_train_step(settings, tiny.mesh(8))
@@ -249,7 +249,7 @@ def test_grids_split_over_devices_and_micro_batches():
       np.testing.assert_allclose(a, b, atol=1e-3 * largest)
 
 
-def test_tables_shared_out_among_devices_are_updated_alike(monkeypatch):
+def test_sharded_tables_are_updated_as_replicated_ones(monkeypatch):
   settings = tiny.settings(*GRID, 'Config.grad_max_norm = 0.01')
   one, stats_one = _run(settings, tiny.mesh(1), 3)
   monkeypatch.setattr(sharding, '_LARGE', 1024)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -88,7 +89,9 @@ def _is_held(path: str, holder: dict) -> bool:
     pid = holder.get('pid')
     return isinstance(pid, int) and _started(pid) == holder.get('started') is not None
   last = _beat(path)
-  end = time.monotonic() + _STALE - (_disk_time(os.path.dirname(path)) - (last or 0))
+  print(f'{path} exists; waiting for a heartbeat of the training that wrote it.', file=sys.stderr)
+  age = max(0.0, _disk_time(os.path.dirname(path)) - (last or 0))
+  end = time.monotonic() + _STALE - age
   while _beat(path) == last is not None:
     if time.monotonic() >= end:
       return False

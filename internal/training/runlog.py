@@ -26,20 +26,22 @@ def _read_lines(path: str) -> tuple[list[dict], list[bytes]]:
     return [], []
   with open(path, 'rb') as f:
     lines = f.readlines()
-  rows = [_parse(line) for line in lines]
+  rows = [_row(line) for line in lines]
   damaged = [line for line, row in zip(lines, rows) if row is None and line.endswith(b'\n')]
   return [row for row in rows if row is not None], damaged
 
 
-def _parse(line: bytes) -> dict | None:
+def _row(line: bytes) -> dict | None:
   """Returns a row of metrics.jsonl: numbers or nulls by name, and the step; None if damaged."""
   try:
     row = json.loads(line)
   except (ValueError, RecursionError):
     return None
-  if not isinstance(row, dict) or not isinstance(row.get('step'), int):
+  if not isinstance(row, dict) or type(row.get('step')) is not int:
     return None
-  return row if all(isinstance(v, int | float | None) for v in row.values()) else None
+  numbers = [v for v in row.values() if v is not None]
+  usable = all(type(v) in (int, float) and abs(v) < 1e300 for v in numbers)  # Not NaN, either.
+  return row if usable else None
 
 
 def _mean(values: Sequence[float]) -> float:
