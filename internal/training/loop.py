@@ -149,6 +149,7 @@ def _start(
   state, recent, micro_batches = run_folder.start_run(settings, mesh, start)
   step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches)
   if processes.is_main():
+    run_lock.check()
     run_folder.tidy(folder, start)
     run_folder.write_run(folder, settings, scene)
   return state, recent, step_fn

@@ -48,11 +48,13 @@ def _started(pid: int) -> str | None:
 
 def _process() -> dict:
   """Describes this process. Numbers of processes are only unique within a boot and a namespace."""
-  pid, namespace = os.getpid(), '/proc/self/ns/pid'
+  pid, namespace = os.getpid(), ''
+  with contextlib.suppress(OSError):
+    namespace = os.readlink('/proc/self/ns/pid')
   return {
     'host': socket.gethostname(),
     'boot': _read('/proc/sys/kernel/random/boot_id').strip(),
-    'namespace': os.readlink(namespace) if os.path.exists(namespace) else '',
+    'namespace': namespace,
     'pid': pid,
     'started': _started(pid),
   }
