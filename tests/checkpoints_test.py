@@ -412,6 +412,12 @@ class TestScene:
       capsys.readouterr().err
     )
 
+  def test_a_line_end_at_the_end_of_the_config_may_go(self, run, capsys):
+    path = Path(run[0]) / 'config.gin'
+    path.write_text(path.read_text().rstrip())
+    run_folder.open_run(run[0])
+    assert capsys.readouterr().err == ''
+
   def test_a_changed_scene_is_refused(self, run):
     path = Path(run[0]) / 'scene.json'
     path.write_text(path.read_text().replace('1.0', '1.5', 1))

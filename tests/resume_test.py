@@ -132,7 +132,7 @@ class TestKills:
     assert 'test_psnr' in metrics(whole)[-1]
     assert all(same(run, whole) for run, _, _ in killed)
 
-  def test_kills_hit_every_moment(self, killed):
+  def test_they_were_killed_everywhere(self, killed):
     assert {kill for _, kills, _ in killed for kill in kills} == {*MOMENTS, 'render'}
     assert sum(halves for _, _, halves in killed) > 2
 

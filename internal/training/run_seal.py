@@ -126,7 +126,9 @@ def _warn(text: str) -> None:
 
 def _check_edits(path: str, written: str) -> None:
   """Warns of edited settings; raises RunFileError if settings are missing."""
-  text = _read_text(path)
+  text, written = _read_text(path).rstrip(), written.rstrip()
+  if text == written:
+    return  # Some editors change the last line end.
   names = [re.findall(r'^([\w./]+) =', t, re.MULTILINE) for t in (written, text)]
   missing = [name for name in names[0] if name not in names[1]]
   if missing or written.startswith(text):
@@ -135,5 +137,5 @@ def _check_edits(path: str, written: str) -> None:
   known = written.splitlines()
   edits = [line for line in text.splitlines() if line.strip() and line not in known]
   _warn(
-    f'{path} was edited after training and is used as it is: {"; ".join(edits)[:500] or "order"}.'
+    f'{path} was edited after training and is used as it is: {"; ".join(edits)[:500] or "spaces"}.'
   )
