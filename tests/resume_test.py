@@ -201,7 +201,7 @@ class TestTwoPrograms:
     self, start_training, runner, tmp_path
   ):
     run = tmp_path / 'run'
-    often = ('Config.checkpoint_every = 2', 'Config.checkpoint_keep = 1')
+    often = ('Config.checkpoint_every = 10', 'Config.checkpoint_keep = 1')
     training = start_training(run, *often, 'Config.max_steps = 20000')
     assert training.until(lambda: checkpoints.latest_step(str(run)))
     for k in range(4):
