@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs the tests that take too long for CI, about an hour on two cores. Meant to run on a schedule.
+# Runs the tests that take too long for CI, about twenty minutes on two cores. Meant to run on a schedule.
 #
 #   scripts/hammer.sh                          # 12,000 damaged inputs, 200 killed training runs
-#   FUZZ_CASES=600 KILLS=10 scripts/hammer.sh  # a short one
+#   FUZZ_CASES=600 KILLS=20 scripts/hammer.sh  # a short one
 #
 # Killed runs are resumed and compared bit for bit with an uninterrupted run. Every run draws new
 # cases. Prints the counts at the end; exits with 1 if anything failed. hammer.log, in the current
