@@ -1,5 +1,6 @@
 """Tests of the report on a posed capture, and of the comparison of poses."""
 
+import dataclasses
 import json
 
 import captures
@@ -249,3 +250,35 @@ def test_the_picture_shows_points_cameras_and_failures(tmp_path):
   green = (lost[..., 1] > 180) & (lost[..., 0] < 40) & (lost[..., 2] < 60)
   assert green[len(whole) :].sum() > 250
   assert not green[: len(whole) - 60].any()
+
+
+def test_the_picture_lists_the_captures_warnings(tmp_path):
+  checks = preflight.all_checks(findings())
+  amber = picture._STATUS['doubtful']
+  heights = []
+  for count in (0, 1, 8, 9, 30):
+    warnings = [f'{k}: {"a mask that pairs with no photograph " * 8}' for k in range(count)]
+    drawn = picture.draw(str(tmp_path), findings(), checks, warnings).astype(int)
+    marks = (np.abs(drawn - amber).max(-1) < 3)[:, 28:70].any(1)
+    # Each of the first eight has a mark of its own, and so has the line that counts the others.
+    assert np.diff(marks.astype(int), prepend=0).clip(0).sum() >= min(count, 9)
+    heights.append(len(drawn))
+  assert heights[0] < heights[1] < heights[2] < heights[3] == heights[4]
+
+
+def test_the_report_has_the_captures_warnings(tmp_path, monkeypatch):
+  captures.write_colmap(tmp_path, n=4)
+  load = preflight.datasets.load_dataset
+
+  def warned(*args, **kwargs):
+    scene = load(*args, **kwargs)
+    return dataclasses.replace(scene, report={**scene.report, 'warnings': ['3 masks are unused']})
+
+  monkeypatch.setattr(preflight.datasets, 'load_dataset', warned)
+  monkeypatch.setattr(diagnosis, 'examine', lambda *_: findings(factor=0))
+  drawn = []
+  monkeypatch.setattr(
+    picture, 'draw', lambda *args: drawn.append(args) or np.zeros((4, 4, 3), np.uint8)
+  )
+  assert preflight.write(str(tmp_path), ())['capture']['warnings'] == ['3 masks are unused']
+  assert drawn[0][3] == ['3 masks are unused']

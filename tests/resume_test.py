@@ -1,6 +1,11 @@
-"""Killed and signalled runs resume to the bits of an uninterrupted run."""
+"""Killed and signalled runs resume to the bits of an uninterrupted run.
 
+KILLS=200 kills that often, twenty times without it. KILL_SEED draws other moments.
+"""
+
+import collections
 import json
+import math
 import os
 import resource
 import signal
@@ -18,6 +23,9 @@ import tiny
 from tensorboardX.proto import event_pb2
 
 from internal.training import checkpoints, run_folder
+
+KILLS = int(os.environ.get('KILLS', 20))
+KILL_SEED = int(os.environ.get('KILL_SEED', 0))
 
 _TIMES = ('time', 'train_seconds', 'rays_per_sec', 'test_seconds')
 
@@ -106,9 +114,9 @@ MOMENTS = ('start', 'step', 'checkpoint', 'checkpoint')
 
 @pytest.fixture(scope='module')
 def killed(start_training, whole, tmp_path_factory):
-  """Two runs, each killed at nine random moments and once while rendering its test image.
+  """Runs, each killed at nine random moments and once while rendering its test image.
 
-  They run side by side. Returns for each (run, moments, number of partial checkpoints left).
+  Two run side by side. Returns for each (run, moments, number of partial checkpoints left).
   """
 
   def run_on(seed):
@@ -116,25 +124,34 @@ def killed(start_training, whole, tmp_path_factory):
     kills, halves = [], 0
     for moment in [*rng.choice(MOMENTS, 9), 'render']:
       program = start_training(run, output=f'{run}.{len(kills)}')
-      assert kill(program, run, moment, rng), program.text()
+      if not kill(program, run, moment, rng):  # The run has ended.
+        assert checkpoints.newest(str(run)) == program_runner.STEPS, program.text()
+        break
       kills.append(moment)
       halves += any(run.glob('checkpoints/*.partial'))
     program = start_training(run)
     assert program.wait() == 0, program.text()
     return run, kills, halves
 
+  runs = []
   with futures.ThreadPoolExecutor(2) as pool:
-    return list(pool.map(run_on, (0, 1)))
+    while (left := KILLS - sum(len(kills) for _, kills, _ in runs)) > 0:
+      first = KILL_SEED + len(runs)
+      runs += pool.map(run_on, range(first, first + math.ceil(left / 10)))
+  return runs
 
 
 class TestKills:
   def test_parameters_optimizer_state_and_metrics_equal_an_uninterrupted_run(self, killed, whole):
     assert 'test_psnr' in metrics(whole)[-1]
     assert all(same(run, whole) for run, _, _ in killed)
+    counts = collections.Counter(kill for _, kills, _ in killed for kill in kills)
+    moments = ', '.join(f'{n} at {moment}' for moment, n in sorted(counts.items()))
+    print(f'{counts.total()} kills ({moments}) in {len(killed)} runs, equal to the bit')
 
   def test_they_were_killed_everywhere(self, killed):
     assert {kill for _, kills, _ in killed for kill in kills} == {*MOMENTS, 'render'}
-    assert sum(halves for _, _, halves in killed) > 2
+    assert sum(halves for _, _, halves in killed) > KILLS // 10
 
   def test_no_incomplete_files_are_left(self, killed, whole):
     names = lambda folder: {p.name for p in folder.iterdir()}  # noqa: E731

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import shlex
-import subprocess
+import sys
 
 import captures
 import outcomes
@@ -162,26 +162,117 @@ class TestIsFinished:
         runs.is_finished(other)
 
 
+# Stands in for sbatch: collects the options as SLURM does, from the #SBATCH lines before the first
+# command, unquotes them, and runs each task of the array with bash.
+SBATCH = """#!{python}
+import json, os, re, shlex, subprocess, sys
+options = []
+for line in open(sys.argv[1], errors='surrogateescape').read().split('\\n'):
+  if line.startswith('#SBATCH'):
+    options += shlex.split(line[7:])
+  elif line and not line.startswith('#'):
+    break
+last = int(re.search(r'--array=0-(\\d+)', ' '.join(options))[1])
+outputs = []
+for task in range(last + 1):
+  env = {{**os.environ, 'SLURM_ARRAY_TASK_ID': str(task)}}
+  ran = subprocess.run(['bash', sys.argv[1]], env=env, capture_output=True, cwd='/')
+  outputs.append(ran.stdout.decode() + ran.stderr.decode())
+json.dump({{'path': sys.argv[1], 'options': options, 'outputs': outputs}}, open({out!r}, 'w'))
+"""
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch):
+  """Installs the stand-in for sbatch; returns a function that returns what the last call did."""
+  tools, out = tmp_path / 'tools', tmp_path / 'submitted.json'
+  tools.mkdir()
+  (tools / 'sbatch').write_text(SBATCH.format(python=sys.executable, out=str(out)))
+  (tools / 'sbatch').chmod(0o755)
+  monkeypatch.setenv('PATH', f'{tools}:{os.environ["PATH"]}')
+  return lambda: json.loads(out.read_text())
+
+
+# What a shell would take apart or run, if it were not quoted.
+AWKWARD = (
+  'a b', "it's", 'say "hi"', '$(touch ran)', '`touch ran`', ';touch ran', '&touch ran', '>ran',
+  'a\ntouch ran', 'a\n#SBATCH --wrap=x', '*', '~', '#', '\\', '!x', '$HOME', '%A', 'ü', '-x', '',
+)  # fmt: skip
+
+
 class TestSlurm:
-  def test_each_task_runs_its_scene(self, tmp_path):
-    out = tmp_path / 'my out'
-    all_runs = dataset_runs.make_runs(NINE, 'data', str(out), ['garden', 'room'])
-    command = ['printf', '<%s>', 'a b', "Config.x = 'y'"]
-    text = dataset_runs.slurm_script(all_runs, '--partition=gpu --time=8:00:00', command)
-    lines = text.splitlines()
-    assert lines[0] == '#!/bin/bash'
-    for option in ('--array=0-1', '--gpus=1', '--partition=gpu', '--time=8:00:00'):
-      assert f'#SBATCH {option}' in lines
+  def submit(self, tmp_path, sbatch, options='', command=('true',), out='out'):
+    all_runs = dataset_runs.make_runs(NINE, 'data', str(tmp_path / out), ['garden', 'room'])
     path = tmp_path / 's.sh'
-    path.write_text(text)
-    outputs = [
-      subprocess.run(
-        ['bash', path], env={**os.environ, 'SLURM_ARRAY_TASK_ID': k}, capture_output=True, text=True
-      ).stdout
-      for k in '01'
-    ]
-    command = "<a b><Config.x = 'y'><--scenes>"
-    assert outputs == [f'{command}<garden>', f'{command}<room>']
+    path.write_text(dataset_runs.slurm_script(all_runs, options, command))
+    program._submit(str(path))
+    return sbatch()
+
+  def test_each_task_runs_its_scene(self, tmp_path, sbatch):
+    command = ['printf', '<%s>', 'a b', "Config.x = 'y'"]
+    done = self.submit(tmp_path, sbatch, '--partition=gpu --time=8:00:00', command, 'my out')
+    assert done['options'] == [
+      '--job-name=mipnerf360', '--array=0-1', '--ntasks=1', '--gpus=1',
+      f'--output={tmp_path}/my out/slurm_%A_%a.txt', '--open-mode=append', '--signal=B:TERM@300',
+      '--partition=gpu', '--time=8:00:00',
+    ]  # fmt: skip
+    words = "<a b><Config.x = 'y'><--scenes>"
+    assert done['outputs'] == [f'{words}<garden>', f'{words}<room>']
+
+  def test_no_word_of_the_command_is_run_or_changed(self, tmp_path, sbatch, monkeypatch):
+    where = tmp_path / 'work $(touch ran)\ntouch ran\n#'
+    where.mkdir()
+    monkeypatch.chdir(where)
+    done = self.submit(tmp_path, sbatch, command=['printf', '%s\\0', *AWKWARD])
+    for scene, output in zip(('garden', 'room'), done['outputs'], strict=True):
+      assert output.split('\0')[:-1] == [*AWKWARD, '--scenes', scene]
+    assert '--wrap=x' not in done['options']
+    assert not list(tmp_path.rglob('ran'))
+
+  @pytest.mark.parametrize(
+    'options',
+    [
+      '--partition=a',
+      '--comment="two words" --time=8:00:00',
+      "--comment 'two words' -p gpu -t 8:00:00 --exclusive",
+      """--comment="it's" --constraint='[a&b]' --mail-user=a@b.c""",
+      '--comment="#1 $HOME `x` \\\\ %j"',
+    ],
+  )
+  def test_options_keep_their_quotes(self, tmp_path, sbatch, options):
+    done = self.submit(tmp_path, sbatch, options)
+    assert done['options'][7:] == shlex.split(options)
+
+  def test_a_separate_value_stays_beside_its_option(self, tmp_path):
+    all_runs = dataset_runs.make_runs(NINE, 'data', str(tmp_path / 'out'), ['garden'])
+    lines = dataset_runs.slurm_script(all_runs, "-p gpu --comment 'a b' -x c", ['true']).split('\n')
+    assert lines[8:11] == ['#SBATCH -p gpu', "#SBATCH --comment 'a b'", '#SBATCH -x c']
+
+  @pytest.mark.parametrize('out', [name for name in AWKWARD if name and '\n' not in name])
+  def test_the_folder_of_the_logs(self, tmp_path, sbatch, out):
+    done = self.submit(tmp_path, sbatch, out=f'o{out}')
+    folder = f'{tmp_path}/o{out}'.replace('%', '%%')
+    assert f'--output={folder}/slurm_%A_%a.txt' in done['options']
+    assert done['outputs'] == ['', '']
+
+  @pytest.mark.parametrize('character', '\n\r\t\0\x1b')
+  def test_control_characters_are_refused(self, tmp_path, character):
+    all_runs = dataset_runs.make_runs(NINE, 'data', str(tmp_path / 'out'), ['garden'])
+    with pytest.raises(runs.RunError, match=r"option '--comment=a\\.*another control character"):
+      dataset_runs.slurm_script(all_runs, f'"--comment=a{character}touch ran"', ['true'])
+    made = dataclasses.replace(all_runs[0], folder=str(tmp_path / f'a{character}touch ran' / 'x'))
+    with pytest.raises(runs.RunError, match=r"option '--output=.*choose another --out"):
+      dataset_runs.slurm_script([made], '', ['true'])
+
+  def test_quotes_that_do_not_match(self, tmp_path):
+    all_runs = dataset_runs.make_runs(NINE, 'data', str(tmp_path / 'out'), ['garden'])
+    with pytest.raises(runs.RunError, match=r'--slurm: No closing quotation in \'--comment="a\''):
+      dataset_runs.slurm_script(all_runs, '--comment="a', ['true'])
+
+  def test_without_slurm(self, tmp_path, monkeypatch):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    with pytest.raises(runs.RunError, match=r"did not accept s\.sh: .*No such file.*: 'sbatch'"):
+      program._submit('s.sh')
 
 
 @pytest.fixture
@@ -255,18 +346,11 @@ class TestProgram:
     assert capsys.readouterr().out.count('as published') == 9
     assert not (tmp_path / 'out').exists()
 
-  def test_the_job_array_has_the_unfinished_scenes(self, stand_in, tmp_path, capsys, monkeypatch):
+  def test_the_job_array_has_the_unfinished_scenes(self, stand_in, tmp_path, sbatch):
     self.main(tmp_path, '--scenes', 'garden')
-    tools = tmp_path / 'tools'
-    tools.mkdir()
-    (tools / 'sbatch').write_text(
-      f'#!/bin/sh\necho "$1" > {shlex.quote(str(tmp_path))}/submitted\n'
-    )
-    (tools / 'sbatch').chmod(0o755)
-    monkeypatch.setenv('PATH', f'{tools}:{os.environ["PATH"]}')
     self.main(tmp_path, '--slurm=--partition=a', '--submit')
     path = tmp_path / 'out' / 'slurm.sh'
-    assert (tmp_path / 'submitted').read_text().strip() == str(path)
+    assert sbatch()['path'] == str(path)
     text = path.read_text()
     assert '#SBATCH --array=0-7\n' in text
     assert '#SBATCH --partition=a\n' in text

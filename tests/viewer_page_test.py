@@ -2,10 +2,14 @@
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.parse
+import urllib.request
 from types import SimpleNamespace
 
 import captures
@@ -15,10 +19,13 @@ import numpy as np
 import program_runner
 import pytest
 import tiny
+import websockets.exceptions
+import websockets.sync.client
 from PIL import Image
 
 from internal import configs, datasets, paths
 from internal.training import checkpoints, loop, run_folder
+from internal.viewer import admission as admission_lib
 from internal.viewer import page as page_lib
 from internal.viewer import server as server_lib
 from internal.viewer import session
@@ -268,7 +275,7 @@ class TestPage:
       page.client.camera.position = np.array([x, 0, 0])
       page.gui['Add this view'].press()
     page.gui['Add this view'].press()
-    assert 'are the same' in page.client.notes[-1][1]
+    assert 'are the same; remove one' in page.client.notes[-1][1]
     page.gui['Remove the last'].press()
     page.gui['Name'].value = '../deep/<script>'
     page.gui['Save the path'].press()
@@ -300,10 +307,15 @@ class TestPage:
     assert not page.viewer.work('params', 4, 0.5)
 
 
+def open_server(host='localhost', port=8080, origins=()):
+  admission = admission_lib.Admission(host, origins)
+  return server_lib._open_server(host, port, admission), admission
+
+
 class TestOpening:
   def fails(self, words, **args):
     with pytest.raises(page_lib.ViewerError, match=words):
-      server_lib._open_server(**{'host': 'localhost', 'port': 8080, **args})
+      open_server(**args)
 
   def test_without_viser(self, monkeypatch):
     monkeypatch.setitem(sys.modules, 'viser', None)
@@ -313,6 +325,20 @@ class TestOpening:
     pytest.importorskip('viser')
     self.fails(r'\[1, 65535\], got 0', port=0)
 
+  @pytest.mark.parametrize('host', ['192.0.2.7', 'no-such-host.invalid'])
+  def test_a_host_that_is_not_this_machine(self, host):
+    pytest.importorskip('viser')
+    self.fails(f'--host {host} is not an address of this machine', host=host)
+
+  @pytest.mark.parametrize('origin', ['example.org', 'ftp://a', 'http://a/b', 'http://a:x', ''])
+  def test_a_malformed_origin(self, origin):
+    self.fails(f"--origin must be a scheme.*got '{origin}'", origins=[origin])
+
+  def test_a_viser_that_bypasses_the_checks_is_refused(self, monkeypatch):
+    pytest.importorskip('viser')
+    monkeypatch.setattr(admission_lib.Admission, 'installed', lambda _: contextlib.nullcontext())
+    self.fails('leaves requests unchecked', port=free_port())
+
   def test_several_processes(self, monkeypatch):
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
     with pytest.raises(page_lib.ViewerError, match='one process only'):
@@ -320,15 +346,106 @@ class TestOpening:
 
   def test_is_local_and_opens_no_tunnel(self, capsys):
     pytest.importorskip('viser', reason='requirements-viewer.txt is not installed')
-    server = server_lib._open_server('localhost', free_port())
+    server, _ = open_server(port=free_port())
     try:
       assert server.get_host() == 'localhost'
       assert server.request_share_url() is None
       assert capsys.readouterr() == ('', '')
     finally:
       server.stop()
-    server_lib._open_server('0.0.0.0', free_port()).stop()
-    assert 'Warning: anyone who can reach 0.0.0.0' in capsys.readouterr().err
+    server, admission = open_server('0.0.0.0', free_port())
+    server.stop()
+    err = capsys.readouterr().err
+    assert 'Warning: the viewer answers other machines at 0.0.0.0' in err
+    assert admission.token not in err
+    assert admission.address(80) == f'http://{socket.gethostname()}:80/{admission.token}/'
+
+
+@pytest.fixture(scope='module')
+def served():
+  """A server's port and token; it admits two more origins."""
+  pytest.importorskip('viser', reason='requirements-viewer.txt is not installed')
+  server, admission = open_server(
+    port=free_port(), origins=['https://proxy.example.org/', 'http://localhost:9000']
+  )
+  yield server.get_port(), admission.token
+  server.stop()
+
+
+class TestAdmission:
+  def status(self, port, path, origin=None):
+    """Returns the status of a websocket handshake, 101 if the server accepts it."""
+    import viser
+
+    try:
+      with websockets.sync.client.connect(
+        f'ws://localhost:{port}{path}', origin=origin, subprotocols=[f'viser-v{viser.__version__}']
+      ) as socket:
+        assert socket.recv(timeout=30)  # The page's content.
+        return 101
+    except websockets.exceptions.InvalidStatus as error:
+      return error.response.status_code
+
+  @pytest.mark.parametrize(
+    'origin',
+    [
+      'http://localhost:{}', 'http://127.0.0.1:{}', 'http://[::1]:{}', 'http://LOCALHOST:{}',
+      'https://proxy.example.org', 'http://localhost:9000',
+      None,  # Not a browser.
+    ],
+  )  # fmt: skip
+  def test_the_viewers_own_page_and_configured_origins_may_connect(self, served, origin):
+    port, token = served
+    origin = origin and origin.format(port)
+    assert self.status(port, f'/{token}', origin) == 101
+    assert self.status(port, f'/{token}/', origin) == 101
+
+  @pytest.mark.parametrize(
+    'origin',
+    [
+      'https://example.org', 'http://example.org:{}', 'http://localhost', 'http://localhost:1',
+      'https://localhost:{}', 'http://localhost.example.org:{}', 'http://proxy.example.org',
+      'https://proxy.example.org:444', 'null', 'file://', '', 'http://localhost:{}@example.org',
+    ],
+  )  # fmt: skip
+  def test_foreign_pages_may_not_connect_even_with_the_token(self, served, origin, capsys):
+    port, token = served
+    origin = origin.format(port)
+    assert [self.status(port, f'/{token}/', origin) for _ in 'ab'] == [403, 403]
+    err = capsys.readouterr().err
+    assert err.count('Warning: the viewer refused') == 1
+    assert repr(origin) in err
+    assert '--origin' in err
+
+  def test_nothing_is_served_without_the_token(self, served):
+    port, token = served
+    own = f'http://localhost:{port}'
+    wrong = token[:-1] + ('b' if token[-1] == 'a' else 'a')
+    paths = ('/', f'/{wrong}/', f'/{token[:-1]}', f'//{token}/', f'/?token={wrong}', '/%FF\u20ac/')
+    for path in map(urllib.parse.quote, paths):
+      assert self.status(port, path, own) == 403
+      with pytest.raises(urllib.error.HTTPError, match='403'):
+        urllib.request.urlopen(own + path, timeout=30)
+
+  def test_the_page_is_served_at_its_address(self, served):
+    port, token = served
+    for path in (f'/{token}/', f'/{token}', f'/{token}/index.html?a=b'):
+      with urllib.request.urlopen(f'http://localhost:{port}{path}', timeout=30) as answer:
+        assert b'<title>Viser</title>' in answer.read()
+    for path in (f'/{token}/../server.py', f'/{token}/%2e%2e/index.html', f'/{token}/{token}/'):
+      with pytest.raises(urllib.error.HTTPError, match='404'):
+        urllib.request.urlopen(f'http://localhost:{port}{path}', timeout=30)
+
+  def test_tokens_are_not_repeated(self):
+    tokens = {admission_lib.Admission('localhost').token for _ in range(50)}
+    assert len(tokens) == 50
+    assert all(len(token) >= 20 for token in tokens)
+
+  def test_the_servers_own_address_is_admitted_where_it_serves_other_machines(self):
+    admission = admission_lib.Admission('0.0.0.0')
+    assert admission._is_admitted('http://10.1.2.3:8080', ('10.1.2.3', 8080))
+    assert admission._is_admitted(f'http://{socket.gethostname()}:8080', ('10.1.2.3', 8080))
+    assert not admission._is_admitted('http://10.1.2.4:8080', ('10.1.2.3', 8080))
 
 
 def free_port():
@@ -364,8 +481,8 @@ def test_in_a_browser(trained, tmp_path):
     cwd=program_runner.ROOT, stdout=subprocess.PIPE, text=True,
   )  # fmt: skip
   try:
-    assert f'http://localhost:{port}' in program.stdout.readline()
-    with devtools.page(f'http://localhost:{port}', tmp_path, size=(1000, 700)) as shown:
+    address = re.search(rf'http://localhost:{port}/[\w-]+/', program.stdout.readline())[0]
+    with devtools.page(address, tmp_path, size=(1000, 700)) as shown:
       text = 'document.body?.innerText'
       shown.until(f"{text}?.includes('step {STEPS} of {STEPS}')")
 

@@ -56,10 +56,20 @@ def write_slurm(args: argparse.Namespace, unfinished: list[runs.Run], out: str) 
   with files.whole(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
     f.write(dataset_runs.slurm_script(unfinished, args.slurm, command))
   if args.submit:
-    subprocess.run(['sbatch', path], check=True)
+    _submit(path)
   else:
     print(f'-> {path}; submit it with: sbatch {shlex.quote(path)}')
   print('When the jobs are done, the same command without --slurm prints the table.')
+
+
+def _submit(path: str) -> None:
+  try:
+    subprocess.run(['sbatch', os.path.abspath(path)], check=True)
+  except (OSError, subprocess.CalledProcessError) as error:
+    raise runs.RunError(
+      f'sbatch did not accept {path}: {error} Submit it on a SLURM login node: '
+      f'sbatch {shlex.quote(path)}'
+    ) from None
 
 
 def write_tables(args: argparse.Namespace, benchmark, all_runs: list[runs.Run], out: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -77,26 +78,63 @@ def slurm_script(scene_runs: Sequence[runs.Run], options: str, command: Sequence
 
   Args:
     scene_runs: the runs, all in one folder.
-    options: further options for sbatch.
+    options: further options for sbatch, quoted as in a shell.
     command: a task's command, to which `--scenes SCENE` is appended.
+
+  Raises:
+    RunError: an option's quotes do not match, or an option or the folder has a control character.
   """
-  out = os.path.dirname(scene_runs[0].folder)
-  all_options = [
-    '--job-name=mipnerf360',
-    f'--array=0-{len(scene_runs) - 1}',
-    '--ntasks=1',
-    '--gpus=1',
-    f'--output={shlex.quote(out)}/slurm_%A_%a.txt',
-    '--open-mode=append',
-    '--signal=B:TERM@300',  # Leaves time to save a checkpoint before the limit.
-    *shlex.split(options),
+  out = os.path.dirname(scene_runs[0].folder).replace('%', '%%')  # SLURM expands %A.
+  directives = [
+    ['--job-name=mipnerf360'],
+    [f'--array=0-{len(scene_runs) - 1}'],
+    ['--ntasks=1'],
+    ['--gpus=1'],
+    [f'--output={out}/slurm_%A_%a.txt'],
+    ['--open-mode=append'],
+    ['--signal=B:TERM@300'],  # Leaves time to save a checkpoint before the limit.
+    *_split_options(options),
   ]
   lines = [
     '#!/bin/bash',
-    *(f'#SBATCH {option}' for option in all_options),
-    f'scenes=({" ".join(run.name for run in scene_runs)})',
+    *map(_directive, directives),
+    f'scenes=({shlex.join(run.name for run in scene_runs)})',
     f'cd {shlex.quote(os.getcwd())} || exit 1',
     '# exec: SLURM sends the signal to this shell, so the program replaces it.',
     f'exec {shlex.join(command)} --scenes "${{scenes[$SLURM_ARRAY_TASK_ID]}}"',
   ]
   return '\n'.join(lines) + '\n'
+
+
+def _split_options(options: str) -> list[list[str]]:
+  """Splits --slurm at its options, each a list of the option and, if separate, its value."""
+  try:
+    words = shlex.split(options)
+  except ValueError as error:
+    raise runs.RunError(f'--slurm: {error} in {options!r}.') from None
+  split = []
+  for word in words:
+    if split and not word.startswith('-'):
+      split[-1].append(word)
+    else:
+      split.append([word])
+  return split
+
+
+def _directive(words: Sequence[str]) -> str:
+  """Returns an #SBATCH line, quoted; sbatch unquotes it as a shell does, but reads single lines."""
+  for word in words:
+    if re.search(r'[\x00-\x1f\x7f]', word):
+      raise runs.RunError(
+        f'A SLURM script cannot have the option {word!r}: it contains a line break or another '
+        'control character. Change --slurm, or choose another --out.'
+      )
+  return ' '.join(['#SBATCH', *map(_quote_option, words)])
+
+
+def _quote_option(word: str) -> str:
+  """Quotes a word as a shell would; of --name=value only the value."""
+  name, equals, value = word.partition('=')
+  if equals and name == shlex.quote(name):
+    return f'{name}={shlex.quote(value)}'
+  return shlex.quote(word)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from .. import configs, plugins
 from ..errors import UserError
 from ..evaluation import lpips, results
-from ..system import installation, progress
+from ..system import files, installation, progress
 from ..training import runlog
 from . import jobs
 
@@ -56,7 +56,7 @@ def is_finished(run: Run) -> bool:
   """
   wanted = results.config_hash(run.settings)
   stored = os.path.join(run.folder, 'config.gin')
-  if os.path.exists(stored):
+  if files.exists(stored):
     existing = configs.load_config([stored])
     both = existing.config, run.settings.config
     differs = any(getattr(both[0], name) != getattr(both[1], name) for name in run.fixed)

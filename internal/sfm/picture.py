@@ -20,7 +20,8 @@ _MAP = (960, 640)  # From above.
 _SIDE = (960, 270)
 _STRIP, _LOW_STRIP = 120, 60
 _THUMB = 84  # Height.
-_SHOWN = 8  # Failed photographs.
+_SHOWN = 8  # Failed photographs, and warnings.
+_LINE = 28  # Height of a line of a warning.
 
 _PAPER, _INK, _DIM = (250, 249, 247), (35, 36, 40), (120, 121, 126)
 _PANEL, _PALE = (22, 23, 28), (170, 171, 176)  # Views are drawn on a dark panel.
@@ -28,19 +29,24 @@ _STATUS = {'good': (46, 150, 92), 'doubtful': (222, 152, 28), 'bad': (208, 62, 5
 _BAR, _SHARP = (86, 120, 178), (122, 148, 140)
 
 
-def draw(scene_dir: str, found: diagnosis.Findings, checks: Sequence) -> np.ndarray:
+def draw(
+  scene_dir: str, found: diagnosis.Findings, checks: Sequence, warnings: Sequence[str] = ()
+) -> np.ndarray:
   """Draws the report, uint8 [h, 1600, 3].
 
   Args:
     scene_dir: folder of the capture; gives the title and the failed photographs.
     found: poses, points and rows to draw.
     checks: checks to list, each with a name, a status and a text.
+    warnings: the warnings of loading the capture.
   """
   failed = [row for row in found.rows if row.reason]
   top = 110
   rows = -(-min(len(failed), _SHOWN) // 2)
   below = top + _MAP[1] + _SIDE[1] + 2 * _MARGIN
-  under = below + _STRIP + _LOW_STRIP + 116
+  warned_at = below + _STRIP + _LOW_STRIP + 116
+  lines = _warning_lines(warnings)
+  under = warned_at + (len(lines) * _LINE + 62 if lines else 0)
   height = under + (rows * (_THUMB + 14) + 56 if failed else 0)
   sheet = canvas.Canvas(_WIDTH, height, _PAPER, _INK)
   _title(sheet, scene_dir, found)
@@ -57,6 +63,8 @@ def draw(scene_dir: str, found: diagnosis.Findings, checks: Sequence) -> np.ndar
   _draw_checks(sheet, _MARGIN + _MAP[0] + _MARGIN + 4, top, checks)
   _draw_points(sheet, below, found.rows)
   _draw_sharpness(sheet, below + _STRIP + 46, found.rows)
+  if lines:
+    _draw_warnings(sheet, _MARGIN, warned_at, lines)
   if failed:
     _draw_failed(sheet, scene_dir, _MARGIN, under, failed)
   return sheet.finished()
@@ -210,6 +218,24 @@ def _strip(sheet: canvas.Canvas, y: float, height: float, words, values, colors)
     left, right = x + k * step, x + (k + 1) * step - (0.25 * step if step > 3 else 0)
     share = 1 if value is None else 0.95 * value / most
     sheet.box(left, y + height * (1 - share), right, y + height, color)
+
+
+def _warning_lines(warnings: Sequence[str]) -> list[tuple[bool, str]]:
+  """Wraps up to _SHOWN warnings; returns whether each line starts a warning, and its text."""
+  shown = list(warnings[:_SHOWN])
+  if len(warnings) > _SHOWN:
+    shown.append(f'{len(warnings) - _SHOWN} more are in preflight.json')
+  wrapped = [textwrap.wrap(warning, 165) for warning in shown]
+  return [(k == 0, line) for lines in wrapped for k, line in enumerate(lines)]
+
+
+def _draw_warnings(sheet: canvas.Canvas, x: float, y: float, lines) -> None:
+  sheet.text(x, y, 'Warnings of loading the capture', 19)
+  for k, (starts, line) in enumerate(lines):
+    top = y + 36 + k * _LINE
+    if starts:
+      _mark(sheet, x + 13, top + 11, 'doubtful')
+    sheet.text(x + 42, top, line, 17, _DIM)
 
 
 def _draw_failed(sheet: canvas.Canvas, scene_dir: str, x: float, y: float, rows) -> None:

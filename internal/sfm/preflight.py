@@ -33,8 +33,8 @@ def write(scene_dir: str, photos: Sequence[photos_lib.Photo]) -> dict:
   checks = all_checks(found)
   report = as_json(scene_dir, found, checks)
   results.write_json(os.path.join(scene_dir, f'{FILE}.json'), report)
-  warned = [Check('warning', DOUBTFUL, w) for w in (report['capture'] or {}).get('warnings', ())]
-  drawn = picture.draw(scene_dir, found, [*checks, *warned])
+  warnings = (report['capture'] or {}).get('warnings', ())
+  drawn = picture.draw(scene_dir, found, checks, warnings)
   pictures.write_png(os.path.join(scene_dir, f'{FILE}.png'), drawn)
   return report
 

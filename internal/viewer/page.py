@@ -18,21 +18,17 @@ import numpy as np
 
 from .. import plugins
 from ..datasets import scenes
-from ..errors import UserError
 from ..rendering import keyframes
 from ..system import installation, progress
 from ..vis import pictures
 from . import session as session_lib
+from .admission import ViewerError
 
 _OPENGL_TO_OPENCV = np.diag([1.0, -1, -1])
 _MAX_SIDE = 4096  # Pixels of a snapshot's side.
 _DEPTH_MARGIN = 1.03  # Depths are scaled by this, so that surfaces do not hide points on them.
 _MAX_FPS = 120
 _BLUE, _ORANGE, _RED = (40, 110, 220), (235, 130, 20), (215, 40, 60)
-
-
-class ViewerError(UserError):
-  """A viewer that cannot be opened, or an input on its page that is out of range."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import socket
 import sys
 from collections.abc import Callable
 
@@ -18,19 +19,22 @@ from ..system import progress
 from ..training import train_step
 from . import page as page_lib
 from . import session as session_lib
-from .page import ViewerError
-
-_LOCAL = ('localhost', '127.0.0.1', '::1')
+from .admission import LOCAL, Admission, ViewerError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds --host and --port."""
+  """Adds --host, --port and --origin."""
   parser.add_argument(
     '--host', default='localhost', help='address of the viewer; 0.0.0.0 admits other machines'
   )
   parser.add_argument(
     '--port', type=int, default=8080, help='port of the viewer; if it is in use, the next free one'
   )
+  parser.add_argument(
+    '--origin', action='append', default=[], metavar='URL',
+    help='also accept a page loaded from this address, as of a proxy or of another forwarded port: '
+    'https://example.org or http://localhost:9000; may be repeated',
+  )  # fmt: skip
 
 
 def open_page(
@@ -53,13 +57,13 @@ def open_page(
   points = sparse_points.read(config.data_dir, scene.world_transform, scene.loader)
   capture = page_lib.Capture(config.checkpoint_dir, scene, points, config.last_step)
   session = session_lib.Session(session_lib.Renderer(settings, scene, mesh))
-  server = _open_server(args.host, args.port)
+  admission = Admission(args.host, args.origin)
+  server = _open_server(args.host, args.port, admission)
   server.gui.configure_theme(control_width='medium', show_logo=False, show_share_button=False)
   server.gui.set_panel_label('mip-NeRF 360')
   _set_initial_camera(server, capture)
   _serve_pages(server, lambda client: page_lib.Page(client, capture, session))
-  host = server.get_host()
-  progress.say(f'viewer at http://{"localhost" if host in _LOCAL else host}:{server.get_port()}')
+  progress.say(f'viewer at {admission.address(server.get_port())}')
   return session
 
 
@@ -79,27 +83,45 @@ def live(
   return session_lib.Live(session, fraction, jax.block_until_ready)
 
 
-def _open_server(host: str, port: int):
+def _open_server(host: str, port: int, admission: Admission):
   try:
     import viser
   except ImportError:
     raise ViewerError('viser is not installed: pip install -r requirements-viewer.txt') from None
   if not 0 < port < 65536:
     raise ViewerError(f'--port must be in [1, 65535], got {port}.')
-  if host not in _LOCAL:
+  _check_host(host)
+  if host not in LOCAL:
     print(
-      f'Warning: anyone who can reach {host}:{port} can view the scene, and save paths and '
-      "pictures in the run's folder.",
+      f'Warning: the viewer answers other machines at {host}:{port}, without encryption. Anyone '
+      "with the printed address can view the scene, and save paths and pictures in the run's "
+      'folder.',
       file=sys.stderr,
     )
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):  # viser prints its own banner.
-      server = viser.ViserServer(host=host, port=port, verbose=False)
-  except OSError as error:
-    raise ViewerError(f'--host {host} --port {port} cannot be used: {error}.') from None
+  with contextlib.redirect_stdout(io.StringIO()), admission.installed():  # viser prints a banner.
+    server = viser.ViserServer(host=host, port=port, verbose=False)
+  if not admission.is_installed:
+    server.stop()
+    raise ViewerError(
+      f'viser {viser.__version__} starts its server in a way that leaves requests unchecked. '
+      'Install a tested version: pip install -r requirements-viewer.txt'
+    )
   # Otherwise any visitor could open a public tunnel to this server.
   server.request_share_url = lambda *_, **__: None
   return server
+
+
+def _check_host(host: str) -> None:
+  """Raises ViewerError unless this machine can listen at the host; viser would wait forever."""
+  try:
+    family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+      probe.bind(address)
+  except OSError as error:
+    raise ViewerError(
+      f'--host {host} is not an address of this machine ({error}); use localhost, or 0.0.0.0 to '
+      'admit other machines.'
+    ) from None
 
 
 def _serve_pages(server, make_page: Callable) -> None:
