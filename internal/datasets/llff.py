@@ -7,6 +7,7 @@ from poses_bounds.npy too.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 
@@ -41,19 +42,20 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
       f'{data_dir}: the sparse model has no registered images. Run COLMAP again, with more overlap '
       'between the pictures.'
     )
+  make_world = frames_lib.world_pca
   if config.forward_facing:
-    world = forward_facing_world(data_dir, frames, read_bounds(data_dir, model))
-  else:
-    world = frames_lib.world_pca(data_dir, frames)
+    bounds = read_bounds(data_dir, model)
+    make_world = functools.partial(forward_facing_world, bounds=bounds)
   return frames_lib.assemble(
     'llff',
     data_dir,
     frames,
-    world,
+    make_world,
     frames_lib.split_every(len(frames), config.llffhold),
     factor=config.factor,
     unregistered=frames_lib.unposed(data_dir, frames),
     read_only=read_only,
+    min_fraction=config.min_images_fraction,
   )
 
 

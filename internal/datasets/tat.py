@@ -29,10 +29,11 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
     'tat_nerfpp',
     data_dir,
     frames,
-    frames_lib.world_pca(data_dir, frames),
+    frames_lib.world_pca,
     split,
     factor=config.factor,
     read_only=read_only,
+    min_fraction=config.min_images_fraction,
   )
 
 
