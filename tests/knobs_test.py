@@ -141,7 +141,7 @@ def choices(settings, _):
   return train_step._micro_batch_choices(settings.config, tiny.mesh(1), 1)
 
 
-def subset(settings, folder):
+def incomplete(settings, folder):
   """How many images load of a capture of nine that lacks one."""
   captures.write_colmap(folder)
   os.unlink(os.path.join(folder, 'images', '004.png'))
@@ -352,7 +352,7 @@ KNOBS = {
     'checkpoint_dir': (training, "'elsewhere'"),
     'factor': (data, '2'),
     'llffhold': (data, '3'),
-    'min_images_fraction': (subset, '0.95'),
+    'min_images_fraction': (incomplete, '0.95'),
     'forward_facing': (data, 'True'),
     'load_alphabetical': (data, 'False'),
     'dtu_light_cond': (which_light, '7', *DTU),
