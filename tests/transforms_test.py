@@ -106,9 +106,9 @@ class TestFocalLengths:
     [
       ({'fov': 50}, r"no focal length (the unit of 'fov' is not defined)"),
       ({'focal_length': 35}, "(the unit of 'focal_length' is not defined)"),
-      ({'camera_angle_x': 60}, "'camera_angle_x' below pi"),
-      ({'x_fov': 180}, "'x_fov' below 180 degrees"),
-      ({'fl_x': 20, 'y_fov': -1}, "Add a positive 'fl_x' in pixels"),
+      ({'camera_angle_x': 60}, "(camera_angle_x is 60). Add a positive 'fl_x' in pixels"),
+      ({'x_fov': 180}, "(x_fov is 180). Add a positive 'fl_x' in pixels, an 'x_fov' below 180"),
+      ({'fl_x': 20, 'y_fov': -1}, '(fl_x is 20; y_fov is -1)'),
     ],
   )
   def test_without_a_usable_one_the_keys_are_named(self, tmp_path, values, text):

@@ -93,11 +93,14 @@ def read_intrinsics(
   )
   fx, fy = fx if fx is not None else fy, fy if fy is not None else fx
   if fx is None or not (fx > 0 and fy > 0):
-    similar = [key for key in other_keys if re.search('fov|foc|angle|intrin|^k$', key.lower())]
-    unread = f' (the unit of {warnings.some(similar)} is not defined)' if similar else ''
+    similar = [k for k in other_keys if re.search('fov|foc|angle|intrin|^k$', k.lower())]
+    similar = sorted(set(similar) - KEYS)
+    notes = [f'{key} is {values[key]:g}' for key in _FOCAL if key in values]
+    notes += [f'the unit of {warnings.some(similar)} is not defined'] if similar else []
+    given = f' ({"; ".join(notes)})' if notes else ''
     raise images.DataError(
-      f"{where}: has no focal length{unread}. Add a positive 'fl_x' in pixels, an 'x_fov' below "
-      "180 degrees or a 'camera_angle_x' below pi."
+      f'{where}: has no focal length{given}. Add a positive '
+      "'fl_x' in pixels, an 'x_fov' below 180 degrees or a 'camera_angle_x' below pi."
     )
   cx, cy = (_number(where, values, key) for key in _CENTER)
   return colmap.Intrinsics(
