@@ -524,7 +524,17 @@ def cases():
 
 
 _outcomes = {}
-ABOUT_FILES = (place_of_pixels, data, which_light, training, evaluating, path, video, patience)
+ABOUT_FILES = (
+  place_of_pixels,
+  data,
+  incomplete,
+  which_light,
+  training,
+  evaluating,
+  path,
+  video,
+  patience,
+)
 load = functools.cache(lambda bindings: configs.load_config([], bindings))
 
 

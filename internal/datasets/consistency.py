@@ -236,7 +236,7 @@ def _doubt_centre(frame) -> tuple[str, str]:
     return text, 'It seems to be in fractions of the size: multiply by width and height.'
   if max(abs(x), abs(y)) < 0.25:
     return text, 'It may be an offset from the middle: add half the size.'
-  if abs(x / y - 1) < 0.3 and min(x, y) > 0.75:
+  if min(x, y) > 0.75 and abs(x / y - 1) < 0.3:
     return text, f'It may be that of pictures {2 * x:.2g} times as large: divide by that.'
   return text, 'Is it that of pictures of another size, or before a crop?'
 
