@@ -306,7 +306,7 @@ def test_real_models(scene, images):
   assert 0.2 < model.points.error.mean() < 0.7
 
 
-def _rig_files(poses, first_id=1):
+def rig_files(poses, first_id=1):
   """rigs.bin and frames.bin of one rig with two cameras, the second turned and moved."""
   quarter = (0.5**0.5, 0.0, 0.0, 0.5**0.5, 1.0, 2.0, 3.0)
   rigs = struct.pack('<QIIiIiIB7d', 1, 1, 2, 0, 1, 0, 2, 1, *quarter)
@@ -318,7 +318,7 @@ def _rig_files(poses, first_id=1):
   return rigs, frames
 
 
-def _rig_model():
+def rig_model():
   rig = [(1.0, 0.0, 0.0, 0.0, float(k), 0.0, 5.0) for k in range(3)]
   cameras = {i: colmap.Camera(i, 'PINHOLE', 16, 12, (20.0, 20.0, 8.0, 6.0)) for i in (1, 2)}
   ims = {}
@@ -337,23 +337,23 @@ def _warned(folder):
 
 
 def test_rigs_that_contradict_the_images_are_warned_of(tmp_path):
-  rig, model = _rig_model()
+  rig, model = rig_model()
   colmap.write_model(str(tmp_path), model, '.bin')
-  for name, content in zip(('rigs', 'frames'), _rig_files(rig)):
+  for name, content in zip(('rigs', 'frames'), rig_files(rig)):
     (tmp_path / f'{name}.bin').write_bytes(content)
   assert _warned(tmp_path) == []
   rig[1] = (*rig[1][:4], 9.0, 9.0, 9.0)
-  (tmp_path / 'frames.bin').write_bytes(_rig_files(rig)[1])
+  (tmp_path / 'frames.bin').write_bytes(rig_files(rig)[1])
   (warning,) = _warned(tmp_path)
   assert "frames.bin: 2 of 6 images (e.g. 'a1.png') have another pose" in warning
-  (tmp_path / 'frames.bin').write_bytes(_rig_files(rig[:2])[1])
+  (tmp_path / 'frames.bin').write_bytes(rig_files(rig[:2])[1])
   assert '4 images, not 6' in _warned(tmp_path)[0]
-  (tmp_path / 'frames.bin').write_bytes(_rig_files(rig)[1][:-3])
+  (tmp_path / 'frames.bin').write_bytes(rig_files(rig)[1][:-3])
   assert 'frames.bin: truncated' in _warned(tmp_path)[0]
 
 
 def test_text_that_is_newer_or_different_is_warned_of(tmp_path):
-  _, model = _rig_model()
+  _, model = rig_model()
   colmap.write_model(str(tmp_path), model, '.bin')
   colmap.write_model(str(tmp_path), model, '.txt')
   assert _warned(tmp_path) == []
