@@ -578,6 +578,9 @@ def test_tat(tmp_path):
   np.testing.assert_array_equal(scenes.read_image(tmp_path, found, 4), captures.pixels(4))
   small = load(tmp_path, dataset_loader='tat_nerfpp', factor=2)
   assert small.files[4] == 'test/rgb_2/00004.png'
+  (tmp_path / 'train/pose/00001.txt').write_text('1 0 0 0 0 1 0 0 0 0 1 0 5 6 7 1')
+  message = refused(tmp_path, dataset_loader='tat_nerfpp')
+  assert 'must be 0, 0, 0, 1, but is 5, 6, 7, 1. Its last column is that: transpose' in message
   (tmp_path / 'train/pose/00001.txt').write_text('1 2 3')
   assert '00001.txt: must be a 4x4 matrix' in refused(tmp_path, dataset_loader='tat_nerfpp')
   os.unlink(tmp_path / 'train/pose/00001.txt')

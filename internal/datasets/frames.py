@@ -115,6 +115,22 @@ def pinhole_frame(
   )
 
 
+def top_rows(where: str, matrix: np.ndarray) -> np.ndarray:
+  """Returns the pose [3, 4] of a matrix [3, 4] or [4, 4].
+
+  Raises:
+    DataError: the last of four rows is not 0, 0, 0, 1; `where` starts the message.
+  """
+  bottom = np.array([0, 0, 0, 1])
+  if len(matrix) == 4 and np.abs(matrix[3] - bottom).max() > 1e-5:
+    transposed = np.abs(matrix[:, 3] - bottom).max() <= 1e-5
+    raise images.DataError(
+      f'{where} must be 0, 0, 0, 1, but is {", ".join(f"{x:g}" for x in matrix[3])}. '
+      + ('Its last column is that: transpose the matrix.' if transposed else 'Export it again.')
+    )
+  return matrix[:3]
+
+
 def checked_poses(data_dir: str, frames: Sequence[Frame]) -> np.ndarray:
   """Returns the poses [n, 3, 4] of the frames.
 

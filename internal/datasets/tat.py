@@ -49,9 +49,10 @@ def _read_part(data_dir: str, part: str) -> list[frames_lib.Frame]:
   frames = []
   for name in names:
     text = images.stem(name) + '.txt'
-    pose = _read_matrix(os.path.join(data_dir, part, 'pose', text))
+    path = os.path.join(data_dir, part, 'pose', text)
+    pose = frames_lib.top_rows(f'{path}: the last row', _read_matrix(path))
     k = _read_matrix(os.path.join(data_dir, part, 'intrinsics', text))
-    pose = pose[:3] * [1, -1, -1, 1]  # OpenCV to OpenGL axes.
+    pose = pose * [1, -1, -1, 1]  # OpenCV to OpenGL axes.
     label = f'{part}/{images.stem(name)}'
     frames.append(frames_lib.pinhole_frame(data_dir, folder, name, k, pose, label))
   return frames

@@ -273,15 +273,7 @@ def _read_pose(where: str, own: Mapping[str, Any]) -> np.ndarray:
       f"{where}: 'transform_matrix' must be 4x4 or 3x4 finite numbers, camera to world. Export it "
       'again.'
     )
-  bottom = np.array([0, 0, 0, 1])
-  if len(matrix) == 4 and np.abs(matrix[3] - bottom).max() > 1e-5:
-    transposed = np.abs(matrix[:, 3] - bottom).max() <= 1e-5
-    raise images.DataError(
-      f"{where}: the last row of 'transform_matrix' must be 0, 0, 0, 1, but is "
-      f'{", ".join(f"{x:g}" for x in matrix[3])}. '
-      + ('Its last column is that: transpose the matrix.' if transposed else 'Export it again.')
-    )
-  return matrix[:3]
+  return frames_lib.top_rows(f"{where}: the last row of 'transform_matrix'", matrix)
 
 
 def _listed_split(
