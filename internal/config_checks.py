@@ -35,6 +35,7 @@ _RANGES = {
     (0, None),
   ),
   'dtu_light_cond': (0, 7),
+  'min_images_fraction': (0, 1),
   'render_video_crf': (0, 51),
 }  # fmt: skip
 _MAX_FAR = 1e8  # The square of a much larger distance overflows float32.

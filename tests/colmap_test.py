@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from internal import colmap, structs
+from internal.system import warnings
 
 NAMES = ['a.png', 'deep/er/b c.JPG', 'ü.png']
 
@@ -303,3 +304,62 @@ def test_real_models(scene, images):
   assert len(model.points.xyz) > 5000
   assert np.isfinite(model.points.xyz).all()
   assert 0.2 < model.points.error.mean() < 0.7
+
+
+def rig_files(poses, first_id=1):
+  """rigs.bin and frames.bin of one rig with two cameras, the second turned and moved."""
+  quarter = (0.5**0.5, 0.0, 0.0, 0.5**0.5, 1.0, 2.0, 3.0)
+  rigs = struct.pack('<QIIiIiIB7d', 1, 1, 2, 0, 1, 0, 2, 1, *quarter)
+  frames = struct.pack('<Q', len(poses))
+  for k, pose in enumerate(poses):
+    ids = first_id + 2 * k
+    frames += struct.pack('<II7dI', k + 1, 1, *pose, 2)
+    frames += struct.pack('<iIQiIQ', 0, 1, ids, 0, 2, ids + 1)
+  return rigs, frames
+
+
+def rig_model():
+  rig = [(1.0, 0.0, 0.0, 0.0, float(k), 0.0, 5.0) for k in range(3)]
+  cameras = {i: colmap.Camera(i, 'PINHOLE', 16, 12, (20.0, 20.0, 8.0, 6.0)) for i in (1, 2)}
+  ims = {}
+  for k, pose in enumerate(rig):
+    ims[2 * k + 1] = colmap.Image(2 * k + 1, pose[:4], pose[4:], 1, f'a{k}.png')
+    x, y, z = pose[4:]  # A quarter turn about z, then the offset of the sensor.
+    turned = (-y + 1, x + 2, z + 3)
+    ims[2 * k + 2] = colmap.Image(2 * k + 2, (0.5**0.5, 0, 0, 0.5**0.5), turned, 2, f'b{k}.png')
+  return rig, colmap.Model(cameras, ims, colmap.make_points())
+
+
+def _warned(folder):
+  with warnings.collect() as found:
+    colmap.warn_of_contradictions(str(folder), colmap.read_model(str(folder)))
+  return found
+
+
+def test_rigs_that_contradict_the_images_are_warned_of(tmp_path):
+  rig, model = rig_model()
+  colmap.write_model(str(tmp_path), model, '.bin')
+  for name, content in zip(('rigs', 'frames'), rig_files(rig)):
+    (tmp_path / f'{name}.bin').write_bytes(content)
+  assert _warned(tmp_path) == []
+  rig[1] = (*rig[1][:4], 9.0, 9.0, 9.0)
+  (tmp_path / 'frames.bin').write_bytes(rig_files(rig)[1])
+  (warning,) = _warned(tmp_path)
+  assert "frames.bin: 2 of 6 images (e.g. 'a1.png') have another pose" in warning
+  (tmp_path / 'frames.bin').write_bytes(rig_files(rig[:2])[1])
+  assert '4 images, not 6' in _warned(tmp_path)[0]
+  (tmp_path / 'frames.bin').write_bytes(rig_files(rig)[1][:-3])
+  assert 'frames.bin: truncated' in _warned(tmp_path)[0]
+
+
+def test_text_that_is_newer_or_different_is_warned_of(tmp_path):
+  _, model = rig_model()
+  colmap.write_model(str(tmp_path), model, '.bin')
+  colmap.write_model(str(tmp_path), model, '.txt')
+  assert _warned(tmp_path) == []
+  later = os.path.getmtime(tmp_path / 'images.bin') + 100
+  os.utime(tmp_path / 'images.txt', (later, later))
+  assert 'images.txt and cameras.txt are newer; the binary files are used' in _warned(tmp_path)[0]
+  model.images[1] = dataclasses.replace(model.images[1], tvec=(7.0, 7.0, 7.0))
+  colmap.write_model(str(tmp_path), model, '.txt')
+  assert "different (1 of 6 images (e.g. 'a0.png') have another pose" in _warned(tmp_path)[0]

@@ -55,7 +55,15 @@ def fields(kind: str, content: bytes) -> list[tuple[int, str]]:
       at += struct.calcsize(f'<{code}')
 
   for _ in range(struct.unpack_from('<Q', content)[0]):
-    take({'cameras': 'IiQQdddd', 'images': 'IdddddddI', 'points3D': 'Qddd'}[kind])
+    take(
+      {
+        'cameras': 'IiQQdddd',
+        'images': 'IdddddddI',
+        'points3D': 'Qddd',
+        'rigs': 'II',
+        'frames': 'IIdddddddI',
+      }[kind]
+    )
     if kind == 'images':
       at = content.index(b'\0', at) + 1
       take('Q')

@@ -20,6 +20,7 @@ import signal
 import tracemalloc
 
 import captures
+import colmap_test
 import corruption
 import datasets_test
 import formats_test
@@ -139,6 +140,17 @@ def _colmap(root, ext, **kwargs):
   np.save(os.path.join(root, 'poses_bounds.npy'), table)
 
 
+def _rigs(root):
+  """A binary model with rigs and a text model beside it."""
+  rig, model = colmap_test.rig_model()
+  names = [image.name for image in model.images.values()]
+  captures.write_colmap(root, names=names)
+  for ext in ('.bin', '.txt'):
+    colmap.write_model(os.path.join(root, 'sparse/0'), model, ext)
+  for name, content in zip(('rigs', 'frames'), colmap_test.rig_files(rig)):
+    pathlib.Path(root, f'sparse/0/{name}.bin').write_bytes(content)
+
+
 def _transforms(root):
   table, _ = datasets_test.write_ngp(root, n=4, camera_angle_x=0.7, k1=0.01, camera_model='OPENCV')
   names = [frame['file_path'] for frame in table['frames']]
@@ -176,6 +188,7 @@ def _dtu(root):
 _MODEL = 'cameras', 'images', 'points3D'
 FORMATS = {
   'binary': (lambda root: _colmap(root, '.bin'), {}, [f'sparse/0/{name}.bin' for name in _MODEL]),
+  'rigs': (_rigs, {}, [f'sparse/0/{n}' for n in ('rigs.bin', 'frames.bin', 'images.txt')]),
   'text': (lambda root: _colmap(root, '.txt'), {}, [f'sparse/0/{name}.txt' for name in _MODEL]),
   'bounds': (
     lambda root: _colmap(root, '.bin'),

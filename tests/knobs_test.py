@@ -25,7 +25,7 @@ import trajectory_test
 
 from internal import cli, configs, datasets, losses, models, plugins, structs
 from internal.commands import eval as eval_program
-from internal.datasets import scenes
+from internal.datasets import images, scenes
 from internal.evaluation import metrics as metrics_lib
 from internal.evaluation import train_renders
 from internal.fields import encodings, mlp
@@ -139,6 +139,16 @@ def draw(settings, _):
 
 def choices(settings, _):
   return train_step._micro_batch_choices(settings.config, tiny.mesh(1), 1)
+
+
+def incomplete(settings, folder):
+  """How many images load of a capture of nine that lacks one."""
+  captures.write_colmap(folder)
+  os.unlink(os.path.join(folder, 'images', '004.png'))
+  try:
+    return len(datasets.load_dataset(dataclasses.replace(settings.config, data_dir=folder)).names)
+  except images.DataNotFoundError as error:
+    return str(error)
 
 
 def data(settings, folder):
@@ -342,6 +352,7 @@ KNOBS = {
     'checkpoint_dir': (training, "'elsewhere'"),
     'factor': (data, '2'),
     'llffhold': (data, '3'),
+    'min_images_fraction': (incomplete, '0.95'),
     'forward_facing': (data, 'True'),
     'load_alphabetical': (data, 'False'),
     'dtu_light_cond': (which_light, '7', *DTU),
@@ -513,7 +524,17 @@ def cases():
 
 
 _outcomes = {}
-ABOUT_FILES = (place_of_pixels, data, which_light, training, evaluating, path, video, patience)
+ABOUT_FILES = (
+  place_of_pixels,
+  data,
+  incomplete,
+  which_light,
+  training,
+  evaluating,
+  path,
+  video,
+  patience,
+)
 load = functools.cache(lambda bindings: configs.load_config([], bindings))
 
 

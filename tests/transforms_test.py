@@ -56,7 +56,7 @@ class TestFocalLengths:
     scene = loaded(tmp_path, table, first=own)
     np.testing.assert_allclose(focal(scene, 0), expected, rtol=1e-5)
     np.testing.assert_allclose(focal(scene, 1), (20, 21), rtol=1e-5)
-    assert scene.report['warnings'] == []
+    assert all('far from square' in warning for warning in scene.report['warnings'])
 
   def test_degrees_of_the_whole_file(self, tmp_path):
     table, _ = write_ngp(tmp_path, x_fov=90)
@@ -200,7 +200,7 @@ def test_test_pictures_that_are_trained_on_are_warned_of(tmp_path):
   scene = loaded(tmp_path, {**table, **lists})
   assert (scene.train, scene.test) == (tuple(range(9)), (7, 8))
   (warning,) = scene.report['warnings']
-  assert '2 of 2 test pictures (test_filenames) are trained on too' in warning
+  assert '2 of 2 test images are also trained on' in warning
   assert "'images/007.png', 'images/008.png'" in warning
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 from ..system import files
-from . import binary, text
+from . import binary, contradictions, text
 from .model import (
   CAMERA_MODELS,
   LAYOUTS,
@@ -43,13 +43,16 @@ __all__ = [
   'camera_to_world',
   'encode',
   'find_extension',
+  'image_names',
   'intrinsics',
   'make_points',
   'read_model',
+  'warn_of_contradictions',
   'write_model',
 ]
 
 _FORMATS = {'.bin': binary, '.txt': text}
+warn_of_contradictions = contradictions.warn_of
 _KINDS = ('cameras', 'images', 'points3D')
 
 
@@ -59,6 +62,16 @@ def find_extension(folder: str) -> str | None:
     if all(files.is_file(os.path.join(folder, kind + ext)) for kind in _KINDS[:2]):
       return ext
   return None
+
+
+def image_names(folder: str) -> list[str] | None:
+  """Returns the names of a model's registered images; None if it is damaged."""
+  ext = find_extension(folder)
+  try:
+    images = _FORMATS[ext].read_images(os.path.join(folder, f'images{ext}'))
+  except ModelError:
+    return None
+  return [image.name for image in images.values()]
 
 
 def read_model(folder: str) -> Model:

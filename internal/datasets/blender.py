@@ -42,9 +42,10 @@ def assemble(
     loader,
     data_dir,
     frames,
-    frames_lib.world_as_is(data_dir, frames),
+    frames_lib.world_as_is,
     split,
     factor=config.factor,
     background='white',
     read_only=read_only,
+    min_fraction=config.min_images_fraction,
   )

@@ -18,7 +18,7 @@ import numpy as np
 
 from .. import cameras, colmap, paths, structs
 from ..system import files
-from . import images, masks, pyramid, scenes
+from . import consistency, images, masks, pyramid, scenes
 
 # Larger numbers, in pixels or world units, are errors. Products of smaller ones fit in a float32.
 LARGEST = 1e12
@@ -115,6 +115,22 @@ def pinhole_frame(
   )
 
 
+def top_rows(where: str, matrix: np.ndarray) -> np.ndarray:
+  """Returns the pose [3, 4] of a matrix [3, 4] or [4, 4].
+
+  Raises:
+    DataError: the last of four rows is not 0, 0, 0, 1; `where` starts the message.
+  """
+  bottom = np.array([0, 0, 0, 1])
+  if len(matrix) == 4 and np.abs(matrix[3] - bottom).max() > 1e-5:
+    transposed = np.abs(matrix[:, 3] - bottom).max() <= 1e-5
+    raise images.DataError(
+      f'{where} must be 0, 0, 0, 1, but is {", ".join(f"{x:g}" for x in matrix[3])}. '
+      + ('Its last column is that: transpose the matrix.' if transposed else 'Export it again.')
+    )
+  return matrix[:3]
+
+
 def checked_poses(data_dir: str, frames: Sequence[Frame]) -> np.ndarray:
   """Returns the poses [n, 3, 4] of the frames.
 
@@ -184,12 +200,13 @@ def assemble(
   loader: str,
   data_dir: str,
   frames: Sequence[Frame],
-  world: World,
+  make_world: Callable[[str, Sequence[Frame]], World],
   split: tuple[tuple[int, ...], tuple[int, ...]],
   factor: int = 0,
   background: str = 'none',
   unregistered: Sequence[str] = (),
   read_only: bool = False,
+  min_fraction: float = 0.5,
 ) -> scenes.Scene:
   """Finds the pictures, checks them against their cameras and returns the scene.
 
@@ -197,25 +214,35 @@ def assemble(
     loader: the format's name in `LOADERS`.
     data_dir: the capture's folder.
     frames: n posed pictures, in the scene's order.
-    world: their poses in the normalised world.
+    make_world: makes the normalised world of the frames that have pictures, such as `world_pca`.
     split: (train, test) rows.
     factor: downsampling factor; 0 or 1 for the full size.
     background: what alpha is composited on, see `images.decode`.
     unregistered: pictures without a pose, for the report.
-    read_only: write nothing, and list missing pictures in the report instead of raising.
+    read_only: write nothing, and warn of missing pictures instead of raising.
+    min_fraction: Config.min_images_fraction.
 
   Raises:
-    DataNotFoundError: a picture is missing.
-    DataError: a picture cannot be read or its size does not match its camera; there is
-      no training image.
+    DataNotFoundError: too many pictures are missing.
+    DataError: a picture cannot be read or its size does not match its camera; frames contradict
+      each other; there is no training image.
   """
+  named = frames
+  frames, missing = consistency.find_pictures(data_dir, frames, factor)
   for frame in frames:
     images.inside(data_dir, frame.picture)
-  _check_lenses(data_dir, frames)
-  missing = _missing_rows(data_dir, frames, factor) if read_only else []
+  consistency.check_missing(data_dir, frames, missing, min_fraction, read_only)
   missing_names = [frames[i].name for i in missing]
-  if missing:
-    frames, world, split = _drop(missing, frames, world, split)
+  if unregistered and frames != named:
+    unregistered = unposed(data_dir, frames)
+  frames, split = _drop(missing, frames, split)
+  again = consistency.repeated(data_dir, frames)
+  split = tuple(tuple(sorted({again.get(i, i) for i in part})) for part in split)
+  frames, split = _drop(list(again), frames, split)
+  consistency.check_lenses(data_dir, frames, LARGEST)
+  consistency.check_positions(data_dir, checked_poses(data_dir, frames))
+  consistency.check_split(data_dir, frames, split)
+  world = make_world(data_dir, frames)
   if not split[0]:
     raise images.DataError(
       f'{data_dir}: no training images: {len(split[1])} of {len(frames)} images are held out. '
@@ -279,45 +306,12 @@ def _report(
   return report
 
 
-def _missing_rows(data_dir: str, frames: Sequence[Frame], factor: int) -> list[int]:
-  """Returns the rows of frames whose picture is missing.
-
-  Raises:
-    DataNotFoundError: all pictures are missing.
-  """
-  missing, by_folder = set(), {}
-  for frame in frames:
-    by_folder.setdefault(frame.folder, []).append(frame.file)
-  for folder, names in by_folder.items():
-    absent = pyramid.missing(data_dir, folder, names, factor)
-    missing |= {images.join(folder, name) for name in absent}
-  rows = [i for i, frame in enumerate(frames) if frame.picture in missing]
-  if len(rows) == len(frames):
-    for folder, names in sorted(by_folder.items()):
-      pyramid.check_present(data_dir, folder, names, factor)
-  return rows
-
-
-def _drop(rows: Sequence[int], frames: Sequence[Frame], world: World, split):
-  """Returns frames, world and split without the given rows."""
+def _drop(rows: Sequence[int], frames: Sequence[Frame], split):
+  """Returns frames and split without the given rows."""
   kept = [i for i in range(len(frames)) if i not in set(rows)]
   row = {old: new for new, old in enumerate(kept)}
   split = tuple(tuple(row[i] for i in part if i in row) for part in split)
-  world = dataclasses.replace(world, poses=world.poses[kept])
-  return [frames[i] for i in kept], world, split
-
-
-def _check_lenses(data_dir: str, frames: Sequence[Frame]) -> None:
-  """Raises a DataError unless focal lengths are positive and all intrinsics are in range."""
-  for frame in frames:
-    k = frame.intrinsics
-    values = (k.fx, k.fy, k.cx, k.cy, *k.distortion)
-    if not (max(map(abs, values)) < LARGEST and min(k.fx, k.fy) > 1 / LARGEST):
-      raise images.DataError(
-        f'{data_dir}: the camera of {frame.name!r} has impossible intrinsics (fx {k.fx:g}, '
-        f'fy {k.fy:g}, cx {k.cx:g}, cy {k.cy:g}, distortion {k.distortion}). Pose the pictures '
-        'again.'
-      )
+  return [frames[i] for i in kept], split
 
 
 def _locate(data_dir, frames, factor, background, read_only) -> pyramid.Pictures:

@@ -7,13 +7,14 @@ from poses_bounds.npy too.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 
 import numpy as np
 
 from .. import colmap, configs, paths
-from ..system import files, installation
+from ..system import files, installation, warnings
 from . import frames as frames_lib
 from . import images, poses_bounds, scenes
 
@@ -41,19 +42,20 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
       f'{data_dir}: the sparse model has no registered images. Run COLMAP again, with more overlap '
       'between the pictures.'
     )
+  make_world = frames_lib.world_pca
   if config.forward_facing:
-    world = forward_facing_world(data_dir, frames, read_bounds(data_dir, model))
-  else:
-    world = frames_lib.world_pca(data_dir, frames)
+    bounds = read_bounds(data_dir, model)
+    make_world = functools.partial(forward_facing_world, bounds=bounds)
   return frames_lib.assemble(
     'llff',
     data_dir,
     frames,
-    world,
+    make_world,
     frames_lib.split_every(len(frames), config.llffhold),
     factor=config.factor,
     unregistered=frames_lib.unposed(data_dir, frames),
     read_only=read_only,
+    min_fraction=config.min_images_fraction,
   )
 
 
@@ -68,20 +70,23 @@ def _read_capture(
       return poses_bounds.read_frames(data_dir), None
     raise
   model = colmap.read_model(folder)
+  _warn_of_other_models(data_dir, folder)
+  colmap.warn_of_contradictions(folder, model)
   with frames_lib.prefix_errors(folder):
     return read_frames(model, by_name), model
 
 
 def find_model(data_dir: str) -> str:
-  """Returns the folder of the sparse model.
+  """Returns the folder of the sparse model with the most images, the first of several equal ones.
 
   Raises:
     colmap.ModelNotFoundError: there is none.
   """
-  for folder in MODEL_FOLDERS:
-    path = os.path.join(data_dir, folder)
-    if colmap.find_extension(path):
-      return path
+  found = list_models(data_dir)
+  if found:
+    # A damaged model that comes first is refused when it is read.
+    counts = [np.inf if n is None and k == 0 else n or 0 for k, n in enumerate(found.values())]
+    return os.path.join(data_dir, list(found)[int(np.argmax(counts))])
   for file, loader in (('transforms_train.json', 'blender'), ('transforms.json', 'transforms')):
     if files.is_file(os.path.join(data_dir, file)):
       raise colmap.ModelNotFoundError(
@@ -92,6 +97,35 @@ def find_model(data_dir: str) -> str:
     f'{", ".join(MODEL_FOLDERS)}. Make one with `{installation.command_text("poses")} PHOTOS '
     f'{data_dir}`.'
   )
+
+
+def list_models(data_dir: str) -> dict[str, int | None]:
+  """Returns the number of images of each sparse model, None for a damaged one.
+
+  Images whose picture exists count; if none of any model does, all.
+  """
+  folders = []
+  for root in ('sparse', 'colmap/sparse'):
+    path = os.path.join(data_dir, root)
+    inner = sorted(os.listdir(path)) if files.is_folder(path) else []
+    folders += [f'{root}/0', root, *(f'{root}/{name}' for name in inner)]
+  folders = [f for f in dict.fromkeys(folders) if colmap.find_extension(os.path.join(data_dir, f))]
+  names = {f: colmap.image_names(os.path.join(data_dir, f)) for f in folders}
+  existing = set(images.list_images(os.path.join(data_dir, 'images'))) if len(names) > 1 else set()
+  if not any(existing & set(found or ()) for found in names.values()):
+    return {f: None if found is None else len(found) for f, found in names.items()}
+  return {f: None if found is None else len(existing & set(found)) for f, found in names.items()}
+
+
+def _warn_of_other_models(data_dir: str, folder: str) -> None:
+  found = list_models(data_dir)
+  texts = {f: f'{f} ({"damaged" if n is None else f"{n} pictures"})' for f, n in found.items()}
+  used = texts.pop(os.path.relpath(folder, data_dir).replace(os.sep, '/'))
+  if texts:
+    warnings.warn(
+      f'{data_dir}: has {len(found)} sparse models; {used} is used, not '
+      f'{", ".join(texts.values())}. Merge them (`colmap model_merger`) or remove the others.'
+    )
 
 
 def read_frames(model: colmap.Model, by_name: bool = True) -> list[frames_lib.Frame]:

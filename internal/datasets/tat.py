@@ -29,10 +29,11 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
     'tat_nerfpp',
     data_dir,
     frames,
-    frames_lib.world_pca(data_dir, frames),
+    frames_lib.world_pca,
     split,
     factor=config.factor,
     read_only=read_only,
+    min_fraction=config.min_images_fraction,
   )
 
 
@@ -48,9 +49,10 @@ def _read_part(data_dir: str, part: str) -> list[frames_lib.Frame]:
   frames = []
   for name in names:
     text = images.stem(name) + '.txt'
-    pose = _read_matrix(os.path.join(data_dir, part, 'pose', text))
+    path = os.path.join(data_dir, part, 'pose', text)
+    pose = frames_lib.top_rows(f'{path}: the last row', _read_matrix(path))
     k = _read_matrix(os.path.join(data_dir, part, 'intrinsics', text))
-    pose = pose[:3] * [1, -1, -1, 1]  # OpenCV to OpenGL axes.
+    pose = pose * [1, -1, -1, 1]  # OpenCV to OpenGL axes.
     label = f'{part}/{images.stem(name)}'
     frames.append(frames_lib.pinhole_frame(data_dir, folder, name, k, pose, label))
   return frames

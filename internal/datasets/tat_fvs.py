@@ -35,10 +35,11 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
     'tat_fvs',
     data_dir,
     frames,
-    frames_lib.world_pca(data_dir, frames),
+    frames_lib.world_pca,
     frames_lib.split_every(len(frames), config.llffhold),
     factor=config.factor,
     read_only=read_only,
+    min_fraction=config.min_images_fraction,
   )
 
 

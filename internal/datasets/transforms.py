@@ -21,7 +21,7 @@ import numpy as np
 from .. import configs
 from ..system import files, warnings
 from . import frames as frames_lib
-from . import images, scenes, transforms_cameras
+from . import images, lookup, scenes, transforms_cameras
 
 _SPLITS = ('train_filenames', 'val_filenames', 'test_filenames')
 _USED = {
@@ -63,12 +63,13 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
     'transforms',
     data_dir,
     frames,
-    frames_lib.world_pca(data_dir, frames),
+    frames_lib.world_pca,
     split,
     factor=config.factor,
     background='white',
     unregistered=frames_lib.unposed(data_dir, frames),
     read_only=read_only,
+    min_fraction=config.min_images_fraction,
   )
   try:
     points_file(data_dir, table)
@@ -132,14 +133,16 @@ def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_
 
 def _find_pictures(data_dir: str, path: str, table: Mapping[str, Any]) -> list[str]:
   """Returns the pictures of the frames, relative to data_dir; some may be missing."""
-  pictures = []
-  for number, own in enumerate(table['frames'], 1):
-    where = f'{path}: frame {number}'
-    if not isinstance(own.get('file_path'), str):
-      raise images.DataError(f"{where} has no 'file_path'. Export it again.")
-    with frames_lib.prefix_errors(where):
-      pictures.append(find_file(data_dir, normal_name(own['file_path'])))
-  return pictures
+  names = [own.get('file_path') for own in table['frames']]
+  for number, name in enumerate(names, 1):
+    if not isinstance(name, str):
+      raise images.DataError(f"{path}: frame {number} has no 'file_path'. Export it again.")
+  pictures = lookup.find(data_dir, names)
+  for number, picture in enumerate(pictures, 1):
+    if picture is not None:
+      with frames_lib.prefix_errors(f'{path}: frame {number}'):
+        images.inside(data_dir, picture)
+  return [picture or lookup.inner_name(name) for name, picture in zip(names, pictures)]
 
 
 def _read_frame(
@@ -259,21 +262,6 @@ def normal_name(file_path: str) -> str:
   return name
 
 
-def find_file(data_dir: str, name: str) -> str:
-  """Returns the picture of a frame, relative to data_dir; `name` may lack its extension.
-
-  Raises:
-    DataError: the picture is not inside data_dir.
-  """
-  path = images.inside(data_dir, name)
-  found = name
-  if not (name.lower().endswith(images.EXTENSIONS) or files.is_file(path)):
-    endings = [ending for ext in images.EXTENSIONS for ending in (ext, ext.upper())]
-    found += next((ending for ending in endings if files.is_file(path + ending)), '.png')
-  images.inside(data_dir, found)
-  return found
-
-
 def _read_pose(where: str, own: Mapping[str, Any]) -> np.ndarray:
   """Returns the pose, [3, 4]."""
   try:
@@ -285,15 +273,7 @@ def _read_pose(where: str, own: Mapping[str, Any]) -> np.ndarray:
       f"{where}: 'transform_matrix' must be 4x4 or 3x4 finite numbers, camera to world. Export it "
       'again.'
     )
-  bottom = np.array([0, 0, 0, 1])
-  if len(matrix) == 4 and np.abs(matrix[3] - bottom).max() > 1e-5:
-    transposed = np.abs(matrix[:, 3] - bottom).max() <= 1e-5
-    raise images.DataError(
-      f"{where}: the last row of 'transform_matrix' must be 0, 0, 0, 1, but is "
-      f'{", ".join(f"{x:g}" for x in matrix[3])}. '
-      + ('Its last column is that: transpose the matrix.' if transposed else 'Export it again.')
-    )
-  return matrix[:3]
+  return frames_lib.top_rows(f"{where}: the last row of 'transform_matrix'", matrix)
 
 
 def _listed_split(
@@ -314,14 +294,6 @@ def _listed_split(
         f'three lists {", ".join(_SPLITS)}.'
       )
     rows[key] = sorted({row[name] for name in names})
-  test_key = 'test_filenames' if rows['test_filenames'] else 'val_filenames'
-  test = rows[test_key]
+  test = rows['test_filenames'] or rows['val_filenames']
   train = rows['train_filenames'] or [i for i in range(len(frames)) if i not in set(test)]
-  both = [frames[i].name for i in sorted(set(train) & set(test))]
-  if both:
-    warnings.warn(
-      f'{path}: {len(both)} of {len(test)} test pictures ({test_key}) are trained on too, as '
-      f'train_filenames lists them: {warnings.some(both)}. Their metrics do not measure new views; '
-      'remove them from train_filenames.'
-    )
   return tuple(train), tuple(test)

@@ -1,0 +1,253 @@
+"""Holds the frames of a capture against its files, each other, and what cameras are like.
+
+`frames` are `frames.Frame`s. What cannot be right is an error, what is unlikely a warning.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from .. import structs
+from ..system import warnings
+from . import images, lookup
+
+_VIEWS = {structs.PERSPECTIVE: (20, 130), structs.FISHEYE: (20, 230)}  # Likely, in degrees.
+_ASPECT = 1.15  # Of pixels: anamorphic lenses and old video are the exception.
+_BLOCK = 65536  # Bytes.
+
+
+def find_pictures(data_dir: str, frames: Sequence, factor: int) -> tuple[list, list[int]]:
+  """Returns the frames with the pictures that `lookup` finds, and the rows of missing ones."""
+  found, missing = list(frames), []
+  for folder in sorted({frame.folder for frame in frames}):
+    rows = [i for i, frame in enumerate(frames) if frame.folder == folder]
+    pictures = lookup.find(data_dir, [frames[i].file for i in rows], folder, factor)
+    for i, picture in zip(rows, pictures):
+      if picture is None:
+        missing.append(i)
+      elif picture != frames[i].picture:
+        found[i] = dataclasses.replace(frames[i], **place(picture, folder))
+  return found, sorted(missing)
+
+
+def place(picture: str, folder: str = '') -> dict[str, str]:
+  """Splits a picture into a frame's `folder` and `file`; the given folder if it begins with it."""
+  if folder and picture.startswith(f'{folder}/'):
+    return {'folder': folder, 'file': picture.removeprefix(f'{folder}/')}
+  top, _, rest = picture.partition('/')
+  return {'folder': top if rest else '', 'file': rest or top}
+
+
+def check_missing(
+  data_dir: str, frames: Sequence, missing: Sequence[int], fraction: float, read_only: bool
+) -> None:
+  """Warns of missing pictures.
+
+  Raises:
+    DataNotFoundError: less than `fraction` (Config.min_images_fraction) of the frames have one;
+      with `read_only`, none has.
+  """
+  if not missing:
+    return
+  n, k, names = len(frames), len(missing), [frames[i].name for i in missing]
+  folder = os.path.join(data_dir, frames[missing[0]].folder)
+  if k == n and not os.path.isdir(folder):
+    raise images.DataNotFoundError(f'No such folder: {folder!r}. Put the pictures there.')
+  if k < n and n - k >= fraction * n:
+    warnings.warn(
+      f'{data_dir}: {k} of {n} posed pictures are missing ({warnings.some(names)}); '
+      f'the other {n - k} are used. Put them back if they should be.'
+    )
+    return
+  message = (
+    f'{os.path.join(data_dir, frames[missing[0]].picture)}: no such image, but the capture has a '
+    f'pose for it ({k} of {n} are missing: {warnings.some(names)}). Put them back'
+  )
+  if k < n:
+    message += f', or lower Config.min_images_fraction = {fraction:g} to use the other {n - k}'
+  if k == n or not read_only:
+    raise images.DataNotFoundError(f'{message}.')
+  warnings.warn(f'{message}. Training refuses this capture.')
+
+
+def repeated(data_dir: str, frames: Sequence) -> dict[int, int]:
+  """Returns, for each row that repeats a frame, the row of its first occurrence; warns of them.
+
+  Raises:
+    DataError: one picture has two poses or intrinsics.
+  """
+  first, again = {}, {}
+  for i, frame in enumerate(frames):
+    j = first.setdefault(frame.picture, i)
+    if i == j:
+      continue
+    other = frames[j]
+    near = 1e-6 * (1 + np.abs(other.pose).max())
+    if not (
+      np.allclose(frame.pose, other.pose, rtol=0, atol=near)
+      and (frame.intrinsics, frame.size) == (other.intrinsics, other.size)
+    ):
+      names = f'{other.name!r} and {frame.name!r}'
+      raise images.DataError(
+        f'{data_dir}: the picture {frame.picture!r} has two different cameras: frames {j + 1} and '
+        f'{i + 1} in order, {names}, at {np.round(other.pose[:, 3], 4).tolist()} and '
+        f'{np.round(frame.pose[:, 3], 4).tolist()}. Remove the wrong frame.'
+      )
+    again[i] = j
+  if again:
+    names = [frames[i].name for i in again]
+    warnings.warn(
+      f'{data_dir}: {len(again)} frames are listed twice ({warnings.some(names)}); each is used '
+      'once.'
+    )
+  return again
+
+
+def check_split(data_dir: str, frames: Sequence, split) -> None:
+  """Warns of test pictures that are trained on, and of equal files under several names."""
+  same = _equal_files(data_dir, frames)
+  train = {same.get(i, i) for i in split[0]}
+  both = [frames[i].name for i in split[1] if same.get(i, i) in train]
+  if both:
+    warnings.warn(
+      f'{data_dir}: {len(both)} of {len(split[1])} test images are also trained on '
+      f'({warnings.some(both)}): their metrics say nothing about new views. Take them out of one '
+      'of the lists to measure that.'
+    )
+  copies = [(frames[j].name, frames[i].name) for i, j in same.items()]
+  if copies:
+    pairs = warnings.some([f'{a} = {b}' for a, b in copies])
+    warnings.warn(
+      f'{data_dir}: {len(copies)} pictures are copies of others, byte for byte ({pairs}). Remove '
+      'the copies, or put the right pictures there.'
+    )
+
+
+def _equal_files(data_dir: str, frames: Sequence) -> dict[int, int]:
+  """Returns, for each row whose file equals an earlier one's, the first such row.
+
+  Files of equal size are compared by samples of their content.
+  """
+  by_size, first, same = collections.defaultdict(list), {}, {}
+  for i, frame in enumerate(frames):
+    path = images.inside(data_dir, frame.picture)
+    if os.path.isfile(path):
+      by_size[os.path.getsize(path)].append((i, path))
+  for size, rows in by_size.items():
+    for i, path in rows if len(rows) > 1 else ():
+      j = first.setdefault((size, _sample(path, size)), i)
+      if i != j:
+        same[i] = j
+  return same
+
+
+def _sample(path: str, size: int) -> bytes:
+  """Returns a digest of a file's first, middle and last block."""
+  digest = hashlib.blake2b()
+  with open(path, 'rb') as f:
+    for start in sorted({0, max(0, size // 2 - _BLOCK // 2), max(0, size - _BLOCK)}):
+      f.seek(start)
+      digest.update(f.read(_BLOCK))
+  return digest.digest()
+
+
+def check_positions(data_dir: str, poses: np.ndarray) -> None:
+  """Looks for cameras that are all in one place but for noise.
+
+  Raises:
+    DataError: they are, to the precision of their coordinates.
+  """
+  positions = poses[:, :, 3]
+  spread, far = np.ptp(positions, axis=0).max(), np.abs(positions).max()
+  if len(poses) < 2 or spread >= 0.01:
+    return
+  place = np.round(positions.mean(0), 6).tolist()
+  if spread <= 1e-5 * far:
+    raise images.DataError(
+      f'{data_dir}: All {len(poses)} cameras stand at {place}, but for {spread:g}, so the scene '
+      'has no scale. If they did not, the positions are lost (are the matrices transposed?); else '
+      'use photographs from at least two positions.'
+    )
+  if spread:
+    warnings.warn(
+      f'{data_dir}: the {len(poses)} cameras are within {spread:g} units of {place}. Pictures from '
+      'one place show no depth; ignore this if a unit is that large, else check the positions.'
+    )
+
+
+def check_lenses(data_dir: str, frames: Sequence, largest: float) -> None:
+  """Checks intrinsics; warns of unlikely ones.
+
+  Raises:
+    DataError: a focal length is not positive, or a value is not below `largest`.
+  """
+  doubts = collections.defaultdict(list)
+  for frame in frames:
+    k = frame.intrinsics
+    values = (k.fx, k.fy, k.cx, k.cy, *k.distortion)
+    if not (all(abs(v) < largest for v in values) and min(k.fx, k.fy) > 1 / largest):
+      raise images.DataError(
+        f'{data_dir}: the camera of {frame.name!r} has impossible intrinsics (fx {k.fx:g}, '
+        f'fy {k.fy:g}, cx {k.cx:g}, cy {k.cy:g}, distortion {k.distortion}). Pose the pictures '
+        'again.'
+      )
+    for what, hint in (_doubt_view(frame), _doubt_centre(frame), _doubt_pixels(frame)):
+      if what:
+        doubts[hint].append((frame.name, what))
+  for hint, cases in doubts.items():
+    name, what = cases[0]
+    warnings.warn(
+      f'{data_dir}: the camera of {name!r} has {what} ({len(cases)} of {len(frames)} pictures). '
+      f'{hint} Correct the intrinsics, or ignore this if the lens is special.'
+    )
+
+
+def _doubt_view(frame) -> tuple[str, str]:
+  """Returns what is unlikely about the field of view, and what may have been meant; or ''."""
+  k, (w, h) = frame.intrinsics, frame.size
+  if k.lens == structs.PERSPECTIVE:
+    view = max(2 * math.atan(w / k.fx / 2), 2 * math.atan(h / k.fy / 2))
+  else:
+    view = max(w / k.fx, h / k.fy)
+  low, high = _VIEWS[k.lens]
+  if low <= math.degrees(view) <= high:
+    return '', ''
+  text = f'a field of view of {math.degrees(view):.3g} degrees (focal length {k.fx:g}, {w}x{h})'
+  if math.degrees(view) < low:
+    return text, 'Is the focal length that of larger pictures, or the angle in other units?'
+  return text, 'Is the focal length in millimetres, as a fraction, or that of smaller pictures?'
+
+
+def _doubt_centre(frame) -> tuple[str, str]:
+  """Returns what is unlikely about the principal point, and what may have been meant; or ''."""
+  k, (w, h) = frame.intrinsics, frame.size
+  x, y = k.cx / w, k.cy / h
+  if min(x, y) >= 0.25 and max(x, y) <= 0.75:
+    return '', ''
+  text = f'its principal point at ({k.cx:g}, {k.cy:g}), outside the middle half of {w}x{h} pixels'
+  if min(k.cx, k.cy) >= 0.25 and max(k.cx, k.cy) <= 0.75:
+    return text, 'It seems to be in fractions of the size: multiply by width and height.'
+  if max(abs(x), abs(y)) < 0.25:
+    return text, 'It may be an offset from the middle: add half the size.'
+  if min(x, y) > 0.75 and abs(x / y - 1) < 0.3:
+    return text, f'It may be that of pictures {2 * x:.2g} times as large: divide by that.'
+  return text, 'Is it that of pictures of another size, or before a crop?'
+
+
+def _doubt_pixels(frame) -> tuple[str, str]:
+  """Returns what is unlikely about the shape of pixels, and what may have been meant; or ''."""
+  k, (w, h) = frame.intrinsics, frame.size
+  ratio = k.fx / k.fy
+  if 1 / _ASPECT <= ratio <= _ASPECT:
+    return '', ''
+  text = f'pixels far from square (fx {k.fx:g}, fy {k.fy:g})'
+  if any(abs(ratio * r - 1) < 0.02 for r in (w / h, h / w)):
+    return text, 'fy seems to be scaled by the shape of the picture: it should be close to fx.'
+  return text, 'Do fx and fy belong to pictures of this size, that were not stretched?'

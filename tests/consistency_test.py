@@ -1,0 +1,160 @@
+"""What a capture's frames are held against: files, each other, and what cameras are like."""
+
+import os
+import pathlib
+import shutil
+import unicodedata
+
+import captures
+import numpy as np
+import pytest
+from datasets_test import frame, load, refused, write_blender, write_ngp, write_transforms
+
+from internal import colmap
+from internal.datasets import scenes
+
+
+def warned(root, **kwargs) -> str:
+  return '\n'.join(load(root, **kwargs).report['warnings'])
+
+
+def rename_in_model(root, names):
+  model = captures.make_model(names, captures.circle_poses(len(names)))
+  colmap.write_model(str(root / 'sparse/0'), model, '.bin')
+
+
+@pytest.mark.parametrize('factor', [0, 2])
+@pytest.mark.parametrize(
+  ('disk', 'named'),
+  [
+    ('IMG_{}.jpg', 'IMG_{}.JPG'),
+    ('b\u00fc_{}.png', unicodedata.normalize('NFD', 'b\u00fc_{}.png')),
+    ('{}.png', '{}.jpg'),
+    ('{}.png', '{}.HEIC'),
+    ('cam/{}.png', 'cam\\{}.png'),
+    ('{}.png', 'images/{}.png'),
+    ('{}.png', '/data/s/images/{}.png'),
+    ('{}.png', 'C:\\s\\images\\{}.png'),
+    ('cam/{}.png', '{}.png'),
+    ('cam/{}.png', '../other/images/cam/{}.png'),
+  ],
+)
+def test_pictures_of_other_names_are_found(tmp_path, disk, named, factor):
+  captures.write_colmap(tmp_path, names=[disk.format(i) for i in range(9)])
+  rename_in_model(tmp_path, [named.format(i) for i in range(9)])
+  found = load(tmp_path, factor=factor)
+  if disk.endswith('.png') and not factor:
+    np.testing.assert_array_equal(scenes.read_image(tmp_path, found, 4), captures.pixels(4))
+  assert found.report['images_unregistered'] == []
+  if '\\' not in named or ':' in named:  # Backslashes alone cannot be misread.
+    (warning,) = found.report['warnings']
+    assert '9 of 9 pictures have other names' in warning
+
+
+def test_ambiguous_names_are_refused(tmp_path):
+  captures.write_colmap(tmp_path)
+  for folder in ('l', 'r'):
+    shutil.copytree(tmp_path / 'images', tmp_path / 'c' / folder)
+  shutil.rmtree(tmp_path / 'images')
+  shutil.move(tmp_path / 'c', tmp_path / 'images')
+  message = refused(tmp_path)
+  assert "'images/l/000.png', 'images/r/000.png'" in message
+  shutil.rmtree(tmp_path / 'images/r')
+  rename_in_model(tmp_path, ['a/000.png', 'b/000.png', '001.png'])
+  for name in os.listdir(tmp_path / 'images/l'):
+    shutil.move(tmp_path / 'images/l' / name, tmp_path / 'images' / name)
+  assert "'a/000.png', 'b/000.png' have no file of their own" in refused(tmp_path)
+
+
+def test_a_picture_put_aside_is_missing(tmp_path):
+  captures.write_colmap(tmp_path)
+  os.mkdir(tmp_path / 'images/bad')
+  shutil.move(tmp_path / 'images/003.png', tmp_path / 'images/bad/003.png')
+  found = load(tmp_path)
+  assert found.report['images_missing'] == ['003.png']
+  assert len(found.names) == 8
+
+
+@pytest.mark.parametrize('factor', [0, 2])
+def test_a_subset_is_trained_on(tmp_path, factor):
+  captures.write_colmap(tmp_path, n=10)
+  for i in range(5):
+    (tmp_path / f'images/{2 * i:03}.png').unlink()
+  found = load(tmp_path, factor=factor)
+  assert found.names == tuple(f'{i:03}.png' for i in (1, 3, 5, 7, 9))
+  assert np.abs(found.cameras.camtoworld[..., 3]).max() == pytest.approx(1)
+  (warning,) = found.report['warnings']
+  assert "5 of 10 posed pictures are missing ('000.png', '002.png', '004.png' and 2" in warning
+  (tmp_path / 'images/001.png').unlink()
+  if not factor:
+    assert '6 of 10 are missing' in refused(tmp_path)
+    assert len(load(tmp_path, min_images_fraction=0.4).names) == 4
+
+
+def test_blender_subset(tmp_path):
+  write_blender(tmp_path)
+  (tmp_path / 'train/r_1.png').unlink()
+  found = load(tmp_path, dataset_loader='blender')
+  assert (found.train, found.test) == ((0, 1), (2, 3))
+  assert '1 of 5' in found.report['warnings'][0]
+
+
+def test_one_picture_twice(tmp_path):
+  table, poses = write_ngp(tmp_path)
+  table['frames'].append(dict(table['frames'][2]))
+  write_transforms(tmp_path, table)
+  found = load(tmp_path, dataset_loader='transforms')
+  assert len(found.names) == 9
+  assert '1 frames are listed twice' in found.report['warnings'][0]
+  table['frames'][-1] = frame(poses[0], table['frames'][2]['file_path'])
+  write_transforms(tmp_path, table)
+  assert 'has two different cameras' in refused(tmp_path, dataset_loader='transforms')
+
+
+def test_copies_are_warned_of_and_leak_into_the_test_images(tmp_path):
+  captures.write_colmap(tmp_path)
+  shutil.copy(tmp_path / 'images/000.png', tmp_path / 'images/003.png')
+  text = warned(tmp_path)
+  assert "1 of 2 test images are also trained on ('000.png')" in text
+  assert '000.png = 003.png' in text
+
+
+@pytest.mark.parametrize(('noise', 'is_refused'), [(1e-7, True), (1e-3, False)])
+def test_cameras_in_one_place_but_for_noise(tmp_path, noise, is_refused):
+  names, poses = captures.write_colmap(tmp_path)
+  poses[:, :, 3] = [1, 2, 3] + noise * np.random.default_rng(0).standard_normal((9, 3))
+  colmap.write_model(str(tmp_path / 'sparse/0'), captures.make_model(names, poses), '.bin')
+  if is_refused:
+    assert 'All 9 cameras stand at [1.0, 2.0, 3.0]' in refused(tmp_path)
+  else:
+    assert '9 cameras are within' in warned(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('camera', 'text'),
+  [
+    ((20.0, 40.0, 8.0, 6.0), 'pixels far from square'),
+    ((15.0, 20.0, 8.0, 6.0), 'scaled by the shape of the picture'),
+    ((20.0, 20.0, 0.5, 0.5), 'fractions'),
+    ((20.0, 20.0, 0.3, -0.2), 'offset from the middle'),
+    ((20.0, 20.0, 32.0, 24.0), 'pictures 4 times as large'),
+    ((160.0, 160.0, 8.0, 6.0), 'that of larger pictures'),
+    ((1.5, 1.5, 8.0, 6.0), 'in millimetres'),
+    ((20.0, 21.0, 8.0, 6.0), ''),
+  ],
+)
+def test_unlikely_lenses_are_warned_of(tmp_path, camera, text):
+  captures.write_colmap(tmp_path, camera=('PINHOLE', camera))
+  found = warned(tmp_path)
+  assert (text in found) if text else (found == '')
+
+
+def test_the_larger_model_is_used(tmp_path):
+  names, poses = captures.write_colmap(tmp_path)
+  small = captures.make_model(names[:3], poses[:3])
+  shutil.move(tmp_path / 'sparse/0', tmp_path / 'sparse/1')
+  colmap.write_model(str(tmp_path / 'sparse/0'), small, '.bin')
+  text = warned(tmp_path)
+  assert 'sparse/1 (9 pictures) is used, not sparse/0 (3 pictures)' in text
+  pathlib.Path(tmp_path / 'sparse/1/images.bin').write_bytes(b'damaged')
+  assert 'sparse/0 (3 pictures) is used, not sparse/1 (damaged)' in warned(tmp_path)
