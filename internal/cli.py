@@ -201,8 +201,10 @@ def run(main: Callable[[], None]) -> None:
   one line on stderr, with exit code 1; --debug adds the traceback. Other errors keep their
   traceback. SIGTERM exits with 143 and SIGINT with 130, as in shells.
   """
-  if isinstance(sys.stdout, io.TextIOWrapper):  # Log files show each line immediately.
-    sys.stdout.reconfigure(line_buffering=True)
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):  # Log files show each line immediately.
+      # A terminal that lacks a letter shows its code.
+      stream.reconfigure(line_buffering=True, errors='backslashreplace')
   try:
     with signals.listening():
       enable_compilation_cache()

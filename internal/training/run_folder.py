@@ -29,8 +29,7 @@ _MAX_POSE_CHANGE = 1e-3  # In the normalised world; rounding stays below.
 
 def write_run(checkpoint_dir: str, settings: configs.Settings, scene: scenes.Scene) -> None:
   """Writes config.gin, scene.json and the sparse points, each atomically (main process only)."""
-  with files.whole(os.path.join(checkpoint_dir, _CONFIG)) as path, open(path, 'w') as f:
-    f.write(settings.text)
+  files.write_text(os.path.join(checkpoint_dir, _CONFIG), settings.text)
   scenes.save_scene(os.path.join(checkpoint_dir, _SCENE), scene)
   sparse_points.save(checkpoint_dir, settings.config, scene)
 

@@ -15,16 +15,22 @@ from ..system import files, progress
 
 
 def read_metrics(path: str) -> list[dict]:
-  """Reads metrics.jsonl, without a last line that was cut short by a crash."""
-  rows = []
-  if os.path.exists(path):
-    with open(path) as f:
-      for line in f:
-        try:
-          rows.append(json.loads(line))
-        except json.JSONDecodeError:
-          break
-  return rows
+  """Reads metrics.jsonl, without lines that are damaged or were cut short by a crash."""
+  lines = files.read_text(path).split('\n') if os.path.exists(path) else ()
+  return [row for line in lines if (row := _row(line))]
+
+
+def _row(line: str) -> dict | None:
+  """Parses a line of metrics.jsonl: a step, and numbers or nulls by name. None if damaged."""
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  if not isinstance(row, dict) or type(row.get('step')) is not int:
+    return None
+  numbers = [v for v in row.values() if v is not None]
+  usable = all(type(v) in (int, float) and abs(v) < 1e300 for v in numbers)  # Not NaN, either.
+  return row if usable else None
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -97,7 +103,7 @@ class RunLog:
     self._path = os.path.join(run_dir, 'metrics.jsonl')
     rows = [r for r in read_metrics(self._path) if r['step'] <= start_step]
     if rows:
-      self.train_seconds = rows[-1].get('train_seconds', 0.0)
+      self.train_seconds = rows[-1].get('train_seconds') or 0.0
     if not enabled:
       return
     with files.whole(self._path) as path, open(path, 'w') as f:
