@@ -1,5 +1,7 @@
 """Tests of how photographs and videos are imported into a capture."""
 
+import os
+
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -264,3 +266,11 @@ def test_a_damaged_snapshot_is_skipped(tmp_path):
   (tmp_path / '000003' / 'cameras.bin').write_bytes(b'x')
   assert reconstruction._newest_snapshot(str(tmp_path), 3) is None
   assert not (tmp_path / '000003').exists()
+
+
+def test_names_that_are_not_utf8_are_refused(tmp_path):
+  (tmp_path / 'ü.jpg').touch()
+  pipeline._check(str(tmp_path), pipeline.Options())
+  (tmp_path / os.fsdecode(b'\xe9.jpg')).touch()
+  with pytest.raises(photos_lib.PosesError, match=r'needs names in UTF-8; rename it'):
+    pipeline._check(str(tmp_path), pipeline.Options())

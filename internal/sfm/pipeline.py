@@ -114,6 +114,10 @@ def _check(source: str, options: Options) -> None:
     raise PosesError(f'{source}: --masks works with photographs, not with a video; leave it out.')
   if files.is_folder(source) and options.frames is not None:
     raise PosesError(f'{source}: --frames works with a video, not with a folder; leave it out.')
+  for folder, _, names in os.walk(source):
+    for name in names:
+      if name != name.encode('utf-8', 'ignore').decode():
+        raise PosesError(f'{os.path.join(folder, name)}: COLMAP needs names in UTF-8; rename it.')
   if options.frames is not None and options.frames < 3:
     raise PosesError(f'--frames must be at least 3, better 100, got {options.frames}.')
   if options.masks and not masks.list_masks(options.masks):
