@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   Args:
     argv: [command] if a script runs it; None takes the command from `sys.argv[1]`.
   """
-  words = [*(argv or ()), *sys.argv[1:]]
+  _set_up_text()
+  words = [*(argv or ()), *map(_expand_home, sys.argv[1:])]
   name = words[0] if words else '--help'
   if name in ('-h', '--help'):
     print(_usage())
@@ -48,6 +50,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     program.main()
   else:
     importlib.import_module('.cli', __package__).run(program.main)
+
+
+def _set_up_text() -> None:
+  """Makes names of any language usable in any locale, and printable on any terminal."""
+  if sys.getfilesystemencoding() != 'utf-8' and sys.executable:
+    os.execv(sys.executable, [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]])
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors='backslashreplace')
+
+
+def _expand_home(word: str) -> str:
+  """Expands ~ in `~/runs` and `--out=~/runs`; shells leave the latter alone."""
+  flag, equals, value = word.partition('=')
+  if equals and flag.startswith('--'):
+    return f'{flag}={os.path.expanduser(value)}'
+  return os.path.expanduser(word)
 
 
 def _usage() -> str:

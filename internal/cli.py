@@ -207,8 +207,10 @@ def run(main: Callable[[], None]) -> None:
   traceback. SIGTERM exits with 143, SIGINT with 130 and a closed output pipe with 141, as in
   shells.
   """
-  if isinstance(sys.stdout, io.TextIOWrapper):  # Log files show each line immediately.
-    sys.stdout.reconfigure(line_buffering=True)
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):  # Log files show each line immediately.
+      # A terminal that lacks a letter shows its code.
+      stream.reconfigure(line_buffering=True, errors='backslashreplace')
   try:
     with signals.listening():
       enable_compilation_cache()

@@ -39,6 +39,8 @@ class Checked:
     for name, value in vars(self).items():
       if callable(value):  # A gin reference, such as @coord.contract, is kept as its name.
         object.__setattr__(self, name, value.__name__)
+      elif isinstance(value, str) and value.startswith('~'):  # Quoted, so the shell left it.
+        object.__setattr__(self, name, os.path.expanduser(value))
     problem = config_checks.problem(self, plugins.plugged())
     if problem:
       raise ConfigError(problem)
@@ -316,7 +318,7 @@ def _refuse_import(_, statement) -> None:
 gin.config.ParseContext.process_import = _refuse_import
 # `include` searches the working folder, then the program's own. gin's other file readers would
 # import Python packages to search them.
-gin.config._FILE_READERS[:] = [(open, files.is_file)]
+gin.config._FILE_READERS[:] = [(files.open_text, files.is_file)]
 gin.add_config_file_search_path(installation.DATA)
 for _name in ('reciprocal', 'log'):
   _register('jnp', _name)
@@ -375,6 +377,7 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
 
 def _found(path: str) -> str:
   """Returns the path, or if there is no such file that of the program's own file of that name."""
+  path = os.path.expanduser(path)
   return path if files.exists(path) else os.path.join(installation.DATA, path)
 
 

@@ -10,8 +10,8 @@ INTERNAL = ROOT / 'internal'
 # From the ground up. A room (a module or a folder in internal/) imports only from floors below its
 # own, so there are no circles; within a folder the same holds for its modules.
 FLOORS = (
-  ('config_checks', 'errors', 'math', 'structs', 'system'),
-  ('plugins',),
+  ('config_checks', 'errors', 'math', 'structs'),
+  ('plugins', 'system'),
   ('cameras', 'colmap', 'configs', 'coord', 'devices', 'geopoly', 'image', 'paths',
    'stepfun', 'vis'),
   ('demo', 'fields', 'render'),

@@ -199,10 +199,50 @@ def test_bad_text_lines_are_numbered(tmp_path, file, line):
   assert f'{file}:{number}:' in error_of(tmp_path)
 
 
-def test_a_missing_line_of_2d_points_is_an_error(tmp_path):
-  (tmp_path / 'cameras.txt').write_text('1 PINHOLE 16 12 20 21 8 6\n')
-  (tmp_path / 'images.txt').write_text('1 1 0 0 0 0 0 0 1 a.png\n2 1 0 0 0 0 0 0 1 b.png\n')
-  assert 'images.txt:2' in error_of(tmp_path)
+def _write_text(folder, images):
+  (folder / 'cameras.txt').write_text('1 PINHOLE 16 12 20 21 8 6\n')
+  (folder / 'images.txt').write_bytes(images.encode())
+
+
+_POSE = '1 0 0 0 0 0 0 1'
+
+
+@pytest.mark.parametrize(
+  'images',
+  [
+    f'1 {_POSE} a.png\n2 {_POSE} b c.png\n',
+    f'1 {_POSE} a.png\n\n2 {_POSE} b c.png',
+    f'1 {_POSE} a.png\n1.5 2 -1\n2 {_POSE} b c.png\n3 4 7 5 6 -1\n',
+    f'1 {_POSE} a.png\n# points:\n1.5 2 -1 3 4 7\n\n2 {_POSE} b c.png\n\n\n',
+    f'\ufeff# a\r\n\r\n1 {_POSE} a.png\r\n\r\n1.5 2.5 -1\r\n# b\r\n2 {_POSE} b c.png\r\n',
+    f'1 {_POSE} a.png\n1 1 0 0 0 0 0 0 1 10 11 12\n2 {_POSE} b c.png\n',
+  ],
+)
+def test_images_are_told_from_2d_points_by_content(tmp_path, images):
+  _write_text(tmp_path, images)
+  assert [i.name for i in colmap.read_model(str(tmp_path)).images.values()] == ['a.png', 'b c.png']
+
+
+def test_names_of_numbers_and_of_any_bytes(tmp_path):
+  _write_text(tmp_path, f'1 {_POSE} 000\n\n2 {_POSE} 001\n1 2 3\n')
+  (tmp_path / 'images.txt').open('ab').write(b'3 1 0 0 0 0 0 0 1 \xe9.png\n')
+  names = [i.name for i in colmap.read_model(str(tmp_path)).images.values()]
+  assert names == ['000', '001', os.fsdecode(b'\xe9.png')]
+
+
+@pytest.mark.parametrize(
+  ('images', 'number'),
+  [
+    (f'1 {_POSE} a.png\n2 {_POSE} 001\n', 2),  # A name, or a cut line of points?
+    (f'1 {_POSE} a.png\n\n2 {_POSE} 1 2 3\n', 3),  # A name of three numbers, or four points?
+    (f'1 {_POSE} a.png\n1.5 2 -1 3\n', 2),
+    (f'1 {_POSE} a.png\n1.5 2 -1\n1.5 2 -1\n', 3),
+    ('1.5 2 -1\n', 1),
+  ],
+)
+def test_lines_that_cannot_be_told_apart_are_errors(tmp_path, images, number):
+  _write_text(tmp_path, images)
+  assert f'images.txt:{number}: expected' in error_of(tmp_path)
 
 
 @pytest.mark.parametrize('ext', ['.bin', '.txt'])

@@ -143,7 +143,7 @@ def test_files_are_in_the_captures_frame(scene, views, tmp_path):
     for ending in ('ply', 'glb'):
       mesh_lib.write(str(tmp_path / f'{name}.{ending}'), vertices, mesh.colors, faces, up)
     plain = trimesh.load(tmp_path / f'{name}.ply', process=False)
-    np.testing.assert_allclose(plain.vertices, vertices, rtol=1e-5)
+    np.testing.assert_array_equal(plain.vertices, vertices)
     place = trimesh.load(tmp_path / f'{name}.glb', process=False)
     (shape,) = place.geometry.values()
     np.testing.assert_allclose(shape.vertices, vertices, rtol=1e-5)
@@ -155,6 +155,39 @@ def test_files_are_in_the_captures_frame(scene, views, tmp_path):
     trimesh.load(tmp_path / 'mesh.ply', process=False).visual.vertex_colors[:, :3], mesh.colors
   )
   np.testing.assert_array_equal(mesh_lib._linear(np.array([0, 188, 255])), [0, 128, 255])
+
+
+def test_captures_in_geographic_coordinates_keep_millimetres(tmp_path, monkeypatch):
+  """The ball is 40 m across, at 4,500,000 m: steps of float32 would be half a metre."""
+  centre, unit = np.array([4_500_000.25, -3_200_000.5, 5_000_000.75]), 50.0
+  rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+  transform = np.eye(4)
+  transform[:3] = np.concatenate([rotation, -(rotation @ centre)[:, None]], 1) / unit
+  far = dataclasses.replace(make_scene(), world_transform=transform)
+  settings = tiny.settings()
+  monkeypatch.setattr(run_folder, 'open_run', lambda _: (settings, far))
+  monkeypatch.setattr(checkpoints, 'restore_params', lambda *_, **__: ({}, 5))
+  monkeypatch.setattr(renderer, 'make_image_renderer', lambda *_, **__: render_ball)
+  monkeypatch.setattr(mesh_lib, 'make_field', lambda _: ball_field)
+  export.main([str(tmp_path), '--views', '8', '--width', '60', '--resolution', '48'])
+  folder = tmp_path / 'export'
+  offset = np.array(json.loads((folder / 'offset.json').read_text())['offset'])
+  np.testing.assert_allclose(offset, centre, atol=0.5)
+  clouds = {'ply': trimesh.load(folder / 'points.ply', process=False).vertices}
+  glb = trimesh.load(folder / 'points.glb', process=False)
+  (shape,) = glb.geometry.values()
+  clouds['glb'] = shape.vertices + offset
+  node = glb.graph[glb.graph.nodes_geometry[0]][0]
+  clouds['node'] = trimesh.transform_points(shape.vertices, node) @ node[:3, :3]
+  for name, vertices in clouds.items():
+    np.testing.assert_allclose(
+      np.linalg.norm(vertices - centre, axis=-1), unit * RADIUS, atol=1e-3, err_msg=name
+    )
+  table = json.loads((folder / 'depth' / 'transforms.json').read_text())
+  poses = np.array([frame['transform_matrix'] for frame in table['frames']])
+  radii = np.linalg.norm(poses[:, :3, 3] - centre, axis=-1)
+  wanted = np.linalg.norm(points.pinhole_views(far, 8, 60).camtoworld[:, :, 3], axis=-1)
+  np.testing.assert_allclose(radii, unit * wanted, atol=1e-3)
 
 
 def test_the_loaded_mesh_looks_like_the_ball(scene, views, tmp_path):

@@ -1,11 +1,14 @@
 """A file is there whole or not at all."""
 
+import os
+import pathlib
 import tracemalloc
 
 import captures
 import numpy as np
 import pytest
 
+from internal import errors
 from internal.system import files
 
 
@@ -104,3 +107,59 @@ def test_what_may_not_be_looked_at_is_not_missing(tmp_path, monkeypatch):
   for ask in (files.exists, files.is_file, files.is_folder):
     with pytest.raises(PermissionError, match=r'chmod.*a/c'):
       ask(str(tmp_path / 'a' / 'c'))
+
+
+@pytest.mark.parametrize('content', ['ü\n b\n', '\ufeffü\r\n b\r\n', 'ü\r b\r'])
+def test_text_of_any_editor_reads_the_same(tmp_path, content):
+  path = tmp_path / 'a.txt'
+  path.write_bytes(content.encode())
+  assert files.read_text(str(path)) == 'ü\n b\n'
+
+
+def test_text_keeps_bytes_that_are_not_utf8(tmp_path):
+  path = str(tmp_path / 'new' / 'a.txt')
+  text = f'ü {os.fsdecode(bytes([0xE9]))}.png\n'
+  files.write_text(path, text)
+  assert files.read_text(path) == text
+  assert pathlib.Path(path).read_bytes() == b'\xc3\xbc \xe9.png\n'
+
+
+@pytest.mark.parametrize('coding', ['utf-16', 'utf-16-be'])
+def test_utf16_is_an_error(tmp_path, coding):
+  path = tmp_path / 'a.json'
+  path.write_bytes(('\ufeff' if coding == 'utf-16-be' else '').encode(coding) + '{}'.encode(coding))
+  for read in (files.read_text, files.read_json):
+    with pytest.raises(files.FileError, match=r'a\.json: is UTF-16 text; save it as UTF-8'):
+      read(str(path))
+
+
+def test_json(tmp_path):
+  path = tmp_path / 'a.json'
+  path.write_bytes('\ufeff{"a": [1, "\\udce9"]}\r\n'.encode())
+  assert files.read_json(str(path)) == {'a': [1, os.fsdecode(b'\xe9')]}
+  path.write_text('[1]')
+  assert files.read_json(str(path), list) == [1]
+
+
+@pytest.mark.parametrize(
+  ('content', 'problem'),
+  [
+    (b'', 'is not valid JSON'),
+    (b'{"a": 1', 'is not valid JSON'),
+    (b'[' * 200_000, 'is not valid JSON'),
+    (b'{"a": ' * 200_000, 'is not valid JSON'),
+    (b'{"a": ' + b'9' * 5000 + b'}', 'is not valid JSON'),
+    (b'\xff\x00', 'is not valid JSON'),
+    (b'[]', 'must be a JSON object'),
+    (b'null', 'must be a JSON object'),
+  ],
+)
+def test_json_that_cannot_be_used(tmp_path, content, problem):
+  path = tmp_path / 'a.json'
+  path.write_bytes(content)
+  with pytest.raises(OwnError, match=rf'a\.json: {problem}.*Write it again\.$'):
+    files.read_json(str(path), dict, OwnError, 'Write it again.')
+
+
+class OwnError(errors.UserError):
+  pass

@@ -17,6 +17,7 @@ import re
 import resource
 import shutil
 import signal
+import sqlite3
 import tracemalloc
 
 import captures
@@ -32,10 +33,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from internal import cli, colmap, configs, datasets
-from internal.datasets import images, ply, scenes
+from internal.datasets import images, masks, ply, scenes
 from internal.devices import sharding
+from internal.evaluation import html_report
 from internal.rendering import path_files
-from internal.training import checkpoints, run_folder, train_step
+from internal.sfm import pipeline, reconstruction
+from internal.training import checkpoints, run_folder, runlog, train_step
+from internal.vis import video
 
 CASES = int(os.environ.get('FUZZ_CASES', 0))
 SECONDS, MEGABYTES = 20, 150  # For one case.
@@ -538,6 +542,73 @@ def test_damaged_points(tmp_path_factory, data):
   pathlib.Path(path).write_bytes(data.draw(corruption.of_bytes(header + body)))
   found = attempt(lambda: ply.read_points(path), re.escape(path))
   assert found is None or found[0].shape == found[1].shape == (len(found[0]), 3)
+
+
+# What runs and posing write and read back.
+
+_METRICS = b''.join(
+  b'{"step": %d, "loss": 0.1, "psnr": 20.0, "rays_per_sec": 9.0, "train_seconds": 1.0}\n' % step
+  for step in (1, 2, 3)
+)
+
+
+@cases(0.1)
+@hypothesis.given(damage=corruption.of_lines(_METRICS) | corruption.of_bytes(_METRICS))
+def test_damaged_metrics(tmp_path_factory, damage):
+  path = tmp_path_factory.getbasetemp() / 'metrics.jsonl'
+  path.write_bytes(damage)
+  rows = attempt(lambda: runlog.read_metrics(str(path)), 'UTF-16')
+  html_report._make_charts(rows or [])
+
+
+@cases(0.05)
+@hypothesis.given(data=st.data())
+def test_damaged_pictures_of_the_report_and_the_video(tmp_path_factory, data):
+  path = str(tmp_path_factory.getbasetemp() / '000_a_prediction.png')
+  pathlib.Path(path).write_bytes(data.draw(corruption.of_bytes(_encoded('png'))))
+  with held():
+    assert isinstance(html_report._webp(path, 8), bytes)
+  attempt(lambda: video._read_even(path), re.escape(path))
+
+
+@cases(0.05)
+@hypothesis.given(data=st.data())
+def test_damaged_masks(tmp_path_factory, data):
+  path = str(tmp_path_factory.getbasetemp() / 'mask.png')
+  pathlib.Path(path).write_bytes(data.draw(corruption.of_bytes(_encoded('png'))))
+  mask = attempt(lambda: masks.read(path, (16, 12)), re.escape(path))
+  assert mask is None or mask.shape == (12, 16)
+
+
+_STATE = {
+  'asked': {'source': '/photos', 'frames': None, 'masks': None, 'camera_model': None},
+  'photos': [{'name': 'a.png', 'source': 'a.png', 'camera': 'x', 'sharpness': 1.5, 'bytes': 3}],
+}
+
+
+@cases(0.1)
+@hypothesis.given(damage=corruption.of_file('poses.json', json.dumps(_STATE).encode()))
+def test_damaged_state_of_posing(tmp_path_factory, damage):
+  folder = str(tmp_path_factory.getbasetemp())
+  path = os.path.join(folder, 'poses.json')
+  pathlib.Path(path).write_bytes(damage)
+  photos = attempt(lambda: pipeline._resume(path, _STATE['asked']), re.escape(folder))
+  assert all(isinstance(photo.name, str) for photo in photos or ())
+
+
+@cases(0.05)
+@hypothesis.given(data=st.data())
+def test_damaged_database_of_posing(tmp_path_factory, data):
+  folder = tmp_path_factory.getbasetemp() / 'database'
+  path = folder / reconstruction.DATABASE
+  shutil.rmtree(folder, ignore_errors=True)
+  folder.mkdir()
+  with contextlib.closing(sqlite3.connect(path)) as db:
+    db.execute('CREATE TABLE images (name TEXT)')
+    db.executemany('INSERT INTO images VALUES (?)', [('x' * 100,)] * 100)
+    db.commit()
+  path.write_bytes(data.draw(corruption.of_bytes(path.read_bytes())))
+  attempt(lambda: reconstruction.check_database(str(folder)), re.escape(str(path)))
 
 
 def test_nothing_reads_pickles():

@@ -224,3 +224,14 @@ def test_it_is_alive_in_a_browser(run, tmp_path, width):
   assert told['named'] == sorted(told['before'])[::-1]  # From Z, as the best were first.
   assert told['loaded']
   assert not told['wide']
+
+
+def test_a_damaged_picture_is_left_out_and_named(run, scene):
+  path, _ = run()
+  damaged = sorted(path.parent.glob('000_*_depth.png'))
+  for picture in damaged:
+    picture.write_bytes(b'x')
+  settings = dataclasses.replace(tiny.settings(), text='')
+  html_report.write(str(path.parents[1]), settings, scene)
+  text = ''.join(Elements(path.read_text()).text)
+  assert f'Pictures that cannot be read are left out: {path.parent}/000_' in text

@@ -1,12 +1,14 @@
 """Tests of how photographs and videos are imported into a capture."""
 
+import os
+
 import numpy as np
 import pytest
 import scipy.ndimage
 from PIL import Image
 from textured_corner import texture
 
-from internal.sfm import diagnosis, pipeline, video_frames
+from internal.sfm import diagnosis, pipeline, reconstruction, video_frames
 from internal.sfm import photos as photos_lib
 from internal.vis import pictures, video
 
@@ -242,3 +244,33 @@ def test_sharpness_depends_on_blur_and_not_on_brightness():
   assert abs(photos_lib.sharpness((img * 0.5).astype(np.uint8)) / scores[0] - 1) < 0.05
   assert photos_lib.sharpness(np.full((9, 9, 3), 7, np.uint8)) == 0
   assert photos_lib.sharpness(np.zeros((2, 2, 3), np.uint8)) == 0
+
+
+@pytest.mark.parametrize('content', ['', '[' * 10**5, '[]', '{"asked": [], "photos": [1]}'])
+def test_a_damaged_state_is_named(tmp_path, content):
+  path = tmp_path / 'poses.json'
+  path.write_text(content)
+  with pytest.raises(photos_lib.PosesError, match=r'poses\.json: .*Remove its folder'):
+    pipeline._resume(str(path), {})
+
+
+def test_a_damaged_database_is_named(tmp_path):
+  reconstruction.check_database(str(tmp_path))
+  (tmp_path / 'database.db').write_bytes(b'SQLite format 3\0' + bytes(range(256)) * 40)
+  with pytest.raises(photos_lib.PosesError, match=r'database\.db: is damaged .*Remove it'):
+    reconstruction.check_database(str(tmp_path))
+
+
+def test_a_damaged_snapshot_is_skipped(tmp_path):
+  (tmp_path / '000003').mkdir()
+  (tmp_path / '000003' / 'cameras.bin').write_bytes(b'x')
+  assert reconstruction._newest_snapshot(str(tmp_path), 3) is None
+  assert not (tmp_path / '000003').exists()
+
+
+def test_names_that_are_not_utf8_are_refused(tmp_path):
+  (tmp_path / 'ü.jpg').touch()
+  pipeline._check(str(tmp_path), pipeline.Options())
+  (tmp_path / os.fsdecode(b'\xe9.jpg')).touch()
+  with pytest.raises(photos_lib.PosesError, match=r'needs names in UTF-8; rename it'):
+    pipeline._check(str(tmp_path), pipeline.Options())

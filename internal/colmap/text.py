@@ -1,4 +1,8 @@
-"""The .txt files of a sparse model: one line per record (two for images), '#' starts a comment."""
+"""The .txt files of a sparse model: one line per record (two for images), '#' starts a comment.
+
+COLMAP writes an empty line for an image without 2D points, but editors and scripts drop it. Lines
+of images and of 2D points are therefore told apart by their content.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..system import files
 from . import model as model_lib
 from .model import CAMERA_MODELS, LAYOUTS, REDO, Camera, Image, ModelError, Points
 
@@ -15,20 +20,20 @@ def _bad_line(path: str, number: int, wanted: str, line: str) -> ModelError:
   return ModelError(f'{path}:{number}: expected {wanted}, got {line.strip()[:60]!r}; {REDO}.')
 
 
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-  """Yields (line number from 1, stripped line)."""
-  with open(path, encoding='utf-8', errors='surrogateescape') as f:
-    for number, line in enumerate(f, 1):
-      yield number, line.strip()
-
-
-def _records(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-  return ((number, line) for number, line in lines if line and not line.startswith('#'))
+def _records(path: str) -> Iterator[tuple[int, str, bool]]:
+  """Yields (line number from 1, stripped line, whether an empty line precedes it)."""
+  with files.open_text(path) as f:
+    after_empty = False
+    for number, line in enumerate(map(str.strip, f), 1):
+      if line and not line.startswith('#'):
+        yield number, line, after_empty
+        after_empty = False
+      after_empty |= not line
 
 
 def read_cameras(path: str) -> dict[int, Camera]:
   cameras = {}
-  for number, line in _records(_lines(path)):
+  for number, line, _ in _records(path):
     words = line.split()
     name = words[1] if len(words) > 1 else ''
     if len(words) > 4 and words[0].isdigit() and name not in CAMERA_MODELS:
@@ -49,29 +54,49 @@ def read_cameras(path: str) -> dict[int, Camera]:
 
 
 def read_images(path: str) -> dict[int, Image]:
-  images = {}
-  lines = _lines(path)
-  for number, line in _records(lines):
-    try:
-      image_id, *pose, camera_id, name = line.split(maxsplit=9)
-      image_id, camera_id, pose = int(image_id), int(camera_id), tuple(map(float, pose))
-    except ValueError:
-      wanted = 'IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME'
-      raise _bad_line(path, number, wanted, line) from None
-    if len(pose) != 7:
+  """Reads images; skips their 2D points, whether or not images without any have an empty line."""
+  images, last = {}, None  # `last` is the image whose 2D points may come.
+  for number, line, after_empty in _records(path):
+    image, numbers = _image(line), _numbers_in(line)
+    if numbers:
+      is_points = len(numbers) % 3 == 0 and all(map(float.is_integer, numbers[2::3]))
+      follows = last is not None and not after_empty
+      if is_points and (follows or (last is not None and not _image(f'{line} name'))):
+        last = None
+        continue
+      if follows:
+        wanted = f'triples X Y POINT3D_ID of {last.name!r} or an empty line'
+        raise _bad_line(path, number, wanted, line)
+      if is_points:  # It could be 2D points, or an image whose name is missing or a number.
+        image = None
+    if image is None:
       raise _bad_line(path, number, 'IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME', line)
-    image = Image(image_id, pose[:4], pose[4:], camera_id, name)
     model_lib.add_image(images, f'{path}:{number}', image)
-    # The next line has 2D points or is empty. Its shape reveals a missing line.
-    number, line = next(lines, (number, ''))
-    if len(line.split()) % 3:
-      raise _bad_line(path, number, f'triples X Y POINT3D_ID of {name!r} or an empty line', line)
+    last = image
   return images
+
+
+def _image(line: str) -> Image | None:
+  """Parses an image's line; None if it is something else."""
+  try:
+    image_id, *pose, camera_id, name = line.split(maxsplit=9)
+    image_id, camera_id, pose = int(image_id), int(camera_id), tuple(map(float, pose))
+  except ValueError:
+    return None
+  return Image(image_id, pose[:4], pose[4:], camera_id, name) if len(pose) == 7 else None
+
+
+def _numbers_in(line: str) -> list[float] | None:
+  """Returns the numbers of a line that has nothing else, or None."""
+  try:
+    return list(map(float, line.split()))
+  except ValueError:
+    return None
 
 
 def read_points(path: str) -> Points:
   ids, values = [], []
-  for number, line in _records(_lines(path)):
+  for number, line, _ in _records(path):
     words = line.split(maxsplit=8)
     try:
       ids.append(int(words[0]))

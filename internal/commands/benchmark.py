@@ -84,8 +84,7 @@ class Benchmark:
   def keep(self, part: str, result) -> None:
     self.results[part] = result
     if self.args.json:
-      with files.whole(self.args.json) as path, open(path, 'w') as f:
-        json.dump(self.results, f, indent=2)
+      files.write_text(self.args.json, json.dumps(self.results, indent=2))
 
   def measure(self, name, kind, settings, make: Callable, folder=None) -> dict:
     """Makes and times a program; prints its row and, into `folder`, profiles it."""

@@ -80,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> None:
       rows.append({**facts, 'batch_size': settings.config.batch_size, **row})
       print(show(rows[-1]))
   if args.json:
-    with files.whole(args.json) as path, open(path, 'w', encoding='utf-8') as f:
-      json.dump({'jax': jax.__version__, 'rows': rows}, f, indent=2)
+    files.write_text(args.json, json.dumps({'jax': jax.__version__, 'rows': rows}, indent=2))
   if not all(row['fits'] for row in rows):
     sys.exit(1)

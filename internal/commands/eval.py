@@ -105,7 +105,7 @@ def load_lpips() -> tuple[Callable | None, str | None]:
 def train_seconds(run: str, step: int) -> float | None:
   """Returns the training time up to `step` as logged by the run, None if unknown."""
   rows = runlog.read_metrics(os.path.join(run, 'metrics.jsonl'))
-  seconds = [row['train_seconds'] for row in rows if row.get('step', step + 1) <= step]
+  seconds = [row.get('train_seconds') for row in rows if row['step'] <= step]
   return seconds[-1] if seconds else None
 
 

@@ -5,12 +5,14 @@
     python scripts/export.py runs/garden --box_units capture --box -3 -3 -3 3 3 3
 
 Writes points.ply and .glb, mesh.ply and .glb, and depth/ (transforms.json, images/, depths/) to
-RUN/export, all in the capture's own frame; a .glb is rotated so that y is up. It needs optional
-packages: pip install -r requirements-export.txt. docs/export.md explains the files.
+RUN/export, all in the capture's own frame; a .glb is rotated so that y is up. offset.json has what
+the node of a .glb adds to its vertices. It needs optional packages: pip install -r
+requirements-export.txt. docs/export.md explains the files.
 """
 
 from __future__ import annotations
 
+import json
 import os
 
 import numpy as np
@@ -19,7 +21,7 @@ from .. import cli, paths
 from ..export import mesh as mesh_lib
 from ..export import points
 from ..rendering import orbits, trained
-from ..system import progress
+from ..system import files, progress
 from ..training import run_folder
 
 _KINDS = ('points', 'mesh', 'depth')
@@ -87,15 +89,18 @@ def main(argv: list[str] | None = None) -> None:
   views = points.render_views(run.make_image_renderer(), run.params, cams, run.train_fraction)
   train = np.asarray(scene.cameras.camtoworld, np.float64)[list(scene.train)]
   up = orbits.mean_up(paths.transform_poses(np.linalg.inv(scene.world_transform), train))
-  written = {}
+  written, offset = {}, points.offset(scene)
 
   def write(name, xyz, rgb, faces=None):
     for ending in ('ply', 'glb'):
       path = os.path.join(out, f'{name}.{ending}')
-      mesh_lib.write(path, points.to_capture(scene, xyz), rgb, faces, up)
+      mesh_lib.write(path, points.to_capture(scene, xyz), rgb, faces, up, offset)
       what = f'{len(xyz):,} {"points" if faces is None else "vertices"}'
       written[f'{name}.{ending}'] = f'{path}  ({what})'
 
+  if set(args.only) & {'points', 'mesh'}:
+    path = written['offset.json'] = os.path.join(out, 'offset.json')
+    files.write_text(path, json.dumps({'offset': offset.tolist()}))
   if 'points' in args.only:
     write('points', *points.point_cloud(views, box, args.points))
   if 'mesh' in args.only:

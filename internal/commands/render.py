@@ -14,7 +14,6 @@ interrupted rendering. Config.render_* in --gin_bindings selects path, size and 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 
@@ -26,7 +25,7 @@ from ..devices import processes
 from ..errors import UserError
 from ..evaluation import html_report, results
 from ..rendering import preview, trained, trajectory
-from ..system import progress, warnings
+from ..system import files, progress, warnings
 from ..training import run_folder
 from ..vis import pictures, video
 
@@ -70,15 +69,16 @@ def read_description(folder: str, wanted: dict) -> dict | None:
     '--gin_bindings "Config.render_dir=\'...\'".'
   )
   try:
-    with open(path) as f:
-      found = json.load(f)
+    found = files.read_json(path)
     changed = [k for k in wanted if found[k] != wanted[k]]
-    _ = [float(t) for t in found['depth_range']]
+    near, far = map(float, found['depth_range'])
+    if not 0 <= near <= far < float('inf'):
+      raise ValueError
   except FileNotFoundError:
     if any(os.path.exists(os.path.join(folder, kind)) for kind in _KINDS):
       raise RenderError(f'{folder} has frames but no render.json. {way_out}') from None
     return None
-  except (ValueError, TypeError, KeyError):
+  except (ValueError, TypeError, KeyError, OverflowError):
     raise RenderError(f'{path} cannot be read. {way_out}') from None
   if changed:
     changes = ', '.join(f'{k} {found[k]} (now {wanted[k]})' for k in changed)

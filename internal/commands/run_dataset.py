@@ -53,8 +53,7 @@ def write_slurm(args: argparse.Namespace, unfinished: list[runs.Run], out: str) 
     command += [f'--{flag}', *getattr(args, flag)] if getattr(args, flag) else []
   command += plugins.flags()
   path = os.path.join(out, 'slurm.sh')
-  with files.whole(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
-    f.write(dataset_runs.slurm_script(unfinished, args.slurm, command))
+  files.write_text(path, dataset_runs.slurm_script(unfinished, args.slurm, command))
   if args.submit:
     _submit(path)
   else:

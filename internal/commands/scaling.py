@@ -19,7 +19,6 @@ import concurrent.futures
 import gc
 import json
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -63,7 +62,7 @@ class Results:
     self.found = {**settings, 'configs': {}}
     path = self._path('json')
     if os.path.exists(path):
-      self.found = json.loads(pathlib.Path(path).read_text())
+      self.found = files.read_json(path, dict, ScalingError, 'Remove it to measure again.')
       for name, value in settings.items():
         if self.found.get(name) != value:
           raise ScalingError(
@@ -86,8 +85,7 @@ class Results:
       'svg': tables.picture(self.found),
     }
     for ending, text in texts.items():
-      with files.whole(self._path(ending)) as path:
-        pathlib.Path(path).write_text(text)
+      files.write_text(self._path(ending), text)
 
 
 def points(batches: Sequence[int], devices: Sequence[int]) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Sequence
 
 from ..errors import UserError
-from ..system import progress
+from ..system import files, progress
 
 _ATTEMPTS = 6
 _WAIT = 2.0  # Seconds before the second attempt; doubled each time.
@@ -108,8 +108,7 @@ def _attempt(url: str, part: str, label: str) -> None:
   """
   tag_file, have, tag = f'{part}.tag', 0, ''
   if os.path.exists(part) and os.path.exists(tag_file):
-    with open(tag_file) as f:
-      have, tag = os.path.getsize(part), f.read()
+    have, tag = os.path.getsize(part), files.read_text(tag_file)
   try:
     response = _open(url, have, tag)
   except urllib.error.HTTPError as e:
@@ -126,8 +125,7 @@ def _attempt(url: str, part: str, label: str) -> None:
     length = response.headers.get('Content-Length')
     total = have + int(length) if length else None
     _check_space(os.path.dirname(part), (total or 0) - have, label)
-    with open(tag_file, 'w') as f:
-      f.write(_tag(response.headers))
+    files.write_text(tag_file, _tag(response.headers))
     _receive(response, part, have, total, label)
   if total is not None and os.path.getsize(part) != total:
     raise _TruncatedError(f'{os.path.getsize(part):,} of {total:,} bytes received')

@@ -78,8 +78,7 @@ def _read_projection(path: str) -> tuple[np.ndarray, np.ndarray]:
   if not files.is_file(path):
     raise images.DataNotFoundError(f'No such file: {path!r}. Each picture needs its calibration.')
   try:
-    with open(path, encoding='utf-8') as f:
-      projection = np.array(f.read().split(), np.float64).reshape(3, 4)
+    projection = np.array(files.read_text(path).split(), np.float64).reshape(3, 4)
     k, rotation, centre = decompose(projection)
   except (ValueError, np.linalg.LinAlgError):
     raise images.DataError(f'{path}: must be a 3x4 projection matrix. Download it again.') from None

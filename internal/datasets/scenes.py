@@ -87,8 +87,7 @@ def save_scene(path: str, scene: Scene) -> None:
     'lenses': cameras.lenses,
     'distorted': cameras.distorted,
   }
-  with files.whole(path) as temporary, open(temporary, 'w') as f:
-    json.dump(fields, f)
+  files.write_text(path, json.dumps(fields))
 
 
 def load_scene(path: str) -> Scene:
@@ -101,8 +100,7 @@ def load_scene(path: str) -> Scene:
   if not files.is_file(path):
     raise images.DataNotFoundError(f'No such file: {path!r}. Training writes it.')
   try:
-    with open(path, encoding='utf-8') as f:
-      fields = json.load(f)
+    fields = files.read_json(path)
     version = fields.pop('version')
     if version == _VERSION:
       return _checked_scene(fields)

@@ -65,8 +65,7 @@ def _read_matrix(path: str) -> np.ndarray:
       f'No such file: {path!r}. Each picture needs a file in pose/ and one in intrinsics/.'
     )
   try:
-    with open(path, encoding='utf-8') as f:
-      matrix = np.array(f.read().split(), np.float64).reshape(4, 4)
+    matrix = np.array(files.read_text(path).split(), np.float64).reshape(4, 4)
   except ValueError:
     matrix = np.full((4, 4), np.nan)
   if not np.isfinite(matrix).all():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import os
 import re
 import reprlib
@@ -102,11 +101,7 @@ def read_json(path: str, hint: str) -> Any:
   """
   if not files.is_file(path):
     raise images.DataNotFoundError(f'No such file: {path!r}. {hint}')
-  try:
-    with open(path, encoding='utf-8') as f:
-      return json.load(f)
-  except (ValueError, RecursionError) as e:
-    raise images.DataError(f'{path}: is not valid JSON ({e}). Export it again.') from None
+  return files.read_json(path, object, images.DataError, 'Export it again.')
 
 
 def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_lib.Frame]:

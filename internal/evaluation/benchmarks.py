@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Sequence
 
 from .. import configs, datasets
 from ..errors import UserError
+from ..system import files
 
 _DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'benchmarks.json')
 
@@ -68,9 +68,7 @@ def _published(row: dict, scenes: Sequence[str]) -> Published:
 @functools.cache
 def load_all() -> dict[str, Benchmark]:
   """Loads all datasets of benchmarks.json, by name."""
-  with open(_DATA, encoding='utf-8') as f:
-    table = json.load(f)
-  return {name: _benchmark(name, entry) for name, entry in table.items()}
+  return {name: _benchmark(name, entry) for name, entry in files.read_json(_DATA).items()}
 
 
 def _benchmark(name: str, entry: dict) -> Benchmark:

@@ -78,8 +78,7 @@ def write(run: str, settings: configs.Settings, scene: scenes.Scene) -> str:
     config=settings.text,
   )
   path = os.path.join(folder, NAME)
-  with files.whole(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
-    f.write(page)
+  files.write_text(path, page)
   return path
 
 
@@ -91,13 +90,17 @@ def _number(value: float | None, name: str) -> str:
 
 
 def _webp(path: str, width: int) -> bytes:
-  with Image.open(path) as picture:
-    picture = picture.convert('RGB')
-    if picture.width > width:
-      height = max(1, round(picture.height * width / picture.width))
-      picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    out = io.BytesIO()
-    picture.save(out, 'webp', quality=82, method=2)
+  """Encodes a picture at most `width` wide; b'' if it cannot be read."""
+  out = io.BytesIO()
+  try:
+    with Image.open(path) as picture:
+      picture = picture.convert('RGB')
+      if picture.width > width:
+        height = max(1, round(picture.height * width / picture.width))
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+      picture.save(out, 'webp', quality=82, method=2)
+  except Exception:  # Decoders raise many types.
+    return b''
   return out.getvalue()
 
 
@@ -116,10 +119,12 @@ def _read_images(
     kinds = {kind: f'{stem}{kind}.png' for kind in ('truth', 'prediction', *MAPS)}
     paths.append({kind: path for kind, path in kinds.items() if os.path.exists(path)})
   width = _choose_width([path for of_one in paths for path in of_one.values()])
-  shown, used, without = [], 0, 0
+  shown, used, without, damaged = [], 0, 0, []
   worst_first = sorted(range(len(paths)), key=lambda k: per_image[k]['psnr'] or 0)
   for k in progress.track(worst_first, 'report'):
     pictures = {kind: _webp(path, width) for kind, path in paths[k].items()}
+    damaged += [paths[k][kind] for kind, content in pictures.items() if not content]
+    pictures = {kind: content for kind, content in pictures.items() if content}
     used += sum(map(len, pictures.values()))
     if used > _PICTURE_BYTES or 'prediction' not in pictures:
       pictures, without = {}, without + 1
@@ -133,6 +138,8 @@ def _read_images(
       f'{without} of {len(paths)} test images are listed without pictures: the page would be too '
       'large, or there are none (Config.eval_save_output). What there is lies beside this file.'
     )
+  if damaged:
+    notes.append(f'Pictures that cannot be read are left out: {", ".join(damaged)}.')
   return shown, notes
 
 

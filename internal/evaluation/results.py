@@ -63,8 +63,7 @@ class ResultsError(UserError):
 @functools.cache
 def schema() -> dict[str, Any]:
   """Returns the JSON Schema of results.json."""
-  with open(_SCHEMA, encoding='utf-8') as f:
-    return json.load(f)
+  return files.read_json(_SCHEMA)
 
 
 def _is_of(value: Any, kind: str) -> bool:
@@ -115,14 +114,11 @@ def read(path: str) -> dict[str, Any]:
     ResultsError: the file is missing or does not match the schema.
   """
   try:
-    with open(path, encoding='utf-8') as f:
-      found = json.load(f)
+    found = files.read_json(path, dict, ResultsError, 'Run eval.py again.')
   except FileNotFoundError:
     raise ResultsError(f'No such file: {path!r}; eval.py writes RUN/eval/results.json.') from None
-  except (OSError, ValueError) as e:
-    raise ResultsError(f'{path}: cannot be read as JSON ({e}); run eval.py again.') from None
   version = schema()['properties']['schema_version']['const']
-  if isinstance(found, dict) and found.get('schema_version') != version:
+  if found.get('schema_version') != version:
     raise ResultsError(
       f'{path}: has schema_version {found.get("schema_version")!r}, this program reads {version}; '
       'run eval.py again on that run.'
@@ -277,6 +273,4 @@ def _strict(value: Any) -> Any:
 
 def write_json(path: str, value: Any) -> None:
   """Writes strict JSON atomically; creates the folder if necessary."""
-  with files.whole(path) as temporary, open(temporary, 'w') as f:
-    json.dump(_strict(value), f, indent=2, allow_nan=False)
-    f.write('\n')
+  files.write_text(path, json.dumps(_strict(value), indent=2, allow_nan=False) + '\n')

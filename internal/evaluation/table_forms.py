@@ -157,5 +157,4 @@ FORMS: dict[str, Callable[[tables.Table], str]] = {'.md': markdown, '.tex': late
 
 def write(path: str, table: tables.Table) -> None:
   """Writes a table in the format of the path's extension, a key of FORMS."""
-  with files.whole(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
-    f.write(FORMS[os.path.splitext(path)[1]](table))
+  files.write_text(path, FORMS[os.path.splitext(path)[1]](table))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,8 +39,7 @@ class Row:
 
 def published() -> tuple[dict[str, Row], float]:
   """Returns the rows by name, and the full model's mean PSNR in the paper's Table 1."""
-  with open(_PUBLISHED, encoding='utf-8') as f:
-    table = json.load(f)
+  table = files.read_json(_PUBLISHED)
   return {row['name']: Row(**row) for row in table['rows']}, table['full_mean_psnr']
 
 
@@ -76,7 +74,7 @@ def make_run(
 def rays_per_second(folder: str) -> float | None:
   """Returns the median training speed that metrics.jsonl has, None without any."""
   rows = runlog.read_metrics(os.path.join(folder, 'metrics.jsonl'))
-  speeds = sorted(row['rays_per_sec'] for row in rows if 'rays_per_sec' in row)
+  speeds = sorted(row['rays_per_sec'] for row in rows if row.get('rays_per_sec'))
   return speeds[len(speeds) // 2] if speeds else None
 
 
@@ -167,6 +165,5 @@ def write_table(out: str, rows: Sequence[Row], all_runs: Sequence[runs.Run]) -> 
   table = make_table(rows, finished, speeds)
   results.write_json(os.path.join(out, 'ablations.json'), table)
   text = to_markdown(table)
-  with files.whole(os.path.join(out, 'ablations.md')) as path, open(path, 'w') as f:
-    f.write(text)
+  files.write_text(os.path.join(out, 'ablations.md'), text)
   return text

@@ -181,13 +181,13 @@ def _progress(running: jobs.Running, last_step: int) -> tuple[str, ...]:
   if running.stage > 0:
     return ('evaluating',)
   rows = runlog.read_metrics(os.path.join(running.job.folder, 'metrics.jsonl'))
-  rows = [row for row in rows if 'rays_per_sec' in row]
+  rows = [row for row in rows if row.get('rays_per_sec') and row['step'] > 0]
   if not rows:
     return ('starting',)
-  step, seconds = rows[-1]['step'], rows[-1]['train_seconds']
+  step, seconds = rows[-1]['step'], rows[-1].get('train_seconds') or 0
   left = seconds / step * (last_step - step)
   return (
     f'step {step:,} of {last_step:,} ({step / last_step:.0%})',
-    f'psnr {rows[-1]["psnr"]:.2f}',
+    f'psnr {rows[-1].get("psnr") or float("nan"):.2f}',
     f'{progress.duration(left)} left',
   )

@@ -175,27 +175,50 @@ def _large_parts(faces: np.ndarray, count: int, min_faces: int) -> np.ndarray:
   return faces[np.bincount(part, minlength=1)[part] >= min_faces]
 
 
-def write(path: str, vertices: np.ndarray, colors: np.ndarray, faces=None, up=None) -> None:
-  """Writes points or, with faces, a mesh, as .ply or .glb.
+def write(path: str, vertices, colors, faces=None, up=None, offset=(0, 0, 0)) -> None:
+  """Writes points or, with faces, a mesh, as .ply (float64) or .glb (float32).
 
-  glTF requires y to be up, so a .glb rotates the unit vector `up` [3] to y, by the transform of its
-  node; the vertices are the same in both formats. Colours in a .glb are linear, as glTF specifies.
+  Args:
+    path: the file.
+    vertices: [m, 3] float64.
+    colors: [m, 3] uint8 sRGB; linear in a .glb, as glTF specifies.
+    faces: [f, 3] indices of vertices.
+    up: [3] unit vector, which the node of a .glb rotates to y, as glTF requires.
+    offset: [3], subtracted from the vertices of a .glb and added by its node, whose numbers are
+      float64. It keeps the detail of vertices far from the origin; see `points.offset`.
   """
-  trimesh = library('trimesh')
-  glb = path.endswith('.glb')
-  rgb = _linear(colors) if glb else colors
-  rgba = np.concatenate([rgb, np.full((len(rgb), 1), 255, np.uint8)], -1)
-  if faces is None:
-    shape = trimesh.PointCloud(vertices, rgba)
-  else:
-    shape = trimesh.Trimesh(vertices, faces, vertex_colors=rgba, process=False)
   with files.whole(path) as temporary:
-    if glb:
-      scene = trimesh.Scene()
-      scene.add_geometry(shape, node_name='capture', transform=_y_up(up))
-      scene.export(temporary)
+    if path.endswith('.ply'):
+      with open(temporary, 'wb') as f:
+        f.write(_ply(vertices, colors, faces))
+      return
+    trimesh = library('trimesh')
+    rgba = np.concatenate([_linear(colors), np.full((len(colors), 1), 255, np.uint8)], -1)
+    if faces is None:
+      shape = trimesh.PointCloud(vertices - offset, rgba)
     else:
-      shape.export(temporary)
+      shape = trimesh.Trimesh(vertices - offset, faces, vertex_colors=rgba, process=False)
+    shift = np.eye(4)
+    shift[:3, 3] = offset
+    scene = trimesh.Scene()
+    scene.add_geometry(shape, node_name='capture', transform=_y_up(up) @ shift)
+    scene.export(temporary)
+
+
+def _ply(vertices: np.ndarray, colors: np.ndarray, faces: np.ndarray | None) -> bytes:
+  """Encodes points or a mesh as binary PLY; trimesh would round the vertices to float32."""
+  table = np.empty(len(vertices), [('xyz', '<f8', 3), ('rgb', 'u1', 3)])
+  table['xyz'], table['rgb'] = vertices, colors
+  header = ['ply', 'format binary_little_endian 1.0', f'element vertex {len(table)}']
+  header += [f'property double {name}' for name in 'xyz']
+  header += [f'property uchar {name}' for name in ('red', 'green', 'blue')]
+  content = table.tobytes()
+  if faces is not None:
+    triangles = np.empty(len(faces), [('count', 'u1'), ('rows', '<i4', 3)])
+    triangles['count'], triangles['rows'] = 3, faces
+    header += [f'element face {len(faces)}', 'property list uchar int vertex_indices']
+    content += triangles.tobytes()
+  return '\n'.join([*header, 'end_header', '']).encode() + content
 
 
 def _linear(colors: np.ndarray) -> np.ndarray:

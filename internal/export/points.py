@@ -158,6 +158,17 @@ def point_cloud(
   return xyz[kept], rgb[kept]
 
 
+def offset(scene: scenes.Scene) -> np.ndarray:
+  """Returns [3] whole numbers near the capture's centre if it is far from the origin, or zeros.
+
+  Coordinates in float32, as .glb files have, are relative to it: in the millions of metres of a
+  geographic frame, steps of float32 are up to half a metre.
+  """
+  inverse = np.linalg.inv(scene.world_transform)
+  centre, unit = inverse[:3, 3], np.cbrt(np.linalg.det(inverse[:3, :3]))
+  return np.round(centre) if np.abs(centre).max() > 16 * unit else np.zeros(3)
+
+
 def to_capture(scene: scenes.Scene, xyz: np.ndarray) -> np.ndarray:
   """Transforms world points [m, 3] to the capture's own frame and units."""
   return paths.transform_points(np.linalg.inv(scene.world_transform), xyz)
@@ -194,5 +205,4 @@ def write_depth_folder(folder: str, scene: scenes.Scene, views: Views) -> None:
     'camera_model': 'OPENCV', 'w': width, 'h': height, 'fl_x': fx, 'fl_y': fy, 'cx': width / 2,
     'cy': height / 2, 'depth_unit_scale_factor': 1 / _DEPTH_SCALE, 'frames': frames,
   }  # fmt: skip
-  with files.whole(os.path.join(folder, 'transforms.json')) as path, open(path, 'w') as f:
-    json.dump(table, f, indent=1)
+  files.write_text(os.path.join(folder, 'transforms.json'), json.dumps(table, indent=1))

@@ -125,5 +125,4 @@ def free_name(folder: str, name: str, ending: str) -> str:
 
 def save(path: str, path_document: dict) -> None:
   """Writes a result of `document` atomically."""
-  with files.whole(path) as temporary, open(temporary, 'w') as f:
-    json.dump(path_document, f, indent=1)
+  files.write_text(path, json.dumps(path_document, indent=1))

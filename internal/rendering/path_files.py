@@ -14,7 +14,6 @@ they need no conversion.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import reprlib
 from typing import Any
@@ -109,14 +108,7 @@ def _read_colmap(folder: str, applied: scenes.Applied | None) -> np.ndarray:
 
 
 def _read_json(path: str) -> dict[str, Any]:
-  try:
-    with open(path, encoding='utf-8') as f:
-      table = json.load(f)
-  except (ValueError, RecursionError) as e:
-    raise PathFileError(f'{path}: is not valid JSON ({reprlib.repr(str(e))}).') from None
-  if not isinstance(table, dict):
-    raise PathFileError(f'{path}: must be a JSON object.')
-  return table
+  return files.read_json(path, dict, PathFileError)
 
 
 def _numbers(where: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:

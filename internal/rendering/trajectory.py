@@ -254,8 +254,7 @@ def _photos(scene: scenes.Scene, knob: str, listed: str) -> np.ndarray:
 def _keyframes(knob: str, listed: str, names: tuple[str, ...]) -> list[int]:
   """Returns the rows of images named in `listed`: comma-separated, or a text file's lines."""
   if files.is_file(listed):
-    with open(listed, encoding='utf-8', errors='surrogateescape') as f:
-      listed = f.read()
+    listed = files.read_text(listed)
   wanted = [name.strip() for name in listed.replace('\n', ',').split(',') if name.strip()]
   row_of = {os.path.splitext(name)[0]: i for i, name in enumerate(names)}
   row_of |= {name: i for i, name in enumerate(names)}

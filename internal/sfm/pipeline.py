@@ -62,6 +62,7 @@ def make(source: str, scene_dir: str, options: Options = Options()) -> dict:
   _check(source, options)
   _check_folders(source, scene_dir)
   with _locked(scene_dir):
+    reconstruction.check_database(scene_dir)
     photos = _collect(source, scene_dir, options)
     names = [photo.name for photo in photos]
     reconstruction.extract_features(scene_dir, photos, options.camera_model)
@@ -113,6 +114,10 @@ def _check(source: str, options: Options) -> None:
     raise PosesError(f'{source}: --masks works with photographs, not with a video; leave it out.')
   if files.is_folder(source) and options.frames is not None:
     raise PosesError(f'{source}: --frames works with a video, not with a folder; leave it out.')
+  for folder, _, names in os.walk(source):
+    for name in names:
+      if name != name.encode('utf-8', 'ignore').decode():
+        raise PosesError(f'{os.path.join(folder, name)}: COLMAP needs names in UTF-8; rename it.')
   if options.frames is not None and options.frames < 3:
     raise PosesError(f'--frames must be at least 3, better 100, got {options.frames}.')
   if options.masks and not masks.list_masks(options.masks):
@@ -167,12 +172,13 @@ def _resume(path: str, request: dict) -> list[Photo]:
   if not files.is_file(path):
     _write_state(path, request, [])
     return []
+  advice = 'Remove its folder and start again.'
+  state = files.read_json(path, dict, PosesError, advice)
   try:
-    with open(path, encoding='utf-8') as f:
-      state = json.load(f)
-    earlier, photos = state['asked'], [Photo(**photo) for photo in state['photos']]
+    earlier, photos = dict(state['asked']), [Photo(**photo) for photo in state['photos']]
+    _check_photos(photos)
   except (ValueError, KeyError, TypeError) as e:
-    raise PosesError(f'{path}: is damaged ({e}). Remove its folder and start again.') from None
+    raise PosesError(f'{path}: is damaged ({e}). {advice}') from None
   for key, value in request.items():
     if earlier.get(key) != value:
       raise PosesError(
@@ -184,8 +190,16 @@ def _resume(path: str, request: dict) -> list[Photo]:
 
 def _write_state(path: str, request: dict, photos: Sequence[Photo]) -> None:
   state = {'asked': request, 'photos': [dataclasses.asdict(photo) for photo in photos]}
-  with files.whole(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
-    json.dump(state, f, indent=1)
+  files.write_text(path, json.dumps(state, indent=1))
+
+
+def _check_photos(photos: Sequence[Photo]) -> None:
+  """Raises a ValueError if a value of a photograph has the wrong type."""
+  for photo in photos:
+    for field in dataclasses.fields(photo):
+      kind = {'str': str, 'float': (int, float), 'int': int}[field.type]
+      if not isinstance(getattr(photo, field.name), kind):
+        raise ValueError(f'{field.name} must be a {field.type}')
 
 
 def _reconstruct(scene_dir: str, names: list[str], pairs: int) -> None:
@@ -193,18 +207,16 @@ def _reconstruct(scene_dir: str, names: list[str], pairs: int) -> None:
   folder = os.path.join(scene_dir, diagnosis.MODELS)
   made_from = {'photographs': sorted(names), 'pairs': pairs}
   stamp = os.path.join(folder, _MADE_FROM)
-  if files.is_file(stamp):
-    with open(stamp, encoding='utf-8') as f:
-      if json.load(f) == made_from:
-        return
+  with contextlib.suppress(FileNotFoundError, files.FileError):  # A damaged one is made anew.
+    if files.read_json(stamp) == made_from:
+      return
   models = reconstruction.reconstruct(scene_dir, len(names))
 
   def write(temporary: str) -> None:
     for k, model in enumerate(models):
       os.mkdir(os.path.join(temporary, str(k)))
       model.write_binary(os.path.join(temporary, str(k)))
-    with open(os.path.join(temporary, _MADE_FROM), 'w', encoding='utf-8') as f:
-      json.dump(made_from, f)
+    files.write_text(os.path.join(temporary, _MADE_FROM), json.dumps(made_from))
 
   reconstruction.write_folder(write, scene_dir, diagnosis.MODELS)
   reconstruction.remove_snapshots(scene_dir)

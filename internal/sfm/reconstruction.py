@@ -7,8 +7,10 @@ computed again. The mapper saves a snapshot of its model about once a minute.
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import shutil
+import sqlite3
 import sys
 import tempfile
 import time
@@ -52,6 +54,24 @@ def colmap():
 def database(scene_dir: str):
   """Opens the capture's database, which is created if missing; a context manager."""
   return colmap().Database.open(os.path.join(scene_dir, DATABASE))
+
+
+def check_database(scene_dir: str) -> None:
+  """Raises a PosesError if the capture's database is damaged; COLMAP would crash."""
+  path = os.path.join(scene_dir, DATABASE)
+  if not files.is_file(path):
+    remove_snapshots(scene_dir)  # A new database may number the photographs anew.
+    return
+  try:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+      (answer,) = db.execute('PRAGMA quick_check(1)').fetchone()
+  except sqlite3.DatabaseError as e:
+    answer = str(e)
+  if answer != 'ok':
+    reason = ' '.join(answer.split())[:200]
+    raise photos_lib.PosesError(
+      f'{path}: is damaged ({reason}). Remove it; its features and matches are computed again.'
+    )
 
 
 def image_ids(scene_dir: str) -> dict[str, int]:
@@ -267,8 +287,11 @@ def _newest_snapshot(folder: str, count: int) -> str | None:
   """Returns the newest snapshot that has more than half of the photographs, or None."""
   for name in reversed(_snapshots(folder)):
     path = os.path.join(folder, name)
-    if colmap().Reconstruction(path).num_reg_images() > count / 2:
-      return path
+    try:
+      if colmap().Reconstruction(path).num_reg_images() > count / 2:
+        return path
+    except Exception:  # COLMAP raises many types. A damaged snapshot is skipped.
+      shutil.rmtree(path, ignore_errors=True)
   return None
 
 

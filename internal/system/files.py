@@ -1,14 +1,20 @@
-"""Atomic file writes, questions about paths, and safe reading of untrusted .npy files."""
+"""The one reader and writer of text and JSON, atomic writes, and questions about paths."""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
+import json
 import os
+import reprlib
 import stat
 from collections.abc import Iterator
+from typing import IO, Any
 
 import numpy as np
+
+from ..errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK_ERRORS = (*_FULL, errno.EFBIG, errno.EIO)
@@ -34,6 +40,15 @@ def is_disk_full(error: BaseException | None) -> bool:
       return True
     error = error.__cause__ or error.__context__
   return False
+
+
+# Names that are not UTF-8 keep their bytes, so that the files they name can be opened.
+_ERRORS = 'surrogateescape'
+_JSON_KINDS = {dict: 'a JSON object', list: 'a JSON array'}
+
+
+class FileError(UserError):
+  """A file whose content cannot be used."""
 
 
 def _mode(path: str) -> int:
@@ -84,6 +99,56 @@ def whole(path: str) -> Iterator[str]:
   finally:
     if os.path.exists(temporary):
       os.remove(temporary)
+
+
+def open_text(path: str) -> IO[str]:
+  """Opens UTF-8 text for reading; a byte order mark is skipped, and line ends become '\\n'.
+
+  Bytes that are not UTF-8 become surrogates, as in file names that Python lists.
+
+  Raises:
+    FileError: the text is UTF-16, as some Windows programs save it.
+  """
+  file = open(path, encoding='utf-8-sig', errors=_ERRORS)  # noqa: SIM115
+  if file.buffer.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+    file.close()
+    raise FileError(f'{path}: is UTF-16 text; save it as UTF-8.')
+  return file
+
+
+def read_text(path: str) -> str:
+  """Returns the text of a file; see `open_text`."""
+  with open_text(path) as f:
+    return f.read()
+
+
+def write_text(path: str, text: str) -> None:
+  """Writes UTF-8 text atomically, with '\\n' as line end; `read_text` restores it."""
+  with whole(path) as temporary, open(temporary, 'wb') as f:
+    f.write(text.encode('utf-8', _ERRORS))
+
+
+def read_json(
+  path: str, kind: type = dict, error: type[UserError] = FileError, advice: str = ''
+) -> Any:
+  """Reads a JSON file whose outermost value is a `kind`, dict or list.
+
+  Args:
+    path: the file.
+    kind: type of the value; `object` accepts all.
+    error: raised if the content cannot be used; missing files raise an OSError.
+    advice: a sentence for the message: how to get a good file.
+  """
+  try:
+    value = json.loads(read_text(path))
+    problem = None if isinstance(value, kind) else f'must be {_JSON_KINDS[kind]}'
+  except FileError as e:
+    raise error(str(e)) from None
+  except (ValueError, RecursionError) as e:
+    problem = f'is not valid JSON ({reprlib.repr(str(e))[1:-1]})'
+  if problem:
+    raise error(f'{path}: {problem}. {advice}'.rstrip())
+  return value
 
 
 def read_array(path: str) -> np.ndarray:

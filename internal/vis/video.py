@@ -42,7 +42,7 @@ def _read_even(path: str) -> np.ndarray:
   try:
     with Image.open(path) as picture:
       frame = np.asarray(picture.convert('RGB'))
-  except OSError as e:
+  except Exception as e:  # Decoders raise many types.
     reason = ' '.join(str(e).split())
     raise VideoError(
       f'{path}: cannot be read as an image ({reason}). Delete it and render again.'
