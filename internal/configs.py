@@ -59,6 +59,7 @@ class Config(Checked):
   checkpoint_dir: str | None = None  # Folder of the run: checkpoints, logs and all outputs.
   factor: int = 0  # Downsampling factor: use images_<factor>/ (0: images/ at full size).
   min_images_fraction: float = 0.5  # Of the posed pictures, that must exist (1: all of them).
+  allow_unlikely_cameras: bool = False  # Accept intrinsics that no usual lens has, with a warning.
   llffhold: int = 8  # Every llffhold-th image, by name, is held out as a test image.
   forward_facing: bool = False  # LLFF only: trace rays in NDC and render a spiral path.
   load_alphabetical: bool = True  # LLFF only: order images by name (False: by COLMAP image id).

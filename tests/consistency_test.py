@@ -134,12 +134,28 @@ def test_cameras_in_one_place_but_for_noise(tmp_path, noise, is_refused):
   ('camera', 'text'),
   [
     ((20.0, 40.0, 8.0, 6.0), 'pixels far from square'),
-    ((15.0, 20.0, 8.0, 6.0), 'scaled by the shape of the picture'),
     ((20.0, 20.0, 0.5, 0.5), 'fractions'),
     ((20.0, 20.0, 0.3, -0.2), 'offset from the middle'),
     ((20.0, 20.0, 32.0, 24.0), 'pictures 4 times as large'),
-    ((160.0, 160.0, 8.0, 6.0), 'that of larger pictures'),
     ((1.5, 1.5, 8.0, 6.0), 'in millimetres'),
+  ],
+)
+def test_absurd_lenses_are_refused_unless_allowed(tmp_path, camera, text):
+  captures.write_colmap(tmp_path, camera=('PINHOLE', camera))
+  message = refused(tmp_path)
+  assert text in message
+  assert 'Config.allow_unlikely_cameras' in message
+  assert text in warned(tmp_path, allow_unlikely_cameras=True)
+
+
+@pytest.mark.parametrize(
+  ('camera', 'text'),
+  [
+    ((20.0, 26.0, 8.0, 6.0), 'pixels far from square'),
+    ((15.0, 20.0, 8.0, 6.0), 'scaled by the shape of the picture'),
+    ((20.0, 20.0, 3.0, 6.0), 'outside the middle half'),
+    ((160.0, 160.0, 8.0, 6.0), 'that of larger pictures'),
+    ((3.0, 3.0, 8.0, 6.0), 'field of view of 139 degrees'),
     ((20.0, 21.0, 8.0, 6.0), ''),
   ],
 )

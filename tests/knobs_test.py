@@ -151,6 +151,15 @@ def incomplete(settings, folder):
     return str(error)
 
 
+def wide(settings, folder):
+  """Whether a capture loads whose focal length can hardly be right."""
+  captures.write_colmap(folder, camera=('PINHOLE', (1.5, 1.5, 8.0, 6.0)))
+  try:
+    return len(datasets.load_dataset(dataclasses.replace(settings.config, data_dir=folder)).names)
+  except images.DataError as error:
+    return str(error)
+
+
 def data(settings, folder):
   """What loaders read from a folder in several formats, with ids in another order than names."""
   if not os.path.isdir(os.path.join(folder, 'a')):
@@ -353,6 +362,7 @@ KNOBS = {
     'factor': (data, '2'),
     'llffhold': (data, '3'),
     'min_images_fraction': (incomplete, '0.95'),
+    'allow_unlikely_cameras': (wide, 'True'),
     'forward_facing': (data, 'True'),
     'load_alphabetical': (data, 'False'),
     'dtu_light_cond': (which_light, '7', *DTU),
@@ -528,6 +538,7 @@ ABOUT_FILES = (
   place_of_pixels,
   data,
   incomplete,
+  wide,
   which_light,
   training,
   evaluating,

@@ -48,7 +48,7 @@ class TestFocalLengths:
       ({'camera_angle_y': math.pi / 2}, (6, 6)),
       ({'x_fov': 90}, (8, 8)),
       ({'x_fov': 90, 'y_fov': 60}, (8, 6 * 3**0.5)),  # tan(30 degrees) = 1 / sqrt(3).
-      ({'fl_x': 40, 'camera_angle_y': math.pi / 2}, (40, 6)),
+      ({'fl_x': 8, 'camera_angle_y': math.pi / 2}, (8, 6)),
     ],
   )
   def test_a_frames_own_win_as_a_pair(self, tmp_path, own, expected):

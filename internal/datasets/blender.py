@@ -47,5 +47,5 @@ def assemble(
     factor=config.factor,
     background='white',
     read_only=read_only,
-    min_fraction=config.min_images_fraction,
+    config=config,
   )

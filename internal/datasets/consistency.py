@@ -18,8 +18,12 @@ from .. import structs
 from ..system import warnings
 from . import images, lookup
 
+# Likely values are taken silently, others with a warning; those beyond the limits are refused.
 _VIEWS = {structs.PERSPECTIVE: (20, 130), structs.FISHEYE: (20, 230)}  # Likely, in degrees.
+_WIDEST = 150  # Degrees of a perspective view.
+_MARGIN = 0.05  # Of the size: the principal point is not closer to the border.
 _ASPECT = 1.15  # Of pixels: anamorphic lenses and old video are the exception.
+_STRETCH = 1.5  # Of pixels, at most.
 _BLOCK = 65536  # Bytes.
 
 
@@ -182,11 +186,12 @@ def check_positions(data_dir: str, poses: np.ndarray) -> None:
     )
 
 
-def check_lenses(data_dir: str, frames: Sequence, largest: float) -> None:
+def check_lenses(data_dir: str, frames: Sequence, largest: float, allow_unlikely: bool) -> None:
   """Checks intrinsics; warns of unlikely ones.
 
   Raises:
-    DataError: a focal length is not positive, or a value is not below `largest`.
+    DataError: a focal length is not positive, or a value is not below `largest`; unless
+      `allow_unlikely` (Config.allow_unlikely_cameras), values are that no usual camera has.
   """
   doubts = collections.defaultdict(list)
   for frame in frames:
@@ -201,12 +206,28 @@ def check_lenses(data_dir: str, frames: Sequence, largest: float) -> None:
     for what, hint in (_doubt_view(frame), _doubt_centre(frame), _doubt_pixels(frame)):
       if what:
         doubts[hint].append((frame.name, what))
+  refused = {frame.name for frame in frames if not allow_unlikely and _is_absurd(frame)}
   for hint, cases in doubts.items():
-    name, what = cases[0]
-    warnings.warn(
-      f'{data_dir}: the camera of {name!r} has {what} ({len(cases)} of {len(frames)} pictures). '
-      f'{hint} Correct the intrinsics, or ignore this if the lens is special.'
-    )
+    name, what = next((case for case in cases if case[0] in refused), cases[0])
+    text = f'{data_dir}: the camera of {name!r} has {what}'
+    text += f' ({len(cases)} of {len(frames)} pictures).'
+    if name in refused:
+      raise images.DataError(
+        f'{text} {hint} Correct the intrinsics, or set Config.allow_unlikely_cameras = True.'
+      )
+    warnings.warn(f'{text} {hint} Correct the intrinsics, or ignore this if the lens is special.')
+
+
+def _is_absurd(frame) -> bool:
+  """Returns whether a camera is beyond what lenses and moderate crops give."""
+  k, (w, h) = frame.intrinsics, frame.size
+  centre = np.array([k.cx / w, k.cy / h])
+  widest = math.degrees(2 * math.atan(max(w / k.fx, h / k.fy) / 2))
+  return bool(
+    (k.lens == structs.PERSPECTIVE and widest > _WIDEST)
+    or (abs(centre - 0.5) > 0.5 - _MARGIN).any()
+    or not 1 / _STRETCH <= k.fx / k.fy <= _STRETCH
+  )
 
 
 def _doubt_view(frame) -> tuple[str, str]:

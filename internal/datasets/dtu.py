@@ -40,7 +40,7 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
     frames_lib.split_every(len(frames), config.llffhold),
     factor=config.factor,
     read_only=read_only,
-    min_fraction=config.min_images_fraction,
+    config=config,
   )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import cameras, colmap, paths, structs
+from .. import cameras, colmap, configs, paths, structs
 from ..system import files
 from . import consistency, images, masks, pyramid, scenes
 
@@ -206,7 +206,7 @@ def assemble(
   background: str = 'none',
   unregistered: Sequence[str] = (),
   read_only: bool = False,
-  min_fraction: float = 0.5,
+  config: configs.Config | None = None,
 ) -> scenes.Scene:
   """Finds the pictures, checks them against their cameras and returns the scene.
 
@@ -220,18 +220,18 @@ def assemble(
     background: what alpha is composited on, see `images.decode`.
     unregistered: pictures without a pose, for the report.
     read_only: write nothing, and warn of missing pictures instead of raising.
-    min_fraction: Config.min_images_fraction.
+    config: which missing pictures and unlikely cameras to accept; None for the defaults.
 
   Raises:
     DataNotFoundError: too many pictures are missing.
     DataError: a picture cannot be read or its size does not match its camera; frames contradict
       each other; there is no training image.
   """
-  named = frames
+  named, config = frames, config or configs.Config()
   frames, missing = consistency.find_pictures(data_dir, frames, factor)
   for frame in frames:
     images.inside(data_dir, frame.picture)
-  consistency.check_missing(data_dir, frames, missing, min_fraction, read_only)
+  consistency.check_missing(data_dir, frames, missing, config.min_images_fraction, read_only)
   missing_names = [frames[i].name for i in missing]
   if unregistered and frames != named:
     unregistered = unposed(data_dir, frames)
@@ -239,7 +239,7 @@ def assemble(
   again = consistency.repeated(data_dir, frames)
   split = tuple(tuple(sorted({again.get(i, i) for i in part})) for part in split)
   frames, split = _drop(list(again), frames, split)
-  consistency.check_lenses(data_dir, frames, LARGEST)
+  consistency.check_lenses(data_dir, frames, LARGEST, config.allow_unlikely_cameras)
   consistency.check_positions(data_dir, checked_poses(data_dir, frames))
   consistency.check_split(data_dir, frames, split)
   world = make_world(data_dir, frames)

@@ -55,7 +55,7 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
     factor=config.factor,
     unregistered=frames_lib.unposed(data_dir, frames),
     read_only=read_only,
-    min_fraction=config.min_images_fraction,
+    config=config,
   )
 
 

@@ -33,7 +33,7 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
     split,
     factor=config.factor,
     read_only=read_only,
-    min_fraction=config.min_images_fraction,
+    config=config,
   )
 
 

@@ -68,7 +68,7 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
     background='white',
     unregistered=frames_lib.unposed(data_dir, frames),
     read_only=read_only,
-    min_fraction=config.min_images_fraction,
+    config=config,
   )
   try:
     points_file(data_dir, table)

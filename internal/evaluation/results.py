@@ -31,7 +31,7 @@ OWN_SPLIT = "the capture's own"
 # Evaluation is described by 'protocol', and early_exit_steps by 'step'.
 _NOT_THE_METHOD = (
   'data_dir', 'checkpoint_dir', 'factor', 'pixels_on', 'pixel_cache_dir', 'micro_batches',
-  'early_exit_steps', 'plugins', 'min_images_fraction',
+  'early_exit_steps', 'plugins', 'min_images_fraction', 'allow_unlikely_cameras',
 )  # fmt: skip
 _NOT_THE_METHOD_PREFIXES = (
   'eval_', 'render_', 'train_render_', 'z_', 'vis_', 'print_', 'checkpoint_', 'gc_',
