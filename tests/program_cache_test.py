@@ -49,6 +49,16 @@ def test_a_cut_entry_is_dropped(cache, tmp_path, size):
   assert _names(tmp_path) == []
 
 
+def test_a_damaged_entry_that_cannot_be_removed_is_not_used(cache, tmp_path, monkeypatch):
+  def refuse(path):
+    raise PermissionError(path)
+
+  cache.put('a', b'program')
+  os.truncate(tmp_path / 'a-checked', 38)
+  monkeypatch.setattr(os, 'remove', refuse)
+  assert cache.get('a') is None
+
+
 def test_the_least_recently_used_entries_go(cache, tmp_path):
   for age, key in enumerate('cba'):
     cache.put(key, bytes(200))

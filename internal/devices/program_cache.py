@@ -47,12 +47,11 @@ class CheckedCache(compilation_cache.CacheInterface):
     except OSError:
       return None
     entry, expected = content[:-_SUM_BYTES], content[-_SUM_BYTES:]
+    intact = hashlib.sha256(entry).digest() == expected
     with contextlib.suppress(OSError):  # Folders may be read-only.
-      if hashlib.sha256(entry).digest() != expected:
-        os.remove(path)
-        return None
-      os.utime(path)  # Entries are evicted by the time of their last use.
-    return entry
+      # Entries are evicted by the time of their last use.
+      os.utime(path) if intact else os.remove(path)
+    return entry if intact else None
 
   def put(self, key: str, value: bytes) -> None:
     """Writes an entry; replaces one that could not be loaded."""
