@@ -64,7 +64,7 @@ def transform_poses_pca(poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   centred = positions - mean
   if np.abs(centred).max() <= 1e-9 * np.abs(positions).max():
     raise UserError(
-      f'All {len(poses)} cameras stand at {np.round(mean, 6).tolist()}, so the scene has no scale; '
+      f'All {len(poses)} cameras are at {np.round(mean, 6).tolist()}, so the scene has no scale; '
       'use photographs from at least two positions.'
     )
   rotation = _principal_axes(centred, poses[:, :, 1].mean(0))  # [3, 3], rows are the new axes.
@@ -119,7 +119,7 @@ def average_pose(poses: np.ndarray) -> np.ndarray:
   _, up, back, position = poses.mean(0).T
   if np.linalg.norm(back) < 1e-9:
     raise UserError(
-      'The cameras look in opposite directions: no average pose; remove some of them.'
+      'The cameras look in opposite directions and have no average pose; remove some of them.'
     )
   return viewmatrix(back, up, position)
 
