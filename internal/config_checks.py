@@ -154,9 +154,7 @@ def _model_conflict(model: Any) -> str | None:
   if len(background) != 2 or background[0] > background[1]:
     return f'Model.bg_intensity_range must be (low, high), got {background}.'
   if model.single_mlp and model.separate_prop_mlps:
-    return (
-      'Model.single_mlp and Model.separate_prop_mlps exclude each other; set one of them to False.'
-    )
+    return 'Model.single_mlp and Model.separate_prop_mlps exclude each other; set one to False.'
   if model.outside_mlps and (model.separate_prop_mlps or model.num_multisamples):
     return 'Model.outside_mlps needs Model.separate_prop_mlps = False and num_multisamples = 0.'
   if model.single_mlp and not model.multisample_proposals:
