@@ -58,7 +58,7 @@ class Config(Checked):
   data_dir: str | None = None  # Folder of the capture.
   checkpoint_dir: str | None = None  # Folder of the run: checkpoints, logs and all outputs.
   factor: int = 0  # Downsampling factor: use images_<factor>/ (0: images/ at full size).
-  min_images_fraction: float = 0.5  # Of the posed pictures, that must exist (1: all of them).
+  min_images_fraction: float = 0.5  # Minimum fraction of posed images that must exist (1: all).
   allow_unlikely_cameras: bool = False  # Accept intrinsics that no usual lens has, with a warning.
   llffhold: int = 8  # Every llffhold-th image, by name, is held out as a test image.
   forward_facing: bool = False  # LLFF only: trace rays in NDC and render a spiral path.
@@ -164,7 +164,7 @@ class MLP(Checked):
   net_width_viewdirs: int = 128  # Width of each.
   skip_layer: int = 4  # k: the outputs of layers k + 1, 2k + 1, ... get the encoding appended.
   encoding: Literal['ipe', 'grid'] = 'ipe'  # Integrated positional encoding, or hash grid.
-  # Constructor arguments of the encoding, on top of those that come from the settings below.
+  # Constructor arguments of the encoding, which override those from the settings below.
   encoding_options: dict[str, object] = dataclasses.field(default_factory=dict, hash=False)
   min_deg_point: int = 0  # 'ipe': lowest frequency is 2^min_deg_point ...
   max_deg_point: int = 12  # ... and highest 2^(max_deg_point - 1).
@@ -377,7 +377,7 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
 
 
 def _found(path: str) -> str:
-  """Returns the path, or if there is no such file that of the program's own file of that name."""
+  """Returns the path if the file exists, else the path of the shipped file of that name."""
   path = os.path.expanduser(path)
   return path if files.exists(path) else os.path.join(installation.DATA, path)
 

@@ -123,7 +123,7 @@ def grid_decay(params) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """What losses are computed from: one batch of rays [...] and its renderings."""
+  """The inputs of every loss: one batch of rays [...] and its renderings."""
 
   config: configs.Config
   params: Any  # The parameters, as a nested dict.

@@ -125,7 +125,7 @@ def _bracket_by_search(x: Array, xp: Array, fp: Array) -> tuple[Array, ...]:
 
 
 def _bracket_by_mask(x: Array, xp: Array, fp: Array) -> tuple[Array, ...]:
-  """Does the same with masked maxima and minima, without a gather."""
+  """Computes `_bracket_by_search` with masked maxima and minima, without a gather."""
   below = xp[..., None, :] <= x[..., :, None]  # [..., m, n]
 
   def bracket(v):

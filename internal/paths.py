@@ -119,7 +119,7 @@ def average_pose(poses: np.ndarray) -> np.ndarray:
   _, up, back, position = poses.mean(0).T
   if np.linalg.norm(back) < 1e-9:
     raise UserError(
-      'The cameras look in opposite directions: no average pose; remove some of them.'
+      'The cameras look in opposite directions and have no average pose; remove some of them.'
     )
   return viewmatrix(back, up, position)
 

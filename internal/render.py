@@ -78,12 +78,7 @@ _SCALE = 0.5  # Standard deviation of a point's Gaussian, in units of its distan
 
 
 def multisample(
-  key: Array | None,
-  tdist: Array,
-  origins: Array,
-  directions: Array,
-  radii: Array,
-  ray_shape: str,
+  key: Array | None, tdist: Array, origins: Array, directions: Array, radii: Array, ray_shape: str
 ) -> structs.Gaussians:
   """Places six isotropic Gaussians in each interval (Zip-NeRF's multisampling, arXiv:2304.06706).
 

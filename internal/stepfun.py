@@ -69,7 +69,7 @@ def _highest_by_mask(value: Array, start: Array, stop: Array, x: Array) -> Array
 
 
 def _highest_by_search(value: Array, start: Array, stop: Array, x: Array) -> Array:
-  """Does the same with a sparse table of range maxima, without comparing all pairs.
+  """Computes `_highest_by_mask` with a sparse table of range maxima instead of all pairs.
 
   The intervals that contain x are consecutive. The maximum of any range is the larger of two
   tabulated ones: of the power-of-two spans that begin and end with the range.
@@ -292,8 +292,8 @@ def lossfun_distortion(t: Array, w: Array) -> Array:
     [...] loss of each ray.
   """
   middle = (t[..., 1:] + t[..., :-1]) / 2
-  apart = jnp.abs(middle[..., :, None] - middle[..., None, :])  # [..., n, n]
-  between = jnp.sum(w * jnp.sum(w[..., None, :] * apart, -1), -1)
+  distance = jnp.abs(middle[..., :, None] - middle[..., None, :])  # [..., n, n]
+  between = jnp.sum(w * jnp.sum(w[..., None, :] * distance, -1), -1)
   within = jnp.sum(w**2 * jnp.diff(t), -1) / 3  # Mean distance in a bin: a third of its width.
   return between + within
 

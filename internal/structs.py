@@ -52,7 +52,7 @@ class Cameras:
   distorted: bool = flax.struct.field(pytree_node=False, default=False)  # any distortion != 0.
 
   def take(self, rows) -> Cameras:
-    """The table of some of the cameras, without supervision."""
+    """Returns a table of these rows, without supervision."""
     names = ('pixtocam', 'camtoworld', 'distortion', 'lens', 'size')
     rows_of = {name: getattr(self, name)[rows] for name in names}
     return self.replace(**rows_of, supervision=None)

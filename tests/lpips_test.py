@@ -99,7 +99,7 @@ class TestWeights:
 
   def test_another_file_is_refused(self, tmp_path):
     path, _ = write(tmp_path / 'w', made_up())
-    with pytest.raises(lpips.LpipsUnavailableError, match='not the expected file'):
+    with pytest.raises(lpips.LpipsUnavailableError, match='not the expected weights file'):
       lpips.read_weights(path)
 
   def test_a_pickle_runs_no_code(self, tmp_path):

@@ -77,8 +77,8 @@ def test_numbers_are_in_the_captures_units(monkeypatch):
   first, second, third = caption
   assert '400 frames, 20.0 s at 20 frames a second' in first
   assert '60 x 40, perspective, 62 x 42 degrees' in first
-  way = 2 * np.pi * np.linalg.norm(np.asarray(cams.camtoworld)[0, :2, 3]) / 0.5
-  assert float(second.split()[1]) == pytest.approx(way, rel=0.03)
+  length = 2 * np.pi * np.linalg.norm(np.asarray(cams.camtoworld)[0, :2, 3]) / 0.5
+  assert float(second.split()[1]) == pytest.approx(length, rel=0.03)
   assert 'even steps' in second
   assert '7 training photos' in third
   draw(scene=scene, render_spline_keyframes='dir/img_1,dir/img_2,dir/img_7',

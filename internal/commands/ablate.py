@@ -6,8 +6,8 @@
 Each row of configs/ablations/published.json is trained in its own folder, OUT/ROW, all with the
 same bindings. Each GPU runs one row at a time; without GPUs, one row at a time. The same command
 skips finished rows and resumes the others; --table_only runs nothing. OUT/ablations.md and .json
-show our numbers beside the published ones. Those are of other scenes: compare changes to the full
-model, not values.
+show our numbers beside the published ones. The published ones are means over other scenes: compare
+each row's difference from the full model, not its value.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   cli.add_arguments(parser)
   args = parser.parse_args(argv)
   rows = ablations.choose(args.rows)
-  # Loads all settings first: an error must not wait for hours of training.
+  # Loads all settings first, so that errors appear before hours of training.
   all_runs = [
     ablations.make_run(row, args.data_dir, args.out, args.gin_configs, args.gin_bindings)
     for row in rows

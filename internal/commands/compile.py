@@ -1,13 +1,13 @@
-"""Compiles the training step and the renderer for a TPU that is not there, and says if they fit.
+"""Compiles the training step and the renderer for a TPU that is not attached, to see if they fit.
 
   python scripts/compile_for.py --topology v5e:4x4 --gin_configs configs/360.gin
   python scripts/compile_for.py --topology v5p:2x2x1 v6e:4x4 --json tpu.json \\
     --gin_configs configs/360.gin --gin_bindings "Config.batch_size = 65536"
 
-Prints per device: memory against what the chip has, the time that products and memory traffic take
-at the chip's rates, the rays per second that the larger of both allows, and the collectives. These
-are upper bounds from the compiled program; nothing is run. Exits with 1 if a program does not fit.
-The compiler is an extra: pip install -r requirements-tpu-compile.txt
+Prints for each device: the memory needed and available, the time of matrix products at the chip's
+peak FLOP/s, the time of memory traffic at its peak bandwidth, the maximum rays per second (the
+longer of the two times), and the collectives. Nothing is executed, so these are bounds. Exits with
+status 1 if a program does not fit. Needs pip install -r requirements-tpu-compile.txt
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_settings(args: argparse.Namespace) -> configs.Settings:
-  """The settings as a TPU takes them: 'auto' depends on the machine, and this one is a CPU."""
+  """Loads the settings with Model.mlp_dtype as on a TPU, since 'auto' would give this CPU's."""
   settings = configs.load_config(args.gin_configs, args.gin_bindings)
   if settings.model.mlp_dtype != 'auto':
     return settings
@@ -52,7 +52,7 @@ def load_settings(args: argparse.Namespace) -> configs.Settings:
 
 
 def show(row: dict) -> str:
-  """A line for people."""
+  """Formats a row as a line of text."""
   name = f'{row["topology"]:<11} {row["program"]:<7}'
   if 'error' in row:
     return f'{name} DOES NOT FIT: {row["error"]}'

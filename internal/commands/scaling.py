@@ -47,7 +47,7 @@ _TRACED_STEPS = 5
 
 
 class ScalingError(UserError):
-  """A measurement that is not possible."""
+  """A measurement that cannot be made."""
 
 
 class Results:
@@ -185,7 +185,7 @@ def measure(program: programs.Program, seconds: float, steps: int) -> dict:
 
 
 def make_scenes(folder: str, count: int) -> list[str]:
-  """Makes a small capture and `count` links to it, which have names of the 360 dataset's scenes."""
+  """Makes a small capture and `count` links to it, named like scenes of the 360 dataset."""
   capture = os.path.join(folder, 'capture')
   subprocess.run([*installation.command('demo_scene'), capture, '--images', '32'], check=True)
   names = list(benchmarks.load('360').scenes)
@@ -232,7 +232,7 @@ def start_seconds(gin: str, capture: str, args: argparse.Namespace) -> dict[str,
 
 
 def probe() -> tuple[str, str, int]:
-  """Returns platform, kind and number of devices. A subprocess asks, so they stay free."""
+  """Returns platform, kind and number of devices, found in a subprocess so that they stay free."""
   code = 'import jax; d = jax.devices(); print(d[0].platform, len(d), d[0].device_kind)'
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   platform, count, kind = done.stdout.split(maxsplit=2)
@@ -302,7 +302,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def measure_rates(gin: str, args: argparse.Namespace, results: Results) -> None:
-  """Runs the part that this process does itself."""
+  """Runs the part `rates`, in this process."""
   settings = configs.load_config([gin], args.gin_bindings)
   mesh = sharding.make_mesh(jax.devices()[: args.devices[-1]])
   results.keep(gin, 'facts', programs.describe(settings, mesh))

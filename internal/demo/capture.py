@@ -141,23 +141,19 @@ def _write_capture(folder: pathlib.Path, width: int, height: int, count: int, se
 
 
 def _source_hash() -> str:
-  """Returns a hash of the code behind the pixels, so that a change of it makes a new scene."""
+  """Returns a hash of the code behind the pixels, so that changed code renders a new scene."""
   sources = [pathlib.Path(__file__), pathlib.Path(world.__file__)]
   return hashlib.sha256(b''.join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def make_demo_scene(
-  folder: str | os.PathLike,
-  width: int = 160,
-  height: int = 120,
-  images: int = 72,
-  seed: int = 0,
+  folder: str | os.PathLike, width: int = 160, height: int = 120, images: int = 72, seed: int = 0
 ) -> bool:
   """Makes the demo capture, a COLMAP folder with images/ and sparse/0/.
 
-  The folder appears when it is complete. A demo scene that is already there is kept if its settings
-  are the same, else replaced. The pixels are a function of the arguments. Rendering starts worker
-  processes, so a script must call this below `if __name__ == '__main__':`.
+  The folder is written atomically. An existing demo scene with the same settings is kept, one with
+  others is replaced. The pixels are a function of the arguments. Rendering starts worker processes,
+  so a script must call this below `if __name__ == '__main__':`.
 
   Args:
     folder: where the capture goes.
@@ -166,7 +162,7 @@ def make_demo_scene(
     seed: of the landscape, 0 or more.
 
   Returns:
-    Whether the scene was rendered, rather than already there.
+    True if the scene was rendered, False if it existed with these settings.
 
   Raises:
     DemoSceneError: an argument is out of range, or `folder` exists and is not a demo scene.

@@ -60,10 +60,7 @@ def sun_samples(count: int) -> np.ndarray:
   """Returns directions to count x count points on the sun's disc, for soft shadows."""
   cell = (np.arange(count) + 0.5) / count * 2 - 1
   x, y = (g.ravel() for g in np.meshgrid(cell, cell))
-  x, y = (
-    0.8 * x + 0.3 * y,
-    0.8 * y - 0.3 * x,
-  )  # Rotated, so that the rows do not line up with edges.
+  x, y = 0.8 * x + 0.3 * y, 0.8 * y - 0.3 * x  # Rotated, so that rows do not align with edges.
   return direction(
     SUN_AZIMUTH + SUN_RADIUS * x / np.cos(SUN_ELEVATION), SUN_ELEVATION + SUN_RADIUS * y
   )

@@ -1,7 +1,7 @@
 """A checked and bounded store for JAX's cache of compiled programs.
 
-JAX writes its entries in place and loads them unchecked: one that a full disk has cut stays for
-good, and a flipped bit can crash XLA. Here each entry ends in its SHA-256 and is written
+JAX writes its entries in place and loads them unchecked: an entry truncated by a full disk is never
+replaced, and a flipped bit can crash XLA. Here each entry ends in its SHA-256 and is written
 atomically. Damaged entries are removed and compiled again.
 """
 
@@ -20,7 +20,7 @@ from ..system import files
 
 _ENDING = '-checked'  # JAX's own entries in the same folder end in '-cache'.
 _SUM_BYTES = 32
-_ABANDONED = 3600.0  # Seconds after which a half-written entry belongs to nobody.
+_ABANDONED = 3600.0  # Seconds after which a half-written entry counts as abandoned.
 
 
 class CheckedCache(compilation_cache.CacheInterface):

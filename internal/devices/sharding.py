@@ -16,10 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..errors import UserError
 
 AXIS = 'rays'
-WHOLE, SPLIT = (
-  PartitionSpec(),
-  PartitionSpec(AXIS),
-)  # All of an array on each device, or its own rows.
+WHOLE = PartitionSpec()  # Each device has the whole array.
+SPLIT = PartitionSpec(AXIS)  # Each device has its own rows.
 
 _LARGE = 2**23  # Bytes from which an array, such as a hash grid's table, is sharded.
 

@@ -116,12 +116,12 @@ def check_scene(benchmark: Benchmark, scene: str, config: configs.Config) -> Non
   for what, (found, wanted) in counts.items():
     if found != wanted:
       raise BenchmarkError(
-        f'{config.data_dir}: {found} {what}, the published {scene} has {wanted}.'
+        f'{config.data_dir}: {found} {what}, the published {scene} has {wanted}; download it again.'
       )
   if report['folder_to_be_made']:
     raise BenchmarkError(
-      f'{config.data_dir}: {report["folder_to_be_made"]}/ is missing; images downsampled '
-      'here from the full ones differ from those of the published evaluation.'
+      f'{config.data_dir}: {report["folder_to_be_made"]}/ is missing; download it. Images '
+      'that are downsampled here differ from those of the published evaluation.'
     )
   for size in report['image_sizes']:
     sides = [int(side) for side in size.split('x')]

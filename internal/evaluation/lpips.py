@@ -1,8 +1,8 @@
 """LPIPS with VGG16 (Zhang et al., arXiv:1801.03924), a perceptual distance between images.
 
 Images are float [h, w, 3] in [0, 1]. The weights come from a separate package
-(requirements-lpips.txt), of which only the file of weights is read; its code is never run. Two
-conventions are in use, which give different numbers for the same images; METRICS names both.
+(requirements-lpips.txt); only its weights file is read, and its code is never run. Two conventions
+are in use, which give different numbers for the same images; METRICS names both.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def weights_path() -> str:
 
 
 def read_weights(path: str, sha256: str = _SHA256) -> dict[str, list]:
-  """Reads the file of weights.
+  """Reads the weights file.
 
   Returns:
     'trunk': 13 pairs of a kernel [3, 3, i, o] and a bias [1, 1, 1, o]; 'heads': 5 of [1, 1, o].
@@ -85,9 +85,7 @@ def read_weights(path: str, sha256: str = _SHA256) -> dict[str, list]:
   with open(path, 'rb') as f:
     content = f.read()
   if hashlib.sha256(content).hexdigest() != sha256:
-    raise LpipsUnavailableError(
-      f'{path} is not the expected file of weights ({WEIGHTS}): {_INSTALL}'
-    )
+    raise LpipsUnavailableError(f'{path} is not the expected weights file ({WEIGHTS}): {_INSTALL}')
   tree = _ArraysOnly(io.BytesIO(content)).load()
   trunk = [tree['VGG16_0'][f'Conv_{i}'] for i in range(sum(_CONVOLUTIONS))]
   heads = [tree[f'NetLinLayer_{i}']['Conv_0']['kernel'] for i in range(len(_CONVOLUTIONS))]

@@ -25,7 +25,7 @@ def image_metrics(
   mask: np.ndarray | None = None,
   measure_lpips: Callable[..., dict[str, float]] | None = None,
 ) -> dict[str, float]:
-  """Computes the METRICS of a rendered image, and those of LPIPS if given its function.
+  """Computes METRICS of a rendered image, and lpips.METRICS if `measure_lpips` is given.
 
   Colours are corrected before quantisation and over the whole image.
 

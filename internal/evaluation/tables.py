@@ -1,7 +1,7 @@
-"""Makes tables of results.json files, methods by scenes, with published rows.
+"""Builds tables of methods by scenes from results.json files and published numbers.
 
-A table never mixes protocols: everything that numbers in one table must share is checked, and a
-difference is an error that names both files and the field.
+A table never mixes protocols: `check` compares every field that affects the numbers, and its errors
+name both files and the field.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ from ..errors import UserError
 from . import benchmarks, lpips, results
 from .metrics import METRICS
 
-HIGHER_IS_BETTER = {
-  **dict.fromkeys(METRICS, True),
-  **dict.fromkeys(lpips.METRICS, False),
-}
+HIGHER_IS_BETTER = {**dict.fromkeys(METRICS, True), **dict.fromkeys(lpips.METRICS, False)}
 _SHOWN = ('psnr', 'ssim', *lpips.METRICS)  # By default.
 
 # Fields that must agree in the whole table, per scene, and per method.
@@ -138,7 +135,7 @@ def check_published(runs: Iterable[Run], benchmark: benchmarks.Benchmark) -> Non
   """Checks that results are comparable with published numbers.
 
   Raises:
-    TablesError: a results.json departs from the published protocol.
+    TablesError: a results.json does not follow the published protocol.
   """
   split = results.every(benchmark.hold) if benchmark.hold else results.OWN_SPLIT
   for run in runs:
@@ -157,19 +154,20 @@ def check_published(runs: Iterable[Run], benchmark: benchmarks.Benchmark) -> Non
       if run.field(name) != value:
         raise TablesError(
           f'{run.path} and the published numbers (benchmarks.json) differ in {name} '
-          f'({_short(run.field(name))} and {value!r}); --published none leaves those out.'
+          f'({_short(run.field(name))} and {value!r}); use --published none to '
+          'leave the published numbers out.'
         )
     for size in run.field('image_sizes'):
       if any(abs(int(a) - b) > 1 for a, b in zip(size.split('x'), facts.used_size)):
         raise TablesError(
           f'{run.path} and the published numbers (benchmarks.json) differ in image_sizes ({size} '
-          f'and {facts.used_size[0]:.0f}x{facts.used_size[1]:.0f}); --published none leaves those '
-          'out.'
+          f'and {facts.used_size[0]:.0f}x{facts.used_size[1]:.0f}); use --published none to leave '
+          'the published numbers out.'
         )
 
 
 def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
-  """Groups runs into methods by config_hash, named 'ours', or 'ours HASH' if there are several."""
+  """Groups runs by config_hash into methods: 'ours', or 'ours HASH' if there are several."""
   by_hash: dict[str, list[Run]] = {}
   for run in runs:
     by_hash.setdefault(run.found['config_hash'], []).append(run)
@@ -250,7 +248,7 @@ def _choose(benchmark, names: Sequence[str] | None) -> list[benchmarks.Published
   for name in names or ():
     if name not in known:
       raise TablesError(
-        f'No published method {name!r} on {benchmark.name}; choose from {", ".join(known)}.'
+        f'Unknown published method {name!r} on {benchmark.name}; choose from {", ".join(known)}.'
       )
   return list(known.values()) if names is None else [known[name] for name in names]
 

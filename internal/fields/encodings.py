@@ -77,6 +77,7 @@ class IntegratedPositionalEncoding(Encoding):
       'max_deg': cfg.max_deg_point,
       'basis_shape': cfg.basis_shape,
       'basis_subdivisions': cfg.basis_subdivisions,
+      # A direction and an inverse distance.
       'axes': 4 if cfg.warp_fn == 'inverted_sphere' else 3,
       'packed': on_gpu and field.dtype == jnp.bfloat16,
       'multisampled': field.multisampled,
@@ -113,7 +114,7 @@ def _plain(encoding: IntegratedPositionalEncoding, mean: Array, cov: Array) -> A
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _packed(encoding: IntegratedPositionalEncoding, mean: Array, cov: Array) -> Array:
-  lifted, var = coord.lift_and_diagonalize(mean, cov, encoding._basis())
+  lifted, var = coord.lift_and_diagonalize(mean, cov, encoding._basis())  # [..., b]
   degs = encoding.min_deg, encoding.max_deg
   return packed_encoding.packed_pos_enc(lifted, var, *degs, encoding._width())
 
@@ -126,8 +127,9 @@ def _packed_backward(encoding, residuals, d_features):
   """Differentiates the plain encoding instead: few models need this gradient."""
 
   def arranged(mean, cov):
-    plain = jnp.moveaxis(_plain(encoding, mean, cov), -1, 0)
-    return jnp.moveaxis(encoding.arrange(plain), 0, -1).astype(jnp.bfloat16)
+    plain = jnp.moveaxis(_plain(encoding, mean, cov), -1, 0)  # [f, ...]: `arrange` takes rows.
+    features = jnp.moveaxis(encoding.arrange(plain), 0, -1)  # [..., width]
+    return features.astype(jnp.bfloat16)
 
   return jax.vjp(arranged, *residuals)[1](d_features)
 
@@ -182,10 +184,10 @@ class HashGrid(Encoding):
     x, scale = grid.in_cube(gaussians.mean, gaussians.cov)  # [..., 3], [...]
     by_level, features = [], None
     for i, n in enumerate(grid.resolutions(self.levels, self.min_resolution, self.max_resolution)):
-      shape = grid.table_size(n, self.log2_size), self.features
+      shape = grid.table_size(n, self.log2_size), self.features  # A row per vertex or hash value.
       table = self.param(f'table_{i}', _small_uniform, shape)
       features = grid.lookup(table, x, n, self.deterministic, features)  # [..., features]
-      faded = features * grid.fading(scale, n)[..., None]
+      faded = features * grid.fading(scale, n)[..., None]  # [..., features], or [..., k, features]
       # Fused into the concatenation, neighbouring GPU threads would work on different levels.
       by_level.append(grid.apart(jnp.mean(faded, -2) if self.multisampled else faded))
     return jnp.concatenate(by_level, -1)  # [..., levels * features]

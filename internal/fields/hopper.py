@@ -87,7 +87,7 @@ def _fetch_all(total, stages: int, empty, fetch) -> None:
 
   def refill(step, _):
     slot = lax.rem(step, stages)
-    plgpu.barrier_wait(empty.at[slot])
+    plgpu.barrier_wait(empty.at[slot])  # Both multiplying warpgroups have read the slot.
     fetch(step, slot)
 
   def drain(step, _):
@@ -142,7 +142,7 @@ def product(
     [m, n] bfloat16.
   """
   (m, _), (_, n) = xs[0].shape, ws[0].shape
-  blocks = min(blocks or _blocks(), (m // _ROWS) * (n // _COLS))
+  blocks = min(blocks or _blocks(), (m // _ROWS) * (n // _COLS))  # No block without a tile.
   body = functools.partial(
     _product_kernel,
     depths=tuple(x.shape[1] for x in xs),
@@ -153,9 +153,7 @@ def product(
   scratch = [
     *_ring(_PRODUCT_STAGES, (_ROWS, _DEPTH), (_DEPTH, _COLS)),
     plgpu.SMEM(
-      (_WARPGROUPS, _COLS // _SUB, _ROWS // _WARPGROUPS, _SUB),
-      jnp.bfloat16,
-      transforms=_TRANSFORMS,
+      (_WARPGROUPS, _COLS // _SUB, _ROWS // _WARPGROUPS, _SUB), jnp.bfloat16, transforms=_TRANSFORMS
     ),
     plgpu.Barrier(num_arrivals=_COLS // _SUB, num_barriers=_WARPGROUPS),
   ]
@@ -165,7 +163,7 @@ def product(
 
 
 class _Refs(NamedTuple):
-  """What `_product_kernel` reads and writes; bias to mask are None if not used."""
+  """The arrays and barriers of `_product_kernel`; bias to mask are None if not used."""
 
   xs: list[Any]  # In global memory, as `product` documents them.
   ws: list[Any]
@@ -198,7 +196,7 @@ def _product_kernel(*refs, depths, extras, relu, blocks):
   half = _ROWS // _WARPGROUPS
   steps = sum(depths) // _DEPTH  # Per tile.
   warpgroup, block = lax.axis_index('warpgroup'), lax.axis_index('block')
-  my_tiles = lax.div(tiles - block + blocks - 1, blocks)
+  my_tiles = lax.div(tiles - block + blocks - 1, blocks)  # Tiles block, block + blocks, ...
 
   def corner(i):
     """Returns row and column of this block's i-th tile; neighbours share rows of x in cache."""
@@ -224,7 +222,7 @@ def _product_kernel(*refs, depths, extras, relu, blocks):
       _finish_tile(refs, acc, warpgroup, row, col, relu)
 
     lax.fori_loop(0, my_tiles, one_tile, None)
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0)  # A block must not end before its last stores.
 
 
 def _fetch_product_step(refs: _Refs, depths, corner, step, slot) -> None:
@@ -305,7 +303,7 @@ def _finish_tile(refs: _Refs, acc, warpgroup, row, col, relu: bool) -> None:
     if refs.mask is not None:
       piece = jnp.where(refs.result[warpgroup, p] > 0, piece, 0.0)
     refs.result[warpgroup, p] = piece.astype(jnp.bfloat16)
-  plgpu.commit_smem()
+  plgpu.commit_smem()  # Makes the writes visible to the copy engine.
   for p in pieces:
     plgpu.copy_smem_to_gmem(refs.result.at[warpgroup, p], _piece(refs.out, row, col, p))
 
@@ -338,7 +336,8 @@ def weight_gradient(
     plgpu.SMEM((_WARPGROUPS, _SUB, _DEPTH), jnp.bfloat16, transforms=_TRANSFORMS),
   ]
   dw, rows = _call(body, outs, scratch, parts * down * across, interpret)(x, g)
-  return jnp.sum(dw, 0), jnp.sum(rows[:, :, 0], (0, 1))
+  # All _SUB rows of a row sum are equal.
+  return jnp.sum(dw, 0), jnp.sum(rows[:, :, 0], (0, 1))  # [k, n], [n]
 
 
 def _gradient_kernel(x, g, dw, row_sums, x_ring, g_ring, full, empty, ones, *, down, across, parts):

@@ -18,7 +18,7 @@ import numpy as np
 from .. import configs
 from ..training import train_step
 
-_IN_FLIGHT = 8  # Calls that may be started before the first of them ends.
+_IN_FLIGHT = 8  # Maximum number of unfinished calls.
 
 
 def _needing(name: str, shape: tuple[int, int], mlp: configs.MLP, settings) -> int:
@@ -73,8 +73,8 @@ def ray_flops(settings: configs.Settings) -> dict[str, int]:
 def in_turn(call: Callable, count: int) -> Iterator:
   """Yields the results of `count` calls in order, once their arrays are ready.
 
-  Limits the calls in flight: with a hundred, the virtual devices of a CPU would start different
-  ones and deadlock in their collectives.
+  Limits the number of calls in flight: with a hundred, a CPU's virtual devices would run different
+  calls at the same time and deadlock in their collectives.
   """
   in_flight = collections.deque()
   for _ in range(count):
@@ -103,13 +103,7 @@ def time_groups(call: Callable, seconds: float) -> dict:
     collections.deque(in_turn(call, size), maxlen=0)
     times.append((time.perf_counter() - began) / size * 1e3)
   low, middle, high = (float(v) for v in np.percentile(times, [10, 50, 90]))
-  return {
-    'ms': middle,
-    'ms_10': low,
-    'ms_90': high,
-    'groups': len(times),
-    'calls_per_group': size,
-  }
+  return {'ms': middle, 'ms_10': low, 'ms_90': high, 'groups': len(times), 'calls_per_group': size}
 
 
 @contextlib.contextmanager
@@ -155,7 +149,7 @@ def peak_bytes(devices) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """All kernels of one name, per step."""
+  """The time and number of executions of a kernel per step."""
 
   name: str
   ms: float

@@ -1,9 +1,9 @@
-"""Programs compiled for a machine that is only described: what they need, what bounds them.
+"""Compiles programs for TPUs that are not attached, and estimates their memory and speed.
 
 XLA's TPU compiler comes with the package libtpu and runs on any CPU. Given a topology such as
-'v5e:4x4' it compiles the training step and the renderer in full, so their memory, floating-point
-operations, memory traffic and collectives are known before anybody rents the machine. The speeds
-are upper bounds (a roofline): nothing is executed.
+'v5e:4x4', it compiles the training step and the renderer. The compiled programs give their memory,
+FLOPs, memory traffic and collectives. Nothing is executed: speeds are the upper bounds of a
+roofline model.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from . import programs
 
 
 class TopologyError(UserError):
-  """A machine that the compiler does not know."""
+  """A topology that the compiler does not support."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What the vendor's data sheet says of a chip."""
+  """A chip's figures from the vendor's data sheet."""
 
   memory: float  # Bytes of HBM.
   flops: float  # Dense bfloat16 products, 1/s.
@@ -50,7 +50,7 @@ CHIPS = {
   'v6e': Chip(32 * 2**30, 918e12, 1640e9),
 }
 
-_SHARE = 0.95  # Of a chip's memory; the runtime keeps some for itself.
+_SHARE = 0.95  # Usable part of a chip's memory; the runtime reserves the rest.
 _COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
 _BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2, 's64': 8, 'u64': 8}
 
@@ -69,7 +69,7 @@ def describe(topology: str) -> tuple[Chip, Mesh, int]:
     raise TopologyError(
       f'--topology {topology!r} must be a chip ({", ".join(CHIPS)}) and a shape, such as v5e:4x4.'
     )
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # Do not look for a TPU of this machine.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # Do not look for an attached TPU.
   try:
     from jax.experimental import topologies
 
@@ -95,7 +95,7 @@ def _replicated(tree, mesh: Mesh):
 
 
 def _capture(mesh: Mesh, images: int, width: int, height: int):
-  """Cameras and pixels of a capture of that size, as shapes on every device."""
+  """Returns replicated cameras and pixels of a capture of this size, as shapes."""
   cams = programs.ring(images, width, height)
   plane = jax.ShapeDtypeStruct((images * width * height,), np.uint8)
   store = batches.PixelStore((plane,) * 3, batches.first_pixels(np.asarray(cams.size)))
@@ -103,13 +103,13 @@ def _capture(mesh: Mesh, images: int, width: int, height: int):
 
 
 def train_arguments(settings: configs.Settings, mesh: Mesh, capture: tuple[int, int, int]):
-  """What the training step is called with, as shapes: state, cameras, pixels."""
+  """Returns the training step's arguments as shapes: state, cameras, pixels."""
   state = train_step.abstract_state(settings)
   return (_abstract(state, sharding.placement(state, mesh)), *_capture(mesh, *capture))
 
 
 def render_arguments(settings: configs.Settings, mesh: Mesh, capture: tuple[int, int, int]):
-  """What the chunk renderer is called with, as shapes."""
+  """Returns the chunk renderer's arguments as shapes."""
   params = _replicated(train_step.abstract_state(settings).params, mesh)
   cams, _ = _capture(mesh, *capture)
   return params, cams, np.int32(0), np.int32(0), np.float32(1)
@@ -129,16 +129,16 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
 
 
 def account(compiled: jax.stages.Compiled, chip: Chip, rays: int, seconds: float) -> dict:
-  """Reckons, for one device, what a compiled program needs and how fast it can be at most.
+  """Computes a program's memory and minimum time per device (a roofline model).
 
   Args:
-    compiled: for a described machine.
-    chip: of the machine; a device is a chip, or one of its cores.
-    rays: of all devices in one run of the program.
-    seconds: that compiling took.
+    compiled: the program, compiled for the chip.
+    chip: the chip; a device is a chip or one of its cores.
+    rays: rays per call of the program, over all devices.
+    seconds: compile time.
   """
   sizes, cost = compiled.memory_analysis(), compiled.cost_analysis()
-  results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes  # Donated ones take no more.
+  results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes  # Donated buffers are reused.
   needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + results
   needed += sizes.generated_code_size_in_bytes
   flops, traffic = cost.get('flops', 0.0), cost.get('bytes accessed', 0.0)
@@ -162,7 +162,7 @@ def account(compiled: jax.stages.Compiled, chip: Chip, rays: int, seconds: float
 
 
 def compile_timed(function: Callable, args) -> tuple[jax.stages.Compiled, float]:
-  """Lowers and compiles a jit-compiled function; the seconds are those of both."""
+  """Lowers and compiles a jit-compiled function; returns the program and the seconds taken."""
   began = time.monotonic()
   compiled = function.lower(*args).compile()
   return compiled, time.monotonic() - began
@@ -173,14 +173,14 @@ def _too_large(error: Exception) -> bool:
 
 
 def measure(variant: Callable, choices, args, chip: Chip, rays: Callable) -> dict:
-  """Compiles the first variant that fits, as `memory.FirstFit` does on a real machine.
+  """Compiles the first variant that fits, as `memory.FirstFit` does on attached devices.
 
   Args:
-    variant: gives the jit-compiled function of a choice.
-    choices: from the one that takes most memory to the one that takes least.
-    args: shapes of its arguments.
-    chip: of the machine.
-    rays: gives the rays of one run for a choice.
+    variant: returns the jit-compiled function of a choice.
+    choices: choices in order of decreasing memory.
+    args: the function's arguments as shapes.
+    chip: the chip to compile for.
+    rays: returns the rays per call of a choice.
   """
   tried = []
   for choice in choices:
@@ -199,7 +199,7 @@ def measure(variant: Callable, choices, args, chip: Chip, rays: Callable) -> dic
 
 
 def train_row(settings: configs.Settings, chip: Chip, mesh: Mesh, capture) -> dict:
-  """The training step, in the fewest micro-batches that fit."""
+  """Measures the training step with the fewest micro-batches that fit."""
   step = train_step.make_train_step(settings, mesh)
   rays = settings.config.batch_size
   args = train_arguments(settings, mesh, capture)
@@ -207,7 +207,7 @@ def train_row(settings: configs.Settings, chip: Chip, mesh: Mesh, capture) -> di
 
 
 def render_row(settings: configs.Settings, chip: Chip, mesh: Mesh, capture) -> dict:
-  """The renderer, of the largest chunk that fits."""
+  """Measures the renderer with the largest chunk that fits."""
   render = renderer.make_chunk_renderer(settings, mesh)
   args = render_arguments(settings, mesh, capture)
   return measure(render.variant, render.choices, args, chip, lambda chunk: chunk)

@@ -24,7 +24,7 @@ from . import benchmark_tables, costs
 
 
 def on_cpu() -> bool:
-  """Whether JAX runs on a CPU, where measurements use smaller sizes."""
+  """Returns whether JAX runs on a CPU, where measurements use smaller sizes."""
   return jax.default_backend() == 'cpu'
 
 

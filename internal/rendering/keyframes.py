@@ -47,16 +47,16 @@ def between(
     raise UserError(f'A path needs at least two keyframes, got {len(keys)}.')
   poses = paths.generate_spline_path(keys, frames_per_segment, _DEGREE, smoothness=0)
   # Segments differ in length, so find the frame nearest to each keyframe, in order.
-  apart = np.linalg.norm((poses[:, None] - keys).reshape(len(poses), len(keys), -1), axis=-1)
-  places = [0]
+  distances = np.linalg.norm((poses[:, None] - keys).reshape(len(poses), len(keys), -1), axis=-1)
+  nearest = [0]
   for k in range(1, len(keys)):
-    places.append(places[-1] + int(np.argmin(apart[places[-1] :, k])))
-  places[-1] = len(poses) - 1
-  return poses, np.interp(np.arange(len(poses)), places, [key.fov for key in keyframes])
+    nearest.append(nearest[-1] + int(np.argmin(distances[nearest[-1] :, k])))
+  nearest[-1] = len(poses) - 1
+  return poses, np.interp(np.arange(len(poses)), nearest, [key.fov for key in keyframes])
 
 
 def to_capture(poses: np.ndarray, world_transform: np.ndarray) -> np.ndarray:
-  """Converts poses [n, 3, 4] from the normalised to the capture's world; rotations stay rotations.
+  """Converts poses [n, 3, 4] from the normalised to the capture's world, without scaling rotations.
 
   `world_transform` [4, 4] is the similarity from the capture's world to the normalised one.
   """

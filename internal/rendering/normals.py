@@ -21,9 +21,10 @@ def make_normals(settings: configs.Settings) -> Callable:
   """Makes `normals(params, rays, history) -> [..., 3]`, the pixels' normals in world axes.
 
   `history` is that of the last level. The normal of an interval is the unit vector of steepest
-  density decrease when its Gaussian is translated. A pixel's normal is the sum of them by
-  compositing weight: shorter than 1 where they disagree or opacity is below 1. Computed in float32,
-  since bfloat16 cannot resolve differences at the encoding's highest frequencies.
+  density decrease when its Gaussian is translated. A pixel's normal is the sum of its intervals'
+  normals, weighted by the compositing weights; it is shorter than 1 where these normals disagree or
+  opacity is below 1. Computed in float32, since bfloat16 cannot resolve differences at the
+  encoding's highest frequencies.
   """
   exact = dataclasses.replace(settings.model, mlp_dtype='float32', use_gpu_kernels=False)
   model = models.build(dataclasses.replace(settings, model=exact))

@@ -62,10 +62,7 @@ def draw(
   centre = (low + high) / 2 @ np.stack([right, away, up])
   scale = _SIDE / max(1.25 * (high - low).max(), 1e-9)
   sheet = canvas.Canvas(2 * _SIDE + 3 * _MARGIN, _SIDE + _FOOT + 2 * _MARGIN, 'white', _INK, halo=2)
-  views = {
-    'from above': np.stack([right, away, up]),
-    'from the side': np.stack([right, up, -away]),
-  }
+  views = {'from above': np.stack([right, away, up]), 'from the side': np.stack([right, up, -away])}
   for k, (title, axes) in enumerate(views.items()):
     view = _draw_panel(_Panel(axes, centre, scale), title, train, cams, path, points, scene)
     sheet.paste(_MARGIN + k * (_SIDE + _MARGIN), _MARGIN, view)
@@ -125,7 +122,7 @@ def _splat(panel: _Panel, xyz: np.ndarray, rgb: np.ndarray) -> np.ndarray:
 def _frustum(cams: structs.Cameras, row: int, pose: np.ndarray, depth: float) -> np.ndarray:
   """Returns a camera's centre and the four corners of its image plane, world points [5, 3].
 
-  For other lenses than perspective: its centre and a point ahead [2, 3].
+  For lenses other than perspective: its centre and a point ahead [2, 3].
   """
   eye = pose[:, 3]
   if np.asarray(cams.lens)[row] != structs.PERSPECTIVE:
@@ -178,7 +175,7 @@ def _round_down(x: float) -> float:
 
 
 def _describe(scene, cams, path, train, fps: float, origin: str) -> list[str]:
-  """Returns lines on the path's length, lens and spacing, in the capture's units."""
+  """Describes the path's length, lens and spacing in lines of text, in the capture's units."""
   n, unit = len(path), _units(scene)
   width, height = np.asarray(cams.size)[0]
   lens = structs.LENS_NAMES[int(np.asarray(cams.lens)[0])]
@@ -193,7 +190,7 @@ def _describe(scene, cams, path, train, fps: float, origin: str) -> list[str]:
   return [
     f'{n} frames, {n / fps:.1f} s at {fps:g} frames a second    {width} x {height}, '
     f'{lens}{_angles(cams)}',
-    f'way {lengths.sum():.3g} units, {jump}    farthest from any photo: frame {far}, '
+    f'length {lengths.sum():.3g} units, {jump}    farthest from any photo: frame {far}, '
     f'{to_photo[far]:.2g} units',
     f'grey: the {len(train)} training photos    points: {origin}',
   ]

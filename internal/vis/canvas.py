@@ -20,12 +20,7 @@ class Canvas:
   """Shapes, text and images on a background."""
 
   def __init__(
-    self,
-    width: int,
-    height: int,
-    background: Color = 'white',
-    ink: Color = 'black',
-    halo: int = 0,
+    self, width: int, height: int, background: Color = 'white', ink: Color = 'black', halo: int = 0
   ):
     """Makes an empty canvas; text is in `ink`, in a white outline of width `halo`."""
     self.image = Image.new('RGB', (width * FINE, height * FINE), background)

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 
-_SIZE = 560, 260  # The SVG's units, of which matplotlib puts 72 into an inch.
+_SIZE = 560, 260  # In SVG units; matplotlib has 72 per inch.
 _LEGEND_LINE = 18  # Height of a legend entry.
 _MAX_POINTS = 240  # Points drawn per line; longer lines are averaged.
 _COLORS = ('#00798c', '#d1495b', '#edae49', '#66a182', '#8d6a9f', '#7f8c8d', '#b5651d')
@@ -85,7 +85,7 @@ def _is_drawable(y: float | None, log: bool) -> bool:
 
 
 def _figure(height: int):
-  """An empty figure with a transparent background, and its axes."""
+  """Returns an empty figure with a transparent background, and its axes."""
   from matplotlib.figure import Figure
 
   figure = Figure((_SIZE[0] / 72, height / 72), layout='constrained', facecolor='none')
