@@ -145,6 +145,8 @@ def _run(program, args, output, env, constants, writes) -> None:
   out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
   for stream in (1, 2):
     os.dup2(out, stream)
+  # New objects, because the old ones remember whether the runner's own output could seek.
+  sys.stdout, sys.stderr = (os.fdopen(s, 'w', closefd=False) for s in (1, 2))
   sys.argv = [program, *args]
   module = importlib.import_module(f'internal.commands.{program}')
   code = 1
