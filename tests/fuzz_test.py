@@ -19,6 +19,7 @@ import shutil
 import signal
 import sqlite3
 import tracemalloc
+import zipfile
 
 import captures
 import colmap_test
@@ -33,12 +34,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from internal import cli, colmap, configs, datasets
-from internal.datasets import images, masks, ply, scenes
+from internal.datasets import downloads, images, masks, ply, scenes
 from internal.devices import sharding
 from internal.evaluation import html_report
 from internal.rendering import path_files
 from internal.sfm import pipeline, reconstruction
-from internal.training import checkpoints, run_folder, runlog, train_step
+from internal.training import checkpoints, pixel_store, run_folder, runlog, train_step
 from internal.vis import video
 
 CASES = int(os.environ.get('FUZZ_CASES', 0))
@@ -578,6 +579,47 @@ def test_damaged_masks(tmp_path_factory, data):
   pathlib.Path(path).write_bytes(data.draw(corruption.of_bytes(_encoded('png'))))
   mask = attempt(lambda: masks.read(path, (16, 12)), re.escape(path))
   assert mask is None or mask.shape == (12, 16)
+
+
+@cases(0.05)
+@hypothesis.given(data=st.data())
+def test_damaged_archives(tmp_path_factory, data):
+  folder = tmp_path_factory.getbasetemp() / 'archives'
+  shutil.rmtree(folder, ignore_errors=True)
+  folder.mkdir()
+  path, packed = str(folder / 'a.zip'), io.BytesIO()
+  with zipfile.ZipFile(packed, 'w', zipfile.ZIP_DEFLATED) as f:
+    for name in ('top/room/images/0.png', 'top/room/poses.npy', 'top/../../outside'):
+      f.writestr(name, name * 20)
+  pathlib.Path(path).write_bytes(data.draw(corruption.of_bytes(packed.getvalue())))
+  archive = downloads.Archive('a.zip', 'http://nowhere', 'page', ('room',), 'top/')
+  attempt(lambda: downloads.unpack(path, archive, str(folder)), re.escape(path))
+  assert not (folder.parent / 'outside').exists()
+  assert {p.name for p in folder.iterdir()} <= {'a.zip', 'room', 'room.part'}
+
+
+@pytest.fixture(scope='module')
+def mapped(outside, tmp_path_factory):
+  """A capture whose pixels are mapped from a cache file, the pixels, and the cache's files."""
+  root = str(tmp_path_factory.mktemp('mapped'))
+  _colmap(root, '.bin')
+  config = tiny.settings(
+    f'Config.data_dir = {root!r}', "Config.pixels_on = 'disk'", 'Config.factor = 0'
+  ).config
+  scene = datasets.load_dataset(config)
+  pixels = np.stack([*pixel_store.read(config, scene, progress=False).rgb.planes()])
+  return config, scene, pixels, {p: p.read_bytes() for p in pathlib.Path(root, '.pixels').iterdir()}
+
+
+@cases(0.03)
+@hypothesis.given(data=st.data())
+def test_damaged_pixel_caches_are_made_again(mapped, data):
+  config, scene, pixels, contents = mapped
+  folder = pathlib.Path(config.data_dir, '.pixels')
+  path = data.draw(st.sampled_from(sorted(contents)))
+  path.write_bytes(data.draw(corruption.of_bytes(contents[path])))
+  found = attempt(lambda: pixel_store.read(config, scene, progress=False), re.escape(str(folder)))
+  np.testing.assert_array_equal(np.stack([*found.rgb.planes()]), pixels)
 
 
 _STATE = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import http.client
 import os
 import re
@@ -41,6 +42,12 @@ class Archive:
   scenes: tuple[str, ...]
   top: str = ''  # The folder of the scenes in the archive, with a trailing slash.
 
+
+# What zipfile raises for damaged archives.
+_DAMAGE = (
+  zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error, ValueError, RuntimeError,
+  FileExistsError, NotADirectoryError,
+)  # fmt: skip
 
 _STORAGE = 'https://storage.googleapis.com/gresearch/refraw360/'
 _DRIVE = 'https://drive.usercontent.google.com/download?export=download&confirm=t&id='
@@ -218,14 +225,11 @@ def unpack(path: str, archive: Archive, folder: str, scenes: Sequence[str] | Non
         target = os.path.join(folder, scene)
         if not os.path.exists(target):
           _unpack_scene(path, opened, f'{archive.top}{scene}/', target)
-  except (
-    zipfile.BadZipFile,
-    EOFError,
-    NotImplementedError,
-    zlib.error,
-    FileExistsError,
-    NotADirectoryError,
-  ) as e:
+  except DownloadError:
+    raise
+  except (*_DAMAGE, OSError) as e:
+    if isinstance(e, OSError) and not isinstance(e, _DAMAGE) and e.errno != errno.EINVAL:
+      raise  # Such as a full disk. Damaged offsets make zipfile seek before the file's start.
     raise DownloadError(
       f'{path} is damaged ({e}). Remove it and start again to download it.'
     ) from None

@@ -35,11 +35,6 @@ def is_live() -> bool:
   return sys.stderr.isatty() and sys.stdout.isatty() and not _quiet
 
 
-def is_quiet() -> bool:
-  """Returns whether `set_quiet` was called."""
-  return _quiet
-
-
 def say(text: str) -> None:
   """Prints a line above any live line; does nothing after `set_quiet`.
 
