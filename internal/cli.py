@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import re
 import sys
 import tempfile
 import traceback
@@ -54,10 +53,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
   The description, with examples, is shown verbatim. If the package is installed by pip, examples
   name the console command instead of scripts.
   """
-  if not installation.is_checkout():
-    description = re.sub(r'\bpython (?:scripts/)?(\w+)\.py\b', r'mipnerf360 \1', description)
   parser = argparse.ArgumentParser(
-    description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    description=installation.examples(description),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument(
     '--quiet', action=_Switch, const=progress.set_quiet,

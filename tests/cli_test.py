@@ -255,6 +255,14 @@ def test_each_script_starts_a_command_and_each_command_has_a_script():
 
 
 @pytest.mark.parametrize('name', COMMANDS)
+def test_examples_name_the_console_command_once_installed(name, monkeypatch):
+  monkeypatch.setattr(installation, 'is_checkout', lambda: False)
+  text = installation.examples(importlib.import_module(f'internal.commands.{name}').__doc__)
+  assert f'mipnerf360 {name} ' in text
+  assert 'python ' not in text
+
+
+@pytest.mark.parametrize('name', COMMANDS)
 def test_help_is_complete_with_an_example(name, monkeypatch):
   parsers = []
 

@@ -13,11 +13,12 @@ import pathlib
 import sys
 
 from ..demo import capture
+from ..system import installation
 
 
 def main(argv=None) -> None:
   parser = argparse.ArgumentParser(  # Not cli.make_parser: cli imports JAX.
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    description=installation.examples(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('out_dir', type=pathlib.Path, metavar='OUT_DIR', help='the capture')
   parser.add_argument('--width', type=int, default=160, help='image width in pixels')

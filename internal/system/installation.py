@@ -7,6 +7,7 @@ Installed by pip it is `mipnerf360`, with the configs inside and one console com
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -42,3 +43,15 @@ def command(name: str) -> list[str]:
 def command_text(name: str) -> str:
   """Returns a command as users type it: 'python train.py' or 'mipnerf360 train'."""
   return f'python {_script(name)}' if is_checkout() else f'mipnerf360 {name}'
+
+
+def examples(text: str) -> str:
+  """Returns a help text whose examples start commands in the way of this installation."""
+  if is_checkout():
+    return text
+  names = {file: name for name, file in _FILES.items()}
+  return re.sub(
+    r'\bpython (?:scripts/)?(\w+)\.py\b',
+    lambda match: f'mipnerf360 {names.get(match[1], match[1])}',
+    text,
+  )
