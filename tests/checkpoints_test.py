@@ -406,6 +406,17 @@ class TestScene:
     assert capsys.readouterr().err == ''
     assert sorted(os.listdir(run[0])) == ['config.gin', 'run.json', 'scene.json']
 
+  def test_a_changed_scene_is_no_evidence_of_other_poses(self, run, capsys):
+    path, scene = Path(run[0]) / 'scene.json', datasets.load_dataset(run[1])
+    run_folder.check_same_scene(run[0], scene)
+    assert capsys.readouterr().err == ''
+    scene.cameras.camtoworld[scene.train[0], 0, 3] += 0.5
+    with pytest.raises(checkpoints.CheckpointError, match='trained with other poses'):
+      run_folder.check_same_scene(run[0], scene)
+    path.write_text(path.read_text() + ' ')
+    run_folder.check_same_scene(run[0], scene)
+    assert 'are not compared' in capsys.readouterr().err
+
   @pytest.mark.parametrize('share', [0, 0.2, 0.5, 0.9, 0.99])
   def test_a_cut_config_is_refused(self, run, share):
     path = Path(run[0]) / 'config.gin'

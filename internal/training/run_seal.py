@@ -84,6 +84,13 @@ def write(folder: str, run: str, config: str, write_files: Callable[[str], None]
   shutil.rmtree(staging)
 
 
+def changed_files(folder: str) -> list[str]:
+  """Returns the names of sealed files that are not as training wrote them; [] without a seal."""
+  sums, seal = _sums(folder), _read(folder)  # In this order, since training writes the seal first.
+  accepted = seal['sha256'] if seal else {}
+  return [name for name in accepted if sums.get(name) not in accepted[name]]
+
+
 def check(folder: str) -> None:
   """Checks that the run's files are as training wrote them.
 
@@ -92,12 +99,11 @@ def check(folder: str) -> None:
   Raises:
     RunFileError: scene.json has changed, or config.gin was cut.
   """
-  sums, seal = _sums(folder), _read(folder)  # In this order, since training writes the seal first.
+  changed, seal = changed_files(folder), _read(folder)
   if seal is None:
     if os.path.lexists(os.path.join(folder, FILE)):
       _warn(f'{os.path.join(folder, FILE)} is damaged, so the other files are not verified.')
     return
-  changed = [name for name in seal['sha256'] if sums.get(name) not in seal['sha256'][name]]
   if CONFIG in changed:
     _check_edits(os.path.join(folder, CONFIG), seal['config'])
   if SCENE in changed:
