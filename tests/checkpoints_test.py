@@ -16,6 +16,7 @@ import tiny
 
 from internal import datasets
 from internal.devices import sharding
+from internal.system import files
 from internal.training import checkpoints, run_folder, run_seal, train_step
 
 
@@ -188,7 +189,8 @@ def test_a_checkpoint_removed_by_training_is_not_called_damaged(saved, monkeypat
     return function(*args)
 
   monkeypatch.setattr(checkpoints, moment, after_training_went_on)
-  assert checkpoints.restore_params(folder, settings)[1] == 10
+  # The second `restore` reads a copy.
+  assert checkpoints.restore_params(folder, settings)[1] == {'damage': 10, 'restore': 9}[moment]
   assert capsys.readouterr().err == ''
 
 
@@ -200,6 +202,24 @@ def test_a_requested_checkpoint_that_is_removed_while_read(saved, monkeypatch):
   )
   with pytest.raises(checkpoints.CheckpointError, match='8 was removed while it was being read'):
     checkpoints.restore_params(folder, settings, 8)
+
+
+def test_after_a_failure_a_copy_is_read_which_training_cannot_remove(saved, monkeypatch):
+  folder, settings, state = saved
+  read, wanted = checkpoints._read, []
+
+  def remove_and_read(path, *args):
+    """Saves the next checkpoint and removes the one that is being read."""
+    step = int(Path(path).name)
+    wanted.append(step)
+    checkpoints.save(folder, state.replace(step=state.step + step + 1), keep=1)
+    return read(path, *args)
+
+  monkeypatch.setattr(checkpoints, '_read', remove_and_read)
+  params, step = checkpoints.restore_params(folder, settings)
+  assert (wanted, step) == ([8, 9], 9)
+  assert checkpoints.all_steps(folder) == [10]
+  jax.tree.map(np.testing.assert_array_equal, params, state.params)
 
 
 @pytest.mark.parametrize('function', ['rename', 'rmtree'])
@@ -386,6 +406,17 @@ class TestScene:
     assert capsys.readouterr().err == ''
     assert sorted(os.listdir(run[0])) == ['config.gin', 'run.json', 'scene.json']
 
+  def test_a_changed_scene_is_no_evidence_of_other_poses(self, run, capsys):
+    path, scene = Path(run[0]) / 'scene.json', datasets.load_dataset(run[1])
+    run_folder.check_same_scene(run[0], scene)
+    assert capsys.readouterr().err == ''
+    scene.cameras.camtoworld[scene.train[0], 0, 3] += 0.5
+    with pytest.raises(checkpoints.CheckpointError, match='trained with other poses'):
+      run_folder.check_same_scene(run[0], scene)
+    path.write_text(path.read_text() + ' ')
+    run_folder.check_same_scene(run[0], scene)
+    assert 'are not compared' in capsys.readouterr().err
+
   @pytest.mark.parametrize('share', [0, 0.2, 0.5, 0.9, 0.99])
   def test_a_cut_config_is_refused(self, run, share):
     path = Path(run[0]) / 'config.gin'
@@ -398,10 +429,24 @@ class TestScene:
     path = Path(run[0]) / 'config.gin'
     lines = path.read_text().splitlines()
     path.write_text('\n'.join(line for line in lines if not line.startswith('Config.near')))
-    with pytest.raises(run_seal.RunFileError, match=r'\(Config.near and 0 other settings'):
+    with pytest.raises(run_seal.RunFileError, match=r'has lost Config\.near since training'):
+      run_folder.open_run(run[0])
+    lost = ('Config.near', 'Config.far')
+    path.write_text('\n'.join(line for line in lines if not line.startswith(lost)))
+    with pytest.raises(run_seal.RunFileError, match=r'has lost Config\.far, Config\.near since'):
       run_folder.open_run(run[0])
     (Path(run[0]) / 'run.json').unlink()  # Accepts it.
     run_folder.open_run(run[0])
+
+  def test_encodings_of_an_editor_are_no_edit(self, run, capsys):
+    path = Path(run[0]) / 'config.gin'
+    text = path.read_text()
+    path.write_bytes(b'\xef\xbb\xbf' + text.replace('\n', '\r\n').encode())
+    run_folder.open_run(run[0])
+    assert capsys.readouterr().err == ''
+    path.write_text(text, encoding='utf-16')
+    with pytest.raises(files.FileError, match=r'config\.gin: is UTF-16 text; save it as UTF-8'):
+      run_folder.open_run(run[0])
 
   def test_an_edited_config_is_used_with_a_warning(self, run, capsys):
     path = Path(run[0]) / 'config.gin'

@@ -75,6 +75,12 @@ class TestStepsToEvaluate:
     with pytest.raises(eval_program.EvalError, match=r'No complete checkpoint in runs/a'):
       self.steps(monkeypatch, [None])
 
+  def test_damaged_checkpoints_are_not_called_missing(self, monkeypatch):
+    monkeypatch.setattr(checkpoints, 'latest_step', lambda run: 9)
+    monkeypatch.setattr(checkpoints, 'newest', lambda run: None)
+    with pytest.raises(eval_program.EvalError, match=r'No intact checkpoint in runs/a/checkpoints'):
+      list(eval_program.steps_to_evaluate('runs/a', configs.Config()))
+
   def test_waiting_mode_evaluates_new_checkpoints_until_the_last(self, monkeypatch):
     latest = [None, None, 100, 100, 300, 1000]
     got = self.steps(monkeypatch, latest, eval_only_once=False, max_steps=1000)

@@ -1,5 +1,6 @@
 """The cache of compiled programs: damaged entries are compiled again, and the folder is bounded."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -57,6 +58,19 @@ def test_a_damaged_entry_that_cannot_be_removed_is_not_used(cache, tmp_path, mon
   os.truncate(tmp_path / 'a-checked', 38)
   monkeypatch.setattr(os, 'remove', refuse)
   assert cache.get('a') is None
+
+
+def test_a_full_disk_is_told_once(cache, monkeypatch, capsys):
+  def full(path, target):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(os, 'replace', full)
+  cache.put('a', b'program')
+  cache.put('b', b'program')
+  message = capsys.readouterr().err
+  assert message.count('\n') == 1
+  assert 'Warning: some compiled programs are not cached: [Errno 28] No space left' in message
+  assert 'a-checked' in message
 
 
 def test_the_least_recently_used_entries_go(cache, tmp_path):

@@ -129,6 +129,26 @@ def test_other_hosts_and_boots_go_by_their_heartbeat(folder, changes):
     thread.join()
 
 
+def test_a_copied_folder_is_not_held_by_the_training_in_the_original(folder, tmp_path):
+  with run_lock.locked(folder):
+    copy = str(tmp_path / 'copy')
+    shutil.copytree(folder, copy)
+    _take(copy)
+    run_lock.check()
+  with run_lock.locked(folder):
+    os.rename(folder, tmp_path / 'moved')  # Here the training could still write.
+    with pytest.raises(run_lock.RunLockError), run_lock.locked(tmp_path / 'moved'):
+      pass
+
+
+def test_a_holder_bears_that_its_lock_is_moved_aside_for_a_moment(folder):
+  with run_lock.locked(folder):
+    path = os.path.join(folder, run_lock.FILE)
+    os.rename(path, f'{path}.aside')
+    threading.Timer(0.02, os.rename, (f'{path}.aside', path)).start()
+    run_lock.check()
+
+
 def test_a_holder_touches_its_lock(folder):
   with run_lock.locked(folder):
     path = os.path.join(folder, run_lock.FILE)

@@ -50,7 +50,8 @@ def steps_to_evaluate(run: str, config: configs.Config) -> Iterator[int]:
     if latest != checked:
       checked, step = latest, checkpoints.newest(run) or 0
     if config.eval_only_once and not step:
-      raise EvalError(f'No complete checkpoint in {run}/checkpoints yet; train first.')
+      state = 'No intact' if latest else 'No complete'
+      raise EvalError(f'{state} checkpoint in {run}/checkpoints; train first, or copy one there.')
     if step and step != done:
       yield step
       done = step

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import sys
 import time
 
 import jax
@@ -34,6 +35,7 @@ class CheckedCache(compilation_cache.CacheInterface):
 
   def __init__(self, path: str, max_size: int):
     self._path, self._max_size = pathlib.Path(path), max_size
+    self._has_failed = False
 
   def _file(self, key: str) -> str:
     return os.path.join(self._path, key + _ENDING)
@@ -57,9 +59,14 @@ class CheckedCache(compilation_cache.CacheInterface):
     """Writes an entry; replaces one that could not be loaded."""
     if 0 <= self._max_size < len(value) + _SUM_BYTES:
       return
-    with files.whole(self._file(key)) as path, open(path, 'wb') as f:
-      f.write(value + hashlib.sha256(value).digest())
-    self._evict()
+    try:
+      with files.whole(self._file(key)) as path, open(path, 'wb') as f:
+        f.write(value + hashlib.sha256(value).digest())
+      self._evict()
+    except OSError as error:  # JAX would print a Python warning for each program.
+      if not self._has_failed:
+        print(f'Warning: some compiled programs are not cached: {error}.', file=sys.stderr)
+      self._has_failed = True
 
   def _evict(self) -> None:
     """Removes half-written entries of killed programs, and entries beyond the limit."""

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -69,11 +70,10 @@ def _files_in(folder: str) -> list[str]:
 
 def _seal(folder: str, notes: Mapping[str, Any], **identity) -> None:
   """Adds the notes and a manifest of all files and `identity`, and flushes everything to disk."""
-  with open(os.path.join(folder, _NOTES), 'w') as f:
-    json.dump(notes, f)
+  files.write_text(os.path.join(folder, _NOTES), json.dumps(notes))
   sums = {name: run_seal.sha256(os.path.join(folder, name)) for name in _files_in(folder)}
-  with open(os.path.join(folder, _MANIFEST), 'w') as f:
-    json.dump({**identity, 'sha256': sums}, f, indent=1)
+  manifest = {**identity, 'sha256': sums}
+  files.write_text(os.path.join(folder, _MANIFEST), json.dumps(manifest, indent=1))
   for root, _, names in os.walk(folder):
     for name in ['', *names]:
       opened = os.open(os.path.join(root, name), os.O_RDONLY)
@@ -87,8 +87,7 @@ def damage(checkpoint_dir: str, step: int) -> str | None:
   """Verifies a checkpoint against its manifest; returns what is wrong, or None."""
   folder = folder_of(checkpoint_dir, step)
   try:
-    with open(os.path.join(folder, _MANIFEST), 'rb') as f:
-      manifest = json.load(f)
+    manifest = files.read_json(os.path.join(folder, _MANIFEST))
     sums = dict(manifest['sha256'])
     existing = _files_in(folder)  # A manifest cannot make us open files elsewhere.
     for name, expected in sums.items():
@@ -98,14 +97,14 @@ def damage(checkpoint_dir: str, step: int) -> str | None:
         return f'{name} has changed since it was written'
     # Manifests of earlier versions have no step and no run.
     if manifest.get('step', step) != step:
-      return f'it is the checkpoint of step {manifest["step"]}, in a folder of another name'
+      return f'it is the checkpoint of step {manifest["step"]}; rename its folder to that'
     if manifest.get('run', run := run_seal.run_id(checkpoint_dir)) != run is not None:
       return 'it is the checkpoint of another run'
   except FileNotFoundError as error:
     return f'{os.path.relpath(error.filename, folder)} is missing'
   except OSError as error:
     return f'{os.path.relpath(error.filename or folder, folder)}: {error.strerror}'
-  except (ValueError, TypeError, LookupError, RecursionError):
+  except (files.FileError, ValueError, TypeError, LookupError):
     return f'{_MANIFEST} is not valid'
   return None
 
@@ -161,8 +160,8 @@ def start_step(checkpoint_dir: str, at_most: int | None = None) -> int:
   step = newest(checkpoint_dir, at_most)
   if step is None and at_most is None and processes.from_main(latest_step(checkpoint_dir) or 0):
     raise CheckpointError(
-      f'All checkpoints in {_folder(checkpoint_dir)} are damaged. Copy an intact one there, or '
-      'move the folder away to train from scratch.'
+      f'All checkpoints in {_folder(checkpoint_dir)} are damaged (see above). Repair one or copy '
+      'an intact one there, or move the folder away to train from scratch.'
     )
   return step or 0
 
@@ -273,19 +272,17 @@ def saved_run_id(checkpoint_dir: str) -> str | None:
   """Returns the run's id as the newest checkpoint has it; None if no checkpoint has one."""
   for step in reversed(all_steps(checkpoint_dir)):
     try:
-      with open(os.path.join(folder_of(checkpoint_dir, step), _MANIFEST), 'rb') as f:
-        run = json.load(f)['run']
+      run = files.read_json(os.path.join(folder_of(checkpoint_dir, step), _MANIFEST))['run']
       if isinstance(run, str):
         return run
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, files.FileError, LookupError):
       continue
   return None
 
 
 def notes(checkpoint_dir: str, step: int) -> dict[str, Any]:
   """Loads the notes that were saved with a checkpoint."""
-  with open(os.path.join(folder_of(checkpoint_dir, step), _NOTES)) as f:
-    return json.load(f)
+  return files.read_json(os.path.join(folder_of(checkpoint_dir, step), _NOTES))
 
 
 def _abstract_state(settings: configs.Settings, mesh) -> structs.TrainState:
@@ -331,12 +328,34 @@ def restore(checkpoint_dir: str, settings: configs.Settings, mesh, step: int) ->
     error = e
   if processes.on_all(error is None):
     return state
+  _raise_if_gone(checkpoint_dir, step)
+  raise error or CheckpointError(f'Checkpoint {folder}: another process cannot read it.')
+
+
+def _restore_copy(checkpoint_dir: str, settings: configs.Settings, mesh, step: int):
+  """Restores a checkpoint from a temporary copy, which training cannot remove.
+
+  Copying is faster than restoring a small checkpoint, and only small ones are replaced so fast.
+  """
+  with tempfile.TemporaryDirectory() as copy:
+    error = None
+    try:
+      shutil.copytree(folder_of(checkpoint_dir, step), folder_of(copy, step))
+    except OSError as e:
+      error = e
+    if processes.on_all(error is None):
+      return restore(copy, settings, mesh, step)
+    _raise_if_gone(checkpoint_dir, step)
+    raise error or CheckpointError(f'Checkpoint {step}: another process cannot copy it.')
+
+
+def _raise_if_gone(checkpoint_dir: str, step: int) -> None:
+  """Raises _CheckpointGoneError on all processes if one of them no longer finds the checkpoint."""
   if processes.largest(_is_gone(checkpoint_dir, step)):
     raise _CheckpointGoneError(
-      f'Checkpoint {folder} was removed while it was being read, by training that keeps only the '
-      'newest (Config.checkpoint_keep). Try again.'
+      f'Checkpoint {folder_of(checkpoint_dir, step)} was removed while it was being read, by '
+      'training that keeps only the newest (Config.checkpoint_keep). Try again.'
     )
-  raise error or CheckpointError(f'Checkpoint {folder}: another process cannot read it.')
 
 
 def _read(folder: str, wanted: structs.TrainState, step: int) -> structs.TrainState:
@@ -388,7 +407,8 @@ def restore_params(
         'Config.checkpoint_every steps.'
       )
     try:
-      state = restore(checkpoint_dir, settings, mesh, chosen)
+      read = restore if tries_left == _TRIES - 1 else _restore_copy
+      state = read(checkpoint_dir, settings, mesh, chosen)
       return sharding.whole(state.params, mesh), chosen
     except _CheckpointGoneError:
       if step is not None or not tries_left:

@@ -31,16 +31,17 @@ class _Clock:
 
   def lap(self, params: dict) -> tuple[int, float]:
     """Waits for the device, starts a new lap and returns the last one's (steps, seconds)."""
-    jax.block_until_ready(params)
+    jax.block_until_ready(params)  # Steps are dispatched asynchronously.
     steps, seconds = self.steps, time.monotonic() - self._start
     self.steps, self._start = 0, time.monotonic()
-    return steps, seconds if steps else 0.0
+    return steps, seconds if steps else 0.0  # Without steps, it timed a pause.
 
 
 def check_settings(settings: configs.Settings, scene: scenes.Scene) -> None:
   """Raises ConfigError unless the settings name a run folder and suit the scene."""
   if not settings.config.checkpoint_dir:
     raise configs.ConfigError("Config.checkpoint_dir is not set; set it to the run's folder.")
+  # nn.Embed returns NaN for an image beyond its table.
   if settings.model.num_glo_features and settings.model.num_glo_embeddings < len(scene.train):
     raise configs.ConfigError(
       f'Model.num_glo_embeddings is {settings.model.num_glo_embeddings}, fewer than the '
@@ -78,10 +79,12 @@ def train(
   check_settings(settings, scene)
   mesh = mesh or sharding.make_mesh()
   folder, last = settings.config.checkpoint_dir, settings.config.last_step
+  # The listing is cheap; checkpoints are verified here only if there may be nothing to do.
   newest = processes.from_main(checkpoints.latest_step(folder) or 0)
   if newest >= last and checkpoints.start_step(folder) >= last:
     print(f'Nothing to do: {folder} has step {newest:,} of {last:,}.')
     return None
+  # Before anything is restored: another training may be replacing the checkpoints.
   with run_lock.locked(folder):
     return _train(settings, scene, mesh, on_step, render_test)
 
@@ -95,24 +98,27 @@ def _train(
 ) -> float:
   """Trains in a locked folder; see `train`."""
   config, last = settings.config, settings.config.last_step
+  # Asked again, because another training may have ended between the first look and the lock.
   start = checkpoints.start_step(config.checkpoint_dir)
   state, recent, step_fn = _start(settings, scene, mesh, start)
   cams, load_pixels, place = _load_data(settings, scene, mesh)
   log = _open_log(settings, start, render_test)
   log.say(_describe(settings, scene, mesh, start, place))
   clock = _Clock()
-  with signals.postponed() as request:
+  with signals.postponed() as request:  # A signal ends the loop after a whole step.
     for step in range(start + 1, last + 1):
-      state, stats = step_fn(state, cams, load_pixels(step - 1))
+      state, stats = step_fn(state, cams, load_pixels(step - 1))  # Batches count from 0.
       stats.numbers.copy_to_host_async()  # Overlaps with the steps that follow.
-      recent.append(stats)
+      recent.append(stats)  # Stays on the device until the next log line.
       clock.steps += 1
       if on_step:
+        # Before the next step, which donates the buffers of state.params.
         clock.leave_out(on_step(step, state.params))
       if step == start + 1:
         _say_compiled(log, step_fn, clock.lap(state.params)[1])
       render_now = render_test and _is_due(step, config.train_render_every)
       save_now = _is_due(step, config.checkpoint_every) or step == last
+      # Logged before each pause, so that pauses do not count as time of the steps.
       if render_now or save_now or _is_due(step, config.print_every):
         _log_steps(config, log, step, recent, *clock.lap(state.params))
         recent = []
@@ -121,6 +127,7 @@ def _train(
           render_test(state.params, step, log)
       # Processes agree only where they wait for the device anyway, so it costs nothing.
       ask_now = jax.process_count() == 1 or _is_due(step, config.print_every)
+      # The last step is saved anyway, and a finished run exits with 0.
       signum = processes.largest(request.signum) if ask_now and step < last else 0
       if save_now or signum:
         with log.pause('save'):
@@ -130,7 +137,7 @@ def _train(
       if _is_due(step, config.gc_every):
         gc.collect()
       if render_now or save_now:
-        clock.lap(state.params)
+        clock.lap(state.params)  # Leaves out the pause.
   log.close()
   return log.train_seconds
 
@@ -145,10 +152,11 @@ def _start(
   """Restores or creates the state and the step function, then prepares the run's folder."""
   folder = settings.config.checkpoint_dir
   if start:
-    run_folder.check_same_scene(folder, scene)
+    run_folder.check_same_scene(folder, scene)  # Before `write_run` overwrites scene.json.
   state, recent, micro_batches = run_folder.start_run(settings, mesh, start)
   step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches)
   if processes.is_main():
+    # Only now, so that a run that cannot be restored leaves its folder unchanged.
     run_lock.check()
     run_folder.tidy(folder, start)
     run_folder.write_run(folder, settings, scene)
@@ -163,7 +171,7 @@ def _load_data(
   cams = pixel_store.training_cameras(settings.config, scene)
   replicated = sharding.replicate(cams, mesh)
   if place == 'device':
-    return replicated, lambda _: pixels, place
+    return replicated, lambda _: pixels, place  # The step function looks up its own pixels.
   draw = train_step.make_draw(settings.config, mesh, replicated.supervision)
   load_pixels = lambda step: train_step.host_pixels(draw, step, pixels, cams.size, mesh)  # noqa: E731
   return replicated, load_pixels, place
@@ -198,11 +206,12 @@ def _log_steps(
   config: configs.Config, log: runlog.RunLog, step: int, recent: list, timed: int, seconds: float
 ) -> None:
   """Logs the steps since the last call, and ends a run that makes no progress."""
-  rows = jax.device_get(recent)
+  rows = jax.device_get(recent)  # One dict of scalars for each step.
   run_lock.check()
   log.steps(step, rows, timed, seconds, config.batch_size)
   for line in nonfinite.lines(step, rows):
     log.say(line)
+  # Last, so that the log shows the steps that end the run.
   nonfinite.check(config.checkpoint_dir, config.max_skipped_updates, step, rows)
 
 
@@ -212,5 +221,5 @@ def _stop(config: configs.Config, log: runlog.RunLog, step: int, signum: int) ->
     f'step {step:,} is saved in {config.checkpoint_dir}; run the same command again to resume'
   )
   log.close()
-  processes.leave()
+  processes.leave()  # The others stop at the same step; none must take this for a failure.
   raise signals.Stopped(signum)

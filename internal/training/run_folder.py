@@ -99,6 +99,8 @@ def check_same_scene(checkpoint_dir: str, scene: scenes.Scene) -> None:
     CheckpointError: they differ; the message names the first image that does.
   """
   try:
+    if SCENE in run_seal.changed_files(checkpoint_dir):  # Its poses are no evidence.
+      raise images.DataError(f'{os.path.join(checkpoint_dir, SCENE)} has changed or is missing.')
     before = scenes.load_scene(os.path.join(checkpoint_dir, SCENE))
   except (images.DataError, images.DataNotFoundError) as e:
     print(f'Warning: the images and poses of the run are not compared: {e}', file=sys.stderr)

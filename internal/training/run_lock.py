@@ -1,8 +1,9 @@
 """The lock of a run's folder, which keeps a second training out.
 
 The file train.lock names its holder: host, process and start. It is stale if that process is gone.
-For a process that cannot be looked up (another host, a container, before a reboot) the holder's
-heartbeat decides: it touches the file every few seconds. This works on shared disks without flock.
+For a process that cannot be looked up (another host, a container, before a reboot), and for a lock
+that was copied with its folder, the holder's heartbeat decides: it touches the file every few
+seconds. This works on shared disks without flock.
 """
 
 from __future__ import annotations
@@ -34,9 +35,8 @@ class RunLockError(UserError):
 def _read(path: str) -> str:
   """Returns a file's text, '' if it cannot be read."""
   try:
-    with open(path, encoding='utf-8', errors='replace') as f:
-      return f.read()
-  except OSError:
+    return files.read_text(path)
+  except (OSError, files.FileError):
     return ''
 
 
@@ -69,13 +69,18 @@ def _holder(text: str) -> dict:
   return holder if isinstance(holder, dict) else {}
 
 
-def _beat(path: str) -> float | None:
-  """Returns the time of the last heartbeat by the disk's clock; None if the file is gone."""
+def _beat_and_inode(path: str) -> tuple[float | None, int | None]:
+  """Returns the time of the last heartbeat by the disk's clock, and the inode; None if gone."""
   try:
     with open(path, 'rb') as f:  # Opening refreshes what NFS has cached.
-      return os.fstat(f.fileno()).st_mtime
+      status = os.fstat(f.fileno())
+      return status.st_mtime, status.st_ino
   except FileNotFoundError:
-    return None
+    return None, None
+
+
+def _beat(path: str) -> float | None:
+  return _beat_and_inode(path)[0]
 
 
 def _disk_time(folder: str) -> float:
@@ -86,11 +91,12 @@ def _disk_time(folder: str) -> float:
 
 def _is_held(path: str, holder: dict) -> bool:
   """Returns whether a lock's holder is alive; waits for a heartbeat if only that can tell."""
-  this = _process()
-  if all(this[key] and holder.get(key) == this[key] for key in ('host', 'boot', 'namespace')):
+  this, (last, inode) = _process(), _beat_and_inode(path)
+  is_copy = holder.get('inode', inode) != inode  # Its holder trains in another folder.
+  keys = 'host', 'boot', 'namespace'
+  if not is_copy and all(this[key] and holder.get(key) == this[key] for key in keys):
     pid = holder.get('pid')
     return isinstance(pid, int) and _started(pid) == holder.get('started') is not None
-  last = _beat(path)
   print(f'{path} exists; waiting for a heartbeat of the training that wrote it.', file=sys.stderr)
   age = max(0.0, _disk_time(os.path.dirname(path)) - (last or 0))
   end = time.monotonic() + _STALE - age
@@ -116,9 +122,7 @@ class _Lock:
 
   def __init__(self, folder: str):
     self.path = os.path.join(folder, FILE)
-    since = time.strftime('%Y-%m-%d %H:%M:%S %z')
-    self._text = json.dumps({**_process(), 'since': since, 'id': uuid.uuid4().hex})
-    self._end = threading.Event()
+    self._text, self._end = '', threading.Event()
     os.makedirs(folder, exist_ok=True)
     while not self._create():
       text = _read(self.path)
@@ -133,6 +137,8 @@ class _Lock:
       opened = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
       return False
+    about = {'since': time.strftime('%Y-%m-%d %H:%M:%S %z'), 'inode': os.fstat(opened).st_ino}
+    self._text = json.dumps({**_process(), **about, 'id': uuid.uuid4().hex})
     try:
       with files.named_errors(self.path), open(opened, 'w', encoding='utf-8') as f:
         f.write(self._text)
@@ -160,6 +166,9 @@ class _Lock:
   def check(self) -> None:
     """Raises RunLockError if the folder has vanished or another training has taken it over."""
     text = _read(self.path)
+    if not text:  # Another start may have moved it aside for a moment (`_remove_stale`).
+      time.sleep(0.1)
+      text = _read(self.path)
     if text == self._text:
       return
     if text:

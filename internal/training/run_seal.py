@@ -40,25 +40,11 @@ def sha256(path: str) -> str:
 def _read(folder: str) -> dict | None:
   """Reads run.json; None if it is missing or damaged."""
   try:
-    with open(os.path.join(folder, FILE), encoding='utf-8') as f:
-      seal = json.load(f)
+    seal = files.read_json(os.path.join(folder, FILE))
     sums = {str(name): list(accepted) for name, accepted in seal['sha256'].items()}
     return {'id': str(seal['id']), 'config': str(seal['config']), 'sha256': sums}
-  except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+  except (OSError, files.FileError, LookupError, TypeError, AttributeError):
     return None
-
-
-def _read_text(path: str) -> str:
-  with open(path, encoding='utf-8', errors='surrogateescape') as f:
-    return f.read()
-
-
-def _write_text(path: str, text: str) -> None:
-  with (
-    files.whole(path) as whole,
-    open(whole, 'w', encoding='utf-8', errors='surrogateescape') as f,
-  ):
-    f.write(text)
 
 
 def run_id(folder: str) -> str | None:
@@ -85,17 +71,24 @@ def write(folder: str, run: str, config: str, write_files: Callable[[str], None]
   """
   staging = os.path.join(folder, STAGING)
   shutil.rmtree(staging, ignore_errors=True)
-  _write_text(os.path.join(staging, CONFIG), config)
+  files.write_text(os.path.join(staging, CONFIG), config)
   write_files(staging)
   before, accepted = _read(folder), {name: [new] for name, new in _sums(staging).items()}
   for name, old in _sums(folder).items():
     if name in accepted and (before is None or old in before['sha256'].get(name, ())):
       accepted[name].append(old)
   seal = {'id': run, 'sha256': accepted, 'config': config}
-  _write_text(os.path.join(folder, FILE), json.dumps(seal, indent=1))
+  files.write_text(os.path.join(folder, FILE), json.dumps(seal, indent=1))
   for name in accepted:
     os.replace(os.path.join(staging, name), os.path.join(folder, name))
   shutil.rmtree(staging)
+
+
+def changed_files(folder: str) -> list[str]:
+  """Returns the names of sealed files that are not as training wrote them; [] without a seal."""
+  sums, seal = _sums(folder), _read(folder)  # In this order, since training writes the seal first.
+  accepted = seal['sha256'] if seal else {}
+  return [name for name in accepted if sums.get(name) not in accepted[name]]
 
 
 def check(folder: str) -> None:
@@ -106,12 +99,11 @@ def check(folder: str) -> None:
   Raises:
     RunFileError: scene.json has changed, or config.gin was cut.
   """
-  sums, seal = _sums(folder), _read(folder)  # In this order, since training writes the seal first.
+  changed, seal = changed_files(folder), _read(folder)
   if seal is None:
     if os.path.lexists(os.path.join(folder, FILE)):
       _warn(f'{os.path.join(folder, FILE)} is damaged, so the other files are not verified.')
     return
-  changed = [name for name in seal['sha256'] if sums.get(name) not in seal['sha256'][name]]
   if CONFIG in changed:
     _check_edits(os.path.join(folder, CONFIG), seal['config'])
   if SCENE in changed:
@@ -126,14 +118,16 @@ def _warn(text: str) -> None:
 
 def _check_edits(path: str, written: str) -> None:
   """Warns of edited settings; raises RunFileError if settings are missing."""
-  text, written = _read_text(path).rstrip(), written.rstrip()
+  text, written = files.read_text(path).rstrip(), written.rstrip()
   if text == written:
     return  # Some editors change the last line end.
   names = [re.findall(r'^([\w./]+) =', t, re.MULTILINE) for t in (written, text)]
   missing = [name for name in names[0] if name not in names[1]]
   if missing or written.startswith(text):
-    lost = f' ({missing[0]} and {len(missing) - 1} other settings are missing)' if missing else ''
-    raise RunFileError(f'{path} was cut{lost} since {_WAY_OUT}')
+    change = 'was cut'
+    if not written.startswith(text):
+      change = f'has lost {", ".join(missing[:3])}{" and more" if len(missing) > 3 else ""}'
+    raise RunFileError(f'{path} {change} since {_WAY_OUT}')
   known = written.splitlines()
   edits = [line for line in text.splitlines() if line.strip() and line not in known]
   _warn(

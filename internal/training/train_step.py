@@ -22,6 +22,7 @@ def learning_rate(config: configs.Config) -> Callable[[Array], Array]:
   """Returns the schedule: log-linear decay with a sine warm-up (arXiv:2111.12077, section 4)."""
 
   def schedule(step):
+    # max_steps, not last_step: a run that exits early keeps the rates of the whole schedule.
     rate = math.log_lerp(step / config.max_steps, config.lr_init, config.lr_final)
     if config.lr_delay_steps <= 0:
       return rate
@@ -36,7 +37,7 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
 
   def clip(grads, _):
     norm = optax.tree.norm(grads)
-    scale = jnp.minimum(1, max_norm / jnp.maximum(norm, math.TINY))
+    scale = jnp.minimum(1, max_norm / jnp.maximum(norm, math.TINY))  # Zero gradients stay zero.
     return jax.tree.map(lambda g: g * scale, grads)
 
   return optax.stateless(clip)
@@ -76,16 +77,18 @@ def update_finite(
     The state after the step.
   """
   finite = {name: jnp.isfinite(optax.tree.norm(part)) for name, part in grads.items()}
+  # If no gradient explains a non-finite loss, every part is suspect.
   any_non_finite = ~jnp.all(jnp.array([*finite.values()]))
   params, opt_state, skipped = {}, {}, {}
   for name, part in grads.items():
     apply = finite[name] & (jnp.isfinite(loss) | any_non_finite)
     old = state.params[name], state.opt_state[name]
+    # Always computed and then selected: a branch would keep XLA from fusing the update.
     steps, opt_after = optimizer.update(part, old[1], old[0])
     new = jax.tree.map(lambda p, s: p - rate * s, old[0], steps), opt_after
     select = functools.partial(jnp.where, apply)
     params[name], opt_state[name] = jax.tree.map(select, new, old)
-    skipped[name] = jnp.where(apply, 0, state.skipped[name] + 1)
+    skipped[name] = jnp.where(apply, 0, state.skipped[name] + 1)  # Counts consecutive steps.
   return structs.TrainState(state.step + 1, params, opt_state, skipped)
 
 
@@ -94,6 +97,7 @@ def create_state(settings: configs.Settings) -> structs.TrainState:
   key = jax.random.key(settings.config.seed)
   params = models.init_params(models.build(settings), key)
   optimizer = make_optimizer(settings.config)
+  # One optimizer state per part, so that each is clipped by its own norm and skipped alone.
   opt_state = {name: optimizer.init(part) for name, part in params.items()}
   skipped = {name: jnp.zeros((), jnp.int32) for name in params}
   return structs.TrainState(jnp.zeros((), jnp.int32), params, opt_state, skipped)
@@ -101,6 +105,7 @@ def create_state(settings: configs.Settings) -> structs.TrainState:
 
 def abstract_state(settings: configs.Settings) -> structs.TrainState:
   """Returns the shapes and dtypes of `create_state`."""
+  # Allocates nothing, so it can be asked about models that do not fit.
   return jax.eval_shape(lambda: create_state(settings))
 
 
@@ -114,6 +119,7 @@ def step_keys(config: configs.Config, step: Array) -> tuple[Array, Array]:
 
   Each ray has its own key, so that its samples do not depend on sharding.
   """
+  # Folding in the step, instead of a running key, lets a resumed run draw the same rays.
   batch_key, model_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
   return batch_key, jax.random.split(model_key, config.batch_size)
 
@@ -126,6 +132,7 @@ def make_draw(
   `supervision` is that of the training cameras.
   """
 
+  # An argument of the jitted function, because a closure would compile the tables in as constants.
   def draw(step, size, supervision):
     batch_key, _ = step_keys(config, step)
     return batches.draw_pixels(batch_key, size, config.batch_size, config.batching, supervision)
@@ -142,6 +149,7 @@ def _micro_batch_choices(config: configs.Config, mesh: Mesh, fewest: int) -> lis
   """
   rays = config.batch_size // mesh.size
   if config.micro_batches == 0:
+    # Powers of two halve the memory from one candidate to the next.
     powers = [2**k for k in range(rays.bit_length()) if rays % 2**k == 0]
     return [n for n in powers if n >= fewest] or powers[-1:]
   if rays % config.micro_batches:
@@ -156,9 +164,11 @@ def _mean_of_parts(fn: Callable, parts: int, tree):
   """Averages `fn(part)` over equal parts of the arrays' first axis, sequentially."""
   if parts == 1:
     return fn(tree)
+  # [parts * n, ...] -> [parts, n, ...]
   stacked = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
   shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], stacked))
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  # A scan keeps the activations of only one part in memory, and sums in a fixed order.
   add = lambda total, part: (jax.tree.map(jnp.add, total, fn(part)), None)  # noqa: E731
   total, _ = jax.lax.scan(add, zeros, stacked)
   return jax.tree.map(lambda x: x / parts, total)
@@ -174,6 +184,7 @@ def make_loss_gradient(settings: configs.Settings) -> Callable:
 
   def loss_fn(params, keys, batch, frac):
     renderings, history = model.apply({'params': params}, keys, batch.rays, frac)
+    # rgb: [rays, 3] of each level; only the last level's is the image.
     loss, terms = losses.total(config, params, renderings, history, batch)
     mse = losses.squared_error(renderings[-1].rgb, batch.rgb)
     return loss, {'loss': loss, 'mse': mse, 'terms': terms}
@@ -190,11 +201,13 @@ def _make_gradient(settings: configs.Settings, mesh: Mesh, micro_batches: int) -
   loss_gradient = make_loss_gradient(settings)
 
   def gradient(params, keys, batch, frac):
+    # keys [rays / devices], batch.rgb [rays / devices, 3]
     own = _mean_of_parts(
       lambda part: loss_gradient(params, *part, frac), micro_batches, (keys, batch)
     )
     return sharding.mean_over_devices(own)
 
+  # Parameters and the training fraction are replicated; keys and batch are split by rays.
   whole, split = sharding.WHOLE, sharding.SPLIT
   grads = sharding.specs(abstract_state(settings).params, mesh)
   return sharding.per_device(gradient, mesh, (whole, split, split, whole), (grads, whole))
@@ -244,13 +257,14 @@ def make_train_step(
       batch_key, ray_keys = step_keys(config, state.step)
       ids = batches.draw_pixels(
         batch_key, cams.size, config.batch_size, config.batching, cams.supervision
-      )
-      ids = sharding.shard_rays(ids, mesh)
+      )  # (cam_idx, x, y), each [batch_size]
+      ids = sharding.shard_rays(ids, mesh)  # Each device looks up and casts its own rays.
       stored = isinstance(pixels, batches.PixelStore)
-      rgb = batches.lookup(pixels, cams.size, *ids) if stored else pixels
+      rgb = batches.lookup(pixels, cams.size, *ids) if stored else pixels  # [batch_size, 3]
       batch = batches.make_batch(cams, *ids, rgb)
       keys = ray_keys if config.randomized else None
       frac = train_fraction(state.step, config.max_steps)
+      # Gathered once a step: the state is sharded between steps to save memory.
       grads, aux = gradient(sharding.whole(state.params, mesh), keys, batch, frac)
       rate = schedule(state.step)
       after = update_finite(optimizer, rate, state, grads, aux['loss'])
@@ -262,12 +276,13 @@ def make_train_step(
         **{f'grad_norm_{name}': optax.tree.norm(part) for name, part in grads.items()},
         **{f'skipped_{name}': count for name, count in after.skipped.items()},
       }
+      # One array [k], because each transfer to the host has a latency.
       return after, structs.Stats(jnp.stack([*stats.values()], dtype=jnp.float32), tuple(stats))
 
     placement = sharding.placement(abstract_state(settings), mesh)
     return jax.jit(
       train_step,
-      donate_argnums=0,
+      donate_argnums=0,  # The new state reuses the buffers of the old one.
       in_shardings=(placement, None, None),
       out_shardings=(placement, sharding.replicated(mesh)),
     )
@@ -282,9 +297,9 @@ def host_pixels(
 
   Each process looks up only the rays of its own devices.
   """
-  ids = [sharding.to_host(a) for a in draw(step, size)]
+  ids = [sharding.to_host(a) for a in draw(step, size)]  # cam_idx, x, y, each [batch_size]
 
-  def part(index):
+  def part(index):  # -> [rays of a device, 3]
     return batches.lookup(store, size, *(a[index[0]] for a in ids))
 
   return jax.make_array_from_callback((len(ids[0]), 3), sharding.sharded(mesh), part)
