@@ -8,6 +8,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -22,7 +23,7 @@ import pytest
 import tiny
 from tensorboardX.proto import event_pb2
 
-from internal.training import checkpoints, run_folder
+from internal.training import checkpoints, run_folder, run_lock
 
 KILLS = int(os.environ.get('KILLS', 20))
 KILL_SEED = int(os.environ.get('KILL_SEED', 0))
@@ -164,6 +165,19 @@ class TestKills:
     assert len(wanted) > 30
     for run, _, _ in killed:
       assert scalars(run) == wanted
+
+
+def test_a_finished_run_is_tidied_after_a_kill(start_training, whole, tmp_path):
+  """As a kill after the last checkpoint leaves it."""
+  run = tmp_path / 'run'
+  shutil.copytree(whole, run)
+  (run / run_lock.FILE).write_text('{}')
+  os.utime(run / run_lock.FILE, (1, 1))
+  (run / 'metrics.1.part.jsonl').write_text('half')
+  program = start_training(run)
+  assert program.wait() == 0
+  assert 'Nothing to do' in program.text()
+  assert {p.name for p in run.iterdir()} == {p.name for p in whole.iterdir()}
 
 
 class TestSignals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from .. import configs, models, structs
 from ..datasets import scenes
 from ..devices import processes, sharding
+from ..errors import UserError
 from ..system import progress, signals
 from . import checkpoints, nonfinite, pixel_store, run_folder, run_lock, runlog, train_step
 
@@ -83,6 +85,10 @@ def train(
   newest = processes.from_main(checkpoints.latest_step(folder) or 0)
   if newest >= last and checkpoints.start_step(folder) >= last:
     print(f'Nothing to do: {folder} has step {newest:,} of {last:,}.')
+    # A training that was killed after its last step may have left its lock and other files.
+    with contextlib.suppress(UserError, OSError), run_lock.locked(folder):
+      if processes.is_main():
+        run_folder.tidy(folder, newest)
     return None
   # Before anything is restored: another training may be replacing the checkpoints.
   with run_lock.locked(folder):
