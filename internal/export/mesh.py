@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import configs, coord, models, structs
-from ..system import files, progress
+from ..system import files, installation, progress
 from . import points
 
 _CHUNK = 65536  # Points per batch.
@@ -40,7 +40,7 @@ def library(name: str):
     return importlib.import_module(name)
   except ImportError:
     raise points.ExportError(
-      f'{name.split(".")[0]} is not installed: pip install -r requirements-export.txt.'
+      f'{name.split(".")[0]} is not installed: {installation.install_text("export")}.'
     ) from None
 
 

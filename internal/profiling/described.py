@@ -24,6 +24,7 @@ from .. import configs
 from ..devices import sharding
 from ..errors import UserError
 from ..rendering import renderer
+from ..system import installation
 from ..training import batches, train_step
 from . import programs
 
@@ -78,7 +79,7 @@ def describe(topology: str) -> tuple[Chip, Mesh, int]:
     reason = ' '.join(str(error).split())[:300]
     raise TopologyError(
       f'The TPU compiler cannot describe {topology!r}: {reason}. It comes with libtpu: '
-      'pip install -r requirements-tpu-compile.txt'
+      f'{installation.install_text("tpu-compile")}'
     ) from error
   hosts = len({device.process_index for device in found})
   return CHIPS[kind], sharding.make_mesh(found), hosts

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..datasets import masks
-from ..system import files, progress, signals
+from ..system import files, installation, progress, signals
 from . import pairs
 from . import photos as photos_lib
 
@@ -43,7 +43,7 @@ def colmap():
     import pycolmap
   except ImportError as e:
     raise photos_lib.PosesError(
-      f'COLMAP is not installed: pip install -r requirements-poses.txt ({e}).'
+      f'COLMAP is not installed: {installation.install_text("poses")} ({e}).'
     ) from None
   if first:
     signals.listen_again()  # Its import installs a SIGTERM handler that prints a stack trace.

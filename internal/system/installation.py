@@ -40,6 +40,13 @@ def command(name: str) -> list[str]:
   return [sys.executable, '-m', NAME, name]
 
 
+def install_text(extra: str) -> str:
+  """Returns the command that installs an optional dependency, such as 'viewer'."""
+  if is_checkout():
+    return f'pip install -r requirements-{extra}.txt'
+  return f'pip install "mipnerf360-jax[{extra}]"'
+
+
 def command_text(name: str) -> str:
   """Returns a command as users type it: 'python train.py' or 'mipnerf360 train'."""
   return f'python {_script(name)}' if is_checkout() else f'mipnerf360 {name}'
@@ -50,6 +57,7 @@ def examples(text: str) -> str:
   if is_checkout():
     return text
   names = {file: name for name, file in _FILES.items()}
+  text = re.sub(r'pip install -r\s+requirements-([\w-]+)\.txt', lambda m: install_text(m[1]), text)
   return re.sub(
     r'\bpython (?:scripts/)?(\w+)\.py\b',
     lambda match: f'mipnerf360 {names.get(match[1], match[1])}',

@@ -15,7 +15,7 @@ import numpy as np
 from .. import configs, paths
 from ..datasets import scenes, sparse_points
 from ..rendering import orbits
-from ..system import progress
+from ..system import installation, progress
 from ..training import train_step
 from . import page as page_lib
 from . import session as session_lib
@@ -87,7 +87,7 @@ def _open_server(host: str, port: int, admission: Admission):
   try:
     import viser
   except ImportError:
-    raise ViewerError('viser is not installed: pip install -r requirements-viewer.txt') from None
+    raise ViewerError(f'viser is not installed: {installation.install_text("viewer")}') from None
   if not 0 < port < 65536:
     raise ViewerError(f'--port must be in [1, 65535], got {port}.')
   _check_host(host)
@@ -104,7 +104,7 @@ def _open_server(host: str, port: int, admission: Admission):
     server.stop()
     raise ViewerError(
       f'viser {viser.__version__} starts its server in a way that leaves requests unchecked. '
-      'Install a tested version: pip install -r requirements-viewer.txt'
+      f'Install a tested version: {installation.install_text("viewer")}'
     )
   # Otherwise any visitor could open a public tunnel to this server.
   server.request_share_url = lambda *_, **__: None
