@@ -13,7 +13,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import IO, Literal
 
 import gin
 
@@ -316,10 +316,27 @@ def _refuse_import(_, statement) -> None:
   raise ValueError(f'It imports {statement.module}, but settings run no code: remove that line.')
 
 
+_reading: list[str] = []  # The gin files that include each other now.
+
+
+@contextlib.contextmanager
+def _open_once(path: str) -> Iterator[IO[str]]:
+  """Opens a gin file for gin; refuses one that includes itself, at once."""
+  real = os.path.realpath(path)
+  if real in _reading:
+    raise ConfigError(f'{real}: includes itself. Remove that line.')
+  _reading.append(real)
+  try:
+    with files.open_text(path) as f:
+      yield f
+  finally:
+    _reading.pop()
+
+
 gin.config.ParseContext.process_import = _refuse_import
 # `include` searches the working folder, then the program's own. gin's other file readers would
 # import Python packages to search them.
-gin.config._FILE_READERS[:] = [(files.open_text, files.is_file)]
+gin.config._FILE_READERS[:] = [(_open_once, files.is_file)]
 gin.add_config_file_search_path(installation.DATA)
 for _name in ('reciprocal', 'log'):
   _register('jnp', _name)

@@ -252,7 +252,7 @@ def capture(request, outside):
   write(root)
   if 'dataset_loader' not in kwargs or kwargs['dataset_loader'] == 'transforms':
     _set_traps(root, outside)
-  return root, kwargs, names
+  return root, kwargs, {name: pathlib.Path(root, name).read_bytes() for name in names}
 
 
 def _set_traps(root: str, outside) -> None:
@@ -288,9 +288,11 @@ def replaced(path: str, content: bytes | None):
 @cases(0.08)
 @hypothesis.given(data=st.data())
 def test_damaged_captures(capture, outside, data):
-  root, kwargs, names = capture
-  path = os.path.join(root, data.draw(st.sampled_from(names)))
-  content = pathlib.Path(path).read_bytes()
+  root, kwargs, contents = capture
+  name = data.draw(st.sampled_from(sorted(contents)))
+  path, content = os.path.join(root, name), contents[name]
+  os.makedirs(os.path.dirname(path), exist_ok=True)
+  pathlib.Path(path).write_bytes(content)  # Loading may have made it again, in other words.
   damage = corruption.of_file(path, content, corruption.names(str(outside)))
   if data.draw(st.integers(0, 50)) == 0:
     damage = st.none()

@@ -93,7 +93,9 @@ def _webp(path: str, width: int) -> bytes:
   """Encodes a picture at most `width` wide; b'' if it cannot be read."""
   out = io.BytesIO()
   try:
-    with Image.open(path) as picture:
+    with open(path, 'rb') as f:  # Damaged lengths cannot read beyond the content.
+      content = io.BytesIO(f.read())
+    with Image.open(content) as picture:
       picture = picture.convert('RGB')
       if picture.width > width:
         height = max(1, round(picture.height * width / picture.width))

@@ -17,6 +17,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import reprlib
 import shutil
 from collections.abc import Iterator, Sequence
 
@@ -182,8 +183,9 @@ def _resume(path: str, request: dict) -> list[Photo]:
   for key, value in request.items():
     if earlier.get(key) != value:
       raise PosesError(
-        f'{os.path.dirname(path)}: was started with {key} {earlier.get(key)!r}, not {value!r}. Use '
-        'the same value, or choose another folder for the capture.'
+        f'{os.path.dirname(path)}: was started with {key} '
+        f'{reprlib.repr(earlier.get(key))}, not {value!r}. Use the same value, or choose another '
+        'folder for the capture.'
       )
   return photos
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import subprocess
 import tempfile
@@ -40,7 +41,9 @@ def find_ffmpeg() -> str:
 def _read_even(path: str) -> np.ndarray:
   """Reads a frame as uint8 [h, w, 3], with odd sides padded, since H.264 needs even ones."""
   try:
-    with Image.open(path) as picture:
+    with open(path, 'rb') as f:  # Damaged lengths cannot read beyond the content.
+      content = io.BytesIO(f.read())
+    with Image.open(content) as picture:
       frame = np.asarray(picture.convert('RGB'))
   except Exception as e:  # Decoders raise many types.
     reason = ' '.join(str(e).split())
