@@ -214,6 +214,19 @@ def test_it_is_made_again_when_pictures_have_changed(tmp_path):
   assert collected == []
 
 
+def test_it_is_made_again_when_one_of_its_pictures_is_gone(tmp_path):
+  names = ['a.png', 'b.png']
+  root = fill(tmp_path, names)
+  pyramid.locate(root, 'images', names, 2)
+  before = images.decode(str(tmp_path / 'images_2' / 'a.png'))
+  os.remove(tmp_path / 'images_2' / 'a.png')
+  with warnings.collect() as collected:
+    pyramid.locate(root, 'images', names, 2)
+  assert "out of date for 1 of 2 pictures of images/: 'a.png'" in collected[0]
+  np.testing.assert_array_equal(images.decode(str(tmp_path / 'images_2' / 'a.png')), before)
+  only(tmp_path, 'images', 'images_2')
+
+
 def test_it_is_not_made_again_when_only_times_have_changed(tmp_path):
   root = fill(tmp_path, ['a.png'])
   pyramid.locate(root, 'images', ['a.png'], 2)

@@ -317,9 +317,10 @@ def _remove_abandoned(stem: str) -> None:
 
 
 def _move(temporary: str, target: str, known: Mapping[str, Any]) -> None:
-  """Renames a finished folder to `target`; replaces one that was made here from other pictures."""
+  """Renames a finished folder to `target`; replaces one made here that is stale or incomplete."""
   existing = _read_manifest(target)
-  if existing['own'] and existing != known:
+  made = [os.path.join(target, name) for name in existing['files'].values()]
+  if existing['own'] and not (existing == known and all(map(files.is_file, made))):
     with contextlib.suppress(FileNotFoundError):  # Another process was faster.
       os.rename(target, f'{temporary}.old')
   try:
