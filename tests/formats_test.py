@@ -227,6 +227,8 @@ def test_llff_without_a_model(tmp_path):
   np.testing.assert_allclose(found.bounds, [1 / 0.75, 30 / 4 / 0.75])
   assert found.cameras.pixtocam_ndc is not None
   np.testing.assert_array_equal(scenes.read_image(tmp_path, found, 4), captures.pixels(4))
+  captures.save_image(str(tmp_path / 'images/004_mask.png'), np.full((12, 16), 255, np.uint8))
+  assert load(tmp_path, forward_facing=True).masks[4] == 'images/004_mask.png'
   np.save(tmp_path / 'poses_bounds.npy', table[:-1])
   assert '8 poses for 9 pictures' in refused(tmp_path, forward_facing=True)
   table[3, 4] = 12.5

@@ -204,7 +204,9 @@ class TestWhatIsNotUsed:
     assert found.report['warnings'] == []
     assert found.report['images_unregistered'] == ['images/late.jpg']
 
-  @pytest.mark.parametrize('name', ['masks_sam/000.png', 'my_masks/000.png', 'masks_4/000.png'])
+  @pytest.mark.parametrize(
+    'name', ['masks_sam/000.png', 'my_masks/000.png', 'masks_4/000.png', 'segmentations/000.png']
+  )
   def test_other_folders_are_named(self, tmp_path, name):
     captures.write_colmap(tmp_path, names=NAMES)
     save_mask(tmp_path / name, pattern(0))
@@ -215,6 +217,15 @@ class TestWhatIsNotUsed:
     captures.write_colmap(tmp_path, names=NAMES)
     save_mask(tmp_path / 'mask.png', pattern(0))
     assert 'mask.png: is not used' in load(tmp_path).report['warnings'][0]
+
+  @pytest.mark.parametrize('name', ['masks.zip', 'my_masks.tar.gz'])
+  def test_an_archive_of_masks_is_named(self, tmp_path, name):
+    captures.write_colmap(tmp_path, names=NAMES)
+    (tmp_path / name).touch()
+    (warned,) = load(tmp_path).report['warnings']
+    assert f'{name}: is not used. If it has the masks, unpack it to masks/' in warned
+    write_masked(tmp_path, 'masks/{stem}.png')
+    assert load(tmp_path).report['warnings'] == []
 
   def test_a_smaller_copy_of_the_masks_is_no_matter(self, tmp_path):
     write_masked(tmp_path, 'masks/{stem}.png')
@@ -253,6 +264,22 @@ def test_the_noise_of_jpegs_is_black(tmp_path):
   grey = np.where(counts, 1, 0).astype(np.uint8)
   captures.save_image(str(tmp_path / 'a.png'), grey)
   assert (masks.decode(str(tmp_path / 'a.png')) == counts).all()
+
+
+def test_labels_of_16_bits_are_not_black(tmp_path):
+  labels = np.array([[0, 1, 2], [128, 129, 65535]], np.uint16)
+  captures.save_image(str(tmp_path / 'a.png'), labels)
+  assert (masks.decode(str(tmp_path / 'a.png')) == (labels > 0)).all()
+
+
+def test_the_alpha_channel_of_a_mask_is_ambiguous(tmp_path):
+  pixels = np.full((2, 3, 4), 255, np.uint8)
+  captures.save_image(str(tmp_path / 'a.png'), pixels)
+  assert masks.decode(str(tmp_path / 'a.png')).all()
+  pixels[0, 0, 3] = 0
+  captures.save_image(str(tmp_path / 'a.png'), pixels)
+  with pytest.raises(masks.images.DataError, match=r'transparent pixels.*-alpha extract'):
+    masks.decode(str(tmp_path / 'a.png'))
 
 
 @pytest.mark.parametrize('denied', ['masks', 'masks/004.png', 'images'])

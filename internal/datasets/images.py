@@ -35,6 +35,12 @@ _ORIENTATION = 0x0112  # The EXIF tag.
 _GREY_16 = ('I;16', 'I;16B', 'I;16L', 'I;16N')
 # Detected by content. Pillow's document and video readers are left out.
 _FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'PPM')
+_WITHOUT_ALPHA = {
+  'none': 'Save it without alpha (in place: `mogrify -background white -alpha remove -alpha off '
+  'FILES`).',
+  'mask': 'Save it without alpha (in place: `mogrify -alpha extract FILES` if the transparent '
+  'pixels are those that do not count, `mogrify -alpha off FILES` if the black ones are).',
+}
 _AT_ONCE = 2**28  # Pixels of pictures decoded at once: a little over 10 bytes each.
 _room = threading.Condition()
 _decoding: dict[int, int] = {}  # Pixels, by thread.
@@ -242,7 +248,8 @@ def decode(path: str, background: str = 'none', size: tuple[int, int] | None = N
 
   Args:
     path: the file.
-    background: 'white' composites alpha on white, 'none' refuses it.
+    background: 'white' composites alpha on white, 'none' and 'mask' refuse it. For a 'mask', grey
+      levels of 16 bits are rounded up, so that only 0 is black: they may be labels.
     size: the expected (width, height), stored or EXIF-rotated; None for the stored size.
 
   Returns:
@@ -255,7 +262,8 @@ def decode(path: str, background: str = 'none', size: tuple[int, int] | None = N
   with _opened(path) as image:
     header = _header(image)
     with room_for(image.size):
-      pixels = _composite(path, _decode_channels(path, image), background)
+      channels = _decode_channels(path, image, round_up=background == 'mask')
+      pixels = _composite(path, channels, background)
   if size is None or (header.width, header.height) == tuple(size):
     return pixels
   if header.fit(size) is None:
@@ -281,10 +289,10 @@ def thumbnail(path: str, size: tuple[int, int]) -> np.ndarray:
   return np.asarray(small, np.float32)
 
 
-def _decode_channels(path: str, image: Image.Image) -> np.ndarray:
-  """[h, w, 3] or, with alpha, [h, w, 4] uint8."""
+def _decode_channels(path: str, image: Image.Image, round_up: bool = False) -> np.ndarray:
+  """[h, w, 3] or, with alpha, [h, w, 4] uint8; rounds grey levels of 16 bits."""
   if image.mode in _GREY_16:
-    grey = _to_8_bits(np.asarray(image))
+    grey = _to_8_bits(np.asarray(image), 256 if round_up else 128)
     return np.repeat(grey[..., None], 3, -1)
   raw_mode = image.tile[0][3] if image.tile else ''
   raw_mode = raw_mode[0] if isinstance(raw_mode, tuple) else raw_mode
@@ -315,9 +323,9 @@ def _decode_16_bits(path: str, image: Image.Image, raw_mode: str) -> np.ndarray:
   return _to_8_bits(high * 256 + low)
 
 
-def _to_8_bits(values: np.ndarray) -> np.ndarray:
-  """Rounds uint16 values to uint8: 65535 = 255 * 257."""
-  return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+def _to_8_bits(values: np.ndarray, offset: int = 128) -> np.ndarray:
+  """Rounds uint16 values to uint8 (65535 = 255 * 257), up with the offset 256."""
+  return ((values.astype(np.uint32) + offset) // 257).astype(np.uint8)
 
 
 def _composite(path: str, pixels: np.ndarray, background: str) -> np.ndarray:
@@ -328,10 +336,7 @@ def _composite(path: str, pixels: np.ndarray, background: str) -> np.ndarray:
   if (alpha == 255).all():
     return np.ascontiguousarray(color)
   if background != 'white':
-    raise DataError(
-      f'{path}: has transparent pixels. Save it without alpha (in '
-      'place: `mogrify -background white -alpha remove -alpha off FILES`).'
-    )
+    raise DataError(f'{path}: has transparent pixels. {_WITHOUT_ALPHA[background]}')
   return ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 

@@ -33,6 +33,8 @@ _IS_PYRAMID = re.compile(r'masks?_(\d+)', re.IGNORECASE)
 _IGNORED = re.compile(r'(masks?|images?|rgb)(_\d+)?', re.IGNORECASE)  # Folders without meaning.
 _AFFIX = re.compile(r'^(dynamic[_-])?masks?[_.-]+|[_.-]+(dynamic[_-])?masks?$', re.IGNORECASE)
 _INVERTED = re.compile(r'dynamic[_-]mask', re.IGNORECASE)
+_LIKE_MASKS = re.compile(r'mask|segment|silhouette|matte|^alphas?$', re.IGNORECASE)
+_ARCHIVE = re.compile(r'\.(zip|7z|rar|tgz|tar(\.\w+)?)$', re.IGNORECASE)
 _LOSSY = ('.jpg', '.jpeg', '.webp')
 # Formats in which masks come, but which cannot be read.
 _FOREIGN = ('.npy', '.npz', '.gif', '.exr', '.tga', '.jp2', '.heic', '.avif', '.pbm', '.mat')
@@ -223,7 +225,8 @@ def find_folders(data_dir: str, factor: int = 0) -> list[str]:
 
 
 def _is_folder_of(data_dir: str, name: str) -> bool:
-  return 'mask' in name.lower() and name[0] != '.' and files.is_folder(f'{data_dir}/{name}')
+  is_like = _LIKE_MASKS.search(name) and name[0] != '.'
+  return bool(is_like) and files.is_folder(f'{data_dir}/{name}')
 
 
 def _beside(data_dir: str, pictures: Sequence[str]) -> list[str]:
@@ -248,6 +251,10 @@ def _warn_of_unused(data_dir: str, used: Sequence[str], known: set[str]) -> None
       warnings.warn(
         f'{os.path.join(data_dir, name)}: its {count} files are not used. If they are the masks, '
         f'rename the folder to {FOLDER}/.'
+      )
+    elif 'mask' in name.lower() and _ARCHIVE.search(name) and not used:
+      warnings.warn(
+        f'{os.path.join(data_dir, name)}: is not used. If it has the masks, unpack it to {FOLDER}/.'
       )
     elif _is_marked(f'_{images.stem(name)}') and _has_ending(name):
       warnings.warn(
@@ -302,7 +309,7 @@ def _is_inverted(path: str) -> bool:
 
 def decode(path: str) -> np.ndarray:
   """Decodes a mask: which pixels count, bool [h, w] in the mask's own size."""
-  bright = images.decode(path).max(-1) > (127 if path.lower().endswith(_LOSSY) else 0)
+  bright = images.decode(path, 'mask').max(-1) > (127 if path.lower().endswith(_LOSSY) else 0)
   return ~bright if _is_inverted(path) else bright
 
 

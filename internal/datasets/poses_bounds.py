@@ -14,7 +14,7 @@ import numpy as np
 from .. import colmap, structs
 from ..system import files
 from . import frames as frames_lib
-from . import images
+from . import images, masks
 
 FILE = 'poses_bounds.npy'
 
@@ -59,7 +59,7 @@ def read_frames(data_dir: str) -> list[frames_lib.Frame]:
   """
   path = os.path.join(data_dir, FILE)
   table = read_table(path)
-  names = images.list_images(os.path.join(data_dir, 'images'))
+  names = masks.photographs(images.list_images(os.path.join(data_dir, 'images')))
   if len(names) != len(table):
     raise images.DataError(
       f'{path}: has {len(table)} poses for {len(names)} pictures in images/. Restore the missing '
