@@ -49,6 +49,8 @@ def test_pictures_of_other_names_are_found(tmp_path, disk, named, factor):
   if '\\' not in named or ':' in named:  # Backslashes alone cannot be misread.
     (warning,) = found.report['warnings']
     assert '9 of 9 pictures have other names' in warning
+    if named == 'images/{}.png':
+      assert "'images/images/0.png' is 'images/0.png'" in warning
 
 
 def test_ambiguous_names_are_refused(tmp_path):
@@ -85,6 +87,7 @@ def test_a_subset_is_trained_on(tmp_path, factor):
   assert np.abs(found.cameras.camtoworld[..., 3]).max() == pytest.approx(1)
   (warning,) = found.report['warnings']
   assert "5 of 10 posed pictures are missing ('000.png', '002.png', '004.png' and 2" in warning
+  assert 'All test images are missing' in warning  # 000 and 008.
   (tmp_path / 'images/001.png').unlink()
   if not factor:
     assert '6 of 10 are missing' in refused(tmp_path)
@@ -109,6 +112,34 @@ def test_one_picture_twice(tmp_path):
   table['frames'][-1] = frame(poses[0], table['frames'][2]['file_path'])
   write_transforms(tmp_path, table)
   assert 'has two different cameras' in refused(tmp_path, dataset_loader='transforms')
+
+
+def test_a_held_out_picture_listed_twice_is_not_trained_on(tmp_path):
+  table, _ = write_ngp(tmp_path)
+  again = next(f for f in table['frames'] if '008' in f['file_path'])
+  table['frames'].append({**again, 'file_path': 'images//./008.png'})
+  write_transforms(tmp_path, table)
+  found = load(tmp_path, dataset_loader='transforms')
+  names = [found.names[i] for i in found.test]
+  assert len(names) == 2
+  assert not set(found.train) & set(found.test)
+  (warning,) = found.report['warnings']
+  assert '1 frames are listed twice' in warning
+
+
+def test_a_camera_far_away_is_named(tmp_path):
+  names, poses = captures.write_colmap(tmp_path)
+  write = lambda: colmap.write_model(  # noqa: E731
+    str(tmp_path / 'sparse/0'), captures.make_model(names, poses), '.bin'
+  )
+  poses[4, :, 3] *= 50
+  write()
+  assert warned(tmp_path) == ''
+  poses[4, :, 3] *= 1e4
+  write()
+  text = warned(tmp_path)
+  assert '1 of 9 cameras are up to' in text
+  assert "('004.png')" in text
 
 
 def test_copies_are_warned_of_and_leak_into_the_test_images(tmp_path):
@@ -157,6 +188,8 @@ def test_absurd_lenses_are_refused_unless_allowed(tmp_path, camera, text):
     ((160.0, 160.0, 8.0, 6.0), 'that of larger pictures'),
     ((3.0, 3.0, 8.0, 6.0), 'field of view of 139 degrees'),
     ((20.0, 21.0, 8.0, 6.0), ''),
+    ((24.0, 20.0, 8.0, 6.0), ''),  # Anamorphic.
+    ((20.0, 20.0, 6.4, 7.2), ''),  # Cropped.
   ],
 )
 def test_unlikely_lenses_are_warned_of(tmp_path, camera, text):

@@ -80,6 +80,24 @@ class TestFocalLengths:
     assert '1 of 9 frames, e.g. images/000.png: 32x24, the file 16x12' in warning
 
   @pytest.mark.parametrize(
+    ('values', 'size', 'text'),
+    [
+      ({'fl_x': 20}, (32, 24), 'another size than the file use its fl_x unscaled'),
+      ({'fl_x': 20}, (12, 16), ''),  # A camera on its side.
+      ({'fl_x': 20, 'fl_y': 24}, (12, 16), 'another size than the file use its fl_x, fl_y'),
+      ({'fl_x': 20, 'cx': 8.5}, (12, 16), 'another size than the file use its cx unscaled'),
+      ({'camera_angle_x': 0.8}, (12, 16), 'another shape than the file use its camera_angle_x'),
+      ({'camera_angle_x': 0.8}, (32, 24), ''),
+    ],
+  )
+  def test_a_file_without_a_size_has_that_of_most_frames(self, tmp_path, values, size, text):
+    table, _ = write_ngp(tmp_path)
+    captures.save_image(str(tmp_path / 'images/000.png'), captures.pixels(0, size))
+    kept = {'frames': table['frames'], **values}
+    warnings = loaded(tmp_path, kept).report['warnings']
+    assert (len(warnings) == 1 and text in warnings[0]) if text else warnings == []
+
+  @pytest.mark.parametrize(
     ('values', 'text'),
     [
       ({'camera_angle_x': math.pi / 2}, 'fl_x contradicts camera_angle_x, which is ignored'),
@@ -164,6 +182,12 @@ class TestKeys:
     (warning,) = loaded(tmp_path, table).report['warnings']
     assert 'transforms.json: these keys are not used: ' in warning
     assert "'fisheye_crop_radius', 'aabb_scale', 'offset', 'depth_file_path' of 4 frames" in warning
+
+  def test_other_files_of_frames_are_named(self, tmp_path):
+    table, _ = write_ngp(tmp_path)
+    (tmp_path / 'transforms_test.json').touch()
+    (warning,) = loaded(tmp_path, table).report['warnings']
+    assert "only transforms.json is read, not 'transforms_test.json'" in warning
 
   def test_metadata_and_what_is_off_are_not(self, tmp_path):
     table, _ = write_ngp(

@@ -22,8 +22,9 @@ from . import images, lookup
 _VIEWS = {structs.PERSPECTIVE: (20, 130), structs.FISHEYE: (20, 230)}  # Likely, in degrees.
 _WIDEST = 150  # Degrees of a perspective view.
 _MARGIN = 0.05  # Of the size: the principal point is not closer to the border.
-_ASPECT = 1.15  # Of pixels: anamorphic lenses and old video are the exception.
+_ASPECT = 1.22  # Of pixels: anamorphic lenses and video come close; wrong exports start at 5/4.
 _STRETCH = 1.5  # Of pixels, at most.
+_LOST = 100  # Times the distance from the middle that four of five cameras keep.
 _BLOCK = 65536  # Bytes.
 
 
@@ -50,9 +51,14 @@ def place(picture: str, folder: str = '') -> dict[str, str]:
 
 
 def check_missing(
-  data_dir: str, frames: Sequence, missing: Sequence[int], fraction: float, read_only: bool
+  data_dir: str,
+  frames: Sequence,
+  missing: Sequence[int],
+  fraction: float,
+  read_only: bool,
+  test: Sequence[int] = (),
 ) -> None:
-  """Warns of missing pictures.
+  """Warns of missing pictures, and if all rows of `test` are among them.
 
   Raises:
     DataNotFoundError: less than `fraction` (Config.min_images_fraction) of the frames have one;
@@ -68,6 +74,7 @@ def check_missing(
     warnings.warn(
       f'{data_dir}: {k} of {n} posed pictures are missing ({warnings.some(names)}); '
       f'the other {n - k} are used. Put them back if they should be.'
+      + (' All test images are missing.' if test and set(test) <= set(missing) else '')
     )
     return
   message = (
@@ -162,14 +169,15 @@ def _sample(path: str, size: int) -> bytes:
   return digest.digest()
 
 
-def check_positions(data_dir: str, poses: np.ndarray) -> None:
-  """Looks for cameras that are all in one place but for noise.
+def check_positions(data_dir: str, poses: np.ndarray, names: Sequence[str]) -> None:
+  """Looks for cameras that are all in one place but for noise, and warns of some far away.
 
   Raises:
     DataError: they are, to the precision of their coordinates.
   """
   positions = poses[:, :, 3]
   spread, far = np.ptp(positions, axis=0).max(), np.abs(positions).max()
+  _warn_of_lost(data_dir, positions, names)
   if len(poses) < 2 or spread >= 0.01:
     return
   place = np.round(positions.mean(0), 6).tolist()
@@ -183,6 +191,20 @@ def check_positions(data_dir: str, poses: np.ndarray) -> None:
     warnings.warn(
       f'{data_dir}: the {len(poses)} cameras are within {spread:g} units of {place}. Pictures from '
       'one place show no depth; ignore this if a unit is that large, else check the positions.'
+    )
+
+
+def _warn_of_lost(data_dir: str, positions: np.ndarray, names: Sequence[str]) -> None:
+  """Warns of cameras that are much farther away than four of five are."""
+  distances = np.linalg.norm(positions - np.median(positions, axis=0), axis=-1)
+  usual = np.quantile(distances, 0.8, method='lower')
+  lost = [name for name, distance in zip(names, distances) if distance > _LOST * usual]
+  rounding = 1e-9 * np.median(np.abs(positions).max(-1))
+  if len(names) >= 5 and usual > rounding and lost:
+    warnings.warn(
+      f'{data_dir}: {len(lost)} of {len(names)} cameras are up to {distances.max() / usual:.2g} '
+      f'times as far from the middle as the others ({warnings.some(lost)}). The scene is scaled to '
+      'hold all cameras, so it becomes tiny: remove these frames, or pose them again.'
     )
 
 

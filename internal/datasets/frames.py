@@ -231,7 +231,9 @@ def assemble(
   frames, missing = consistency.find_pictures(data_dir, frames, factor)
   for frame in frames:
     images.inside(data_dir, frame.picture)
-  consistency.check_missing(data_dir, frames, missing, config.min_images_fraction, read_only)
+  consistency.check_missing(
+    data_dir, frames, missing, config.min_images_fraction, read_only, split[1]
+  )
   missing_names = [frames[i].name for i in missing]
   if unregistered and frames != named:
     unregistered = unposed(data_dir, frames)
@@ -240,7 +242,8 @@ def assemble(
   split = tuple(tuple(sorted({again.get(i, i) for i in part})) for part in split)
   frames, split = _drop(list(again), frames, split)
   consistency.check_lenses(data_dir, frames, LARGEST, config.allow_unlikely_cameras)
-  consistency.check_positions(data_dir, checked_poses(data_dir, frames))
+  names = [frame.name for frame in frames]
+  consistency.check_positions(data_dir, checked_poses(data_dir, frames), names)
   consistency.check_split(data_dir, frames, split)
   world = make_world(data_dir, frames)
   if not split[0]:

@@ -88,9 +88,10 @@ def _look_up(
   _check_unique(data_dir, renamed)
   if renamed:
     name = min(renamed)
+    named = name if os.path.isabs(name) else images.join(folder, name)
     warnings.warn(
       f'{data_dir}: {len(renamed)} of {len(exact)} pictures have other names than in the poses, '
-      f'for example {name[:300]!r} is {renamed[name]!r}. They are used; correct the names if they '
+      f'for example {named[:300]!r} is {renamed[name]!r}. They are used; correct the names if they '
       'are other pictures.'
     )
   moved = {_folder_of(name) for name in renamed}

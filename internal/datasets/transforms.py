@@ -29,7 +29,8 @@ _USED = {
 }  # fmt: skip
 # Keys that describe the files and change nothing in any program.
 _METADATA = {
-  'author', 'cam_id', 'camera', 'camera_id', 'camera_label', 'capture_time', 'colmap_im_id',
+  'author', 'blur_score', 'cam_id', 'camera', 'camera_id', 'camera_label', 'capture_time',
+  'colmap_im_id',
   'comment', 'comments', 'created', 'created_at', 'creator', 'dataset', 'date', 'datetime',
   'description', 'device', 'device_name', 'fps', 'frame', 'frame_id', 'frame_idx',
   'frame_number', 'frame_rate', 'generator', 'id', 'idx', 'image_id', 'image_idx', 'image_index',
@@ -54,10 +55,11 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
   path = os.path.join(data_dir, 'transforms.json')
   table = read_table(path)
   frames = sorted(read_frames(data_dir, path, table), key=lambda frame: frame.name)
+  _warn_of_other_files(data_dir)
   if any(key in table for key in _SPLITS):
     split = _listed_split(path, table, frames)
   else:
-    split = frames_lib.split_every(len(frames), config.llffhold)
+    split = _split_every(frames, config.llffhold)
   scene = frames_lib.assemble(
     'transforms',
     data_dir,
@@ -116,9 +118,11 @@ def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_
   for number, (own, file) in enumerate(zip(table['frames'], pictures), 1):
     where = f'{path}: frame {number} ({normal_name(own["file_path"])})'
     sized = file if file in existing else next(iter(existing), file)
-    frame = _read_frame(data_dir, where, own, table, file, sized)
-    result.append(frame)
-    for what, example in transforms_cameras.contradictions(own, table, frame.size, frame.model):
+    result.append(_read_frame(data_dir, where, own, table, file, sized))
+  usual = collections.Counter(frame.size for frame in result).most_common(1)[0][0]
+  for own, frame in zip(table['frames'], result):
+    found = transforms_cameras.contradictions(own, table, frame.size, frame.model, usual)
+    for what, example in found:
       notes.setdefault(what, []).append(f'{frame.name}: {example}')
   _warn_of_unused_keys(path, table)
   for what, found in notes.items():
@@ -190,6 +194,17 @@ def _warn_of_unused_keys(path: str, table: Mapping[str, Any]) -> None:
     warnings.warn(
       f'{path}: these keys are not used: {", ".join(keys[:20])}{more}. If one matters (a crop, '
       'depth, a rolling shutter), apply it to the pictures, or mask what it excludes.'
+    )
+
+
+def _warn_of_other_files(data_dir: str) -> None:
+  """Warns of a transforms_train.json and its like, which instant-ngp reads as well."""
+  others = [n for n in sorted(os.listdir(data_dir)) if re.fullmatch(r'transforms_.+\.json', n)]
+  if others:
+    warnings.warn(
+      f'{data_dir}: only transforms.json is read, not {warnings.some(others)}. If these have other '
+      "frames, add them to transforms.json (Config.dataset_loader = 'blender' reads "
+      'transforms_train.json and transforms_test.json).'
     )
 
 
@@ -269,6 +284,15 @@ def _read_pose(where: str, own: Mapping[str, Any]) -> np.ndarray:
       'again.'
     )
   return frames_lib.top_rows(f"{where}: the last row of 'transform_matrix'", matrix)
+
+
+def _split_every(
+  frames: Sequence[frames_lib.Frame], hold: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Returns (train, test) rows: every hold-th picture is held out, wherever it is listed."""
+  held_out = set(list(dict.fromkeys(frame.picture for frame in frames))[::hold])
+  test = tuple(i for i, frame in enumerate(frames) if frame.picture in held_out)
+  return tuple(i for i, frame in enumerate(frames) if frame.picture not in held_out), test
 
 
 def _listed_split(

@@ -15,6 +15,8 @@ import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from .. import colmap, structs
 from ..system import warnings
 from . import frames as frames_lib
@@ -114,17 +116,22 @@ def read_intrinsics(
 
 
 def contradictions(
-  own: Mapping[str, Any], table: Mapping[str, Any], size: tuple[int, int], model: str
+  own: Mapping[str, Any],
+  table: Mapping[str, Any],
+  size: tuple[int, int],
+  model: str,
+  usual: tuple[int, int],
 ) -> Iterator[tuple[str, str]]:
-  """Yields what contradicts itself in a camera that was read without errors, and the values."""
-  values, file_size = choose(own, table), (table.get('w'), table.get('h'))
-  inherited = [k for k in (*_FOCAL[:4], *_CENTER) if k in values and own.get(k) is None]
-  if inherited and None not in file_size and file_size != tuple(size):
-    yield (
-      f'frames of another size than the file use its {", ".join(inherited)} unscaled; give each '
-      'frame its own',
-      f'{size[0]}x{size[1]}, the file {"x".join(map(reprlib.repr, file_size))}',
-    )
+  """Yields what contradicts itself in a camera that was read without errors, and the values.
+
+  `usual` is the size of most frames; the file's values are taken to be of it if it has no size.
+  """
+  values = choose(own, table)
+  file_size = table.get('w'), table.get('h')
+  if not all(isinstance(side, int | float) and side >= 1 for side in file_size):
+    file_size = usual
+  if file_size != size:
+    yield from _of_another_size(own, values, size, file_size)
   lens, coefficients = _MODELS[model]
   fisheye = values.get('is_fisheye')
   if isinstance(fisheye, bool) and fisheye != (lens == structs.FISHEYE):
@@ -143,6 +150,29 @@ def contradictions(
           f'{first} contradicts {key}, which is ignored',
           f'{first} = {chosen:g} pixels and {key} = {values[key]:g}, which means {pixels:g} pixels',
         )
+
+
+def _of_another_size(
+  own: Mapping[str, Any], values: Mapping[str, Any], size: tuple[int, int], file_size: tuple
+) -> Iterator[tuple[str, str]]:
+  """Yields the file's values that do not hold for a frame of another size."""
+  example = f'{size[0]}x{size[1]}, the file {"x".join(map(reprlib.repr, file_size))}'
+  focal = [key for key in _FOCAL[:4] if key in values]
+  angles = [] if focal else [k for k in _FOCAL[4:] if k in values and own.get(k) is None]
+  if angles and abs(size[0] * file_size[1] / (size[1] * file_size[0]) - 1) > 0.02:
+    yield (
+      f'frames of another shape than the file use its {", ".join(angles)}; give each frame its own',
+      example,
+    )
+  if file_size == size[::-1] and np.ptp([values[k] for k in focal] or [0]) <= 0.01 * size[0]:
+    focal = []  # A camera on its side has the same focal length.
+  inherited = [k for k in (*focal, *_CENTER) if k in values and own.get(k) is None]
+  if inherited:
+    yield (
+      f'frames of another size than the file use its {", ".join(inherited)} unscaled; give each '
+      'frame its own',
+      example,
+    )
 
 
 def _focal_lengths(
