@@ -6,6 +6,7 @@ These names can be imported from the package itself: `from mipnerf360 import loa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -62,13 +63,16 @@ class Run:
 
   def __init__(self, run: trained.TrainedRun):
     self._run = run
-    self._render_image: Callable | None = None
     self._seconds = 0.0
 
   def __getattr__(self, name: str):
     if name.startswith('_'):
       raise AttributeError(name)
     return getattr(self._run, name)
+
+  @functools.cached_property
+  def _render_image(self) -> Callable:
+    return self._run.make_image_renderer()  # Compiled once, whatever checkpoint or step it renders.
 
   def render(self, camera: int | str | structs.Cameras) -> dict[str, np.ndarray]:
     """Renders the picture of a camera.
@@ -86,8 +90,6 @@ class Run:
     """
     jax.block_until_ready(self.params)
     began = time.monotonic()
-    if self._render_image is None:
-      self._render_image = self._run.make_image_renderer()
     cams, row = self._find_camera(camera)
     image = self._render_image(self.params, cams, row, self.train_fraction)
     self._seconds += time.monotonic() - began
@@ -100,8 +102,7 @@ class Run:
       images: number of test images, from the first on; None for all that the settings select.
     """
     rows = eval_program.select_images(self.settings.config, self.scene)[:images]
-    render_image = self._render_image or self._run.make_image_renderer()
-    return eval_program.evaluate(self._run, rows, render_image)
+    return eval_program.evaluate(self._run, rows, self._render_image)
 
   def metrics(self) -> list[dict[str, float]]:
     """Returns the rows of metrics.jsonl: step, loss and its terms, psnr, rays_per_sec, ..."""
@@ -166,4 +167,5 @@ def train(
     return run._seconds
 
   loop.train(settings, capture, mesh, on_step=report if on_step else None)
-  return load_run(folder)
+  run._run = trained.restore(folder, settings, capture, mesh=mesh)
+  return run

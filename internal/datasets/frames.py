@@ -227,24 +227,18 @@ def assemble(
     DataError: a picture cannot be read or its size does not match its camera; frames contradict
       each other; there is no training image.
   """
-  named, config = frames, config or configs.Config()
-  frames, missing = consistency.find_pictures(data_dir, frames, factor)
-  for frame in frames:
+  config = config or configs.Config()
+  found, missing = consistency.find_pictures(data_dir, frames, factor)
+  for frame in found:
     images.inside(data_dir, frame.picture)
   consistency.check_missing(
-    data_dir, frames, missing, config.min_images_fraction, read_only, split[1]
+    data_dir, found, missing, config.min_images_fraction, read_only, split[1]
   )
-  missing_names = [frames[i].name for i in missing]
-  if unregistered and frames != named:
-    unregistered = unposed(data_dir, frames)
-  frames, split = _drop(missing, frames, split)
-  again = consistency.repeated(data_dir, frames)
-  split = tuple(tuple(sorted({again.get(i, i) for i in part})) for part in split)
-  frames, split = _drop(list(again), frames, split)
-  consistency.check_lenses(data_dir, frames, LARGEST, config.allow_unlikely_cameras)
-  names = [frame.name for frame in frames]
-  consistency.check_positions(data_dir, checked_poses(data_dir, frames), names)
-  consistency.check_split(data_dir, frames, split)
+  missing_names = [found[i].name for i in missing]
+  if unregistered and found != frames:
+    unregistered = unposed(data_dir, found)
+  frames, split = _drop_repeated(data_dir, *_drop(missing, found, split))
+  _check_frames(data_dir, frames, split, config.allow_unlikely_cameras)
   world = make_world(data_dir, frames)
   if not split[0]:
     raise images.DataError(
@@ -277,6 +271,21 @@ def assemble(
     masks=found_masks if any(found_masks) else (),
     weights=tuple(f.weight for f in frames) if any(f.weight != 1 for f in frames) else (),
   )
+
+
+def _drop_repeated(data_dir: str, frames: Sequence[Frame], split):
+  """Drops frames that repeat another; their place in the split falls to the first of them."""
+  again = consistency.repeated(data_dir, frames)
+  split = tuple(tuple(sorted({again.get(i, i) for i in part})) for part in split)
+  return _drop(list(again), frames, split)
+
+
+def _check_frames(data_dir: str, frames: Sequence[Frame], split, allow_unlikely: bool) -> None:
+  """Holds frames against each other and against what cameras are like."""
+  consistency.check_lenses(data_dir, frames, LARGEST, allow_unlikely)
+  names = [frame.name for frame in frames]
+  consistency.check_positions(data_dir, checked_poses(data_dir, frames), names)
+  consistency.check_split(data_dir, frames, split)
 
 
 def _report(

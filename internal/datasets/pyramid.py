@@ -124,20 +124,17 @@ def _read_manifest(folder: str) -> dict[str, Any]:
   """
   empty = {'own': False, 'files': {}, 'digests': {}}
   try:
-    with open(os.path.join(folder, _MANIFEST), encoding='utf-8') as f:
-      known = json.load(f)
+    known = files.read_json(os.path.join(folder, _MANIFEST))
     names = [*known['files'].values(), *known['files']]
     valid = all(map(images.is_relative, names))
     valid &= all(isinstance(pair, list) and len(pair) == 2 for pair in known['digests'].values())
     return {key: known[key] for key in empty} if valid else empty
-  except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+  except (OSError, ValueError, LookupError, TypeError, AttributeError):
     return empty
 
 
 def _write_manifest(folder: str, known: Mapping[str, Any]) -> None:
-  path = os.path.join(folder, _MANIFEST)
-  with files.whole(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
-    json.dump(known, f)
+  files.write_text(os.path.join(folder, _MANIFEST), json.dumps(known))
 
 
 def _digest(path: str) -> str | None:
