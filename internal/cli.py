@@ -214,6 +214,7 @@ def run(main: Callable[[], None]) -> None:
       enable_compilation_cache()
       try:
         main()
+        processes.leave()  # Ends together: another process may still be receiving from this one.
       except BrokenPipeError:  # From `print`, or from another pipe than the output.
         if not signals.stop_for_closed_output():
           raise

@@ -71,7 +71,7 @@ def is_joined() -> bool:
 
 
 def leave() -> None:
-  """Leaves the other processes; all call it together, so that none reports a failure."""
+  """Leaves the other processes once all have called this, so that none reports a failure."""
   if is_joined():
     jax.distributed.shutdown()
 
