@@ -12,7 +12,7 @@ from PIL import Image
 from textured_corner import VIEWS, room_pose, true_model, turns
 
 from internal import colmap
-from internal.sfm import diagnosis, picture, preflight
+from internal.sfm import diagnosis, evidence, picture, preflight
 
 
 def test_an_alignment_takes_back_a_similarity():
@@ -185,6 +185,8 @@ def findings(**kwargs):
     'cameras': (camera,),
     'spread': diagnosis.describe_spread(level),
     'weakest_link': {'shared_points': 400, 'between': ['a', 'b'], 'photographs': [12, 12]},
+    'evidence': evidence.Evidence(120, (), 0, 0.01),
+    'mapping': {'mapper': 'global', 'attempts': [{}]},
     'factor': 4,
   }
   return diagnosis.Findings(**{**given, **kwargs})
@@ -282,3 +284,17 @@ def test_the_report_has_the_captures_warnings(tmp_path, monkeypatch):
   )
   assert preflight.write(str(tmp_path), ())['capture']['warnings'] == ['3 masks are unused']
   assert drawn[0][3] == ['3 masks are unused']
+
+
+@pytest.mark.parametrize(
+  ('in_order', 'status', 'says'),
+  [(0, preflight.DOUBTFUL, 'places that look alike'), (1, preflight.BAD, 'doubled or torn')],
+)
+def test_contradicted_pairs_are_named(in_order, status, says):
+  found = evidence.Evidence(200, (('a.jpg', 'b.jpg'), ('c.jpg', 'd.jpg')), in_order, 0.02)
+  tried = {'mapper': 'incremental', 'attempts': [{}, {}]}
+  check = graded('matches', evidence=found, mapping=tried)
+  assert check.status == status
+  assert check.text.startswith('2 of the 200 strongest pairs contradict the poses (a.jpg and b.jpg')
+  assert says in check.text
+  assert check.text.endswith('best of 2 ways, incremental')

@@ -17,7 +17,7 @@ from textured_corner import FOCAL, SIZE, VIEWS, render_room, room_pose, true_mod
 
 from internal import colmap, configs, datasets
 from internal.datasets import images
-from internal.sfm import pairs, reconstruction
+from internal.sfm import mapping, pairs, reconstruction
 from internal.sfm import photos as photos_lib
 from internal.sfm import pipeline as pipeline_lib
 
@@ -36,7 +36,7 @@ def room(tmp_path_factory):
 
 def make_until(source, scene, module, name, after):
   """Runs `make`; kills the process when the function is called for the (after + 1)-th time."""
-  modules = {'photos': photos_lib, 'pycolmap': reconstruction.colmap(), 'sfm': reconstruction}
+  modules = {'photos': photos_lib, 'pycolmap': reconstruction.colmap(), 'mapping': mapping}
   module = modules[module]
   original, calls = getattr(module, name), []
 
@@ -47,7 +47,7 @@ def make_until(source, scene, module, name, after):
     return original(*args, **kwargs)
 
   setattr(module, name, patched)
-  pairs.BLOCK, reconstruction._SNAPSHOT_SECONDS = 4, 0
+  pairs.BLOCK, mapping._SNAPSHOT_SECONDS = 4, 0
   pipeline_lib.make(str(source), str(scene))
 
 
@@ -73,11 +73,12 @@ def scene(room, tmp_path_factory):
   kill('pycolmap', 'match_image_pairs', 1)
   with reconstruction.database(folder) as db:
     progress['pairs'] = db.num_matched_image_pairs()
-  kill('sfm', '_save_snapshot', 7)
-  newest, snapshots = reconstruction._newest_snapshot, []
+  kill('mapping', '_save_snapshot', 7)
+  progress['attempts'] = sorted(n for n in os.listdir(folder / '.mapping') if not n.isdigit())
+  newest, snapshots = mapping._newest_snapshot, []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
-      reconstruction,
+      mapping,
       '_newest_snapshot',
       lambda *args: snapshots.append(newest(*args)) or snapshots[-1],
     )
@@ -105,6 +106,7 @@ def test_a_killed_run_is_resumed_at_each_stage(scene):
   with reconstruction.database(folder) as db:
     assert 0 < progress['features'] < db.num_keypoints()
     assert 0 < progress['pairs'] < db.num_matched_image_pairs()
+  assert progress['attempts'] == ['global']
   assert progress['snapshots'] == [str(folder / '.mapping' / '000006')]
   assert not (folder / '.mapping').exists()
 
@@ -117,7 +119,7 @@ def test_a_finished_capture_is_not_computed_again(scene, room, monkeypatch):
     raise AssertionError('was done before')
 
   monkeypatch.setattr(photos_lib, '_import_photo', never)
-  for name in ('extract_features', 'match_image_pairs', 'IncrementalPipeline'):
+  for name in ('extract_features', 'match_image_pairs', 'IncrementalPipeline', 'global_mapping'):
     monkeypatch.setattr(reconstruction.colmap(), name, never)
   pipeline_lib.make(str(room), str(folder))
   assert before
@@ -170,7 +172,7 @@ def test_the_largest_model_comes_first(monkeypatch, tmp_path):
   monkeypatch.setattr(reconstruction.colmap(), 'ReconstructionManager', manager)
   monkeypatch.setattr(reconstruction.colmap(), 'IncrementalPipeline', pipeline)
   reconstruction.database(tmp_path).close()
-  pipeline_lib._reconstruct(str(tmp_path), ['a', 'b'], 1)
+  pipeline_lib._reconstruct(str(tmp_path), [], 1, 'incremental')
   written = [(tmp_path / 'sparse' / str(k) / 'images.bin').read_text() for k in range(3)]
   assert written == ['9', '6', '4']
 

@@ -14,7 +14,7 @@ import argparse
 import os
 
 from .. import cli
-from ..sfm import pipeline
+from ..sfm import mapping, pipeline
 from ..system import installation
 
 
@@ -39,6 +39,14 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     'photographs, above that sequential if they are in order, else alike',
   )
   parser.add_argument(
+    '--mapper',
+    choices=mapping.MAPPERS,
+    default='auto',
+    help='how poses are estimated from the matches: all at once (global), photograph by photograph '
+    '(incremental), or in parts that are joined (hierarchical); auto maps globally, and where the '
+    'matches contradict the poses or many photographs have none, tries others and keeps the best',
+  )
+  parser.add_argument(
     '--camera_model',
     metavar='NAME',
     help="COLMAP's camera model (default: OPENCV, or SIMPLE_RADIAL for fewer than 20 photographs)",
@@ -48,7 +56,7 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
   args = _parse_arguments(argv)
-  options = pipeline.Options(args.frames, args.masks, args.matching, args.camera_model)
+  options = pipeline.Options(args.frames, args.masks, args.matching, args.mapper, args.camera_model)
   report = pipeline.make(args.source, args.scene, options)
   for check in report['checks']:
     print(f'{check["status"]:>8}  {check["name"]}: {check["text"]}')

@@ -7,6 +7,7 @@ of posed photographs; poses are [n, 3, 4], camera to world, OpenGL axes.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -17,14 +18,13 @@ import scipy.sparse.csgraph
 
 from .. import colmap, paths
 from ..system import files
+from . import evidence, mapping, reconstruction
 from . import photos as photos_lib
-from . import reconstruction
 
 MODELS = 'sparse'
 BLURRED = 0.35  # Times the median sharpness of the photographs around it.
 FEW_FEATURES = 500
 FEW_MATCHES = 30  # COLMAP's mapper requires this many of each photograph.
-_VERIFIED = 15  # Inliers from which two photographs count as matched.
 _LARGEST_PICTURE = 1600  # Pixels of the longer side; training gains little from more.
 
 
@@ -57,6 +57,8 @@ class Findings:
   cameras: tuple[dict, ...]  # As `_cameras` returns them.
   spread: dict | None  # As `describe_spread` returns it.
   weakest_link: dict | None  # As `_Observations.weakest_link` returns it.
+  evidence: evidence.Evidence | None  # What the matches say about the poses of model 0.
+  mapping: dict | None  # How the models were made: the stamp of `mapping.write_models`.
   factor: int  # Recommended Config.factor.
 
 
@@ -92,8 +94,23 @@ def examine(scene_dir: str, photos: Sequence[photos_lib.Photo]) -> Findings:
     cameras=tuple(_cameras(scene_dir, models[0])) if models else (),
     spread=describe_spread(poses) if models else None,
     weakest_link=observations.weakest_link() if models else None,
+    evidence=_test(scene_dir, photos, models),
+    mapping=_how_made(folder),
     factor=recommend_factor(_largest_size(scene_dir)),
   )
+
+
+def _test(scene_dir: str, photos, models) -> evidence.Evidence | None:
+  if not models:
+    return None
+  return evidence.Matches(scene_dir, [photo.name for photo in photos]).test(models[0])
+
+
+def _how_made(folder: str) -> dict | None:
+  with contextlib.suppress(FileNotFoundError, files.FileError):  # A damaged one is left out.
+    stamp = files.read_json(os.path.join(folder, mapping.STAMP), dict)
+    return {key: stamp[key] for key in ('mapper', 'attempts') if key in stamp} or None
+  return None
 
 
 def _largest_size(scene_dir: str) -> tuple[int, int]:
@@ -182,7 +199,7 @@ def _rows(scene_dir: str, photos, models, observations: _Observations | None) ->
     features = {name: db.num_keypoints_for_image(k) for name, k in ids.items()}
     pairs, inliers = db.read_two_view_geometry_num_inliers()
   for pair, count in zip(pairs, inliers):
-    if count >= _VERIFIED:
+    if count >= reconstruction.VERIFIED:
       for image_id in reconstruction.colmap().pair_id_to_image_pair(pair):
         best[image_id] = max(best[image_id], count)
         partners[image_id] += 1

@@ -24,12 +24,11 @@ from collections.abc import Iterator, Sequence
 from .. import colmap
 from ..datasets import masks, pyramid
 from ..system import files
-from . import diagnosis, preflight, reconstruction, video_frames
+from . import diagnosis, mapping, preflight, reconstruction, video_frames
 from . import photos as photos_lib
 from .photos import FOLDER, Photo, PosesError
 
 STATE = 'poses.json'
-_MADE_FROM = 'models.json'  # Inside sparse/: the photographs and pairs behind its models.
 FACTORS = (2, 4, 8)
 MATCHING = ('auto', 'exhaustive', 'sequential', 'alike')
 
@@ -41,6 +40,7 @@ class Options:
   frames: int | None = None  # Frames to extract from a video; None: chosen from its length.
   masks: str | None = None  # Folder of the photographs' masks.
   matching: str = 'auto'  # One of MATCHING.
+  mapper: str = 'auto'  # One of mapping.MAPPERS.
   camera_model: str | None = None  # COLMAP's name; None: see `reconstruction.extract_features`.
 
 
@@ -50,7 +50,7 @@ def make(source: str, scene_dir: str, options: Options = Options()) -> dict:
   Args:
     source: a folder of photographs, or a video file.
     scene_dir: the capture's folder; created if it does not exist.
-    options: frames, masks, matching and camera model.
+    options: frames, masks, matching, mapper and camera model.
 
   Returns:
     The report, as written to preflight.json.
@@ -63,13 +63,15 @@ def make(source: str, scene_dir: str, options: Options = Options()) -> dict:
   _check(source, options)
   _check_folders(source, scene_dir)
   with _locked(scene_dir):
+    if not files.is_file(os.path.join(scene_dir, reconstruction.DATABASE)):
+      mapping.forget(scene_dir)  # A new database may number the photographs anew.
     reconstruction.check_database(scene_dir)
     photos = _collect(source, scene_dir, options)
     names = [photo.name for photo in photos]
     reconstruction.extract_features(scene_dir, photos, options.camera_model)
     pairs = reconstruction.choose_pairs(scene_dir, names, options.matching, files.is_file(source))
     reconstruction.match_pairs(scene_dir, names, pairs)
-    _reconstruct(scene_dir, names, len(pairs))
+    _reconstruct(scene_dir, names, len(pairs), options.mapper)
     for factor in FACTORS:
       pyramid.locate(scene_dir, FOLDER, names, factor)
     return _report(scene_dir, photos)
@@ -152,7 +154,7 @@ def _collect(source: str, scene_dir: str, options: Options) -> list[Photo]:
   """Brings the photographs into the capture, except those that an earlier run finished."""
   path = os.path.join(scene_dir, STATE)
   request = {'source': os.path.realpath(source), **dataclasses.asdict(options)}
-  del request['matching']  # A later run may match more pairs.
+  del request['matching'], request['mapper']  # A later run may map anew from more pairs.
   known = _resume(path, request)
   if files.is_file(source):
     if known:
@@ -204,21 +206,13 @@ def _check_photos(photos: Sequence[Photo]) -> None:
         raise ValueError(f'{field.name} must be a {field.type}')
 
 
-def _reconstruct(scene_dir: str, names: list[str], pairs: int) -> None:
+def _reconstruct(scene_dir: str, names: list[str], pairs: int, mapper: str) -> None:
   """Writes sparse/0, 1, ... unless they were made from the same photographs and pairs."""
   folder = os.path.join(scene_dir, diagnosis.MODELS)
   made_from = {'photographs': sorted(names), 'pairs': pairs}
-  stamp = os.path.join(folder, _MADE_FROM)
-  with contextlib.suppress(FileNotFoundError, files.FileError):  # A damaged one is made anew.
-    if files.read_json(stamp) == made_from:
-      return
-  models = reconstruction.reconstruct(scene_dir, len(names))
-
-  def write(temporary: str) -> None:
-    for k, model in enumerate(models):
-      os.mkdir(os.path.join(temporary, str(k)))
-      model.write_binary(os.path.join(temporary, str(k)))
-    files.write_text(os.path.join(temporary, _MADE_FROM), json.dumps(made_from))
-
-  reconstruction.write_folder(write, scene_dir, diagnosis.MODELS)
-  reconstruction.remove_snapshots(scene_dir)
+  same = {**made_from, **({} if mapper == 'auto' else {'mapper': mapper})}
+  if mapping.read_models(folder, same) is not None:
+    return
+  models, account = mapping.reconstruct(scene_dir, names, mapper, made_from)
+  mapping.write_models(scene_dir, diagnosis.MODELS, models, {**made_from, **account})
+  mapping.forget(scene_dir)

@@ -56,6 +56,8 @@ def as_json(scene_dir: str, found: diagnosis.Findings, checks: Sequence[Check]) 
     'cameras': list(found.cameras),
     'spread': found.spread,
     'weakest_link': found.weakest_link,
+    'evidence': dataclasses.asdict(found.evidence) if found.evidence else None,
+    'mapping': found.mapping,
     'checks': [dataclasses.asdict(check) for check in checks],
     'failed': {row.name: row.reason for row in found.rows if row.reason},
     'per_photograph': [dataclasses.asdict(row) for row in found.rows],
@@ -72,7 +74,14 @@ def all_checks(found: diagnosis.Findings) -> list[Check]:
   """Returns all checks, most important first."""
   if not len(found.poses):
     return [Check('posed', BAD, 'no photograph could be posed; see the likely reasons below')]
-  checks = [_posed(found), _error(found), _points(found), *_focal(found), _spread(found)]
+  checks = [
+    _posed(found),
+    *_matches(found),
+    _error(found),
+    _points(found),
+    *_focal(found),
+    _spread(found),
+  ]
   checks += _link(found)
   return [*checks, _sharp(found), _factor(found)]
 
@@ -82,6 +91,25 @@ def _posed(found) -> Check:
   others = sum(bool(row.model) for row in found.rows)
   text = f'{posed} of {n} photographs' + (f'; {others} in separate models' if others else '')
   return Check('posed', _grade(1 - posed / n, 0.05, 0.25), text)
+
+
+def _matches(found) -> list[Check]:
+  """Checks whether strong pairs contradict the poses; neighbours in time are no look-alikes."""
+  evidence = found.evidence
+  if evidence is None or not evidence.tested:
+    return []
+  attempts = (found.mapping or {}).get('attempts', ())
+  how = f'; best of {len(attempts)} ways, {found.mapping["mapper"]}' if len(attempts) > 1 else ''
+  if evidence.is_clean:
+    text = f'none of the {evidence.tested:,} strongest pairs contradicts the poses'
+    return [Check('matches', GOOD, text + how)]
+  examples = '; '.join(f'{a} and {b}' for a, b in evidence.contradicted[:2])
+  count = f'{len(evidence.contradicted):,} of the {evidence.tested:,} strongest pairs'
+  text = f'{count} contradict the poses ({examples})'
+  if evidence.in_order:
+    return [Check('matches', BAD, f'{text}: part of the scene is doubled or torn{how}')]
+  doubt = ': the scene is doubled or torn, or has places that look alike'
+  return [Check('matches', DOUBTFUL, text + doubt + how)]
 
 
 def _error(found) -> Check:

@@ -1,7 +1,6 @@
-"""COLMAP's stages: features, matches and models. Each of them resumes after an interruption.
+"""Features and matches, by COLMAP.
 
-Features and matches go to the capture's database.db, block by block; those it already has are not
-computed again. The mapper saves a snapshot of its model about once a minute.
+They go to the capture's database.db, block by block; those it already has are not computed again.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Sequence
 
@@ -25,11 +23,9 @@ from . import pairs
 from . import photos as photos_lib
 
 DATABASE = 'database.db'
-_SNAPSHOTS = '.mapping'
-_SNAPSHOT_SECONDS = 60.0
 _FEATURES_AT_ONCE = 8  # An interruption loses the features of at most 8 photographs.
 _FEW = 20  # With fewer photographs, OPENCV's eight intrinsics are poorly determined.
-_SMALLEST_MODEL = 3  # Photographs.
+VERIFIED = 15  # Inliers from which two photographs count as matched.
 
 
 def colmap():
@@ -60,7 +56,6 @@ def check_database(scene_dir: str) -> None:
   """Raises a PosesError if the capture's database is damaged; COLMAP would crash."""
   path = os.path.join(scene_dir, DATABASE)
   if not files.is_file(path):
-    remove_snapshots(scene_dir)  # A new database may number the photographs anew.
     return
   try:
     with contextlib.closing(sqlite3.connect(path)) as db:
@@ -92,7 +87,7 @@ def extract_features(
       photographs.
   """
   pycolmap = colmap()
-  folders = _folders(scene_dir)
+  database_path, images = folders(scene_dir)
   groups = collections.defaultdict(list)
   for photo in photos:
     groups[photo.camera].append(photo.name)
@@ -112,10 +107,11 @@ def extract_features(
   if not work:
     return
   for names, options in progress.track(work, f'finding features, {_FEATURES_AT_ONCE} at once'):
-    pycolmap.extract_features(*folders, names, pycolmap.CameraMode.SINGLE, options)
+    pycolmap.extract_features(database_path, images, names, pycolmap.CameraMode.SINGLE, options)
 
 
-def _folders(scene_dir: str) -> tuple[str, str]:
+def folders(scene_dir: str) -> tuple[str, str]:
+  """Returns the paths of the capture's database and photographs."""
   return os.path.join(scene_dir, DATABASE), os.path.join(scene_dir, photos_lib.FOLDER)
 
 
@@ -130,7 +126,7 @@ def _import(scene_dir: str, names: list[str], options) -> None:
   if of_camera is not None:
     with database(scene_dir) as db:
       options.existing_camera_id = db.read_image(of_camera).camera_id
-  pycolmap.import_images(*_folders(scene_dir), pycolmap.CameraMode.SINGLE, missing, options)
+  pycolmap.import_images(*folders(scene_dir), pycolmap.CameraMode.SINGLE, missing, options)
   options.existing_camera_id = -1
 
 
@@ -177,7 +173,7 @@ def match_pairs(scene_dir: str, names: Sequence[str], wanted: set) -> None:
     missing = [(i, j) for i, j in wanted if not _is_matched(db, ids[names[i]], ids[names[j]])]
   if not missing:
     return
-  path = _folders(scene_dir)[0]
+  path = folders(scene_dir)[0]
   for block in progress.track(pairs.blocks(missing), f'matching {len(missing)} pairs, in blocks'):
     with tempfile.NamedTemporaryFile('w', suffix='.txt', encoding='utf-8') as f:
       f.writelines(f'{names[i]} {names[j]}\n' for i, j in block)
@@ -189,78 +185,6 @@ def match_pairs(scene_dir: str, names: Sequence[str], wanted: set) -> None:
 
 def _is_matched(db, a: int, b: int) -> bool:
   return db.exists_matches(a, b) and db.exists_two_view_geometry(a, b)
-
-
-def reconstruct(scene_dir: str, count: int) -> list:
-  """Poses the photographs; returns pycolmap's Reconstructions, largest first.
-
-  Resumes from the newest snapshot if it has more than half of the photographs, since its model is
-  then certain to be the largest one. Otherwise starts from the beginning.
-
-  Args:
-    scene_dir: the capture, with matches.
-    count: number of photographs.
-  """
-  pycolmap = colmap()
-  pycolmap.set_random_seed(0)
-  options = pycolmap.IncrementalPipelineOptions()
-  options.min_model_size = _SMALLEST_MODEL
-  options.random_seed = 0
-  database_path, options.image_path = _folders(scene_dir)
-  manager = pycolmap.ReconstructionManager()
-  snapshots = os.path.join(scene_dir, _SNAPSHOTS)
-  if (newest := _newest_snapshot(snapshots, count)) is not None:
-    manager.read(newest)
-  with pycolmap.Database.open(database_path) as db:
-    pipeline = pycolmap.IncrementalPipeline(options, db, manager)
-  monitor = _Monitor(manager, count, scene_dir)
-  events = pycolmap.IncrementalPipelineCallback
-  for event in (events.INITIAL_IMAGE_PAIR_REG_CALLBACK, events.NEXT_IMAGE_REG_CALLBACK):
-    pipeline.add_callback(event.value, monitor)
-  try:
-    pipeline.run()
-  finally:
-    monitor.close()
-  models = [manager.get(k) for k in range(manager.size())]
-  return sorted(models, key=lambda m: (-m.num_reg_images(), -m.num_points3D()))
-
-
-class _Monitor:
-  """Callback of the mapper: shows how many photographs are posed, and saves snapshots."""
-
-  def __init__(self, manager, count: int, scene_dir: str):
-    self._manager, self._count, self._scene_dir = manager, count, scene_dir
-    self._model, self._bar = 0, None
-    self._saved = time.monotonic()
-
-  def __call__(self) -> None:
-    size = self._manager.size()
-    if size == 0:
-      return
-    model = self._manager.get(size - 1)
-    if size != self._model:
-      self.close()
-      self._model = size
-      label = 'posing photographs' + (f', model {size}' if size > 1 else '')
-      self._bar = progress.Bar(label, self._count).__enter__()
-    self._bar.show(min(model.num_reg_images(), self._count))
-    if time.monotonic() - self._saved > _SNAPSHOT_SECONDS:
-      _save_snapshot(model, self._scene_dir)
-      self._saved = time.monotonic()
-
-  def close(self) -> None:
-    if self._bar is not None:
-      self._bar.__exit__()
-
-
-def _save_snapshot(model, scene_dir: str) -> None:
-  """Saves a snapshot of a model, then removes the older ones."""
-  folder = os.path.join(scene_dir, _SNAPSHOTS)
-  older = _snapshots(folder)
-  number = int(older[-1]) + 1 if older else 0
-  write_folder(model.write_binary, scene_dir, f'{_SNAPSHOTS}/{number:06d}')
-  for name in older:
-    shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
 
 
 def write_folder(write: Callable[[str], None], scene_dir: str, name: str) -> None:
@@ -277,24 +201,3 @@ def write_folder(write: Callable[[str], None], scene_dir: str, name: str) -> Non
     shutil.rmtree(old)
   else:
     os.rename(temporary, folder)
-
-
-def _snapshots(folder: str) -> list[str]:
-  return sorted(n for n in os.listdir(folder) if n.isdigit()) if files.is_folder(folder) else []
-
-
-def _newest_snapshot(folder: str, count: int) -> str | None:
-  """Returns the newest snapshot that has more than half of the photographs, or None."""
-  for name in reversed(_snapshots(folder)):
-    path = os.path.join(folder, name)
-    try:
-      if colmap().Reconstruction(path).num_reg_images() > count / 2:
-        return path
-    except Exception:  # COLMAP raises many types. A damaged snapshot is skipped.
-      shutil.rmtree(path, ignore_errors=True)
-  return None
-
-
-def remove_snapshots(scene_dir: str) -> None:
-  """Removes all snapshots, once the finished models are written."""
-  shutil.rmtree(os.path.join(scene_dir, _SNAPSHOTS), ignore_errors=True)

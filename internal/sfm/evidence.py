@@ -1,0 +1,235 @@
+"""Tests a model against the matches of its photographs: a torn or doubled scene contradicts some.
+
+The mapper drops the matches that its model contradicts, so reprojection errors stay small when half
+of a scene is in the wrong place. The matches themselves still know: under right poses, the two
+photographs that match best see the same points in the same places.
+
+Matches can also be wrong, where two parts of a scene look alike. Those seldom count: they cover only
+some of a picture, and true neighbours match better. So a pair counts if it is one of the strongest
+of either photograph and its matches cover the whole overlap of the pictures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from . import pairs, reconstruction
+
+STRONGEST = 10  # Pairs of each photograph that count.
+CONTRADICTED = 0.01  # Error of a pair (`pair_error`), in focal lengths: half a degree.
+COVERED = 0.7  # Share of the overlap that has matches, from which a pair cannot be a look-alike.
+_INLIERS = 30
+_GRID = (8, 6)  # Cells of a picture, in which coverage is counted.
+_OCCUPIED = 5  # Features of a cell, each matched twice or more, from which it should have matches.
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """A pair of photographs, `a` and `b`, with verified matches."""
+
+  a: str
+  b: str
+  rows: np.ndarray  # [m, 2], the features of a and of b that match.
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+  """A photograph in a model."""
+
+  name: str
+  pose: np.ndarray  # [3, 4], world to camera.
+  rays: np.ndarray  # [f, 2], the direction of each feature in camera coordinates, at z = 1.
+  points: np.ndarray  # [f, 3], the 3D point of each feature, NaN without one.
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+  """What the matches say about a model."""
+
+  tested: int  # Strong pairs whose photographs are both in the model.
+  contradicted: tuple[tuple[str, str], ...]  # The strong pairs that the model contradicts.
+  in_order: int  # Those of them that are neighbours in the order of the photographs.
+  share: float  # Of all matches, those in contradicted pairs, strong or weak.
+
+  @property
+  def is_clean(self) -> bool:
+    return not self.contradicted
+
+  def photographs(self) -> list[str]:
+    """Returns the photographs of the contradicted pairs, sorted."""
+    return sorted({name for pair in self.contradicted for name in pair})
+
+
+class Matches:
+  """The verified matches of a capture.
+
+  Args:
+    scene_dir: the capture, with a database.
+    names: the photographs, in order.
+  """
+
+  def __init__(self, scene_dir: str, names: Sequence[str]):
+    self.names = list(names)
+    self._place = {name: k for k, name in enumerate(names)}
+    ids = reconstruction.image_ids(scene_dir)
+    name_of = {k: name for name, k in ids.items()}
+    with reconstruction.database(scene_dir) as db:
+      self._features = {
+        name: db.read_keypoints(ids[name])[:, :2].astype(np.float64) for name in names
+      }
+      cameras = {name: db.read_camera(db.read_image(ids[name]).camera_id) for name in names}
+      self._sizes = {name: (camera.width, camera.height) for name, camera in cameras.items()}
+      self.pairs = list(_read_pairs(db, name_of))
+    self.pairs = [p for p in self.pairs if p.a in self._features and p.b in self._features]
+    self._cells = {name: self._cell(name) for name in names}
+    self._occupied = self._find_occupied()
+
+  def _cell(self, name: str) -> np.ndarray:
+    """Returns the grid cell of each feature, [f]."""
+    column, row = np.floor(self._features[name] / self._sizes[name] * _GRID).astype(int).T
+    return np.clip(row, 0, _GRID[1] - 1) * _GRID[0] + np.clip(column, 0, _GRID[0] - 1)
+
+  def _find_occupied(self) -> dict[str, np.ndarray]:
+    """Returns which cells of each photograph [cells] have features that can be matched."""
+    counts = {name: np.zeros(len(rows), int) for name, rows in self._features.items()}
+    for pair in self.pairs:
+      counts[pair.a][pair.rows[:, 0]] += 1
+      counts[pair.b][pair.rows[:, 1]] += 1
+    return {
+      name: np.bincount(self._cells[name][count >= 2], minlength=_GRID[0] * _GRID[1]) >= _OCCUPIED
+      for name, count in counts.items()
+    }
+
+  def strongest(self, among: set[str]) -> list[Pair]:
+    """Returns the pairs that are among the strongest of either photograph, both in `among`."""
+    partners = {name: [] for name in among}
+    for k, pair in enumerate(self.pairs):
+      if pair.a in among and pair.b in among:
+        for name in (pair.a, pair.b):
+          partners[name].append((len(pair.rows), -k))
+    kept = {-k for rows in partners.values() for _, k in sorted(rows, reverse=True)[:STRONGEST]}
+    return [self.pairs[k] for k in sorted(kept) if len(self.pairs[k].rows) >= _INLIERS]
+
+  def coverage(self, pair: Pair) -> float:
+    """Returns the share of the overlap of two pictures that has matches, the smaller of both ways.
+
+    The overlap is where an affine map, fitted to the matches, takes one picture into the other.
+    """
+    a, b = pair.rows.T
+    return min(self._covered(pair.a, pair.b, a, b), self._covered(pair.b, pair.a, b, a))
+
+  def _covered(self, first: str, second: str, i: np.ndarray, j: np.ndarray) -> float:
+    source = np.c_[self._features[first][i], np.ones(len(i))]  # [m, 3]
+    target, keep = self._features[second][j], np.ones(len(i), bool)
+    for _ in range(3):  # Drops the matches that fit worst: depths differ.
+      affine = np.linalg.lstsq(source[keep], target[keep], rcond=None)[0]  # [3, 2]
+      distance = np.linalg.norm(source @ affine - target, axis=1)
+      keep = distance <= 2 * np.median(distance)
+    row, column = np.divmod(np.arange(_GRID[0] * _GRID[1]), _GRID[0])
+    centres = (np.c_[column, row] + 0.5) / _GRID * self._sizes[first]  # [cells, 2]
+    mapped = np.c_[centres, np.ones(len(centres))] @ affine / self._sizes[second]
+    expected = ((mapped > 0.05) & (mapped < 0.95)).all(1) & self._occupied[first]  # [cells]
+    if expected.sum() < 4:
+      return 0.0
+    matched = np.bincount(self._cells[first][i], minlength=len(centres)) > 0
+    return float((matched & expected).sum() / expected.sum())
+
+  def test(self, model) -> Evidence:
+    """Tests a pycolmap Reconstruction against the matches."""
+    views = {view.name: view for view in self._views(model)}
+    posed = [pair for pair in self.pairs if pair.a in views and pair.b in views]
+    against = {id(p) for p in posed if pair_error(views[p.a], views[p.b], p.rows) > CONTRADICTED}
+    strong = self.strongest(set(views))
+    found = [p for p in strong if id(p) in against and self.coverage(p) >= COVERED]
+    total = sum(len(p.rows) for p in posed)
+    return Evidence(
+      tested=len(strong),
+      contradicted=tuple((p.a, p.b) for p in found),
+      in_order=sum(map(self._are_neighbours, found)),
+      share=sum(len(p.rows) for p in posed if id(p) in against) / max(total, 1),
+    )
+
+  def _views(self, model) -> Iterator[View]:
+    for k in model.reg_image_ids():
+      image = model.image(k)
+      features = self._features.get(image.name)
+      if features is None:
+        continue
+      points = np.full((len(features), 3), np.nan)
+      if len(image.points2D) == len(features):  # Otherwise the model has features of its own.
+        for i, point in enumerate(image.points2D):
+          if point.has_point3D():
+            points[i] = model.points3D[point.point3D_id].xyz
+      rays = image.camera.cam_from_img(features)  # [f, 2]
+      yield View(image.name, image.cam_from_world().matrix(), rays, points)
+
+  @functools.cached_property
+  def is_ordered(self) -> bool:
+    """Whether the photographs were taken one after the other, as their matches tell."""
+    n = len(self.names)
+    counts = np.zeros((n, n))
+    for pair in self.pairs:
+      i, j = self._place[pair.a], self._place[pair.b]
+      counts[i, j] = counts[j, i] = len(pair.rows)
+    np.fill_diagonal(counts, np.inf)
+    return pairs.is_ordered(counts)
+
+  def _are_neighbours(self, pair: Pair) -> bool:
+    apart = abs(self._place[pair.a] - self._place[pair.b])
+    return self.is_ordered and apart <= max(2, len(self.names) // 20)
+
+
+def _read_pairs(db, name_of: dict[int, str]):
+  ids, geometries = db.read_two_view_geometries()
+  for pair_id, geometry in zip(ids, geometries):
+    rows = np.asarray(geometry.inlier_matches)
+    if len(rows) >= reconstruction.VERIFIED:
+      a, b = reconstruction.colmap().pair_id_to_image_pair(pair_id)
+      yield Pair(name_of[a], name_of[b], rows)
+
+
+def pair_error(a: View, b: View, rows: np.ndarray) -> float:
+  """Returns how far a model is from the matches of a pair, in focal lengths.
+
+  The larger of the median distance from the epipolar lines and, where at least ten matches have 3D
+  points, the median distance of a point of one photograph from its match in the other. The lines
+  say little about cameras that move in a plane.
+
+  Args:
+    a, b: the photographs.
+    rows: [m, 2], the features of a and of b that match.
+  """
+  errors = [epipolar_error(a.pose, b.pose, a.rays[rows[:, 0]], b.rays[rows[:, 1]])]
+  for first, second, (i, j) in ((a, b, rows.T), (b, a, rows[:, ::-1].T)):
+    local = first.points[i] @ second.pose[:, :3].T + second.pose[:, 3]  # [m, 3]
+    local = np.where(local[:, 2:] > 1e-9, local, np.nan)
+    apart = np.linalg.norm(local[:, :2] / local[:, 2:] - second.rays[j], axis=1)
+    behind = np.isfinite(first.points[i, 0]) & np.isnan(local[:, 0])
+    apart[behind] = np.inf
+    if np.sum(~np.isnan(apart)) >= 10:
+      errors.append(np.nanmedian(apart))
+  return float(np.nanmax(errors))
+
+
+def epipolar_error(
+  pose_a: np.ndarray, pose_b: np.ndarray, rays_a: np.ndarray, rays_b: np.ndarray
+) -> float:
+  """Returns the median Sampson distance of matches from their epipolar lines, in focal lengths.
+
+  Args:
+    pose_a, pose_b: [3, 4], world to camera.
+    rays_a, rays_b: [m, 2], matching directions in camera coordinates, at z = 1.
+  """
+  rotation = pose_b[:, :3] @ pose_a[:, :3].T
+  shift = pose_b[:, 3] - rotation @ pose_a[:, 3]
+  x, y, z = shift / max(np.linalg.norm(shift), 1e-12)
+  essential = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ rotation
+  rays_a, rays_b = (np.c_[rays, np.ones(len(rays))] for rays in (rays_a, rays_b))  # [m, 3]
+  lines_b, lines_a = rays_a @ essential.T, rays_b @ essential  # [m, 3]
+  slope = (lines_b[:, :2] ** 2).sum(1) + (lines_a[:, :2] ** 2).sum(1)
+  distance = np.abs((rays_b * lines_b).sum(1)) / np.sqrt(np.maximum(slope, 1e-18))
+  return float(np.nanmedian(distance))

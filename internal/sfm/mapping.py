@@ -1,0 +1,391 @@
+"""Estimates the poses of a capture from its matches: global, incremental or hierarchical mapping.
+
+Global mapping (GLOMAP: Pan et al., ECCV 2024) solves for all cameras at once. Incremental mapping
+adds one photograph after another, and where it goes wrong, it goes on from there. `auto` maps
+globally, tests the model against the matches (`evidence`), tries other ways where it is doubtful,
+and keeps the best. Finished attempts and snapshots are saved, so that a stopped run resumes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..system import files, installation, progress
+from . import evidence, photos, reconstruction
+
+MAPPERS = ('auto', 'global', 'incremental', 'hierarchical')
+STAMP = 'models.json'  # Beside the models: what they were made from, and how.
+
+_FOLDER = '.mapping'  # Of snapshots and finished attempts.
+_SNAPSHOT_SECONDS = 60.0
+_SMALLEST_MODEL = 3  # Photographs.
+_MANY = 1000  # Photographs from which `auto` tries hierarchical instead of incremental mapping.
+_ENOUGH = 0.95  # Share of posed photographs from which a clean model needs no other attempt.
+_LOOK_ALIKE = 0.5  # Coverage below which a pair may be of two places that look alike.
+_STAGES = 5  # Rotations, tracks, positions, bundle adjustment and triangulation.
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+  """The outcome of one way of mapping."""
+
+  name: str
+  models: list  # pycolmap's Reconstructions, largest first.
+  evidence: evidence.Evidence | None  # About the largest model.
+
+  @property
+  def posed(self) -> int:
+    return self.models[0].num_reg_images() if self.models else 0
+
+  def score(self, count: int) -> tuple[float, float]:
+    """Ranks attempts: posed photographs less ten times the contradicted share of strong pairs."""
+    if self.evidence is None:
+      return -1.0, 0.0
+    wrong = len(self.evidence.contradicted) / max(self.evidence.tested, 1)
+    return round(self.posed / count - 10 * wrong, 3), -self.evidence.share
+
+  def as_json(self) -> dict[str, Any]:
+    found = self.evidence
+    return {
+      'mapper': self.name,
+      'posed': self.posed,
+      'tested_pairs': found.tested if found else 0,
+      'contradicted_pairs': len(found.contradicted) if found else 0,
+      'contradicted_matches': round(found.share, 4) if found else None,
+    }
+
+
+class _Mapping:
+  """The attempts to map one capture.
+
+  Args:
+    scene_dir: the capture, with matches.
+    names: the photographs, in order.
+    made_from: identifies photographs and pairs; attempts with another one are made anew.
+  """
+
+  def __init__(self, scene_dir: str, names: Sequence[str], made_from: dict):
+    self.scene_dir, self.names, self._made_from = scene_dir, list(names), made_from
+    self.attempts: list[Attempt] = []
+    self.matches = evidence.Matches(scene_dir, names)
+
+  def attempt(self, name: str, make: Callable[[], list]) -> None:
+    """Adds an attempt: the models of a stopped run, or those that `make` returns."""
+    folder = os.path.join(self.scene_dir, _FOLDER, name.replace(' ', '_'))
+    models = read_models(folder, self._made_from)
+    if models is None:
+      models = make()
+      write_models(self.scene_dir, os.path.relpath(folder, self.scene_dir), models, self._made_from)
+    found = self.matches.test(models[0]) if models else None
+    self.attempts.append(Attempt(name, models, found))
+
+  def run(self, mapper: str) -> None:
+    """Maps in one way."""
+    if mapper == 'incremental':
+      self.attempt(mapper, lambda: _incremental(self.scene_dir, len(self.names)))
+    else:
+      self.attempt(mapper, lambda: _in_child(self.scene_dir, mapper))
+
+  def best(self) -> Attempt:
+    return max(self.attempts, key=lambda attempt: attempt.score(len(self.names)))
+
+  def is_settled(self) -> bool:
+    """Returns whether an attempt posed nearly all photographs and contradicts no strong pair."""
+    best = self.best()
+    return (
+      best.posed >= _ENOUGH * len(self.names) and best.evidence is not None
+    ) and best.evidence.is_clean
+
+  def without_look_alikes(self) -> None:
+    """Maps globally without the pairs whose matches cover little of the pictures' overlap."""
+    dropped = [p for p in self.matches.pairs if self.matches.coverage(p) < _LOOK_ALIKE]
+    if dropped:
+      self.attempt(
+        'global without look-alikes', lambda: _in_child(self.scene_dir, 'global', dropped)
+      )
+
+  def with_more_pairs(self) -> None:
+    """Matches every pair of the photographs in question, and maps globally again."""
+    found = self.best().evidence
+    suspects = {self.names.index(name) for name in found.photographs()} if found else set()
+    n = len(self.names)
+    wanted = {(min(i, j), max(i, j)) for i in suspects for j in range(n) if i != j}
+    before = len(self.matches.pairs)
+    reconstruction.match_pairs(self.scene_dir, self.names, wanted)
+    self.matches = evidence.Matches(self.scene_dir, self.names)
+    if len(self.matches.pairs) > before:
+      self.attempt('global with more pairs', lambda: _in_child(self.scene_dir, 'global'))
+
+
+def reconstruct(
+  scene_dir: str, names: Sequence[str], mapper: str, made_from: dict
+) -> tuple[list, dict]:
+  """Poses the photographs.
+
+  Args:
+    scene_dir: the capture, with matches.
+    names: the photographs, in order.
+    mapper: one of MAPPERS.
+    made_from: identifies the photographs and pairs, for resuming.
+
+  Returns:
+    pycolmap's Reconstructions, largest first, and a dict for the report with the `mapper` that made
+    them and all `attempts`.
+
+  Raises:
+    PosesError: COLMAP failed.
+  """
+  mapping = _Mapping(scene_dir, names, made_from)
+  if mapper != 'auto':
+    mapping.run(mapper)
+  else:
+    _map_until_settled(mapping)
+  best = mapping.best()
+  return best.models, {
+    'mapper': best.name,
+    'attempts': [attempt.as_json() for attempt in mapping.attempts],
+  }
+
+
+def _map_until_settled(mapping: _Mapping) -> None:
+  second = 'incremental' if len(mapping.names) < _MANY else 'hierarchical'
+  for mapper in ('global', second):
+    try:
+      mapping.run(mapper)
+    except photos.PosesError as error:  # The other mapper may be able to.
+      progress.say(str(error))
+    if mapping.attempts and mapping.is_settled():
+      return
+  if not mapping.attempts:
+    raise photos.PosesError('COLMAP could not map the photographs; its messages are above.')
+  for repair in (mapping.without_look_alikes, mapping.with_more_pairs):
+    if mapping.best().evidence is None or mapping.best().evidence.is_clean:
+      return  # More photographs would help, not other matches.
+    repair()
+
+
+def read_models(folder: str, made_from: dict) -> list | None:
+  """Returns the models in a folder, largest first, or None if they are not of `made_from`."""
+  try:
+    stamp = files.read_json(os.path.join(folder, STAMP))
+    if {key: stamp.get(key) for key in made_from} != made_from:
+      return None
+    names = sorted(filter(str.isdigit, os.listdir(folder)), key=int)
+    return [reconstruction.colmap().Reconstruction(os.path.join(folder, name)) for name in names]
+  except (FileNotFoundError, files.FileError, AttributeError, ValueError):
+    return None  # There are none, or they are damaged.
+
+
+def write_models(scene_dir: str, name: str, models: list, stamp: dict) -> None:
+  """Writes models and their stamp to a folder below the capture, replacing an older one."""
+
+  def write(temporary: str) -> None:
+    for k, model in enumerate(models):
+      os.mkdir(os.path.join(temporary, str(k)))
+      model.write_binary(os.path.join(temporary, str(k)))
+    files.write_text(os.path.join(temporary, STAMP), json.dumps(stamp))
+
+  reconstruction.write_folder(write, scene_dir, name)
+
+
+def forget(scene_dir: str) -> None:
+  """Removes snapshots and attempts, once the finished models are written."""
+  shutil.rmtree(os.path.join(scene_dir, _FOLDER), ignore_errors=True)
+
+
+def _largest_first(models: list) -> list:
+  return sorted(models, key=lambda m: (-m.num_reg_images(), -m.num_points3D()))
+
+
+def _in_child(scene_dir: str, mapper: str, dropped: Sequence[evidence.Pair] = ()) -> list:
+  """Runs a mapper in a process of its own, so that it can be stopped and a crash is an error.
+
+  It works on a copy of the database, in which focal lengths are calibrated and the `dropped` pairs
+  are missing.
+  """
+  work = os.path.join(scene_dir, photos.STAGING, uuid.uuid4().hex)
+  os.makedirs(work)
+  copy = os.path.join(work, reconstruction.DATABASE)
+  original = os.path.join(scene_dir, reconstruction.DATABASE)
+  closing = contextlib.closing
+  with closing(sqlite3.connect(original)) as source, closing(sqlite3.connect(copy)) as target:
+    source.backup(target)
+  if dropped:
+    ids = reconstruction.image_ids(scene_dir)
+    with reconstruction.colmap().Database.open(copy) as db:
+      for pair in dropped:
+        db.delete_two_view_geometry(ids[pair.a], ids[pair.b])
+  try:
+    _watch(_start_child(mapper, copy, os.path.join(scene_dir, photos.FOLDER), work), mapper)
+    models = [
+      reconstruction.colmap().Reconstruction(os.path.join(work, name))
+      for name in filter(str.isdigit, os.listdir(work))
+    ]
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+  return _largest_first(models)
+
+
+def _start_child(*args: str) -> subprocess.Popen:
+  code = f'from {installation.NAME}.sfm import mapping; mapping.run_child()'
+  root = os.path.dirname(installation.PACKAGE)
+  path = os.pathsep.join(filter(None, (root, os.environ.get('PYTHONPATH'))))
+  return subprocess.Popen(
+    [sys.executable, '-c', code, *args],
+    env={**os.environ, 'PYTHONPATH': path},
+    stdin=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    errors='replace',
+  )
+
+
+def _watch(child: subprocess.Popen, mapper: str) -> None:
+  """Shows a child's stages until it ends; raises a PosesError if it fails."""
+  stages, problem, began = 0, '', time.monotonic()
+  try:
+    with progress.Bar(f'posing photographs, {mapper}', _STAGES) as bar:
+      for line in child.stderr:
+        if stage := re.search(r'=== Running (.*?) ===', line):
+          stages += 1
+          taken = progress.duration(time.monotonic() - began)
+          bar.show(min(stages, _STAGES) - 0.5, f'{stage[1]}, {taken} so far')
+        elif line[:1] in 'EF' or 'Error' in line:
+          problem = line.strip()
+      code = child.wait()
+  finally:
+    child.kill()
+    child.wait()
+  if code:
+    reason = problem[:300] or f'exit code {code}'
+    raise photos.PosesError(f"COLMAP's {mapper} mapping failed ({reason}). Try another --mapper.")
+
+
+def run_child() -> None:
+  """The process of `_in_child`: maps the database in sys.argv into the folder in sys.argv."""
+  mapper, database, images, output = sys.argv[1:]
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+  pycolmap = reconstruction.colmap()
+  pycolmap.logging.logtostderr = True
+  pycolmap.logging.minloglevel = pycolmap.logging.INFO.value
+  pycolmap.set_random_seed(0)
+  if mapper == 'hierarchical':
+    options = pycolmap.HierarchicalPipelineOptions()
+    options.incremental_options.min_model_size = _SMALLEST_MODEL
+    options.incremental_options.random_seed = 0
+    pycolmap.hierarchical_mapping(database, images, output, options)
+    return
+  with pycolmap.Database.open(database) as db:
+    known = all(camera.has_prior_focal_length for camera in db.read_all_cameras())
+  if not known:
+    pycolmap.calibrate_view_graph(database)
+  options = pycolmap.GlobalPipelineOptions()
+  options.min_model_size = _SMALLEST_MODEL
+  options.random_seed = options.mapper.random_seed = 0
+  pycolmap.global_mapping(database, images, output, options)
+
+
+def _end_with_parent() -> None:
+  sys.stdin.read()  # Returns when the parent has ended.
+  os._exit(1)
+
+
+def _incremental(scene_dir: str, count: int) -> list:
+  """Maps incrementally; returns pycolmap's Reconstructions, largest first.
+
+  Resumes from the newest snapshot if it has more than half of the photographs, since its model is
+  then certain to be the largest one. Otherwise starts from the beginning.
+
+  Args:
+    scene_dir: the capture, with matches.
+    count: number of photographs.
+  """
+  pycolmap = reconstruction.colmap()
+  pycolmap.set_random_seed(0)
+  options = pycolmap.IncrementalPipelineOptions()
+  options.min_model_size = _SMALLEST_MODEL
+  options.random_seed = 0
+  database_path, options.image_path = reconstruction.folders(scene_dir)
+  manager = pycolmap.ReconstructionManager()
+  snapshots = os.path.join(scene_dir, _FOLDER)
+  if (newest := _newest_snapshot(snapshots, count)) is not None:
+    manager.read(newest)
+  with pycolmap.Database.open(database_path) as db:
+    pipeline = pycolmap.IncrementalPipeline(options, db, manager)
+  monitor = _Monitor(manager, count, scene_dir)
+  events = pycolmap.IncrementalPipelineCallback
+  for event in (events.INITIAL_IMAGE_PAIR_REG_CALLBACK, events.NEXT_IMAGE_REG_CALLBACK):
+    pipeline.add_callback(event.value, monitor)
+  try:
+    pipeline.run()
+  finally:
+    monitor.close()
+  models = [manager.get(k) for k in range(manager.size())]
+  return _largest_first(models)
+
+
+class _Monitor:
+  """Callback of the mapper: shows how many photographs are posed, and saves snapshots."""
+
+  def __init__(self, manager, count: int, scene_dir: str):
+    self._manager, self._count, self._scene_dir = manager, count, scene_dir
+    self._model, self._bar = 0, None
+    self._saved = time.monotonic()
+
+  def __call__(self) -> None:
+    size = self._manager.size()
+    if size == 0:
+      return
+    model = self._manager.get(size - 1)
+    if size != self._model:
+      self.close()
+      self._model = size
+      label = 'posing photographs' + (f', model {size}' if size > 1 else '')
+      self._bar = progress.Bar(label, self._count).__enter__()
+    self._bar.show(min(model.num_reg_images(), self._count))
+    if time.monotonic() - self._saved > _SNAPSHOT_SECONDS:
+      _save_snapshot(model, self._scene_dir)
+      self._saved = time.monotonic()
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.__exit__()
+
+
+def _save_snapshot(model, scene_dir: str) -> None:
+  """Saves a snapshot of a model, then removes the older ones."""
+  folder = os.path.join(scene_dir, _FOLDER)
+  older = _snapshots(folder)
+  number = int(older[-1]) + 1 if older else 0
+  reconstruction.write_folder(model.write_binary, scene_dir, f'{_FOLDER}/{number:06d}')
+  for name in older:
+    shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+
+
+def _snapshots(folder: str) -> list[str]:
+  return sorted(n for n in os.listdir(folder) if n.isdigit()) if files.is_folder(folder) else []
+
+
+def _newest_snapshot(folder: str, count: int) -> str | None:
+  """Returns the newest snapshot that has more than half of the photographs, or None."""
+  for name in reversed(_snapshots(folder)):
+    path = os.path.join(folder, name)
+    try:
+      if reconstruction.colmap().Reconstruction(path).num_reg_images() > count / 2:
+        return path
+    except Exception:  # COLMAP raises many types. A damaged snapshot is skipped.
+      shutil.rmtree(path, ignore_errors=True)
+  return None
