@@ -154,7 +154,7 @@ def test_the_frame_of_the_model_does_not_matter(capture):
 
 def test_a_torn_ring_contradicts_pairs_across_the_tear(capture, points):
   """Epipolar lines alone do not see it: the cameras move in a plane."""
-  moves = [turn_and_shift(-15 * k / N) for k in range(N)]  # The ring does not close.
+  moves = [turn_and_shift(-6 * k / N) for k in range(N)]  # The ring does not close.
   torn = [carried(pose, move) for pose, move in zip(capture.poses, moves)]
   _, inside = project(capture.poses, points)
   own = [points[seen] @ move[:, :3].T for seen, move in zip(inside, moves)]
@@ -162,7 +162,6 @@ def test_a_torn_ring_contradicts_pairs_across_the_tear(capture, points):
   numbers = [{int(a[:2]), int(b[:2])} for a, b in found.contradicted]
   assert len(numbers) >= 10
   assert all(max(pair) - min(pair) > N - 6 for pair in numbers)  # From the last to the first.
-  assert found.photographs()[0] == '00.jpg'
   assert capture.test(torn).is_clean
 
 

@@ -4,9 +4,9 @@ The mapper drops the matches that its model contradicts, so reprojection errors 
 of a scene is in the wrong place. The matches themselves still know: under right poses, the two
 photographs that match best see the same points in the same places.
 
-Matches can also be wrong, where two parts of a scene look alike. Those seldom count: they cover only
-some of a picture, and true neighbours match better. So a pair counts if it is one of the strongest
-of either photograph and its matches cover the whole overlap of the pictures.
+Matches can also be wrong, where two parts of a scene look alike. Those seldom count: they cover a
+part of the pictures, and true neighbours match better. So a pair counts if it is one of the
+strongest of either photograph and its matches cover the whole overlap of the pictures.
 """
 
 from __future__ import annotations
