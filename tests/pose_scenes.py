@@ -126,6 +126,12 @@ def _symmetric_alone(n):
   return _EMPTY + box((-0.7, -0.7, 0), (0.7, 0.7, 1.6), _SAME), _ring(n, 2.3, 1.0, (0, 0, 0.8))
 
 
+def _front_and_back(n):
+  """Two equal sides of a box, photographed from the front and from the back and nowhere between."""
+  arcs = [_ring(n // 2, 2.3, 1.0, (0, 0, 0.8), (a - 0.6, a + 0.6)) for a in (0, np.pi)]
+  return _ROOM + box((-0.7, -0.7, 0), (0.7, 0.7, 1.6), _SAME), arcs[0] + arcs[1]
+
+
 def _two_sided(n):
   """A wall with two equal faces, on a grey floor."""
   return box((-1.2, -0.15, 0), (1.2, 0.15, 1.8), (20, 21, 22, 22, None, 25)), _ring(
@@ -177,6 +183,7 @@ SCENES = {
   'twins': _twins,
   'symmetric': _symmetric,
   'symmetric_alone': _symmetric_alone,
+  'front_and_back': _front_and_back,
   'two_sided': _two_sided,
   'outwards': _outwards,
   'rotation': _rotation,
@@ -185,13 +192,19 @@ SCENES = {
 }
 
 
-def make(name: str, folder: pathlib.Path, n: int) -> colmap.Model:
-  """Writes the `n` photographs of a scene as PNG; returns the model of the true cameras."""
+def make(name: str, folder: pathlib.Path, n: int) -> None:
+  """Writes the `n` photographs of a scene as PNG."""
   quads, poses = SCENES[name](n)
   folder.mkdir(parents=True, exist_ok=True)
-  images = {}
   for k, pose in enumerate(poses):
     Image.fromarray(render(quads, pose)).save(folder / f'{k:03d}.png')
-    images[k + 1] = colmap.Image(k + 1, *captures.to_colmap(pose), 1, f'{k:03d}.png')
+
+
+def true_model(name: str, n: int) -> colmap.Model:
+  """Returns the model of a scene's true cameras, without points."""
+  images = {
+    k: colmap.Image(k, *captures.to_colmap(pose), 1, f'{k:03d}.png')
+    for k, pose in enumerate(SCENES[name](n)[1])
+  }
   camera = colmap.Camera(1, 'PINHOLE', *SIZE, (FOCAL, FOCAL, SIZE[0] / 2, SIZE[1] / 2))
   return colmap.Model({1: camera}, images, colmap.make_points())
