@@ -159,6 +159,9 @@ def test_the_largest_model_comes_first(monkeypatch, tmp_path):
     def num_reg_images(self):
       return self._images
 
+    def reg_image_ids(self):
+      return []
+
     def num_points3D(self):
       return 1
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,10 @@ class Evidence:
   @property
   def is_clean(self) -> bool:
     return not self.contradicted
+
+  def as_json(self) -> dict[str, Any]:
+    """Returns the fields as JSON has them."""
+    return {**dataclasses.asdict(self), 'contradicted': [list(pair) for pair in self.contradicted]}
 
   def photographs(self) -> list[str]:
     """Returns the photographs of the contradicted pairs, sorted."""

@@ -55,7 +55,7 @@ class Attempt:
     if self.evidence is None:
       return -1.0, 0.0
     wrong = len(self.evidence.contradicted) / max(self.evidence.tested, 1)
-    return round(self.posed / count - 10 * wrong, 3), -self.evidence.share
+    return round(self.posed / max(count, 1) - 10 * wrong, 3), -self.evidence.share
 
   def as_json(self) -> dict[str, Any]:
     found = self.evidence

@@ -56,7 +56,7 @@ def as_json(scene_dir: str, found: diagnosis.Findings, checks: Sequence[Check]) 
     'cameras': list(found.cameras),
     'spread': found.spread,
     'weakest_link': found.weakest_link,
-    'evidence': dataclasses.asdict(found.evidence) if found.evidence else None,
+    'evidence': found.evidence.as_json() if found.evidence else None,
     'mapping': found.mapping,
     'checks': [dataclasses.asdict(check) for check in checks],
     'failed': {row.name: row.reason for row in found.rows if row.reason},
