@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,7 +130,11 @@ def _without_spaces(name: str) -> str:
 
 
 def import_photos(
-  folder: str, scene_dir: str, masks_dir: str | None = None, known: Sequence[Photo] = ()
+  folder: str,
+  scene_dir: str,
+  masks_dir: str | None = None,
+  known: Sequence[Photo] = (),
+  stored: Container[str] = (),
 ) -> list[Photo]:
   """Imports the photographs of a folder into `scene_dir`/images and their masks into /masks.
 
@@ -140,6 +144,7 @@ def import_photos(
     masks_dir: folder of masks or None. `datasets.masks` says how they are named. Masks beside the
       photographs count too.
     known: photographs that an earlier run imported; they are skipped.
+    stored: photographs whose EXIF orientation is ignored.
 
   Returns:
     All photographs, in the order of their EXIF times if all have one, else by name.
@@ -161,7 +166,9 @@ def import_photos(
   found = _find_masks(folder, names, masks_dir)
   _refuse_late_masks({photo.name: found.get(name) for name, photo in done.items()}, scene_dir)
   added = images.in_threads(
-    lambda name: _import_photo(folder, name, scene_dir, found.get(name), bool(found)),
+    lambda name: _import_photo(
+      folder, name, scene_dir, found.get(name), bool(found), name in stored
+    ),
     missing,
     'reading photographs' if missing else None,
   )
@@ -208,8 +215,10 @@ def _refuse_late_masks(found: Mapping[str, str | None], scene_dir: str) -> None:
     )
 
 
-def _import_photo(folder: str, name: str, scene_dir: str, mask: str | None, masked: bool) -> Photo:
-  """Imports a photograph; if any is `masked`, also its mask."""
+def _import_photo(
+  folder: str, name: str, scene_dir: str, mask: str | None, masked: bool, stored: bool = False
+) -> Photo:
+  """Imports a photograph, as it is `stored` or upright; if any is `masked`, also its mask."""
   source = os.path.join(folder, name)
   header = images.read_header(source)
   with images.room_for((header.width, header.height)), Image.open(source) as image:
@@ -217,7 +226,7 @@ def _import_photo(folder: str, name: str, scene_dir: str, mask: str | None, mask
     exif = image.getexif()
     # Phones write JPEG files with a second picture in them; Pillow calls these MPO.
     plain = image.format in ('JPEG', 'MPO', 'PNG') and image.mode in ('RGB', 'L')
-    turn = header.orientation
+    turn = 1 if stored else header.orientation
     target_name = _without_spaces(name if plain else images.stem(name) + '.png')
     target = f'{FOLDER}/{target_name}'
     if not plain or turn != 1 or target_name != name:

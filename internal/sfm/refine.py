@@ -1,0 +1,394 @@
+"""Refines given camera poses by bundle adjustment against the matches of the photographs.
+
+Points are triangulated with the given poses and all is adjusted, at first with generous limits that
+let poses off by some degrees find their matches, at last with COLMAP's own. Photographs without a
+pose are then registered to the points. The result is moved back to the given world by the
+similarity that brings the cameras closest. `n` is a number of photographs; poses are
+[n, 3, 4], camera to world, OpenGL axes; errors are in pixels of the full-size photographs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..system import files, progress
+from . import moved as moved_lib
+from . import reconstruction
+from .diagnosis import MODELS
+from .given import Given
+from .photos import FOLDER, PosesError
+
+_LIMITS = (0.04, 0.015, 0.0)  # Largest errors of the rounds, times the photographs' longer side.
+_LEAST = 4.0  # Pixels: the limit of the last round, COLMAP's.
+_FEW = 15  # A pose that fewer points observe is not verified.
+_OWN_LENS = 5  # Cameras of fewer photographs keep the given intrinsics.
+_AGREES = 0.02  # A match agrees with two poses within this share of the longer side.
+_CONTRADICTED = 0.3  # Poses with which fewer matches agree cannot be refined.
+_LIKELY = 0.8  # Poses in the right convention agree with more matches than this.
+_SAMPLE_PAIRS, _SAMPLE_MATCHES = 400, 50
+
+
+def refine(scene_dir: str, given: Given, fix_intrinsics: bool):
+  """Refines the given poses of a capture that has matches.
+
+  Args:
+    scene_dir: the capture.
+    given: the poses, and cameras, which the database has.
+    fix_intrinsics: whether to keep their intrinsics.
+
+  Returns:
+    pycolmap's Reconstruction in the given world, and the report: a dict for JSON.
+
+  Raises:
+    PosesError: the matches contradict the poses, or there are too few.
+  """
+  pycolmap = reconstruction.colmap()
+  pycolmap.set_random_seed(0)
+  options = pycolmap.DatabaseCacheOptions()
+  options.load_all_images = True
+  options.min_num_matches = _FEW
+  with reconstruction.database(scene_dir) as db:
+    cache = pycolmap.DatabaseCache.create(db, options)
+    matches = _Matches.sample(db, cache)
+  model = pycolmap.Reconstruction()
+  model.load(cache)
+  before = {name: camera_from_opengl(pose) for name, pose in given.poses.items()}
+  names = {image.name: image.camera_id for image in model.images.values()}
+  camera_ids = {camera: names[name] for name, camera in given.camera_of.items()}
+  agreement = _check_agreement(given, matches, before)
+  _place(model, before)
+  adjuster = _Adjuster(model, cache, _constant(model, camera_ids, fix_intrinsics))
+  adjuster.run()
+  verified = _observed(model)
+  if len(verified & set(before)) < 3:
+    raise PosesError(
+      f'{given.path}: its poses of {len(verified & set(before))} photographs could be verified by '
+      'matches; at least 3 are needed. Pose the photographs without --from.'
+    )
+  report = _finish(model, given, before, verified, camera_ids, adjuster.constant)
+  after = {image.name: image.cam_from_world() for image in _registered(model)}
+  report |= {'agreement_before': agreement, 'agreement_after': matches.agreement(after)}
+  model.extract_colors_for_all_images(os.path.join(scene_dir, FOLDER))
+  return model, report
+
+
+def camera_from_opengl(pose: np.ndarray):
+  """Returns a pose [3, 4] as pycolmap's Rigid3d, world to camera with OpenCV axes."""
+  pycolmap = reconstruction.colmap()
+  rotation = (pose[:, :3] * [1, -1, -1]).T
+  u, _, vt = np.linalg.svd(rotation)  # Files round; quaternions need exact rotations.
+  rotation = u @ vt
+  return pycolmap.Rigid3d(pycolmap.Rotation3d(rotation), -rotation @ pose[:, 3])
+
+
+def opengl_from_camera(rigid) -> np.ndarray:
+  """Inverts `camera_from_opengl`."""
+  rotation = rigid.rotation.matrix().T  # [3, 3]
+  position = -rotation @ rigid.translation
+  return np.concatenate([rotation * [1, -1, -1], position[:, None]], 1)
+
+
+def _place(model, poses: Mapping) -> None:
+  """Registers the images of a reconstruction that have poses."""
+  for image in list(model.images.values()):
+    if image.name in poses:
+      frame = model.frame(image.frame_id)
+      frame.set_cam_from_world(image.camera_id, poses[image.name])
+      model.register_frame(image.frame_id)
+
+
+def _registered(model) -> list:
+  return [model.image(image_id) for image_id in model.reg_image_ids()]
+
+
+def _observed(model) -> set[str]:
+  """Returns the names of the registered images that observe enough points."""
+  return {image.name for image in _registered(model) if image.num_points3D >= _FEW}
+
+
+def _constant(model, camera_ids: Mapping[str, int], fix_intrinsics: bool) -> set[int]:
+  """Returns the given cameras whose intrinsics are kept."""
+  if fix_intrinsics:
+    return set(camera_ids.values())
+  count = {k: 0 for k in camera_ids.values()}
+  for image in model.images.values():
+    if image.camera_id in count:
+      count[image.camera_id] += 1
+  return {k for k, photographs in count.items() if photographs < _OWN_LENS}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matches:
+  """A sample of the verified matches: undistorted rays, and how large the agreed error is."""
+
+  pairs: tuple  # (name, name, rays [m, 2], rays [m, 2], tolerance)
+
+  @classmethod
+  def sample(cls, db, cache) -> _Matches:
+    rng, result = np.random.default_rng(0), []
+    ids, geometries = db.read_two_view_geometries()
+    order = rng.permutation(len(ids))
+    for k in order:
+      if len(geometries[k].inlier_matches) >= _FEW and len(result) < _SAMPLE_PAIRS:
+        pair = reconstruction.colmap().pair_id_to_image_pair(ids[k])
+        chosen = rng.permutation(geometries[k].inlier_matches)[:_SAMPLE_MATCHES]  # [m, 2]
+        images = [cache.image(i) for i in pair]
+        cameras = [cache.camera(image.camera_id) for image in images]
+        rays = [
+          camera.cam_from_img(db.read_keypoints(i)[rows, :2].astype(float))
+          for camera, i, rows in zip(cameras, pair, chosen.T)
+        ]
+        angles = [max(c.width, c.height) / c.mean_focal_length() for c in cameras]
+        tolerance = _AGREES * max(angles)
+        result.append((images[0].name, images[1].name, *rays, tolerance))
+    return cls(tuple(result))
+
+  def agreement(self, poses: Mapping) -> float | None:
+    """Returns the share of matches that lie on each other's epipolar lines; None without any."""
+    agreed = total = 0
+    for first, second, a, b, tolerance in self.pairs:
+      if first in poses and second in poses:
+        distance = _epipolar(poses[second] * poses[first].inverse(), a, b)
+        agreed += int((distance < tolerance).sum())
+        total += len(distance)
+    return agreed / total if total else None
+
+
+def _epipolar(second_from_first, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  """Returns distances [m] of points b from the epipolar lines of a, both [m, 2] at depth 1."""
+  x, y, z = second_from_first.translation
+  cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+  essential = cross @ second_from_first.rotation.matrix()
+  ones = np.ones((len(a), 1))
+  lines = np.concatenate([a, ones], 1) @ essential.T  # [m, 3]
+  signed = (lines * np.concatenate([b, ones], 1)).sum(-1)
+  return np.abs(signed) / np.maximum(np.linalg.norm(lines[:, :2], axis=-1), 1e-12)
+
+
+_OTHER_CONVENTIONS = {
+  'their axes are taken as x right, y down, z forward (OpenCV)': (
+    lambda pose: pose * [1, -1, -1, 1]
+  ),
+  'they are taken as world to camera (OpenCV) instead of camera to world': (
+    lambda pose: _inverse(pose) * [1, -1, -1, 1]
+  ),
+  'they are taken as world to camera (OpenGL) instead of camera to world': (
+    lambda pose: _inverse(pose)
+  ),
+}
+
+
+def _inverse(pose: np.ndarray) -> np.ndarray:
+  rotation = pose[:, :3].T
+  return np.concatenate([rotation, -rotation @ pose[:, 3:]], 1)
+
+
+def _check_agreement(given: Given, matches: _Matches, before: Mapping) -> float:
+  """Returns the share of matches that agree with the given poses.
+
+  Raises:
+    PosesError: too few do, or far more would in another convention.
+  """
+  agreed = matches.agreement(before)
+  if agreed is None:
+    raise PosesError(
+      f'{given.path}: no two photographs with poses have {_FEW} verified matches. Are they the '
+      'photographs of these poses?'
+    )
+  message = f'{given.path}: its poses contradict the photographs: {agreed:.0%} of the matches agree'
+  for what, convert in _OTHER_CONVENTIONS.items():
+    poses = {name: camera_from_opengl(convert(pose)) for name, pose in given.poses.items()}
+    other = matches.agreement(poses)
+    if other > _LIKELY and 1 - other < (1 - agreed) / 3:
+      raise PosesError(f'{message}, and {other:.0%} if {what}. Convert the poses.')
+  if agreed < _CONTRADICTED:
+    raise PosesError(f'{message}. Pose the photographs without --from.')
+  return agreed
+
+
+class _Adjuster:
+  """Rounds of triangulation and bundle adjustment of a reconstruction with poses."""
+
+  def __init__(self, model, cache, constant: set[int]):
+    self.model, self.constant = model, constant
+    self._mapper = reconstruction.colmap().IncrementalMapper(cache)
+    self._mapper.begin_reconstruction(model)
+    sides = [max(camera.width, camera.height) for camera in model.cameras.values()]
+    self._side = float(np.median(sides))
+    self._focal = float(np.median([c.mean_focal_length() for c in model.cameras.values()]))
+
+  def run(self) -> None:
+    """Adjusts in rounds of decreasing limits, then registers what has no verified pose."""
+    for limit in progress.track(_LIMITS, 'adjusting poses, in rounds'):
+      self._round(max(limit * self._side, _LEAST))
+    while self._register():
+      self._round(_LEAST)
+
+  def _options(self, limit: float):
+    """Returns the pipeline's options with `limit` pixels as the largest error."""
+    options = reconstruction.colmap().IncrementalPipelineOptions()
+    options.random_seed = 0
+    options.constant_cameras = self.constant
+    angle = float(np.degrees(np.arctan(limit / self._focal)))
+    triangulation = options.triangulation
+    for name in ('create_max_angle_error', 'continue_max_angle_error', 're_max_angle_error'):
+      setattr(triangulation, name, max(getattr(triangulation, name), angle))
+    triangulation.merge_max_reproj_error = triangulation.complete_max_reproj_error = limit
+    triangulation.ignore_two_view_tracks = False
+    options.mapper.filter_max_reproj_error = limit
+    options.mapper.constant_cameras = self.constant
+    return options
+
+  def _round(self, limit: float) -> None:
+    options, pycolmap = self._options(limit), reconstruction.colmap()
+    mapper, triangulation = options.get_mapper(), options.get_triangulation()
+    for image in _registered(self.model):
+      self._mapper.triangulate_image(triangulation, image.image_id)
+    self._mapper.retriangulate(triangulation)
+    self._mapper.complete_and_merge_tracks(triangulation)
+    self._mapper.filter_points(mapper)
+    self._set_aside()
+    adjustment = options.get_global_bundle_adjustment()
+    if limit > _LEAST:  # Wrong matches pass such a limit: they must not pull.
+      adjustment.ceres.loss_function_type = pycolmap.LossFunctionType.CAUCHY
+      adjustment.ceres.loss_function_scale = limit / 10
+    if self.model.num_reg_images() >= 2 and self.model.num_points3D():
+      self._mapper.iterative_global_refinement(
+        3, 5e-4, mapper, adjustment, triangulation, normalize_reconstruction=False
+      )
+    self._set_aside()
+
+  def _set_aside(self) -> None:
+    """Removes the photographs whose poses too few points support."""
+    observed = _observed(self.model)
+    for image in _registered(self.model):
+      if image.name not in observed:
+        self._mapper.observation_manager.deregister_frame(image.frame_id)
+
+  def _register(self) -> int:
+    """Registers photographs to the points; returns how many."""
+    options = self._options(_LEAST)
+    mapper, triangulation = options.get_mapper(), options.get_triangulation()
+    count = 0
+    for image_id in self._mapper.find_next_images(mapper, False):
+      if self._mapper.register_next_image(mapper, image_id):
+        self._mapper.triangulate_image(triangulation, image_id)
+        count += 1
+    return count
+
+
+def _finish(model, given: Given, before, verified: set[str], camera_ids, constant) -> dict:
+  """Moves the reconstruction to the given world, restores unverified poses and reports."""
+  pycolmap = reconstruction.colmap()
+  poses = {image.name: opengl_from_camera(image.cam_from_world()) for image in _registered(model)}
+  names = sorted(verified & set(before))
+  first, last = (np.stack([table[name] for name in names]) for table in (given.poses, poses))
+  scale, rotation, shift = moved_lib.align(last, first)
+  model.transform(pycolmap.Sim3d(scale, pycolmap.Rotation3d(rotation), shift))
+  turned, moved = moved_lib.differences(
+    *moved_lib.transform(last, scale, rotation, shift), first
+  )  # [n]
+  turned = np.degrees(turned)
+  errors = _errors_before(model, given, before, set(names), camera_ids)
+  _place(model, {name: before[name] for name in set(before) - verified})
+  order = np.argsort(-np.maximum(moved / 0.02, turned))  # 2% of the radius weigh like a degree.
+  rows = [
+    {'name': names[k], 'rotation_degrees': float(turned[k]), 'position_share': float(moved[k])}
+    for k in order
+  ]
+  return {
+    'from': given.path,
+    'given': len(before),
+    'verified': len(names),
+    'unverified': sorted(set(before) - verified),
+    'registered': sorted(verified - set(before)),
+    'without_photograph': list(given.lost),
+    'rotation_degrees': moved_lib.summary(turned),
+    'position_share': moved_lib.summary(moved),
+    'scale': scale,
+    'cameras': _describe_cameras(model, given, camera_ids, constant),
+    'error_before': errors,
+    'error_after': _error(model, set(names)),
+    'per_photograph': rows,
+  }
+
+
+def _describe_cameras(model, given: Given, camera_ids, constant: set[int]) -> list[dict]:
+  """Returns the focal length of each given camera before and after."""
+  result = []
+  for name, camera_id in camera_ids.items():
+    camera, earlier = model.cameras[camera_id], given.cameras[name]
+    pycolmap = reconstruction.colmap()
+    initial = pycolmap.Camera(
+      model=earlier.model, width=earlier.width, height=earlier.height, params=earlier.params
+    )
+    result.append(
+      {
+        'model': earlier.model,
+        'photographs': sum(image.camera_id == camera_id for image in _registered(model)),
+        'focal_before': initial.mean_focal_length(),
+        'focal_after': camera.mean_focal_length(),
+        'kept': camera_id in constant,
+      }
+    )
+  return result
+
+
+def _errors_before(model, given: Given, before, names: set[str], camera_ids) -> float | None:
+  """Returns the error of the given poses and cameras for the same observations, points adjusted."""
+  pycolmap = reconstruction.colmap()
+  copy = pycolmap.Reconstruction(model)
+  for image in _registered(copy):
+    if image.name not in names:
+      copy.deregister_frame(image.frame_id)
+  _place(copy, {name: before[name] for name in names})
+  for name, camera_id in camera_ids.items():
+    copy.cameras[camera_id].params = given.cameras[name].params
+  options = pycolmap.BundleAdjustmentOptions()
+  options.refine_focal_length = options.refine_extra_params = options.refine_rig_from_world = False
+  options.ceres.loss_function_type = pycolmap.LossFunctionType.CAUCHY
+  pycolmap.bundle_adjustment(copy, options)
+  return _error(copy, names)
+
+
+def _error(model, names: set[str]) -> float | None:
+  """Returns the median photograph's mean reprojection error."""
+  xyz = {point_id: point.xyz for point_id, point in model.points3D.items()}
+  errors = []
+  for image in _registered(model):
+    points = image.get_observation_points2D() if image.name in names else []
+    if len(points):
+      in_camera = image.cam_from_world() * np.array([xyz[p.point3D_id] for p in points])
+      seen = in_camera[:, 2] > 0
+      projected = image.camera.img_from_cam(in_camera[seen])
+      offsets = projected - np.array([p.xy for p in points])[seen]
+      errors.append(np.linalg.norm(offsets, axis=-1).mean() if seen.any() else np.inf)
+  return float(np.median(errors)) if errors else None
+
+
+def write(scene_dir: str, given: Given, fix_intrinsics: bool, pairs: int) -> None:
+  """Calls `refine` and writes sparse/0 and its report, unless they were made from the same."""
+  digest = hashlib.sha256(repr((pairs, sorted(given.cameras.items()))).encode())
+  for name in sorted(given.poses):
+    digest.update(name.encode() + np.ascontiguousarray(given.poses[name]).tobytes())
+  with contextlib.suppress(files.FileError):  # A damaged one is made anew.
+    if (moved_lib.read_report(scene_dir) or {}).get('made_from') == digest.hexdigest():
+      return
+  model, report = refine(scene_dir, given, fix_intrinsics)
+  report['made_from'] = digest.hexdigest()
+
+  def write_into(temporary: str) -> None:
+    os.mkdir(os.path.join(temporary, '0'))
+    model.write_binary(os.path.join(temporary, '0'))
+    files.write_text(
+      os.path.join(temporary, os.path.basename(moved_lib.FILE)), json.dumps(report, indent=1)
+    )
+
+  reconstruction.write_folder(write_into, scene_dir, MODELS)
