@@ -19,7 +19,7 @@ from .. import colmap
 from ..datasets import frames as frames_lib
 from ..datasets import images, llff, transforms
 from ..system import files, warnings
-from . import moved, reconstruction
+from . import moved, photo_files, reconstruction
 from .photos import FOLDER, Photo, PosesError, list_photos
 
 _TRANSFORMS = 'transforms.json'
@@ -136,6 +136,8 @@ def posed_as_stored(path: str, frames: Sequence[frames_lib.Frame], folder: str) 
   found = find_photographs(path, frames, folder, list_photos(folder))
   result = set()
   for name, frame in found.items():
+    if photo_files.content(os.path.join(folder, name)):
+      continue  # HEIC and AVIF are upright.
     header = images.read_header(os.path.join(folder, name))
     shape = np.log(header.width / header.height), np.log(frame.size[0] / frame.size[1])
     if abs(shape[0] - shape[1]) < _SAME_SHAPE:

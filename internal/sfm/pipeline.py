@@ -197,12 +197,13 @@ def _collect(source: str, scene_dir: str, options: Options, frames: Sequence = (
   else:
     own_masks = [os.path.join(scene_dir, name) for name in masks.find_folders(scene_dir)]
     masks_dir = options.masks or (own_masks[0] if own_masks else None)
-    stored = given_lib.posed_as_stored(options.given, frames, source) if frames else set()
+    stored = given_lib.posed_as_stored(options.given, frames, source) if frames else None
     photos = photos_lib.import_photos(source, scene_dir, masks_dir, known, stored)
-  if len(photos) < 3:
-    raise PosesError(f'{source}: has {len(photos)} photographs; at least 3 are needed, better 50.')
+  used = [photo for photo in photos if not photo.same_as]
+  if len(used) < 3:
+    raise PosesError(f'{source}: has {len(used)} photographs; at least 3 are needed, better 50.')
   _write_state(path, request, photos)
-  return photos
+  return used
 
 
 def _resume(path: str, request: dict) -> list[Photo]:
