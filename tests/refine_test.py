@@ -12,7 +12,7 @@ from textured_corner import FOCAL, SIZE, VIEWS, render_room, room_pose, turns
 from internal import colmap
 from internal.commands import poses as command
 from internal.datasets import images
-from internal.sfm import given, moved, pipeline, refine
+from internal.sfm import agreement, given, moved, pipeline, refine
 
 NAMES = [f'view_{k}.png' for k in range(VIEWS)]
 TRUTH = np.stack([room_pose(turn) for turn in turns(VIEWS)])
@@ -185,7 +185,7 @@ def test_a_colmap_model_with_fixed_intrinsics(refined, tmp_path):
   ('convert', 'words'),
   [
     (lambda pose: pose * [1, -1, -1, 1], r'x right, y down, z forward \(OpenCV\)'),
-    (lambda pose: refine._inverse(pose * [1, -1, -1, 1]), r'world to camera \(OpenCV\)'),
+    (lambda pose: agreement._inverse(pose * [1, -1, -1, 1]), r'world to camera \(OpenCV\)'),
   ],
 )
 def test_poses_in_another_convention_are_recognised(refined, tmp_path, convert, words):

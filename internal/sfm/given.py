@@ -133,7 +133,7 @@ def posed_as_stored(path: str, frames: Sequence[frames_lib.Frame], folder: str) 
   Raises:
     PosesError: a photograph has another shape than its camera, turned or not.
   """
-  found = find_photographs(path, frames, folder, list_photos(folder))
+  found = find_photographs(path, frames, folder, list_photos(folder, quiet=True))
   result = set()
   for name, frame in found.items():
     if photo_files.content(os.path.join(folder, name)):
@@ -256,3 +256,19 @@ def near_pairs(names: Sequence[str], given: Given, count: int = 20) -> set[tuple
   nearest = np.argsort(cost, axis=1, kind='stable')[:, :count]  # [n, count]
   pairs = {(i, j) for i in range(len(rows)) for j in nearest[i].tolist() if cost[i, j] < np.inf}
   return {tuple(sorted((rows[i], rows[j]))) for i, j in pairs}
+
+
+def camera_from_opengl(pose: np.ndarray):
+  """Returns a pose [3, 4] as pycolmap's Rigid3d, world to camera with OpenCV axes."""
+  pycolmap = reconstruction.colmap()
+  rotation = (pose[:, :3] * [1, -1, -1]).T
+  u, _, vt = np.linalg.svd(rotation)  # Files round; quaternions need exact rotations.
+  rotation = u @ vt
+  return pycolmap.Rigid3d(pycolmap.Rotation3d(rotation), -rotation @ pose[:, 3])
+
+
+def opengl_from_camera(rigid) -> np.ndarray:
+  """Inverts `camera_from_opengl`."""
+  rotation = rigid.rotation.matrix().T  # [3, 3]
+  position = -rotation @ rigid.translation
+  return np.concatenate([rotation * [1, -1, -1], position[:, None]], 1)

@@ -165,10 +165,11 @@ def natural_key(name: str) -> list:
   return [int(part) if k % 2 else part.lower() for k, part in enumerate(parts)]
 
 
-def list_photos(folder: str) -> list[str]:
+def list_photos(folder: str, quiet: bool = False) -> list[str]:
   """Lists the photographs of a folder and its subfolders, relative to it, in natural order.
 
-  Notes on stderr what else lies there: videos, raw files, and HEIC files that have been converted.
+  Unless it is `quiet`, it notes on stderr what else lies there: videos, raw files, and HEIC files
+  that have been converted.
 
   Raises:
     PosesError: there are none, one is a HEIC file that cannot be read here, or two of them would
@@ -189,7 +190,7 @@ def list_photos(folder: str) -> list[str]:
     ('videos, which Live Photos have beside each picture', videos),
     ('HEIC or AVIF files that are there as JPEG or PNG too', sorted(converted)),
   ):
-    if several:
+    if several and not quiet:
       print(
         f'Note: {folder}: skips {len(several)} {what}: {warnings.some(several)}.', file=sys.stderr
       )

@@ -10,7 +10,6 @@ similarity that brings the cameras closest. `n` is a number of photographs; pose
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -19,20 +18,17 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..system import files, progress
+from . import agreement as agreement_lib
 from . import moved as moved_lib
 from . import reconstruction
+from .agreement import FEW, Matches
 from .diagnosis import MODELS
-from .given import Given
+from .given import Given, camera_from_opengl, opengl_from_camera
 from .photos import FOLDER, PosesError
 
 _LIMITS = (0.04, 0.015, 0.0)  # Largest errors of the rounds, times the photographs' longer side.
 _LEAST = 4.0  # Pixels: the limit of the last round, COLMAP's.
-_FEW = 15  # A pose that fewer points observe is not verified.
 _OWN_LENS = 5  # Cameras of fewer photographs keep the given intrinsics.
-_AGREES = 0.02  # A match agrees with two poses within this share of the longer side.
-_CONTRADICTED = 0.3  # Poses with which fewer matches agree cannot be refined.
-_LIKELY = 0.8  # Poses in the right convention agree with more matches than this.
-_SAMPLE_PAIRS, _SAMPLE_MATCHES = 400, 50
 
 
 def refine(scene_dir: str, given: Given, fix_intrinsics: bool):
@@ -53,16 +49,16 @@ def refine(scene_dir: str, given: Given, fix_intrinsics: bool):
   pycolmap.set_random_seed(0)
   options = pycolmap.DatabaseCacheOptions()
   options.load_all_images = True
-  options.min_num_matches = _FEW
+  options.min_num_matches = FEW
   with reconstruction.database(scene_dir) as db:
     cache = pycolmap.DatabaseCache.create(db, options)
-    matches = _Matches.sample(db, cache)
+    matches = Matches.sample(db, cache)
   model = pycolmap.Reconstruction()
   model.load(cache)
   before = {name: camera_from_opengl(pose) for name, pose in given.poses.items()}
   names = {image.name: image.camera_id for image in model.images.values()}
   camera_ids = {camera: names[name] for name, camera in given.camera_of.items()}
-  agreement = _check_agreement(given, matches, before)
+  agreement = agreement_lib.check(given, matches, before, cache.cameras)
   _place(model, before)
   adjuster = _Adjuster(model, cache, _constant(model, camera_ids, fix_intrinsics))
   adjuster.run()
@@ -74,25 +70,12 @@ def refine(scene_dir: str, given: Given, fix_intrinsics: bool):
     )
   report = _finish(model, given, before, verified, camera_ids, adjuster.constant)
   after = {image.name: image.cam_from_world() for image in _registered(model)}
-  report |= {'agreement_before': agreement, 'agreement_after': matches.agreement(after)}
+  report |= {
+    'agreement_before': agreement,
+    'agreement_after': matches.agreement(after, model.cameras),
+  }
   model.extract_colors_for_all_images(os.path.join(scene_dir, FOLDER))
   return model, report
-
-
-def camera_from_opengl(pose: np.ndarray):
-  """Returns a pose [3, 4] as pycolmap's Rigid3d, world to camera with OpenCV axes."""
-  pycolmap = reconstruction.colmap()
-  rotation = (pose[:, :3] * [1, -1, -1]).T
-  u, _, vt = np.linalg.svd(rotation)  # Files round; quaternions need exact rotations.
-  rotation = u @ vt
-  return pycolmap.Rigid3d(pycolmap.Rotation3d(rotation), -rotation @ pose[:, 3])
-
-
-def opengl_from_camera(rigid) -> np.ndarray:
-  """Inverts `camera_from_opengl`."""
-  rotation = rigid.rotation.matrix().T  # [3, 3]
-  position = -rotation @ rigid.translation
-  return np.concatenate([rotation * [1, -1, -1], position[:, None]], 1)
 
 
 def _place(model, poses: Mapping) -> None:
@@ -110,7 +93,7 @@ def _registered(model) -> list:
 
 def _observed(model) -> set[str]:
   """Returns the names of the registered images that observe enough points."""
-  return {image.name for image in _registered(model) if image.num_points3D >= _FEW}
+  return {image.name for image in _registered(model) if image.num_points3D >= FEW}
 
 
 def _constant(model, camera_ids: Mapping[str, int], fix_intrinsics: bool) -> set[int]:
@@ -122,95 +105,6 @@ def _constant(model, camera_ids: Mapping[str, int], fix_intrinsics: bool) -> set
     if image.camera_id in count:
       count[image.camera_id] += 1
   return {k for k, photographs in count.items() if photographs < _OWN_LENS}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Matches:
-  """A sample of the verified matches: undistorted rays, and how large the agreed error is."""
-
-  pairs: tuple  # (name, name, rays [m, 2], rays [m, 2], tolerance)
-
-  @classmethod
-  def sample(cls, db, cache) -> _Matches:
-    rng, result = np.random.default_rng(0), []
-    ids, geometries = db.read_two_view_geometries()
-    order = rng.permutation(len(ids))
-    for k in order:
-      if len(geometries[k].inlier_matches) >= _FEW and len(result) < _SAMPLE_PAIRS:
-        pair = reconstruction.colmap().pair_id_to_image_pair(ids[k])
-        chosen = rng.permutation(geometries[k].inlier_matches)[:_SAMPLE_MATCHES]  # [m, 2]
-        images = [cache.image(i) for i in pair]
-        cameras = [cache.camera(image.camera_id) for image in images]
-        rays = [
-          camera.cam_from_img(db.read_keypoints(i)[rows, :2].astype(float))
-          for camera, i, rows in zip(cameras, pair, chosen.T)
-        ]
-        angles = [max(c.width, c.height) / c.mean_focal_length() for c in cameras]
-        tolerance = _AGREES * max(angles)
-        result.append((images[0].name, images[1].name, *rays, tolerance))
-    return cls(tuple(result))
-
-  def agreement(self, poses: Mapping) -> float | None:
-    """Returns the share of matches that lie on each other's epipolar lines; None without any."""
-    agreed = total = 0
-    for first, second, a, b, tolerance in self.pairs:
-      if first in poses and second in poses:
-        distance = _epipolar(poses[second] * poses[first].inverse(), a, b)
-        agreed += int((distance < tolerance).sum())
-        total += len(distance)
-    return agreed / total if total else None
-
-
-def _epipolar(second_from_first, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  """Returns distances [m] of points b from the epipolar lines of a, both [m, 2] at depth 1."""
-  x, y, z = second_from_first.translation
-  cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-  essential = cross @ second_from_first.rotation.matrix()
-  ones = np.ones((len(a), 1))
-  lines = np.concatenate([a, ones], 1) @ essential.T  # [m, 3]
-  signed = (lines * np.concatenate([b, ones], 1)).sum(-1)
-  return np.abs(signed) / np.maximum(np.linalg.norm(lines[:, :2], axis=-1), 1e-12)
-
-
-_OTHER_CONVENTIONS = {
-  'their axes are taken as x right, y down, z forward (OpenCV)': (
-    lambda pose: pose * [1, -1, -1, 1]
-  ),
-  'they are taken as world to camera (OpenCV) instead of camera to world': (
-    lambda pose: _inverse(pose) * [1, -1, -1, 1]
-  ),
-  'they are taken as world to camera (OpenGL) instead of camera to world': (
-    lambda pose: _inverse(pose)
-  ),
-}
-
-
-def _inverse(pose: np.ndarray) -> np.ndarray:
-  rotation = pose[:, :3].T
-  return np.concatenate([rotation, -rotation @ pose[:, 3:]], 1)
-
-
-def _check_agreement(given: Given, matches: _Matches, before: Mapping) -> float:
-  """Returns the share of matches that agree with the given poses.
-
-  Raises:
-    PosesError: too few do, or far more would in another convention.
-  """
-  agreed = matches.agreement(before)
-  if agreed is None:
-    raise PosesError(
-      f'{given.path}: no two photographs with poses have {_FEW} verified matches. Are they the '
-      'photographs of these poses?'
-    )
-  message = f'{given.path}: its poses contradict the photographs: {agreed:.0%} of the matches agree'
-  for what, convert in _OTHER_CONVENTIONS.items():
-    poses = {name: camera_from_opengl(convert(pose)) for name, pose in given.poses.items()}
-    other = matches.agreement(poses)
-    if other > _LIKELY and 1 - other < (1 - agreed) / 3:
-      raise PosesError(f'{message}, and {other:.0%} if {what}. Convert the poses.')
-  if agreed < _CONTRADICTED:
-    raise PosesError(f'{message}. Pose the photographs without --from.')
-  return agreed
 
 
 class _Adjuster:
@@ -369,7 +263,8 @@ def _error(model, names: set[str]) -> float | None:
       seen = in_camera[:, 2] > 0
       projected = image.camera.img_from_cam(in_camera[seen])
       offsets = projected - np.array([p.xy for p in points])[seen]
-      errors.append(np.linalg.norm(offsets, axis=-1).mean() if seen.any() else np.inf)
+      behind = image.camera.width  # All points are behind the camera.
+      errors.append(np.linalg.norm(offsets, axis=-1).mean() if seen.any() else behind)
   return float(np.median(errors)) if errors else None
 
 

@@ -24,7 +24,7 @@ from . import repeats
 
 PER_SECOND, FEWEST, MOST = 2.0, 100, 300
 _HDR = re.compile(r'Video:.*\b(arib-std-b67|smpte2084)\b')  # As ffmpeg names HLG and PQ.
-# White is 203 cd/m2 (ITU-R BT.2408). From 80% of it to 1,000 cd/m2, light is compressed into the rest.
+# White is 203 cd/m2 (ITU-R BT.2408). Light from 80% of it to 1,000 cd/m2 is compressed.
 _TO_SDR = (
   'zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,'
   'tonemap=mobius:param=0.8:desat=0:peak=5,zscale=t=iec61966-2-1:m=gbr:r=full,format=gbrp'
