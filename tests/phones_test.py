@@ -332,6 +332,18 @@ def test_a_burst_that_grows_keeps_what_was_used(tmp_path):
   }
 
 
+def test_masks_of_a_burst_are_left_out_with_their_photographs(tmp_path):
+  burst(tmp_path / 'photos')
+  (tmp_path / 'masks').mkdir()
+  for k in range(1, 6):
+    Image.new('L', (200, 150), 255).save(tmp_path / 'masks' / f'IMG_{k}.png')
+  args = [str(tmp_path / name) for name in ('photos', 'scene', 'masks')]
+  first = photos_lib.import_photos(*args)
+  left = sorted(path.name for path in (tmp_path / 'scene' / 'masks').iterdir())
+  assert left == ['IMG_2.jpg.png', 'IMG_4.jpg.png', 'IMG_5.jpg.png']
+  assert photos_lib.import_photos(*args, known=first) == first
+
+
 def test_copies_of_a_file_count_once(tmp_path):
   none = {'model': None, 'focal': None}
   save(tmp_path / 'photos' / 'a.jpg', view(0), **none)

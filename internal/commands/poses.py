@@ -4,9 +4,9 @@
     python scripts/poses.py PHOTOS_OR_VIDEO SCENE
 
 Writes upright copies of the photographs, downsampled copies, the sparse model and a report,
-preflight.png, to the folder SCENE. Your own files are not changed. --from refines poses that you
-have instead of estimating them. Run the same command again to
-resume after an interruption, or to add new photographs. docs/poses.md explains the report.
+preflight.png, to the folder SCENE. Your own files are not changed. Run the same command again to
+resume after an interruption, or to add new photographs. --from refines poses that you have instead
+of estimating them. docs/poses.md explains the report.
 """
 
 from __future__ import annotations

@@ -112,7 +112,8 @@ def import_photos(
       )
   missing = [name for name in names if name not in done]
   found = _find_masks(folder, names, masks_dir)
-  _refuse_late_masks({photo.name: found.get(name) for name, photo in done.items()}, scene_dir)
+  used = {photo.name: found.get(name) for name, photo in done.items() if not photo.same_as}
+  _refuse_late_masks(used, scene_dir)
   added = images.in_threads(
     lambda name: _import_photo(
       folder, name, scene_dir, found.get(name), bool(found), name in (stored or ())

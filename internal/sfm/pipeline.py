@@ -53,7 +53,7 @@ def make(source: str, scene_dir: str, options: Options = Options()) -> dict:
   Args:
     source: a folder of photographs, or a video file.
     scene_dir: the capture's folder; created if it does not exist.
-    options: frames, masks, matching and camera model.
+    options: frames, masks, matching, camera model and given poses.
 
   Returns:
     The report, as written to preflight.json.
@@ -65,9 +65,9 @@ def make(source: str, scene_dir: str, options: Options = Options()) -> dict:
   reconstruction.colmap()  # Fails before anything is written if COLMAP is not installed.
   _check(source, options)
   _check_folders(source, scene_dir)
+  frames = given_lib.read(options.given) if options.given else []
   with _locked(scene_dir):
     reconstruction.check_database(scene_dir)
-    frames = given_lib.read(options.given) if options.given else []
     photos = _collect(source, scene_dir, options, frames)
     if frames:
       photos = _refine(scene_dir, photos, frames, options)
@@ -82,7 +82,7 @@ def make(source: str, scene_dir: str, options: Options = Options()) -> dict:
 def _match(
   scene_dir: str, photos: Sequence[Photo], options: Options, ordered: bool, given=None
 ) -> int:
-  """Finds and matches features; returns the number of pairs of photographs."""
+  """Finds and matches features; returns the number of pairs. `given`: poses to refine, or None."""
   names = [photo.name for photo in photos]
   reconstruction.extract_features(scene_dir, photos, options.camera_model)
   if given:
