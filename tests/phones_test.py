@@ -10,7 +10,7 @@ from PIL import Image, features
 from textured_corner import texture
 
 from internal.datasets import images
-from internal.sfm import photo_files, pipeline, repeats, video_frames
+from internal.sfm import photo_files, pipeline, reconstruction, repeats, video_frames
 from internal.sfm import photos as photos_lib
 from internal.vis import video
 
@@ -250,6 +250,19 @@ def test_without_exif_the_folder_and_size_stand_for_the_camera(tmp_path, capsys)
   assert groups == [['left/a', 'left/b'], ['right/c'], ['right/d'], ['right/e']]
   said = capsys.readouterr().err
   assert "4 of 5 photographs, such as 'left/a.jpg', have no camera in their EXIF data" in said
+
+
+def test_features_of_large_photographs_fit_into_the_memory(tmp_path, monkeypatch):
+  pycolmap = pytest.importorskip('pycolmap')
+  with reconstruction.database(tmp_path) as db:
+    for width, height in ((4032, 3024), (640, 480)):  # The first is reduced to 3200x2400.
+      db.write_camera(pycolmap.Camera.create_from_model_name(1, 'PINHOLE', 3000, width, height))
+  monkeypatch.setattr(reconstruction.os, 'cpu_count', lambda: 16)
+  for gigabytes, threads in ((64, 16), (16, 4), (1, 1)):
+    monkeypatch.setattr(
+      reconstruction.pixel_store, 'available_memory', lambda free=gigabytes: free * 10**9
+    )
+    assert reconstruction._within_memory(str(tmp_path)).num_threads == threads
 
 
 # Repeats.

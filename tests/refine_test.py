@@ -127,6 +127,7 @@ def test_the_report_says_how_far_cameras_moved(refined):
   assert camera['focal_before'] == pytest.approx(1.03 * FOCAL)
   assert abs(camera['focal_after'] / FOCAL - 1) < 0.01
   assert {'given poses', 'refinement'} <= {check['name'] for check in report['checks']}
+  assert not any('EXIF' in check['text'] for check in report['checks'])
   said = '\n'.join(moved.lines(found))
   assert 'moved  view_4.png' in said
   assert f"1 keep their given poses, which no matches verify: '{GREY}'" in said

@@ -60,7 +60,12 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
   args = _parse_arguments(argv)
   options = pipeline.Options(
-    args.frames, args.masks, args.matching, args.camera_model, args.given, args.fix_intrinsics
+    frames=args.frames,
+    masks=args.masks,
+    matching=args.matching,
+    camera_model=args.camera_model,
+    given=args.given,
+    fix_intrinsics=args.fix_intrinsics,
   )
   report = pipeline.make(args.source, args.scene, options)
   for check in report['checks']:

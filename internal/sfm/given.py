@@ -225,8 +225,12 @@ def _median(cameras: Sequence[colmap.Camera]) -> colmap.Camera:
   return dataclasses.replace(cameras[0], params=tuple(params.tolist()))
 
 
-def write_cameras(scene_dir: str, photos: Sequence[Photo], given: Given) -> None:
-  """Puts the given cameras into the capture's database, which has features already."""
+def write_cameras(scene_dir: str, photos: Sequence[Photo], given: Given, trusted: bool) -> None:
+  """Puts the given cameras into the capture's database, which has features already.
+
+  Matches are verified with the focal lengths of cameras that are `trusted`. The report takes these
+  for EXIF's, so afterwards they must not be.
+  """
   pycolmap = reconstruction.colmap()
   with reconstruction.database(scene_dir) as db:
     ids = {image.name: image.camera_id for image in db.read_all_images()}
@@ -234,7 +238,7 @@ def write_cameras(scene_dir: str, photos: Sequence[Photo], given: Given) -> None
       if camera := given.cameras.get(name):
         params = dataclasses.asdict(camera) | {'camera_id': camera_id}
         del params['id']
-        db.update_camera(pycolmap.Camera(**params, has_prior_focal_length=True))
+        db.update_camera(pycolmap.Camera(**params, has_prior_focal_length=trusted))
 
 
 def near_pairs(names: Sequence[str], given: Given, count: int = 20) -> set[tuple[int, int]]:

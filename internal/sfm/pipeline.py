@@ -86,10 +86,12 @@ def _match(
   names = [photo.name for photo in photos]
   reconstruction.extract_features(scene_dir, photos, options.camera_model)
   if given:
-    given_lib.write_cameras(scene_dir, photos, given)
+    given_lib.write_cameras(scene_dir, photos, given, trusted=True)
   pairs = reconstruction.choose_pairs(scene_dir, names, options.matching, ordered)
   pairs |= given_lib.near_pairs(names, given) if given else set()
   reconstruction.match_pairs(scene_dir, names, pairs)
+  if given:
+    given_lib.write_cameras(scene_dir, photos, given, trusted=False)
   return len(pairs)
 
 
