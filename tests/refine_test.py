@@ -130,8 +130,8 @@ def test_the_report_says_how_far_cameras_moved(refined):
   assert not any('EXIF' in check['text'] for check in report['checks'])
   said = '\n'.join(moved.lines(found))
   assert 'moved  view_4.png' in said
-  assert f"1 keep their given poses, which no matches verify: '{GREY}'" in said
-  assert f"1 had no pose and got one: '{LATE}'" in said
+  assert f"1 not verified by matches, given pose kept: '{GREY}'" in said
+  assert f"1 posed that had no given pose: '{LATE}'" in said
 
 
 def test_a_pose_without_matches_stays_as_given(refined):
@@ -151,7 +151,7 @@ def test_a_refined_capture_is_not_computed_again(refined, photographs, monkeypat
   assert json.loads((scene / 'preflight.json').read_text()) == report
   said = capsys.readouterr().out
   assert f'Given poses of {path}' in said
-  assert '% of the radius' in said
+  assert 'percent of the radius' in said
 
 
 def with_poses(refined, tmp_path, path, **changes):

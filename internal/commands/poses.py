@@ -1,6 +1,7 @@
 """Estimates the camera poses of photographs or of a video with COLMAP, ready for train.py.
 
-    pip install -r requirements-poses.txt    (and requirements-heic.txt for HEIC photographs)
+    pip install -r requirements-poses.txt
+    pip install -r requirements-heic.txt    # For HEIC photographs only.
     python scripts/poses.py PHOTOS_OR_VIDEO SCENE
 
 Writes upright copies of the photographs, downsampled copies, the sparse model and a report,

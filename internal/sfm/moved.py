@@ -97,7 +97,7 @@ def checks(report: Mapping) -> Iterator[tuple[str, str, str]]:
   unverified = 1 - report['verified'] / report['given']
   status = 'good' if unverified <= 0.05 else 'doubtful' if unverified <= 0.25 else 'bad'
   text = f'{report["verified"]} of {report["given"]} verified by matches'
-  text += f'; {len(report["registered"])} without one posed' if report['registered'] else ''
+  text += f'; {len(report["registered"])} more posed' if report['registered'] else ''
   text += (
     f'; moved {turned["median"]:.2f} degrees and {moved["median"]:.2%} of the radius in the '
     f'median, {turned["max"]:.2f} and {moved["max"]:.2%} at most'
@@ -123,7 +123,7 @@ def lines(report: Mapping) -> Iterator[str]:
   yield f'Given poses of {report["from"]}, and how far the cameras moved (median, 90%, max):'
   for key, unit, factor in (
     ('rotation_degrees', 'degrees', 1),
-    ('position_share', '% of the radius', 100),
+    ('position_share', 'percent of the radius', 100),
   ):
     yield '  ' + ', '.join(f'{factor * v:.2f}' for v in report[key].values()) + f' {unit}'
   for row in most_moved(report):
@@ -132,9 +132,9 @@ def lines(report: Mapping) -> Iterator[str]:
       f'{row["position_share"]:.1%} of the radius'
     )
   for what, key in (
-    ('keep their given poses, which no matches verify', 'unverified'),
-    ('had no pose and got one', 'registered'),
-    ('have a given pose, but no photograph', 'without_photograph'),
+    ('not verified by matches, given pose kept', 'unverified'),
+    ('posed that had no given pose', 'registered'),
+    ('given poses without a photograph, left out', 'without_photograph'),
   ):
     if report[key]:
       yield f'  {len(report[key])} {what}: {warnings.some(report[key], 8)}'
