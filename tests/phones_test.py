@@ -328,6 +328,20 @@ def test_photographs_with_given_poses_are_all_kept(tmp_path):
   assert len(run(tmp_path, stored=())) == 5
 
 
+def test_photographs_that_were_posed_as_stored_are_not_turned(tmp_path):
+  pytest.importorskip('pycolmap')
+  for name in ('a', 'b'):
+    save(tmp_path / 'photos' / f'{name}.jpg', ON_ITS_SIDE, orientation=6)
+  photos = run(tmp_path, stored={'a.jpg'})
+  stored = (tmp_path / 'scene' / 'images' / 'a.jpg').read_bytes()
+  assert stored == (tmp_path / 'photos' / 'a.jpg').read_bytes()
+  reconstruction.extract_features(str(tmp_path / 'scene'), photos, None)
+  with reconstruction.database(tmp_path / 'scene') as db:
+    sizes = {i.name: db.read_camera(i.camera_id) for i in db.read_all_images()}
+  found = {name: (camera.width, camera.height) for name, camera in sizes.items()}
+  assert found == {'a.jpg': (48, 64), 'b.jpg': (64, 48)}  # COLMAP ignores the orientation.
+
+
 def test_a_burst_that_grows_keeps_what_was_used(tmp_path):
   burst(tmp_path / 'photos')
   sharpest = tmp_path / 'IMG_2.jpg'
