@@ -199,7 +199,9 @@ def test_poses_of_other_photographs_are_refused(refined, tmp_path):
   mixed = TRUTH[[5, 8, 2, 9, 0, 7, 1, 3, 6, 4]]
   mixed = [turned(pose, [0, 1, 2], 40 * k) for k, pose in enumerate(mixed)]
   path = write_transforms(tmp_path / 'transforms.json', mixed)
-  with pytest.raises(pipeline.PosesError, match=r'contradict .*\. Pose the photographs without'):
+  with pytest.raises(
+    pipeline.PosesError, match=r'contradict .* shuffled\. Pose the photographs without'
+  ):
     with_poses(refined, tmp_path, path)
 
 

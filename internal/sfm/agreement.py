@@ -16,7 +16,8 @@ from .photos import PosesError
 
 FEW = 15  # Matches, or points, that fewer than these support are not verified.
 _AGREES = 0.02  # A match agrees with two poses within this share of the longer side.
-_CONTRADICTED = 0.3  # Poses with which fewer matches agree cannot be refined.
+_CHANCE = 1.3  # Poses with which fewer matches agree than this times by chance are not refined,
+_PLENTY = 0.5  # unless it is more than this: on a rail, shuffled cameras agree too.
 _LIKELY = 0.8  # Poses in the right convention agree with more matches than this.
 _SAMPLE_PAIRS, _SAMPLE_MATCHES = 400, 50
 
@@ -95,7 +96,7 @@ def check(given: Given, matches: Matches, before: Mapping, cameras: Mapping) -> 
   """Returns the share of matches that agree with the given poses.
 
   Raises:
-    PosesError: too few do, or far more would in another convention.
+    PosesError: no more do than by chance, or far more would in another convention.
   """
   agreed = matches.agreement(before, cameras)
   if agreed is None:
@@ -109,6 +110,16 @@ def check(given: Given, matches: Matches, before: Mapping, cameras: Mapping) -> 
     other = matches.agreement(poses, cameras)
     if other > _LIKELY and 1 - other < (1 - agreed) / 3:
       raise PosesError(f'{message}, and {other:.0%} if {what}. Convert the poses.')
-  if agreed < _CONTRADICTED:
-    raise PosesError(f'{message}. Pose the photographs without --from.')
+  chance = _by_chance(matches, before, cameras)
+  if agreed < min(_PLENTY, _CHANCE * chance):
+    raise PosesError(
+      f'{message}, and {chance:.0%} with these poses shuffled. Pose the photographs without --from.'
+    )
   return agreed
+
+
+def _by_chance(matches: Matches, poses: Mapping, cameras: Mapping) -> float:
+  """Returns the mean share of matches that agree if the photographs swap their poses."""
+  rng, names = np.random.default_rng(0), list(poses)
+  shuffled = [dict(zip(rng.permutation(names).tolist(), poses.values())) for _ in range(3)]
+  return float(np.mean([matches.agreement(table, cameras) for table in shuffled]))
