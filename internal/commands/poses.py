@@ -1,11 +1,13 @@
 """Estimates the camera poses of photographs or of a video with COLMAP, ready for train.py.
 
     pip install -r requirements-poses.txt
+    pip install -r requirements-heic.txt    # For HEIC photographs only.
     python scripts/poses.py PHOTOS_OR_VIDEO SCENE
 
 Writes upright copies of the photographs, downsampled copies, the sparse model and a report,
 preflight.png, to the folder SCENE. Your own files are not changed. Run the same command again to
-resume after an interruption, or to add new photographs. docs/poses.md explains the report.
+resume after an interruption, or to add new photographs. --from refines poses that you have instead
+of estimating them. docs/poses.md explains the report.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import os
 
 from .. import cli
-from ..sfm import mapping, pipeline
+from ..sfm import mapping, moved, pipeline
 from ..system import installation
 
 
@@ -51,15 +53,35 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     metavar='NAME',
     help="COLMAP's camera model (default: OPENCV, or SIMPLE_RADIAL for fewer than 20 photographs)",
   )
+  parser.add_argument(
+    '--from',
+    dest='given',
+    metavar='POSES',
+    help='poses to refine: a transforms.json (nerfstudio, Polycam, instant-ngp), the folder of a '
+    'COLMAP model, or a folder that has either',
+  )
+  parser.add_argument(
+    '--fix_intrinsics', action='store_true', help='keep the intrinsics that --from gives'
+  )
   return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
   args = _parse_arguments(argv)
-  options = pipeline.Options(args.frames, args.masks, args.matching, args.mapper, args.camera_model)
+  options = pipeline.Options(
+    frames=args.frames,
+    masks=args.masks,
+    matching=args.matching,
+    mapper=args.mapper,
+    camera_model=args.camera_model,
+    given=args.given,
+    fix_intrinsics=args.fix_intrinsics,
+  )
   report = pipeline.make(args.source, args.scene, options)
   for check in report['checks']:
     print(f'{check["status"]:>8}  {check["name"]}: {check["text"]}')
+  for line in moved.lines(report['refinement']) if report['refinement'] else ():
+    print(line)
   for name, reason in report['failed'].items():
     print(f'  failed  {name}: {reason}')
   cli.show_warnings(report['capture'] or {})

@@ -1,13 +1,12 @@
 """Imports photographs into a capture: upright, as JPEG or PNG. The originals are not changed.
 
-An upright photograph is copied byte for byte. One with an EXIF orientation is rotated: COLMAP reads
-the pixels as stored and ignores the orientation, so portrait and landscape pictures of one camera
-would count as two cameras. Anything but an 8-bit JPEG or PNG is converted to PNG.
+An upright photograph is copied byte for byte. One with an EXIF orientation is rotated, since COLMAP
+and training read the pixels as stored. HEIC and AVIF become JPEG, anything else but an 8-bit JPEG
+or PNG becomes PNG. Of photographs that repeat each other, one is used.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import os
@@ -15,28 +14,22 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from ..datasets import images, masks
-from ..errors import UserError
 from ..system import files, warnings
+from . import photo_files, repeats
+from .photo_files import PosesError, list_photos, natural_key, without_spaces
 
 FOLDER = 'images'
 STAGING = '.incoming'
 JPEG = {'quality': 95, 'subsampling': 0}
 
 _SHARPNESS_SIDE = 1024  # Pixels; at a higher resolution, fine detail is mostly noise.
-_SHOWN = 3  # Names in an error message.
-# Formats of phones and cameras that Pillow cannot read by itself.
-_UNREADABLE = ('.heic', '.heif', '.avif', '.dng', '.raw', '.cr2', '.cr3', '.nef', '.arw', '.jxl')
-
-
-class PosesError(UserError):
-  """Photographs or a video that cannot be posed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +41,7 @@ class Photo:
   camera: str  # Equal for pictures by the same camera at the same focal length.
   sharpness: float  # As `sharpness` returns it.
   bytes: int = 0  # Size of the source file, to notice changes.
+  same_as: str = ''  # The photograph that is used in its place, if it repeats another.
 
 
 @contextlib.contextmanager
@@ -62,12 +56,6 @@ def atomic_write(scene_dir: str, target: str) -> Iterator[str]:
     os.makedirs(folder, exist_ok=True)
   yield staged
   os.replace(staged, path)
-
-
-def natural_key(name: str) -> list:
-  """Returns a sort key that puts IMG_9 before IMG_10."""
-  parts = re.split(r'(\d+)', name)  # The odd ones are numbers.
-  return [int(part) if k % 2 else part.lower() for k, part in enumerate(parts)]
 
 
 def sharpness(pixels: np.ndarray) -> float:
@@ -88,49 +76,12 @@ def sharpness(pixels: np.ndarray) -> float:
   return float(np.square(4 * middle - neighbours).mean() / grey.var())
 
 
-def list_photos(folder: str) -> list[str]:
-  """Lists the photographs of a folder and its subfolders, relative to it, in natural order.
-
-  Raises:
-    PosesError: there are none, or two of them would have the same name as PNG files.
-  """
-  names = sorted(masks.photographs(images.list_images(folder)), key=natural_key)
-  others = [n for _, _, found in os.walk(folder) for n in found if n.lower().endswith(_UNREADABLE)]
-  if others and not names:
-    raise PosesError(
-      f'{folder}: its {len(others)} photographs, such as {others[0]}, are in a format that cannot '
-      'be read. Export them as JPEG.'
-    )
-  if not names:
-    raise PosesError(
-      f'{folder}: has no photographs ({", ".join(images.EXTENSIONS)}). Name a folder with '
-      'photographs, or a video.'
-    )
-  if others:
-    print(
-      f'Note: {folder}: skips {len(others)} files in formats that cannot be read, such as '
-      f'{others[0]}. Export them as JPEG to use them.',
-      file=sys.stderr,
-    )
-  by_stem = collections.defaultdict(list)
-  for name in names:
-    by_stem[_without_spaces(images.stem(name)).lower()].append(name)
-  for twins in by_stem.values():
-    if len(twins) > 1:
-      raise PosesError(
-        f'{folder}: {" and ".join(map(repr, twins[:_SHOWN]))} have the same name except for '
-        'extension, case or spaces. Remove or rename all but one of them.'
-      )
-  return names
-
-
-def _without_spaces(name: str) -> str:
-  """Replaces whitespace, which separates the names in COLMAP's lists."""
-  return re.sub(r'\s', '_', name)
-
-
 def import_photos(
-  folder: str, scene_dir: str, masks_dir: str | None = None, known: Sequence[Photo] = ()
+  folder: str,
+  scene_dir: str,
+  masks_dir: str | None = None,
+  known: Sequence[Photo] = (),
+  stored: Container[str] | None = None,
 ) -> list[Photo]:
   """Imports the photographs of a folder into `scene_dir`/images and their masks into /masks.
 
@@ -140,6 +91,8 @@ def import_photos(
     masks_dir: folder of masks or None. `datasets.masks` says how they are named. Masks beside the
       photographs count too.
     known: photographs that an earlier run imported; they are skipped.
+    stored: photographs whose EXIF orientation is ignored. Unless it is None, those that repeat
+      others are used too, since they have poses.
 
   Returns:
     All photographs, in the order of their EXIF times if all have one, else by name.
@@ -159,14 +112,81 @@ def import_photos(
       )
   missing = [name for name in names if name not in done]
   found = _find_masks(folder, names, masks_dir)
-  _refuse_late_masks({photo.name: found.get(name) for name, photo in done.items()}, scene_dir)
+  used = {photo.name: found.get(name) for name, photo in done.items() if not photo.same_as}
+  _refuse_late_masks(used, scene_dir)
   added = images.in_threads(
-    lambda name: _import_photo(folder, name, scene_dir, found.get(name), bool(found)),
+    lambda name: _import_photo(
+      folder, name, scene_dir, found.get(name), bool(found), name in (stored or ())
+    ),
     missing,
     'reading photographs' if missing else None,
   )
   photos = {**done, **dict(zip(missing, added))}
-  return [photos[name] for name in _sorted_by_time(folder, names)]
+  details = {name: photo_files.read_details(os.path.join(folder, name)) for name in names}
+  _note_kinds(folder, [photos[name] for name in missing], details)
+  in_place = os.path.realpath(folder) == os.path.realpath(os.path.join(scene_dir, FOLDER))
+  if stored is None and missing and not in_place:
+    photos |= _drop_repeats(folder, scene_dir, photos, details, missing)
+  return [photos[name] for name in _sorted_by_time(names, details)]
+
+
+def _note_kinds(
+  folder: str, photos: Sequence[Photo], details: Mapping[str, photo_files.Details]
+) -> None:
+  """Notes on stderr which photographs have no camera in their EXIF data, or colours of HDR."""
+  without = [photo.source for photo in photos if re.match(r'\d+x\d+\b', photo.camera)]
+  if without:
+    print(
+      f'Note: {folder}: {len(without)} of {len(photos)} photographs, such as {without[0]!r}, have '
+      'no camera in their EXIF data (edited, or sent by a messenger?). Those of one folder and '
+      'size count as taken by one camera at one focal length.',
+      file=sys.stderr,
+    )
+  hdr = [photo.source for photo in photos if details[photo.source].hdr]
+  if hdr:
+    warnings.warn(
+      f'{folder}: {warnings.some(hdr)} have colours coded for HDR displays (PQ or HLG), which are '
+      'used as they are and look pale. Export them as JPEG for natural colours.'
+    )
+
+
+def _drop_repeats(
+  folder: str,
+  scene_dir: str,
+  photos: Mapping[str, Photo],
+  details: Mapping[str, photo_files.Details],
+  new: Sequence[str],
+) -> dict[str, Photo]:
+  """Returns the `new` photographs, by source, that repeat others; removes them from the capture."""
+  used = [name for name in sorted(photos, key=natural_key) if not photos[name].same_as]
+  groups = repeats.find(
+    used,
+    {name: details[name].seconds() for name in used},
+    {name: photos[name].camera for name in used},
+    {name: os.path.join(folder, name) for name in used},
+    lambda name: repeats.thumbnail(
+      images.decode(os.path.join(scene_dir, FOLDER, photos[name].name))
+    ),
+    new,
+  )
+  result = {}
+  for group in groups:
+    best = max(group, key=lambda name: (name not in new, photos[name].sharpness))
+    for name in group:
+      if name != best and name in new:
+        result[name] = dataclasses.replace(photos[name], same_as=photos[best].name)
+        for path in (f'{FOLDER}/{photos[name].name}', f'{masks.FOLDER}/{photos[name].name}.png'):
+          with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(scene_dir, path))
+  if result:
+    first = min(result, key=natural_key)
+    print(
+      f'Note: {folder}: {len(result)} of {len(photos)} photographs repeat others (bursts, copies) '
+      f'and are left out; of each group the sharpest is used, such as '
+      f'{result[first].same_as!r} for {first!r}.',
+      file=sys.stderr,
+    )
+  return result
 
 
 def _find_masks(folder: str, names: Sequence[str], masks_dir: str | None) -> dict[str, str]:
@@ -177,11 +197,11 @@ def _find_masks(folder: str, names: Sequence[str], masks_dir: str | None) -> dic
   """
   own = masks.list_masks(masks_dir) if masks_dir else []
   beside = set(images.list_images(folder)) - set(names)
-  pool = {_without_spaces(name): os.path.join(folder, name) for name in sorted(beside)}
-  pool |= {_without_spaces(name): os.path.join(masks_dir or '', name) for name in own}
+  pool = {without_spaces(name): os.path.join(folder, name) for name in sorted(beside)}
+  pool |= {without_spaces(name): os.path.join(masks_dir or '', name) for name in own}
   with warnings.collect() as collected:
-    found, used = masks.match(folder, [_without_spaces(name) for name in names], pool)
-    masks.check_paired(masks_dir or '', [_without_spaces(name) for name in own], used, names[0])
+    found, used = masks.match(folder, [without_spaces(name) for name in names], pool)
+    masks.check_paired(masks_dir or '', [without_spaces(name) for name in own], used, names[0])
     if beside:
       warnings.warn(
         f'{folder}: used as masks, not as photographs: {warnings.some(sorted(beside))}.'
@@ -208,37 +228,44 @@ def _refuse_late_masks(found: Mapping[str, str | None], scene_dir: str) -> None:
     )
 
 
-def _import_photo(folder: str, name: str, scene_dir: str, mask: str | None, masked: bool) -> Photo:
-  """Imports a photograph; if any is `masked`, also its mask."""
+def _import_photo(
+  folder: str, name: str, scene_dir: str, mask: str | None, masked: bool, stored: bool = False
+) -> Photo:
+  """Imports a photograph, as it is `stored` or upright; if any is `masked`, also its mask."""
   source = os.path.join(folder, name)
-  header = images.read_header(source)
-  with images.room_for((header.width, header.height)), Image.open(source) as image:
-    pixels = images.decode(source)  # Decodes copied files too, to find truncated ones.
-    exif = image.getexif()
-    # Phones write JPEG files with a second picture in them; Pillow calls these MPO.
-    plain = image.format in ('JPEG', 'MPO', 'PNG') and image.mode in ('RGB', 'L')
-    turn = header.orientation
-    target_name = _without_spaces(name if plain else images.stem(name) + '.png')
+  with photo_files.opened(source) as found:
+    turn = 1 if stored else found.orientation
+    as_jpeg = found.format in (('JPEG', 'HEIF', 'AVIF') if found.plain else ('HEIF', 'AVIF'))
+    target_name = without_spaces(_target_name(name, found, as_jpeg))
     target = f'{FOLDER}/{target_name}'
-    if not plain or turn != 1 or target_name != name:
+    if not found.plain or turn != 1 or target_name != name:
       _refuse_in_place(source, os.path.join(scene_dir, FOLDER, name))
-    if plain and turn == 1:
+    pixels = found.pixels
+    if found.plain and turn == 1:
       _copy(source, scene_dir, target)
     else:
       upright = _upright(pixels, turn)
-      exif[ExifTags.Base.Orientation] = 1
+      found.exif[ExifTags.Base.Orientation] = 1
       with atomic_write(scene_dir, target) as temporary:
-        upright.save(temporary, exif=exif, **(JPEG if plain and image.format != 'PNG' else {}))
+        how = JPEG if as_jpeg else {}
+        upright.save(temporary, exif=found.exif, icc_profile=found.profile, **how)
       pixels = np.asarray(upright)
     if masked:
       _import_mask(mask, scene_dir, target_name, turn, pixels.shape[1::-1])
     return Photo(
       name=target_name,
       source=name,
-      camera=_camera(name, exif, pixels.shape[1::-1]),
+      camera=_camera(name, found.exif, pixels.shape[1::-1]),
       sharpness=round(sharpness(pixels), 6),
       bytes=os.path.getsize(source),
     )
+
+
+def _target_name(name: str, found: photo_files.Opened, as_jpeg: bool) -> str:
+  """Returns the name in the capture; COLMAP and the datasets go by the ending."""
+  if found.plain and name.lower().endswith(images.EXTENSIONS):
+    return name
+  return images.stem(name) + ('.jpg' if as_jpeg else '.png')
 
 
 def _copy(source: str, scene_dir: str, target: str) -> None:
@@ -287,25 +314,29 @@ def _import_mask(
 
 
 def _camera(name: str, exif: Image.Exif, size: tuple[int, int]) -> str:
-  """Returns a text that identifies the camera, its lens and focal length, and the picture size."""
+  """Returns a text that identifies the camera, its lens and focal length, and the picture size.
+
+  If EXIF has no camera or no focal length, the folder stands for them.
+  """
   details = exif.get_ifd(ExifTags.IFD.Exif)
   tags = ExifTags.Base
   values: list[Any] = [exif.get(tags.Make), exif.get(tags.Model)]
-  values += [details.get(t) for t in (tags.FocalLength, tags.FocalLengthIn35mmFilm, tags.LensModel)]
+  focal = [details.get(tag) for tag in (tags.FocalLength, tags.FocalLengthIn35mmFilm)]
+  values += [*focal, details.get(tags.LensModel)]
+  zoom = details.get(tags.DigitalZoomRatio)
+  values += [f'zoom {zoom}'] if zoom and zoom > 0 and zoom != 1 else []
+  values.append(details.get(tags.BodySerialNumber))
+  known = exif.get(tags.Model) and any(focal)
   values = [str(value).strip('\0 ') for value in values if value]
-  return ' '.join([*values, f'{size[0]}x{size[1]}', os.path.dirname(name)]).strip()
+  folder = '' if known else os.path.dirname(name)
+  return ' '.join([*values, f'{size[0]}x{size[1]}', folder]).strip()
 
 
-def _sorted_by_time(folder: str, names: list[str]) -> list[str]:
+def _sorted_by_time(
+  names: Sequence[str], details: Mapping[str, photo_files.Details]
+) -> Sequence[str]:
   """Sorts by EXIF time if all photographs have one and at least 80% of the times are distinct."""
-  times = {}
-  for name in names:
-    with Image.open(os.path.join(folder, name)) as image:
-      details = image.getexif().get_ifd(ExifTags.IFD.Exif) if image.format == 'JPEG' else {}
-    taken = str(details.get(ExifTags.Base.DateTimeOriginal) or '').strip('\0 ')
-    if not taken:
-      return names
-    times[name] = (taken, str(details.get(ExifTags.Base.SubsecTimeOriginal) or ''))
-  if len(set(times.values())) < 0.8 * len(names):
+  times = {name: details[name].taken for name in names}
+  if not all(times.values()) or len(set(times.values())) < 0.8 * len(names):
     return names
   return sorted(names, key=times.__getitem__)  # Stable: equal times stay sorted by name.

@@ -24,7 +24,8 @@ from collections.abc import Iterator, Sequence
 from .. import colmap
 from ..datasets import masks, pyramid
 from ..system import files
-from . import diagnosis, mapping, preflight, reconstruction, video_frames
+from . import diagnosis, mapping, preflight, reconstruction, refine, video_frames
+from . import given as given_lib
 from . import photos as photos_lib
 from .photos import FOLDER, Photo, PosesError
 
@@ -42,6 +43,8 @@ class Options:
   matching: str = 'auto'  # One of MATCHING.
   mapper: str = 'auto'  # One of mapping.MAPPERS.
   camera_model: str | None = None  # COLMAP's name; None: see `reconstruction.extract_features`.
+  given: str | None = None  # Poses to refine: what `given.read` takes.
+  fix_intrinsics: bool = False  # Whether to keep the given intrinsics.
 
 
 def make(source: str, scene_dir: str, options: Options = Options()) -> dict:
@@ -50,7 +53,7 @@ def make(source: str, scene_dir: str, options: Options = Options()) -> dict:
   Args:
     source: a folder of photographs, or a video file.
     scene_dir: the capture's folder; created if it does not exist.
-    options: frames, masks, matching, mapper and camera model.
+    options: frames, masks, matching, mapper, camera model and given poses.
 
   Returns:
     The report, as written to preflight.json.
@@ -62,19 +65,46 @@ def make(source: str, scene_dir: str, options: Options = Options()) -> dict:
   reconstruction.colmap()  # Fails before anything is written if COLMAP is not installed.
   _check(source, options)
   _check_folders(source, scene_dir)
+  frames = given_lib.read(options.given) if options.given else []
   with _locked(scene_dir):
     if not files.is_file(os.path.join(scene_dir, reconstruction.DATABASE)):
       mapping.forget(scene_dir)  # A new database may number the photographs anew.
     reconstruction.check_database(scene_dir)
-    photos = _collect(source, scene_dir, options)
-    names = [photo.name for photo in photos]
-    reconstruction.extract_features(scene_dir, photos, options.camera_model)
-    pairs = reconstruction.choose_pairs(scene_dir, names, options.matching, files.is_file(source))
-    reconstruction.match_pairs(scene_dir, names, pairs)
-    _reconstruct(scene_dir, names, len(pairs), options.mapper)
+    photos = _collect(source, scene_dir, options, frames)
+    if frames:
+      photos = _refine(scene_dir, photos, frames, options)
+    else:
+      pairs = _match(scene_dir, photos, options, files.is_file(source))
+      _reconstruct(scene_dir, [photo.name for photo in photos], pairs, options.mapper)
     for factor in FACTORS:
-      pyramid.locate(scene_dir, FOLDER, names, factor)
+      pyramid.locate(scene_dir, FOLDER, [photo.name for photo in photos], factor)
     return _report(scene_dir, photos)
+
+
+def _match(
+  scene_dir: str, photos: Sequence[Photo], options: Options, ordered: bool, given=None
+) -> int:
+  """Finds and matches features; returns the number of pairs. `given`: poses to refine, or None."""
+  names = [photo.name for photo in photos]
+  reconstruction.extract_features(scene_dir, photos, options.camera_model)
+  if given:
+    given_lib.write_cameras(scene_dir, photos, given, trusted=True)
+  pairs = reconstruction.choose_pairs(scene_dir, names, options.matching, ordered)
+  pairs |= given_lib.near_pairs(names, given) if given else set()
+  reconstruction.match_pairs(scene_dir, names, pairs)
+  if given:
+    given_lib.write_cameras(scene_dir, photos, given, trusted=False)
+  return len(pairs)
+
+
+def _refine(
+  scene_dir: str, photos: Sequence[Photo], frames: Sequence, options: Options
+) -> list[Photo]:
+  """Refines given poses; returns the photographs with the given cameras."""
+  photos, given = given_lib.assign(options.given, frames, photos, scene_dir, options.camera_model)
+  pairs = _match(scene_dir, photos, options, False, given)
+  refine.write(scene_dir, given, options.fix_intrinsics, pairs)
+  return photos
 
 
 @contextlib.contextmanager
@@ -117,6 +147,10 @@ def _check(source: str, options: Options) -> None:
     raise PosesError(f'{source}: --masks works with photographs, not with a video; leave it out.')
   if files.is_folder(source) and options.frames is not None:
     raise PosesError(f'{source}: --frames works with a video, not with a folder; leave it out.')
+  if files.is_file(source) and options.given:
+    raise PosesError(f'{source}: --from needs the folder of the posed photographs, not a video.')
+  if options.fix_intrinsics and not options.given:
+    raise PosesError('--fix_intrinsics keeps the intrinsics that --from gives; add it.')
   for folder, _, names in os.walk(source):
     for name in names:
       if name != name.encode('utf-8', 'ignore').decode():
@@ -150,11 +184,15 @@ def _check_folders(source: str, scene_dir: str) -> None:
       )
 
 
-def _collect(source: str, scene_dir: str, options: Options) -> list[Photo]:
+def _collect(source: str, scene_dir: str, options: Options, frames: Sequence = ()) -> list[Photo]:
   """Brings the photographs into the capture, except those that an earlier run finished."""
   path = os.path.join(scene_dir, STATE)
   request = {'source': os.path.realpath(source), **dataclasses.asdict(options)}
   del request['matching'], request['mapper']  # A later run may map anew from more pairs.
+  if not options.given:  # As in captures of earlier versions.
+    del request['given'], request['fix_intrinsics']
+  else:
+    request['given'] = os.path.realpath(options.given)
   known = _resume(path, request)
   if files.is_file(source):
     if known:
@@ -163,11 +201,13 @@ def _collect(source: str, scene_dir: str, options: Options) -> list[Photo]:
   else:
     own_masks = [os.path.join(scene_dir, name) for name in masks.find_folders(scene_dir)]
     masks_dir = options.masks or (own_masks[0] if own_masks else None)
-    photos = photos_lib.import_photos(source, scene_dir, masks_dir, known)
-  if len(photos) < 3:
-    raise PosesError(f'{source}: has {len(photos)} photographs; at least 3 are needed, better 50.')
+    stored = given_lib.posed_as_stored(options.given, frames, source) if frames else None
+    photos = photos_lib.import_photos(source, scene_dir, masks_dir, known, stored)
+  used = [photo for photo in photos if not photo.same_as]
+  if len(used) < 3:
+    raise PosesError(f'{source}: has {len(used)} photographs; at least 3 are needed, better 50.')
   _write_state(path, request, photos)
-  return photos
+  return used
 
 
 def _resume(path: str, request: dict) -> list[Photo]:

@@ -11,7 +11,7 @@ import numpy as np
 from .. import configs, datasets
 from ..evaluation import results
 from ..vis import pictures
-from . import diagnosis, picture
+from . import diagnosis, moved, picture
 from . import photos as photos_lib
 
 GOOD, DOUBTFUL, BAD = 'good', 'doubtful', 'bad'
@@ -31,7 +31,9 @@ def write(scene_dir: str, photos: Sequence[photos_lib.Photo]) -> dict:
   """Writes preflight.json and preflight.png into a capture; returns what the JSON file holds."""
   found = diagnosis.examine(scene_dir, photos)
   checks = all_checks(found)
-  report = as_json(scene_dir, found, checks)
+  refinement = moved.read_report(scene_dir)
+  checks += [Check(*values) for values in moved.checks(refinement)] if refinement else []
+  report = as_json(scene_dir, found, checks) | {'refinement': refinement}
   results.write_json(os.path.join(scene_dir, f'{FILE}.json'), report)
   warnings = (report['capture'] or {}).get('warnings', ())
   drawn = picture.draw(scene_dir, found, checks, warnings)

@@ -19,11 +19,13 @@ import numpy as np
 
 from ..datasets import masks
 from ..system import files, installation, progress, signals
+from ..training import pixel_store
 from . import pairs
 from . import photos as photos_lib
 
 DATABASE = 'database.db'
 _FEATURES_AT_ONCE = 8  # An interruption loses the features of at most 8 photographs.
+_BYTES_PER_PIXEL = 230  # That SIFT needs in each thread: 1.6 GiB for 12 megapixels or more.
 _FEW = 20  # With fewer photographs, OPENCV's eight intrinsics are poorly determined.
 VERIFIED = 15  # Inliers from which two photographs count as matched.
 
@@ -106,8 +108,25 @@ def extract_features(
     ]
   if not work:
     return
+  limits = _within_memory(scene_dir)
   for names, options in progress.track(work, f'finding features, {_FEATURES_AT_ONCE} at once'):
-    pycolmap.extract_features(database_path, images, names, pycolmap.CameraMode.SINGLE, options)
+    pycolmap.extract_features(
+      database_path, images, names, pycolmap.CameraMode.SINGLE, options, limits
+    )
+
+
+def _within_memory(scene_dir: str):
+  """Returns options with as many threads as half of the free memory has room for."""
+  options = colmap().FeatureExtractionOptions()
+  with database(scene_dir) as db:
+    sizes = [(camera.width, camera.height) for camera in db.read_all_cameras()]
+  largest = options.eff_max_image_size()  # Larger photographs are reduced to this side.
+  pixels = max(w * h * min(1, largest / max(w, h)) ** 2 for w, h in sizes)
+  free = pixel_store.available_memory()
+  if free is not None:
+    room = free / 2 / (_BYTES_PER_PIXEL * pixels)
+    options.num_threads = int(np.clip(room, 1, os.cpu_count() or 1))
+  return options
 
 
 def folders(scene_dir: str) -> tuple[str, str]:

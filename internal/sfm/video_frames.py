@@ -1,21 +1,34 @@
-"""Extracts frames of a video into a capture: the sharpest one of each window of time."""
+"""Extracts frames of a video into a capture: the sharpest one of each window of time.
+
+Windows in which the camera stands still since the last frame are left out. Frames are upright, by
+the video's rotation, and HDR colours (HLG or PQ) become ordinary ones.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
-from ..system import progress
+from ..system import progress, warnings
 from ..vis import video
 from . import photos as photos_lib
+from . import repeats
 
 PER_SECOND, FEWEST, MOST = 2.0, 100, 300
+_HDR = re.compile(r'Video:.*\b(arib-std-b67|smpte2084)\b')  # As ffmpeg names HLG and PQ.
+# White is 203 cd/m2 (ITU-R BT.2408). Light from 80% of it to 1,000 cd/m2 is compressed.
+_TO_SDR = (
+  'zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,'
+  'tonemap=mobius:param=0.8:desat=0:peak=5,zscale=t=iec61966-2-1:m=gbr:r=full,format=gbrp'
+)
 
 
 def windows(frames: int, count: int) -> list[range]:
@@ -36,7 +49,7 @@ def sensible_count(frames: int, seconds: float) -> int:
 def extract_frames(path: str, scene_dir: str, count: int | None = None) -> list[photos_lib.Photo]:
   """Writes the sharpest frame of each of `count` windows of a video to `scene_dir`/images.
 
-  Frames are upright. Those that an earlier run wrote are kept.
+  There are fewer frames if the camera rests. Those that an earlier run wrote are kept.
 
   Args:
     path: the video.
@@ -52,7 +65,7 @@ def extract_frames(path: str, scene_dir: str, count: int | None = None) -> list[
   """
   program = video.find_ffmpeg()
   frames, seconds = _count(path)
-  photos = []
+  photos, last, still = [], None, 0
   decoded = _decode(program, path)
   frame_ranges = windows(frames, count or sensible_count(frames, seconds))
   for k, window in enumerate(progress.track(frame_ranges, 'choosing frames')):
@@ -60,6 +73,11 @@ def extract_frames(path: str, scene_dir: str, count: int | None = None) -> list[
     if best is None:  # The container announced more frames than it has.
       break
     score, number, pixels = best
+    small = repeats.thumbnail(pixels)
+    if last is not None and repeats.movement(last, small) < repeats.STILL_VIDEO:
+      still += 1
+      continue
+    last = small
     name = f'frame_{k:04d}.jpg'
     target = f'{photos_lib.FOLDER}/{name}'
     if not os.path.exists(os.path.join(scene_dir, target)):
@@ -69,7 +87,14 @@ def extract_frames(path: str, scene_dir: str, count: int | None = None) -> list[
   decoded.close()
   if len(photos) < 3:
     raise photos_lib.PosesError(
-      f'{path}: has {len(photos)} frames; at least 3 are needed. Use a longer video.'
+      f'{path}: has {len(photos)} frames{" in which something moves" if still else ""}; at least 3 '
+      'are needed. Use a longer video.'
+    )
+  if still:
+    print(
+      f'Note: {path}: {still} of {still + len(photos)} frames are left out: nothing moved since '
+      'the one before.',
+      file=sys.stderr,
     )
   return photos
 
@@ -101,8 +126,19 @@ def _count(path: str) -> tuple[int, float]:
 
 def _decode(program: str, path: str) -> Iterator[np.ndarray]:
   """Yields all frames of a video, uint8 [h, w, 3], upright."""
-  command = [program, '-v', 'error', '-nostdin', '-i', path, '-map', '0:v:0', '-fps_mode']
-  command += ['passthrough', '-f', 'image2pipe', '-c:v', 'ppm', '-pix_fmt', 'rgb24', '-']
+  command = [program, '-v', 'error', '-nostdin', '-i', path, '-map', '0:v:0']
+  command += [
+    *_colours(program, path),
+    '-fps_mode',
+    'passthrough',
+    '-f',
+    'image2pipe',
+    '-c:v',
+    'ppm',
+    '-pix_fmt',
+    'rgb24',
+    '-',
+  ]
   with tempfile.TemporaryFile() as log:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
     try:
@@ -112,6 +148,25 @@ def _decode(program: str, path: str) -> Iterator[np.ndarray]:
       process.kill()
       process.stdout.close()
       process.wait()
+
+
+def _colours(program: str, path: str) -> list[str]:
+  """Returns ffmpeg's options that turn HDR colours into ordinary ones."""
+
+  def output(*args: str) -> str:
+    done = subprocess.run([program, '-hide_banner', *args], capture_output=True)
+    return (done.stdout + done.stderr).decode(errors='replace')
+
+  if not _HDR.search(output('-nostdin', '-i', path)):
+    return []
+  filters = output('-filters')
+  if all(f' {name} ' in filters for name in ('zscale', 'tonemap')):
+    return ['-vf', _TO_SDR]
+  warnings.warn(
+    f'{path}: has HDR colours, which this ffmpeg cannot convert; they look pale. Record without '
+    'HDR, or unset IMAGEIO_FFMPEG_EXE.'
+  )
+  return []
 
 
 def _read_ppm(pipe) -> np.ndarray | None:
