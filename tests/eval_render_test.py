@@ -107,7 +107,7 @@ class TestSelectImages:
       self.select(scene, tmp_path, eval_dataset_limit=0)
 
   def test_missing_photographs_are_an_error(self, scene, tmp_path):
-    with pytest.raises(eval_program.EvalError, match=r'/elsewhere.*add --data'):
+    with pytest.raises(eval_program.EvalError, match=r'/elsewhere.*Config\.data_dir'):
       self.select(scene, tmp_path, data_dir='/elsewhere')
 
 

@@ -169,15 +169,16 @@ class Client:
 
   atomic = staticmethod(contextlib.nullcontext)
 
-  def add_notification(self, title, body, color=None):
+  def add_notification(self, title, body, **more):
     self.notes.append((title, body))
+    return Handle()
 
   def send_file_download(self, name, content, save_immediately):
     self.files[name] = content
 
 
 class FakeRenderer:
-  far = 100.0
+  far, chunk = 100.0, 1000
 
   def __init__(self):
     self.wanted = []

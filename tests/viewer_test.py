@@ -51,6 +51,8 @@ class FakeDisplay:
 class FakeRenderer:
   """Takes `cost` seconds of a fake clock for each ray, in chunks of 100."""
 
+  chunk = 100
+
   def __init__(self, cost=1e-3):
     self.now, self.cost, self.calls, self.during = 0.0, cost, [], None
 
@@ -235,7 +237,7 @@ class TestLive:
     live = session.Live(viewer, lambda step: 0.5, lambda params: None)
     viewer.join(FakeDisplay()).set_view(view(size=(64, 36)))
     seconds = 0.0
-    for step in range(2000):
+    for step in range(8000):  # Long enough that a single picture does not matter.
       seconds += live(step, 'params')
       fake.now += 0.01  # A step of training.
     rendering = sum(w * h // 100 + bool(w * h % 100) for _, (w, h) in fake.calls) * 0.1

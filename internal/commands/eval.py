@@ -75,8 +75,8 @@ def select_images(config: configs.Config, scene: scenes.Scene) -> list[int]:
     path = os.path.join(config.data_dir or '', scene.files[row])
     if not files.is_file(path):
       raise EvalError(
-        f'No such image: {path}. If the photographs have moved, add --data and the folder of the '
-        'capture.'
+        f'No such image: {path}. If the photographs have moved, set Config.data_dir to the folder '
+        'of the capture.'
       )
   return rows
 

@@ -1,0 +1,106 @@
+"""Sharpens a coarse picture of a moving camera with the last fine picture of the same scene.
+
+The depth of the coarse picture says where each pixel of the new view was in the fine one. Pixels
+that it did not show, or showed behind something else, keep the coarse picture. Cameras are
+pinholes; depths are distances along the optical axis. A few passes over the pixels in numpy, so
+that it costs much less than rendering them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from PIL import Image
+
+_PASSES = 2  # Corrections of the depth by the fine picture's.
+_TOLERANCE = 0.05  # Relative difference of depths up to which they are of the same surface.
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """A picture with its camera."""
+
+  image: np.ndarray  # [h, w, 3] uint8
+  depth: np.ndarray  # [h, w]
+  pose: np.ndarray  # [3, 4] OpenGL camera axes to world.
+  fov: float  # Vertical, radians.
+
+
+def sharpened(
+  image: np.ndarray,
+  depth: np.ndarray,
+  pose: np.ndarray,
+  fov: float,
+  size: tuple[int, int],
+  reference: Reference,
+) -> tuple[np.ndarray, np.ndarray, float]:
+  """Returns a coarse picture enlarged to `size`, with the reference's pixels where it shows them.
+
+  Args:
+    image: the coarse picture, uint8 [h, w, 3].
+    depth: its depth [h, w].
+    pose: [3, 4] OpenGL camera axes to world.
+    fov: vertical field of view, radians.
+    size: width and height of the result.
+    reference: the fine picture.
+
+  Returns:
+    The picture, uint8 [height, width, 3], its depth [height, width], and the fraction of pixels
+    taken from the reference.
+  """
+  depth = np.float32(depth)
+  coarse = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+  near, far = (_enlarged(bound, size) for bound in _bounds(depth))
+  distance = start = _enlarged(depth, size)
+  turned = _rays(size, fov) @ np.float32(reference.pose[:, :3].T @ pose[:, :3]).T
+  shift = np.float32(reference.pose[:, :3].T @ (pose[:, 3] - reference.pose[:, 3]))
+  for k in range(_PASSES + 1):
+    points = distance[..., None] * turned + shift  # In the reference's axes.
+    pixels, inside = _pixels(points, reference)
+    behind = reference.depth.ravel()[pixels] + points[..., 2]  # How far the surface is behind it.
+    if k < _PASSES:
+      # That surface is at about another depth along this ray, by as much.
+      corrected = distance + behind / np.maximum(-turned[..., 2], 0.1)
+      usable = inside & (corrected > near) & (corrected < far)
+      distance = np.where(usable, corrected, distance)
+  shown = inside & (np.abs(behind) < _TOLERANCE * -points[..., 2])
+  fine = reference.image.reshape(-1, 3)[pixels]
+  picture = np.where(shown[..., None], fine, coarse)
+  return picture, np.where(shown, distance, start), float(shown.mean())
+
+
+def _enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """Returns values [h, w] enlarged to (width, height) by the nearest."""
+  rows, columns = (np.arange(n) * m // n for n, m in zip(size[::-1], values.shape))
+  return values[rows[:, None], columns]
+
+
+def _bounds(depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the least and the largest depth among each pixel and its neighbours, with a margin."""
+  rows, columns = depth.shape
+  padded = np.pad(depth, 1, mode='edge')
+  around = [padded[i : i + rows, j : j + columns] for i in range(3) for j in range(3)]
+  return np.min(around, 0) * (1 - _TOLERANCE), np.max(around, 0) * (1 + _TOLERANCE)
+
+
+def _rays(size: tuple[int, int], fov: float) -> np.ndarray:
+  """Returns the directions through the centres of the pixels in camera axes, with z = -1."""
+  width, height = size
+  scale = 2 * np.tan(fov / 2) / height
+  x = (np.arange(width, dtype=np.float32) + 0.5 - width / 2) * scale
+  y = (height / 2 - np.arange(height, dtype=np.float32) - 0.5) * scale
+  grid = np.stack(np.broadcast_arrays(x, y[:, None], np.float32(-1)), -1)
+  return np.float32(grid)
+
+
+def _pixels(points: np.ndarray, reference: Reference) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the number of the reference's pixel at each point, and whether it has one."""
+  height, width = reference.depth.shape
+  focal = height / 2 / np.tan(reference.fov / 2)
+  ahead = -points[..., 2]
+  scale = np.float32(focal) / np.maximum(ahead, 1e-6)
+  columns = np.clip(points[..., 0] * scale + width / 2, -1, width).astype(np.int32)
+  rows = np.clip(height / 2 - points[..., 1] * scale, -1, height).astype(np.int32)
+  inside = (ahead > 1e-6) & (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
+  return np.where(inside, rows * width + columns, 0), inside
