@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 _PASSES = 2  # Corrections of the depth by the fine picture's.
+_EDGE = 0.85  # A neighbour that is nearer than this fraction of a depth is another surface.
 _TOLERANCE = 0.05  # Relative difference of depths up to which they are of the same surface.
 
 
@@ -51,23 +52,56 @@ def sharpened(
   """
   depth = np.float32(depth)
   coarse = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-  near, far = (_enlarged(bound, size) for bound in _bounds(depth))
-  distance = start = _enlarged(depth, size)
-  turned = _rays(size, fov) @ np.float32(reference.pose[:, :3].T @ pose[:, :3]).T
-  shift = np.float32(reference.pose[:, :3].T @ (pose[:, 3] - reference.pose[:, 3]))
+  near, far = (_enlarged(bound, size).ravel() for bound in _bounds(depth))
+  own = _enlarged(depth, size).ravel()
+  turn, shift = _between(pose, reference.pose)
+  turned = _rays(size, fov).reshape(-1, 3) @ turn.T  # [n, 3]
+  distance, pixels, shown = own.copy(), np.zeros(len(own), np.int32), np.zeros(len(own), bool)
+
+  def search(start: np.ndarray, rows: np.ndarray) -> None:
+    """Looks from a depth on for a surface of the reference on some of the rays."""
+    bounds = near[rows], far[rows]
+    found, at, there = _find(start[rows], bounds, turned[rows], shift, reference)
+    distance[rows[there]], pixels[rows[there]], shown[rows[there]] = found[there], at[there], True
+
+  search(own, np.arange(len(own)))
+  search(far, np.flatnonzero(~shown))
+  # A nearer surface, at the silhouettes within a coarse pixel, hides what was found.
+  search(near, np.flatnonzero(near < _EDGE * own))
+  fine = reference.image.reshape(-1, 3)[pixels].reshape(coarse.shape)
+  picture = np.where(shown.reshape(*coarse.shape[:2], 1), fine, coarse)
+  return picture, distance.reshape(coarse.shape[:2]), float(shown.mean())
+
+
+def _between(pose: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns rotation and translation from a camera's axes to the reference's."""
+  turn = reference[:, :3].T
+  return np.float32(turn @ pose[:, :3]), np.float32(turn @ (pose[:, 3] - reference[:, 3]))
+
+
+def _find(
+  distance: np.ndarray,
+  bounds: tuple[np.ndarray, np.ndarray],
+  turned: np.ndarray,
+  shift: np.ndarray,
+  reference: Reference,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Finds surfaces of the reference on rays, from starting depths [n] on.
+
+  Returns:
+    Their depths [n], the reference's pixels [n], and whether it shows a surface there.
+  """
+  near, far = bounds
   for k in range(_PASSES + 1):
-    points = distance[..., None] * turned + shift  # In the reference's axes.
+    points = distance[:, None] * turned + shift  # In the reference's axes.
     pixels, inside = _pixels(points, reference)
-    behind = reference.depth.ravel()[pixels] + points[..., 2]  # How far the surface is behind it.
+    behind = reference.depth.ravel()[pixels] + points[:, 2]  # How far the surface is behind it.
     if k < _PASSES:
       # That surface is at about another depth along this ray, by as much.
-      corrected = distance + behind / np.maximum(-turned[..., 2], 0.1)
+      corrected = distance + behind / np.maximum(-turned[:, 2], 0.1)
       usable = inside & (corrected > near) & (corrected < far)
       distance = np.where(usable, corrected, distance)
-  shown = inside & (np.abs(behind) < _TOLERANCE * -points[..., 2])
-  fine = reference.image.reshape(-1, 3)[pixels]
-  picture = np.where(shown[..., None], fine, coarse)
-  return picture, np.where(shown, distance, start), float(shown.mean())
+  return distance, pixels, inside & (np.abs(behind) < _TOLERANCE * -points[:, 2])
 
 
 def _enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
