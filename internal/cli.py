@@ -26,6 +26,7 @@ _PROCESS_COUNTS = ('JAX_NUM_PROCESSES', 'SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD
 
 _debug = False
 _flags: dict[str, str] = {}  # The flag for each setting that has one, for messages.
+_typed: set[str] = set()  # The settings whose flag the user has typed.
 
 
 def _set_debug() -> None:
@@ -166,11 +167,13 @@ def make_run_parser(description: str) -> argparse.ArgumentParser:
     parser, '--data', 'data_dir', metavar='DIR', help='folder of the capture, if it has moved'
   )
   _flags['Config.checkpoint_dir'] = 'RUN'
+  _typed.add('Config.checkpoint_dir')
   return parser
 
 
 def bindings(args: argparse.Namespace) -> list[str]:
   """Returns the settings of the command line as bindings: those of flags, then --gin_bindings."""
+  _typed.update(f'Config.{field}' for field in args.set_by_flag)
   for name in list(_flags):  # Messages keep the name that was typed.
     if any(re.match(rf'\s*{re.escape(name)}\b', text) for text in args.gin_bindings):
       del _flags[name]
@@ -200,10 +203,16 @@ def show_notices(settings: configs.Settings, args: argparse.Namespace | None = N
 
 
 def in_typed_names(text: str) -> str:
-  """Returns a message with the flags that the program has in place of the settings' names."""
+  """Returns a message with flags in place of the settings that they have set.
+
+  Other settings that have a flag keep their names, and the first mention is followed by the flag.
+  """
   for name, flag in _flags.items():
-    text = re.sub(rf'\b{re.escape(name)} = (?=\S)', f'{flag} ', text)
-    text = re.sub(rf'\b{re.escape(name)}\b', flag, text)
+    known = rf'\b{re.escape(name)}\b'
+    if name in _typed:
+      text = re.sub(known, flag, re.sub(rf'{known} = (?=\S)', f'{flag} ', text))
+    else:
+      text = re.sub(rf'{known}(?! =)', f'{name} ({flag})', text, count=1)
   return text
 
 
@@ -307,6 +316,7 @@ def run(main: Callable[[], None]) -> None:
   shells.
   """
   _flags.clear()
+  _typed.clear()
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):  # Log files show each line immediately.
       # A terminal that lacks a letter shows its code.

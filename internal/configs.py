@@ -166,7 +166,8 @@ class MLP(Checked):
   min_deg_point: int = 0  # 'ipe': the lowest frequency is 2^min_deg_point.
   max_deg_point: int = 12  # 'ipe': the highest frequency is 2^(max_deg_point - 1).
   deg_view: int = 4  # Number of frequencies that encode view directions.
-  basis_shape: Literal['icosahedron', 'octahedron', 'tetrahedron'] = 'icosahedron'  # 'ipe' only.
+  # 'ipe': solid whose corners, subdivided, are the directions that are encoded.
+  basis_shape: Literal['icosahedron', 'octahedron', 'tetrahedron'] = 'icosahedron'
   basis_subdivisions: int = 2  # Tessellation of the basis shape's edges (1: its own vertices).
   # Number of resolution levels of the hash grid. With Model.separate_prop_mlps, this and the other
   # grid_* of PropMLP may be tuples, a value per proposal level.

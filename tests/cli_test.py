@@ -148,13 +148,17 @@ class TestFlags:
       assert hasattr(programs[program], flag.removeprefix('--'))
 
   def test_messages_name_the_flag_unless_a_binding_was_typed(self):
-    text = 'Config.data_dir is missing. Set Config.factor = 4, or Config.factors.'
+    text = 'Config.data_dir: gone. Set Config.factor = 4, not Config.factors.'
+    cli._typed.clear()
     self.load('--data', 'x')
-    assert cli.in_typed_names(text) == '--data is missing. Set --factor 4, or Config.factors.'
-    self.load('--gin_bindings', 'Config.factor=3')
-    assert (
-      cli.in_typed_names(text) == '--data is missing. Set Config.factor = 4, or Config.factors.'
-    )
+    own_name = '--data: gone. Set Config.factor = 4, not Config.factors.'
+    assert cli.in_typed_names(text) == own_name
+    assert cli.in_typed_names('Config.max_steps') == 'Config.max_steps (--steps)'
+    self.load('--factor', '2')
+    assert cli.in_typed_names(text) == '--data: gone. Set --factor 4, not Config.factors.'
+    self.load('--gin_bindings', 'Config.factor=3', 'Config.max_steps=3')
+    assert cli.in_typed_names(text) == own_name
+    assert cli.in_typed_names('Config.max_steps') == 'Config.max_steps'
 
 
 class TestListKnobs:

@@ -129,7 +129,7 @@ def test_errors_name_the_flag_that_was_typed(run, capture, tmp_path):
   place = ('--out', str(tmp_path / 'r'))
   _one_line(fails('--data', '/no/such/folder', *place), '/no/such/folder', 'Set --data to')
   _one_line(fails('--data', str(capture), *place, '--factor', '-1'), '--factor must be at least 0')
-  _one_line(fails('--data', str(capture)), '--out is not set')
+  _one_line(fails('--data', str(capture)), 'Config.checkpoint_dir (--out) is not set')
   done = _run('eval.py', flags=[str(tmp_path)], config=None, code=1)
   _one_line(done, str(tmp_path), 'give the folder that train.py wrote as RUN')
 

@@ -78,6 +78,26 @@ def _near_an_edge(mask, reach):
   ).astype(bool)
 
 
+def test_the_sky_has_no_depth_to_agree_on():
+  """Depths of the sky are anything large, and those along another axis differ."""
+  pose, rng = camera(turn=0.3), np.random.default_rng(0)
+  texture, _ = see(camera(), screen=False)
+  sky = 10 ** rng.uniform(3, 6, texture.shape[:2])
+  reference = reprojection.Reference(texture, sky, camera(), FOV)
+  coarse = np.full((12, 20, 3), 77, np.uint8)
+  image, _, coverage = reprojection.sharpened(
+    coarse, np.full((12, 20), 1e6), pose, FOV, SIZE, reference
+  )
+  columns = np.arange(SIZE[0]) + 0.5 - SIZE[0] / 2
+  focal = SIZE[1] / 2 / np.tan(FOV / 2)
+  at = focal * np.tan(np.arctan(columns / focal) + np.arctan2(*(pose[[0, 2], 2] * [-1, 1])))
+  inside = np.abs(at) < SIZE[0] / 2 - 1
+  row = SIZE[1] // 2
+  assert coverage == pytest.approx(inside.mean(), abs=0.1)
+  want = texture[row, np.floor(at[inside] + SIZE[0] / 2).astype(int)]
+  np.testing.assert_allclose(image[row, inside], want, atol=12)  # A pixel's difference.
+
+
 def test_what_the_reference_did_not_see_stays_coarse():
   back = camera(turn=np.pi)
   coarse = np.full((12, 20, 3), 77, np.uint8)

@@ -342,6 +342,25 @@ class TestLive:
     assert not waits
     assert not fake.calls
 
+  def test_goes_on_with_tasks_without_visitors(self, viewer, monkeypatch):
+    monkeypatch.setattr(session, 'SHARE', 1.0)  # After every step.
+    live, done = session.Live(viewer, lambda step: 0.5, lambda params: None), []
+    visitor = viewer.join(FakeDisplay())
+
+    def task(renderer, params, frac, step, pause):
+      for _ in range(2):
+        done.append((params['w'].tolist(), step))
+        yield
+
+    viewer.start(visitor, task)
+    viewer.leave(visitor)
+    params = {'w': jax.numpy.ones(2)}
+    for step in range(1000):
+      live(step, params)
+      if step == 0:
+        params['w'].delete()  # As training does, which goes on with new ones.
+    assert done == [([1, 1], 0)] * 2
+
   def test_takes_its_share_of_the_time_and_no_more(self, viewer, fake, monkeypatch):
     monkeypatch.setattr(session.time, 'monotonic', fake.clock)
     live = session.Live(viewer, lambda step: 0.5, lambda params: None)

@@ -15,6 +15,7 @@ from PIL import Image
 
 _PASSES = 2  # Corrections of the depth by the fine picture's.
 _EDGE = 0.85  # A neighbour that is nearer than this fraction of a depth is another surface.
+_SKY = 200.0  # What is farther, of cameras within 1 of the origin, does not move with the camera.
 _TOLERANCE = 0.05  # Relative difference of depths up to which they are of the same surface.
 
 
@@ -101,7 +102,9 @@ def _find(
       corrected = distance + behind / np.maximum(-turned[:, 2], 0.1)
       usable = inside & (corrected > near) & (corrected < far)
       distance = np.where(usable, corrected, distance)
-  return distance, pixels, inside & (np.abs(behind) < _TOLERANCE * -points[:, 2])
+  same = np.abs(behind) < _TOLERANCE * -points[:, 2]
+  sky = np.minimum(distance, reference.depth.ravel()[pixels]) > _SKY
+  return distance, pixels, inside & (same | sky)
 
 
 def _enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
