@@ -23,6 +23,8 @@ from . import trajectory
 
 KINDS = ('color', 'depth', 'normals')
 _SURVEY_FRAMES, _SURVEY_SIDE = 8, 96  # Small frames that set the range of the depth colours.
+_WAY_OUT = 'Remove the folder to render again, or choose another one (Config.render_dir).'
+_UNSPOKEN = {'weights': 'other weights', 'path': 'another camera path'}  # Their values are hashes.
 _OF_WEIGHTS = ('step', 'weights')  # What `describe` says of the model rather than of the path.
 
 RenderFrame = Callable[[structs.Cameras, int], dict]  # (cameras, row) -> the rendered frame.
@@ -78,10 +80,6 @@ def read_description(folder: str, wanted: dict) -> tuple[dict | None, list[str]]
   except (ValueError, TypeError, KeyError, OverflowError):
     raise RenderError(f'{path} cannot be read. {_WAY_OUT}') from None
   return found, changed
-
-
-_WAY_OUT = 'Remove the folder to render again, or choose another one (Config.render_dir).'
-_UNSPOKEN = {'weights': 'other weights', 'path': 'another camera path'}  # Their values are hashes.
 
 
 def check_folder(folder: str, wanted: dict) -> dict | None:
