@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -13,16 +14,19 @@ from typing import Any
 
 import jax
 
-from . import configs, plugins
+from . import configs, knobs, plugins
 from .devices import processes, program_cache
 from .errors import UserError
 from .system import installation, progress, signals
 
 _CACHE = 'mipnerf360-jax'
 _CACHE_BYTES = 4 << 30
+_LIST = '--list_knobs'
 _PROCESS_COUNTS = ('JAX_NUM_PROCESSES', 'SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
 
 _debug = False
+_flags: dict[str, str] = {}  # The flag for each setting that has one, for messages.
+_typed: set[str] = set()  # The settings whose flag the user has typed.
 
 
 def _set_debug() -> None:
@@ -47,13 +51,48 @@ class _LoadPlugins(argparse.Action):
     plugins.load(values)
 
 
+class _Config(argparse.Action):
+  """Puts a config, by name or path, before the files of --gin_configs."""
+
+  def __call__(self, parser, namespace, values, option_string=None):
+    if getattr(namespace, self.dest):
+      parser.error('--config can be given once; --gin_configs adds more files')
+    setattr(namespace, self.dest, values)
+    namespace.gin_configs = [configs.config_path(values), *namespace.gin_configs]
+
+
+class _Setting(argparse.Action):
+  """A flag that sets a field of Config, whose name is `const`."""
+
+  def __call__(self, parser, namespace, values, option_string=None):
+    setattr(namespace, self.dest, values)
+    words, value = (values, tuple(values)) if isinstance(values, list) else ([values], values)
+    typed = ' '.join(map(str, (self.option_strings[0], *words)))
+    namespace.set_by_flag = {**namespace.set_by_flag, self.const: (typed, value)}
+
+
+class _Parser(argparse.ArgumentParser):
+  """A parser whose --list_knobs works without the other arguments, and after --plugins anywhere."""
+
+  def parse_known_args(self, args=None, namespace=None):
+    words = sys.argv[1:] if args is None else list(args)
+    lists = any(word.partition('=')[0] == _LIST for word in words)
+    if lists and self.get_default('set_by_flag') is not None:
+      parser = argparse.ArgumentParser(add_help=False)
+      parser.add_argument(_LIST, nargs='?')
+      add_plugins_argument(parser)
+      print(knobs.listing(parser.parse_known_args(words)[0].list_knobs))
+      sys.exit()
+    return super().parse_known_args(args, namespace)
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
   """Creates a parser with the flags that all commands share.
 
   The description, with examples, is shown verbatim. If the package is installed by pip, examples
   name the console command instead of scripts.
   """
-  parser = argparse.ArgumentParser(
+  parser = _Parser(
     description=installation.examples(description),
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
@@ -67,10 +106,25 @@ def make_parser(description: str) -> argparse.ArgumentParser:
   return parser
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds --gin_configs, --gin_bindings and --plugins; each can be repeated and take many values."""
+def add_arguments(parser: argparse.ArgumentParser, with_config: bool = True) -> None:
+  """Adds --config, --gin_configs, --gin_bindings, --plugins and --list_knobs.
+
+  All but the first and the last can be repeated and take many values.
+  """
+  parser.set_defaults(set_by_flag={})
+  if with_config:
+    parser.add_argument(
+      '--config', action=_Config, metavar='NAME',
+      help='settings to start from: fast (hash grids, minutes), grid (hash grids, better and '
+      'slower), paper (hours), another name in configs/, or a .gin file',
+    )  # fmt: skip
   parser.add_argument(
-    '--gin_configs', nargs='+', action='extend', default=[], metavar='PATH', help='.gin files'
+    '--gin_configs',
+    nargs='+',
+    action='extend',
+    default=[],
+    metavar='PATH',
+    help='more .gin files; later ones win',
   )
   parser.add_argument(
     '--gin_bindings',
@@ -78,8 +132,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action='extend',
     default=[],
     metavar='TEXT',
-    help='settings that override the files, e.g. "Config.factor = 4"',
+    help='settings that override files and flags, such as Config.lr_init=0.005',
   )
+  parser.add_argument(
+    _LIST, nargs='?', metavar='WORD',
+    help='print every setting with its default and meaning, or those about a word, and exit',
+  )  # fmt: skip
   add_plugins_argument(parser)
   # Accepted and ignored: published command lines pass it.
   parser.add_argument('--logtostderr', action='store_true', help=argparse.SUPPRESS)
@@ -93,43 +151,95 @@ def add_plugins_argument(parser: argparse.ArgumentParser) -> None:
   )  # fmt: skip
 
 
+def add_setting(parser: argparse.ArgumentParser, flag: str, field: str, **options) -> None:
+  """Adds a flag that sets a field of Config; `options` are those of `add_argument`."""
+  _flags[f'Config.{field}'] = flag
+  parser.add_argument(flag, action=_Setting, const=field, **options)
+
+
 def make_run_parser(description: str) -> argparse.ArgumentParser:
-  """Creates a parser for commands on a training run, with --checkpoint_dir and gin flags."""
+  """Creates a parser for commands on a training run: RUN, --checkpoint_dir, --data, gin flags."""
   parser = make_parser(description)
-  parser.add_argument(
-    '--checkpoint_dir',
-    metavar='DIR',
-    help="the training run's folder; --gin_bindings override its config",
+  parser.add_argument('run', nargs='?', metavar='RUN', help="the training run's folder")
+  parser.add_argument('--checkpoint_dir', metavar='DIR', help='the same as RUN')
+  add_arguments(parser, with_config=False)
+  add_setting(
+    parser, '--data', 'data_dir', metavar='DIR', help='folder of the capture, if it has moved'
   )
-  add_arguments(parser)
+  _flags['Config.checkpoint_dir'] = 'RUN'
+  _typed.add('Config.checkpoint_dir')
   return parser
 
 
-def show_notices(settings: configs.Settings) -> None:
-  """Prints on stderr which settings have no effect (main process only)."""
+def bindings(args: argparse.Namespace) -> list[str]:
+  """Returns the settings of the command line as bindings: those of flags, then --gin_bindings."""
+  _typed.update(f'Config.{field}' for field in args.set_by_flag)
+  for name in list(_flags):  # Messages keep the name that was typed.
+    if any(re.match(rf'\s*{re.escape(name)}\b', text) for text in args.gin_bindings):
+      del _flags[name]
+  by_flag = [f'Config.{field} = {value!r}' for field, (_, value) in args.set_by_flag.items()]
+  return [*by_flag, *args.gin_bindings]
+
+
+def load_settings(args: argparse.Namespace) -> configs.Settings:
+  """Loads the settings of a command line: gin files, then flags, then --gin_bindings.
+
+  Raises:
+    ConfigError: see `configs.load_config`.
+  """
+  return configs.load_config(args.gin_configs, bindings(args))
+
+
+def show_notices(settings: configs.Settings, args: argparse.Namespace | None = None) -> None:
+  """Prints on stderr which settings and flags have no effect (main process only)."""
+  lines = configs.notices(settings)
+  for field, (typed, value) in (args.set_by_flag if args else {}).items():
+    used = getattr(settings.config, field)
+    if used != (os.path.expanduser(value) if isinstance(value, str) else value):
+      lines.append(f'{typed} has no effect: --gin_bindings wins, Config.{field} = {used!r}.')
   if processes.is_main():
-    for line in configs.notices(settings):
+    for line in lines:
       print(f'Note: {line}', file=sys.stderr)
+
+
+def in_typed_names(text: str) -> str:
+  """Returns a message with flags in place of the settings that they have set.
+
+  Other settings that have a flag keep their names, and the first mention is followed by the flag.
+  """
+  for name, flag in _flags.items():
+    known = rf'\b{re.escape(name)}\b'
+    if name in _typed:
+      text = re.sub(known, flag, re.sub(rf'{known} = (?=\S)', f'{flag} ', text))
+    else:
+      text = re.sub(rf'{known}(?! =)', f'{name} ({flag})', text, count=1)
+  return text
 
 
 def show_warnings(report: Mapping[str, Any]) -> None:
   """Prints a capture's warnings (`scene.report`) on stderr, in the main process."""
   if processes.is_main():
     for line in report.get('warnings', ()):  # Older runs have none.
-      print(f'Warning: {line}', file=sys.stderr)
+      print(f'Warning: {in_typed_names(line)}', file=sys.stderr)
 
 
 def run_folder(args: argparse.Namespace) -> str:
-  """Returns the run's folder, from --checkpoint_dir or else Config.checkpoint_dir.
+  """Returns the run's folder: RUN, or --checkpoint_dir, or else Config.checkpoint_dir.
 
   Raises:
-    ConfigError: neither is given, or a gin file or binding is invalid.
+    ConfigError: none or two are given, or a gin file or binding is invalid.
   """
-  folder = args.checkpoint_dir
+  if args.run and args.checkpoint_dir and args.run != args.checkpoint_dir:
+    raise configs.ConfigError(
+      f'Two training runs given: RUN {args.run} and --checkpoint_dir {args.checkpoint_dir}.'
+    )
+  if args.checkpoint_dir and not args.run:
+    _flags['Config.checkpoint_dir'] = '--checkpoint_dir'
+  folder = args.run or args.checkpoint_dir or load_settings(args).config.checkpoint_dir
   if not folder:
-    folder = configs.load_config(args.gin_configs, args.gin_bindings).config.checkpoint_dir
-  if not folder:
-    raise configs.ConfigError('No training run given; pass --checkpoint_dir DIR.')
+    raise configs.ConfigError(
+      'No training run given: add RUN, its folder, such as runs/my_scene (or --checkpoint_dir RUN).'
+    )
   return folder
 
 
@@ -205,6 +315,8 @@ def run(main: Callable[[], None]) -> None:
   traceback. SIGTERM exits with 143, SIGINT with 130 and a closed output pipe with 141, as in
   shells.
   """
+  _flags.clear()
+  _typed.clear()
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):  # Log files show each line immediately.
       # A terminal that lacks a letter shows its code.
@@ -224,7 +336,7 @@ def run(main: Callable[[], None]) -> None:
     _end(stop.exit_code)
   except Exception as error:
     progress.close()
-    message = ' '.join(str(error).split())
+    message = in_typed_names(' '.join(str(error).split()))
     user_error = _is_user_error(error)
     of_another = processes.is_of_another_process(error)
     if not (user_error or of_another or processes.is_joined()):

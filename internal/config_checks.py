@@ -10,7 +10,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 # (lowest, highest) allowed integer; a highest of None is no limit.
@@ -54,7 +54,10 @@ def problem(settings: Any, plugged: Mapping[str, Collection[str]]) -> str | None
     value = getattr(settings, field.name)
     rule = _broken_rule(field, value, hints[field.name], plugged.get(field.name))
     if rule:
-      return f'{type(settings).__name__}.{field.name} must be {rule}, got {value!r}.'
+      quotes = ''
+      if accepts_text(hints[field.name]) and isinstance(value, (int, float)):
+        quotes = f" Write '{value}', with quotes, if it is text."
+      return f'{type(settings).__name__}.{field.name} must be {rule}, got {value!r}.{quotes}'
   return _CONFLICTS[type(settings).__name__](settings)
 
 
@@ -80,6 +83,54 @@ def _broken_rule(
   if field.name in _POSITIVE and not all(v > 0 for v in numbers):
     return 'positive'
   return None
+
+
+def accepts_text(hint: Any) -> bool:
+  """Returns whether a setting with this annotation takes a string: text or a choice's name."""
+  if _is_union(hint):
+    return any(map(accepts_text, typing.get_args(hint)))
+  return hint is str or any(isinstance(choice, str) for choice in _choices(hint))
+
+
+_KINDS = {
+  int: ('a whole number', 'whole numbers'),
+  float: ('a number', 'numbers'),
+  bool: ('True or False', 'True or False'),
+  str: ('text', 'texts'),
+  type(None): ('None', 'None'),
+  object: ('any value', 'values'),
+}
+
+
+def describe(name: str, hint: Any, plugged: Collection[str] = ()) -> str:
+  """Returns what a setting's value must be, in words: 'a whole number, at least 1'.
+
+  Args:
+    name: the setting's name, without its owner.
+    hint: its annotation.
+    plugged: names that plug-ins add to its choices.
+  """
+  text = ' or '.join(dict.fromkeys(_kinds(hint, plugged)))
+  low, high = _RANGES.get(name, (None, None))
+  if low is not None:
+    text += f', at least {low}' if high is None else f', {low} to {high}'
+  return f'{text}, above 0' if name in _POSITIVE else text
+
+
+def _kinds(hint: Any, plugged: Collection[str]) -> list[str]:
+  """Returns the alternatives of an annotation in words."""
+  if _is_union(hint):
+    return [kind for h in typing.get_args(hint) for kind in _kinds(h, plugged)]
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin is Literal:
+    return [*map(repr, args), *map(repr, plugged)]
+  if origin is Sequence:
+    return [f'a tuple of {_KINDS.get(args[0], ("", "values"))[1]}']
+  if origin is dict:
+    return [f'a dictionary from text to {_KINDS.get(args[1], ("", "values"))[1]}']
+  if hint in _KINDS:
+    return [_KINDS[hint][0]]
+  return [] if hint is Callable else ['a value']  # A function is one of the choices, by reference.
 
 
 def _choices(hint: Any) -> tuple:

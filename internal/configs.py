@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
+import glob
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +17,9 @@ from typing import IO, Literal
 
 import gin
 
+from . import bindings as bindings_lib
 from . import config_checks, plugins
-from .errors import UserError
+from .bindings import ConfigError
 from .system import files, installation
 
 _RayDistance = Literal['reciprocal', 'log', 'identity', 'piecewise', 'power']
@@ -26,10 +27,6 @@ _WeightInit = Literal[
   'he_uniform', 'he_normal', 'kaiming_uniform', 'kaiming_normal', 'glorot_uniform',
   'glorot_normal', 'xavier_uniform', 'xavier_normal', 'lecun_uniform', 'lecun_normal',
 ]  # fmt: skip
-
-
-class ConfigError(UserError):
-  """A config file, binding or value that cannot be used."""
 
 
 class Checked:
@@ -54,7 +51,7 @@ class Config(Checked):
   plugins: Sequence[str] = ()  # Modules that these settings need; --plugins loads and records them.
 
   # Data.
-  dataset_loader: str = 'llff'  # Format of the capture: a name in datasets.LOADERS.
+  dataset_loader: str = 'llff'  # Format of the capture; docs/datasets.md lists them.
   data_dir: str | None = None  # Folder of the capture.
   checkpoint_dir: str | None = None  # Folder of the run: checkpoints, logs and all outputs.
   factor: int = 0  # Downsampling factor: use images_<factor>/ (0: images/ at full size).
@@ -101,9 +98,9 @@ class Config(Checked):
   lr_final: float = 0.00002  # Learning rate at max_steps; log-linear in between.
   lr_delay_steps: int = 512  # Steps of warm-up (0: none).
   lr_delay_mult: float = 0.01  # Factor on the learning rate at the start of the warm-up.
-  adam_beta1: float = 0.9
-  adam_beta2: float = 0.999
-  adam_eps: float = 1e-6
+  adam_beta1: float = 0.9  # Adam: decay of the mean of the gradients, per step.
+  adam_beta2: float = 0.999  # Adam: decay of the mean of their squares, per step.
+  adam_eps: float = 1e-6  # Adam: added to the root of that mean.
   grad_max_norm: float = 0.001  # Clip each MLP's gradient to this norm (0: off).
   grad_max_val: float = 0.0  # Clip each gradient entry to this magnitude (0: off).
 
@@ -158,21 +155,23 @@ class MLP(Checked):
   """Architecture of a field: positions (and directions) in, density (and colour) out."""
 
   net_depth: int = 8  # Number of hidden layers (trunk).
-  net_width: int = 256  # Width of each.
+  net_width: int = 256  # Width of each hidden layer (trunk).
   bottleneck_width: int = 256  # Width of the layer between trunk and view layers (0: none).
   net_depth_viewdirs: int = 1  # Number of view-dependent layers (0: none).
-  net_width_viewdirs: int = 128  # Width of each.
+  net_width_viewdirs: int = 128  # Width of each view-dependent layer.
   skip_layer: int = 4  # k: the outputs of layers k + 1, 2k + 1, ... get the encoding appended.
   encoding: Literal['ipe', 'grid'] = 'ipe'  # Integrated positional encoding, or hash grid.
   # Constructor arguments of the encoding, which override those from the settings below.
   encoding_options: dict[str, object] = dataclasses.field(default_factory=dict, hash=False)
-  min_deg_point: int = 0  # 'ipe': lowest frequency is 2^min_deg_point ...
-  max_deg_point: int = 12  # ... and highest 2^(max_deg_point - 1).
+  min_deg_point: int = 0  # 'ipe': the lowest frequency is 2^min_deg_point.
+  max_deg_point: int = 12  # 'ipe': the highest frequency is 2^(max_deg_point - 1).
   deg_view: int = 4  # Number of frequencies that encode view directions.
-  basis_shape: Literal['icosahedron', 'octahedron', 'tetrahedron'] = 'icosahedron'  # 'ipe' only.
+  # 'ipe': solid whose corners, subdivided, are the directions that are encoded.
+  basis_shape: Literal['icosahedron', 'octahedron', 'tetrahedron'] = 'icosahedron'
   basis_subdivisions: int = 2  # Tessellation of the basis shape's edges (1: its own vertices).
-  # 'grid': PropMLP's may be sequences, a value per proposal level, if Model.separate_prop_mlps.
-  grid_levels: int | Sequence[int] = 10  # Number of resolution levels.
+  # Number of resolution levels of the hash grid. With Model.separate_prop_mlps, this and the other
+  # grid_* of PropMLP may be tuples, a value per proposal level.
+  grid_levels: int | Sequence[int] = 10
   grid_min_resolution: int | Sequence[int] = 16  # Cells per side of [-2, 2]^3, coarsest level.
   grid_max_resolution: int | Sequence[int] = 8192  # Cells per side, finest level.
   grid_log2_size: int | Sequence[int] = 21  # Maximum number of rows of a level's table, as log2.
@@ -182,8 +181,8 @@ class MLP(Checked):
   density_bias: float = -1.0  # Added to raw density before the softplus.
   density_noise: float = 0.0  # Standard deviation of noise on raw density in training.
   rgb_padding: float = 0.001  # Colours are in [-padding, 1 + padding].
-  rgb_bias: float = 0.0  # Added to raw colour before the sigmoid ...
-  rgb_premultiplier: float = 1.0  # ... after multiplying by this.
+  rgb_bias: float = 0.0  # Added to raw colour before the sigmoid, after rgb_premultiplier.
+  rgb_premultiplier: float = 1.0  # Factor on raw colour.
   bottleneck_noise: float = 0.0  # Standard deviation of noise on the bottleneck in training.
   weight_init: _WeightInit = 'he_uniform'  # Initializer of the kernels, in jax.nn.initializers.
   disable_rgb: bool = False  # Density only; the rule for proposal MLPs.
@@ -241,8 +240,8 @@ class Model(Checked):
   multisample_proposals: bool = True  # False: proposal levels have one Gaussian per interval.
   opaque_background: bool = False  # Make the last interval opaque: each ray ends somewhere.
   anneal_slope: float = 10.0  # Rate at which annealing of the weights (Eq. 18) ends (0: none).
-  dilation_multiplier: float = 0.5  # Dilation before resampling, in mean interval widths ...
-  dilation_bias: float = 0.0025  # ... plus this, in s.
+  dilation_multiplier: float = 0.5  # Dilation before resampling, in mean interval widths.
+  dilation_bias: float = 0.0025  # Added to that dilation, in s.
   single_jitter: bool = True  # One random offset per ray (False: one per interval).
   stop_level_grad: bool = True  # Block gradients from a level's intervals to the level before.
   single_mlp: bool = False  # The NeRF MLP serves all levels; there is no proposal MLP.
@@ -278,6 +277,8 @@ class Settings:
   nerf_mlp: NerfMLP
   text: str  # All of them as gin text, which load_config reads back.
 
+
+OWNERS = {owner.__name__: owner for owner in (Config, Model, NerfMLP, PropMLP)}
 
 # Settings of published files that are accepted but have no effect here, and why.
 ACCEPTED = {
@@ -344,20 +345,21 @@ for _name in ('contract', 'donerf', 'inverted_sphere'):
   _register('coord', _name)
 
 
+_OWN = frozenset(gin.config._REGISTRY._selector_map)
+
+
+def plugged_configurables() -> list[tuple[str, Callable]]:
+  """Returns the gin configurables that plug-ins have made, with the names that bindings use."""
+  registry = gin.config._REGISTRY._selector_map
+  return [(row.name, row.wrapped) for key, row in registry.items() if key not in _OWN]
+
+
 def _advice(message: str) -> str:
   """Returns a sentence with the known names nearest to the one that gin's message is about."""
-  owners = (Config, Model, NerfMLP, PropMLP)
-  known = [f'{c.__name__}.{f.name}' for c in owners for f in dataclasses.fields(c)]
   # gin quotes owner and name separately; the whole binding is in the message only sometimes.
   written = re.search(r'([A-Za-z]\w*\.\w+)\s*=', message)
-  quoted = re.findall(r"'([\w.]+)'", message)
-  wrong = written[1] if written else '.'.join(quoted)
-  tail = wrong.rsplit('.', 1)[-1]
-  near = [k for k in known if k.endswith(f'.{tail}')]  # Right name, wrong owner.
-  near += difflib.get_close_matches(wrong, known, 3, 0.75)
-  if not near:
-    return ' internal/configs.py lists every known name.'
-  return f' Nearest known: {", ".join(dict.fromkeys(near))}.'
+  wrong = written[1] if written else '.'.join(re.findall(r"'([\w.]+)'", message))
+  return bindings_lib.nearest(wrong, OWNERS)
 
 
 def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = ()) -> Settings:
@@ -365,7 +367,8 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
 
   Args:
     gin_configs: paths of .gin files; 'configs/360.gin' also works outside the program's folder.
-    gin_bindings: lines such as 'Config.factor = 4'.
+    gin_bindings: lines such as 'Config.factor = 4'; text may lack its quotes, as in
+      'Config.data_dir=my_scene'.
 
   Raises:
     ConfigError: a missing file, an unknown name (lists the nearest known ones) or a bad value.
@@ -379,7 +382,8 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
       with _gin_errors(f'{path}: bad gin config'):
         gin.parse_config_file(_found(path))
     with _gin_errors('Bad gin config'):
-      gin.parse_config(list(gin_bindings))
+      gin.parse_config(bindings_lib.readable(gin_bindings, OWNERS, plugins.plugged()))
+      bindings_lib.refuse_ownerless(gin_bindings, OWNERS, gin.config_str())
     _refuse_scopes()
     needed = gin.get_bindings('Config', resolve_references=False).get('plugins', ())
     if isinstance(needed, (tuple, list)):  # Otherwise Config refuses it.
@@ -391,6 +395,29 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
       return Settings(*settings, text=gin.operative_config_str())
   finally:
     gin.clear_config()  # Else a `NerfMLP()` in code would get this file's values.
+
+
+_SHORT_NAMES = {'paper': '360'}
+
+
+def config_path(name: str) -> str:
+  """Returns the path of a .gin file, or of the shipped config with a name: fast, grid, paper, demo.
+
+  Raises:
+    ConfigError: there is none; lists those that are shipped.
+  """
+  if name.endswith('.gin') and files.is_file(_found(name)):
+    return name
+  stem = _SHORT_NAMES.get(name, name)
+  for path in (f'configs/{stem}.gin', f'configs/360_{stem}.gin'):
+    if files.is_file(_found(path)):
+      return path
+  shipped = glob.glob('*.gin', root_dir=os.path.join(installation.DATA, 'configs'))
+  names = sorted(path.removesuffix('.gin') for path in shipped)
+  raise ConfigError(
+    f'--config {name}: no such config or file. Use fast, grid, paper, {", ".join(names)}, or the '
+    'path of a .gin file.'
+  )
 
 
 def _found(path: str) -> str:

@@ -11,10 +11,10 @@ INTERNAL = ROOT / 'internal'
 # own, so there are no circles; within a folder the same holds for its modules.
 FLOORS = (
   ('config_checks', 'errors', 'math', 'structs'),
-  ('plugins', 'system'),
+  ('bindings', 'plugins', 'system'),
   ('cameras', 'colmap', 'configs', 'coord', 'devices', 'geopoly', 'image', 'paths',
    'stepfun', 'vis'),
-  ('demo', 'fields', 'render'),
+  ('demo', 'fields', 'knobs', 'render'),
   ('cli', 'datasets', 'losses', 'models'),
   ('training',),
   ('rendering',),

@@ -1,4 +1,5 @@
 import argparse
+import dataclasses
 import importlib
 import os
 import pathlib
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internal import cli, configs, image
+from internal import cli, configs, image, knobs
 from internal.__main__ import COMMANDS
+from internal.commands import render, train, view
+from internal.errors import UserError
 from internal.system import installation
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -43,6 +46,145 @@ class TestArguments:
     assert '--colour' in capsys.readouterr().err
 
 
+class TestFlags:
+  def load(self, *argv):
+    args = train.parse(list(argv))
+    return cli.load_settings(args), args
+
+  def test_set_what_everybody_sets(self):
+    flags = ('--data', 'my scene', '--out', 'runs/a', '--factor', '4', '--steps', '30')
+    settings, _ = self.load(*flags, '--config', 'fast')
+    config = settings.config
+    assert (config.data_dir, config.checkpoint_dir) == ('my scene', 'runs/a')
+    assert (config.factor, config.max_steps) == (4, 30)
+    assert settings.nerf_mlp.encoding == 'grid'
+    assert "Config.data_dir = 'my scene'" in settings.text  # That is config.gin.
+
+  @pytest.mark.parametrize(
+    ('name', 'path'),
+    [
+      ('fast', 'configs/360_fast.gin'),
+      ('grid', 'configs/360_grid.gin'),
+      ('paper', 'configs/360.gin'),
+      ('360', 'configs/360.gin'),
+      ('demo', 'configs/demo.gin'),
+      ('blender_256', 'configs/blender_256.gin'),
+      ('configs/demo.gin', 'configs/demo.gin'),
+    ],
+  )
+  def test_configs_have_names(self, name, path):
+    assert configs.config_path(name) == path
+
+  def test_a_config_may_be_a_file(self, tmp_path):
+    path = tmp_path / 'mine.gin'
+    path.write_text('Config.factor = 8\n')
+    assert self.load('--config', str(path))[0].config.factor == 8
+
+  def test_an_unknown_config_lists_the_known_ones(self):
+    with pytest.raises(configs.ConfigError, match=r'--config fsat: .* fast, grid, paper, 360,'):
+      self.load('--config', 'fsat')
+
+  def test_later_kinds_win(self, tmp_path, capsys):
+    """A config, more files, flags, bindings."""
+    path = tmp_path / 'a.gin'
+    path.write_text('Config.factor = 3\nConfig.near = 0.7\nConfig.max_steps = 5\n')
+    files = ('--gin_configs', str(path), '--config', 'paper')  # In any order.
+    settings, args = self.load(
+      *files, '--factor', '2', '--steps', '6', '--gin_bindings', 'Config.factor=8'
+    )
+    config = settings.config
+    assert (config.factor, config.max_steps, config.near, config.far) == (8, 6, 0.7, 1e6)
+    cli.show_notices(settings, args)
+    assert capsys.readouterr().err == (
+      'Note: --factor 2 has no effect: --gin_bindings wins, Config.factor = 8.\n'
+    )
+
+  def test_a_flag_and_an_equal_binding_need_no_note(self, capsys):
+    settings, args = self.load('--data', '~/x', '--gin_bindings', 'Config.data_dir=~/x')
+    cli.show_notices(settings, args)
+    assert capsys.readouterr().err == ''
+
+  def test_parsing_twice_does_not_accumulate(self):
+    assert self.load('--factor', '2')[1].set_by_flag == {'factor': ('--factor 2', 2)}
+    assert self.load()[1].set_by_flag == {}
+
+  def test_one_config_only(self, capsys):
+    with pytest.raises(SystemExit):
+      self.load('--config', 'fast', '--config', 'paper')
+    assert '--gin_configs adds more files' in capsys.readouterr().err
+
+  def test_data_without_a_config_trains_fast_and_says_so(self, monkeypatch, capsys):
+    loaded = []
+    monkeypatch.setattr(train.datasets, 'load_dataset', lambda config, **_: loaded.append(config))
+    with pytest.raises(AttributeError):  # There is no scene.
+      train.main(['--data', 'x', '--dry_run'])
+    assert capsys.readouterr().err == 'Note: no --config given; using --config fast.\n'
+    assert loaded[0] == dataclasses.replace(
+      configs.load_config(['configs/360_fast.gin']).config, data_dir='x'
+    )
+
+  def test_render_flags(self, tmp_path):
+    def chosen(*argv):
+      args = render.parse(['runs/a', *argv])
+      assert cli.run_folder(args) == 'runs/a'
+      return configs.load_config([], cli.bindings(args)).config
+
+    config = chosen('--path', 'orbit', '--frames', '7', '--size', '64', '48', '--out', 'v')
+    assert (config.render_path_type, config.render_path_frames) == ('orbit', 7)
+    assert (config.render_resolution, config.render_dir) == ((64, 48), 'v')
+    path = tmp_path / 'a.json'
+    path.touch()
+    config = chosen('--path', str(path))
+    assert (config.render_path_file, config.render_path_type) == (str(path), None)
+    with pytest.raises(UserError, match='--path orbti: no such file or folder, and not one of'):
+      chosen('--path', 'orbti')
+
+  def test_each_flag_of_the_list_of_settings_exists(self):
+    programs = {'train.py': train.parse([]), 'render.py': render.parse(['x'])}
+    for name, flag in knobs.FLAGS.items():
+      knob = next(k for g in knobs.groups() for k in g.knobs if k.name == name)
+      program, listed = knob.flag.split()
+      assert listed == flag
+      assert hasattr(programs[program], flag.removeprefix('--'))
+
+  def test_messages_name_the_flag_unless_a_binding_was_typed(self):
+    text = 'Config.data_dir: gone. Set Config.factor = 4, not Config.factors.'
+    cli._typed.clear()
+    self.load('--data', 'x')
+    own_name = '--data: gone. Set Config.factor = 4, not Config.factors.'
+    assert cli.in_typed_names(text) == own_name
+    assert cli.in_typed_names('Config.max_steps') == 'Config.max_steps (--steps)'
+    self.load('--factor', '2')
+    assert cli.in_typed_names(text) == '--data: gone. Set --factor 4, not Config.factors.'
+    self.load('--gin_bindings', 'Config.factor=3', 'Config.max_steps=3')
+    assert cli.in_typed_names(text) == own_name
+    assert cli.in_typed_names('Config.max_steps') == 'Config.max_steps'
+
+
+class TestListKnobs:
+  def shown(self, parse, *argv):
+    with pytest.raises(SystemExit) as caught:
+      parse(list(argv))
+    assert not caught.value.code
+
+  def test_prints_settings_about_a_word_without_other_arguments(self, capsys):
+    self.shown(view.parse, '--list_knobs', 'LLFFHOLD')
+    out = capsys.readouterr().out
+    assert 'Config.llffhold = 8\n' in out
+    assert 'Every llffhold-th image' in out
+    assert 'batch_size' not in out
+
+  def test_prints_all(self, capsys):
+    self.shown(train.parse, '--data', 'x', '--list_knobs')
+    out = capsys.readouterr().out
+    assert all(f'{name} = ' in out for name in ('Config.factor', 'Model.num_levels'))
+    assert 'Config.factor = 0   (or train.py --factor)' in out
+
+  def test_an_unknown_word_is_an_error_with_the_nearest_names(self):
+    with pytest.raises(UserError, match=r'llfhold: no setting .* Nearest: Config\.llffhold'):
+      train.parse(['--list_knobs', 'llfhold'])
+
+
 class TestRunFolder:
   def folder(self, *argv):
     return cli.run_folder(cli.make_run_parser('about').parse_args(list(argv)))
@@ -61,6 +203,14 @@ class TestRunFolder:
   def test_the_flag_wins(self):
     got = self.folder('--gin_bindings', "Config.checkpoint_dir = 'b'", '--checkpoint_dir', 'a')
     assert got == 'a'
+
+  def test_by_position(self):
+    assert self.folder('runs/a') == 'runs/a'
+    assert self.folder('--data', 'x', 'runs/a', '--gin_bindings', 'Config.far=3') == 'runs/a'
+
+  def test_two_are_an_error(self):
+    with pytest.raises(configs.ConfigError, match='Two training runs'):
+      self.folder('runs/a', '--checkpoint_dir', 'runs/b')
 
   def test_none_is_an_error_that_names_the_flag(self):
     with pytest.raises(configs.ConfigError, match='--checkpoint_dir'):

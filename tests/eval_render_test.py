@@ -17,7 +17,7 @@ from internal.commands import render as render_program
 from internal.datasets import scenes
 from internal.evaluation import lpips
 from internal.evaluation import results as results_lib
-from internal.rendering import renderer, trained
+from internal.rendering import renderer, trained, videos
 from internal.training import checkpoints, run_folder
 from internal.vis import video
 
@@ -107,7 +107,7 @@ class TestSelectImages:
       self.select(scene, tmp_path, eval_dataset_limit=0)
 
   def test_missing_photographs_are_an_error(self, scene, tmp_path):
-    with pytest.raises(eval_program.EvalError, match=r'/elsewhere.*--gin_bindings .*data_dir'):
+    with pytest.raises(eval_program.EvalError, match=r'/elsewhere.*Config\.data_dir'):
       self.select(scene, tmp_path, data_dir='/elsewhere')
 
 
@@ -195,7 +195,7 @@ def render(scene, tmp_path, monkeypatch):
     monkeypatch.setattr(
       renderer, 'make_image_renderer', lambda *_, **told: asked.append(told) or render_image
     )
-    monkeypatch.setattr(render_program, '_SURVEY_SIDE', 10)
+    monkeypatch.setattr(videos, '_SURVEY_SIDE', 10)
     render_program.main(['--checkpoint_dir', str(run)])
     assert asked[-1] == {'with_normals': config.vis_normals}
     return rendered
@@ -272,9 +272,44 @@ class TestRender:
     scene.cameras.camtoworld[1:4, 2, 3] = [0.0, 0.3, -0.3]  # Heights for z_variation.
     with pytest.raises(KeyboardInterrupt):
       render(stop_after=1)
-    with pytest.raises(render_program.RenderError, match=f'{word}.*render_dir'):
-      render(**change)
+    with pytest.raises(videos.RenderError, match=f'{word}.*render_dir'):
+      render(render_dir=str(render.folder), **change)
     assert len(frames(render.folder)) == 1
+
+  @pytest.mark.parametrize(
+    ('change', 'name'),
+    [
+      ({'step': 8}, 'render_step8'),
+      ({'weights': 3.0}, 'render_step7'),
+      ({'render_path_type': 'orbit'}, 'render_orbit'),
+      ({'render_resolution': (40, 32)}, 'render_ellipse'),
+      ({'render_path_type': 'orbit', 'step': 8}, 'render_orbit'),
+      ({'render_path_file': 'a walk.npy'}, 'render_a_walk'),
+    ],
+  )
+  def test_another_video_gets_a_folder_of_its_own_name(
+    self, render, monkeypatch, tmp_path, change, name
+  ):
+    monkeypatch.chdir(tmp_path)
+    np.save('a walk.npy', np.tile(np.eye(3, 4), (6, 1, 1)))
+    render()
+    before = frames(render.folder)
+    with pytest.raises(KeyboardInterrupt):
+      render(stop_after=2, **change)
+    own = render.folder.parent / name
+    assert len(frames(own)) == 2
+    assert render(**change) == [2, 3, 4, 5]  # The same command resumes it.
+    assert render() == []  # So does the first one.
+    for frame, picture in frames(render.folder).items():
+      np.testing.assert_array_equal(picture, before[frame])
+    assert sorted(p.name for p in render.folder.parent.iterdir()) == ['render', name]
+
+  def test_a_third_video_of_one_name_gets_a_number(self, render):
+    for size in ((40, 32), (50, 40), (60, 48)):
+      render(render_resolution=size)
+    names = sorted(p.name for p in render.folder.parent.iterdir())
+    assert names == ['render', 'render_ellipse', 'render_ellipse_2']
+    assert render(render_resolution=(50, 40)) == []
 
   def test_another_folder_may_hold_them(self, render, tmp_path):
     render(stop_after=None)
@@ -288,7 +323,7 @@ class TestRender:
     path.unlink()
     if text:
       path.write_text(text)
-    with pytest.raises(render_program.RenderError, match='Remove the folder'):
+    with pytest.raises(videos.RenderError, match='Remove the folder'):
       render()
 
   def test_without_an_encoder_the_frames_stay(self, render, monkeypatch):

@@ -318,6 +318,7 @@ def path(settings, folder):
 def video(settings, folder):
   """Which files render.py writes, and the settings of its video encoder."""
   from internal.commands import render as render_program
+  from internal.rendering import videos
 
   done, config = [], settings.config
   config = dataclasses.replace(config, render_dir=os.path.join(folder, config.render_dir or 'r'))
@@ -336,9 +337,9 @@ def video(settings, folder):
     patch.setattr(run_folder, 'open_run', lambda *_: (settings, scene))
     patch.setattr(checkpoints, 'restore_params', lambda *_, **__: ({}, 5))
     patch.setattr(renderer, 'make_image_renderer', make_renderer)
-    patch.setattr(render_program.pictures, 'normal_picture', lambda *_: np.zeros((9, 9, 3)))
-    patch.setattr(render_program.pictures, 'write_png', lambda path, _: done.append(path))
-    patch.setattr(render_program.video, 'write_video', lambda _, *how: done.append(how))
+    patch.setattr(videos.pictures, 'normal_picture', lambda *_: np.zeros((9, 9, 3)))
+    patch.setattr(videos.pictures, 'write_png', lambda path, _: done.append(path))
+    patch.setattr(videos.video, 'write_video', lambda _, *how: done.append(how))
     render_program.main(['--checkpoint_dir', folder])
   return done
 

@@ -18,7 +18,7 @@ import pytest
 import tiny
 from trajectory_test import make_scene
 
-from internal import api, cli, configs, losses, models, plugins, structs
+from internal import api, cli, configs, knobs, losses, models, plugins, structs
 from internal.commands import run_dataset, scaling
 from internal.errors import UserError
 from internal.experiments import runs
@@ -320,6 +320,43 @@ def test_training_with_plugins(trained):
     assert row['loss'] == pytest.approx(terms, rel=1e-5)
   text = (trained / 'config.gin').read_text()
   assert all(repr(name) in text for name in TRAINED_WITH)
+
+
+def test_their_settings_are_listed(project):
+  modules = ('my_package.my_field', 'my_package.my_loss', 'my_package.my_path')
+  out = run(project, 'train.py', '--list_knobs', '--plugins', *modules)
+  assert "NerfMLP.encoding_options['scale'] = 4.0\n" in out
+  assert 'Standard deviation of the initial frequencies. [a number]' in ' '.join(out.split())
+  assert "Config.loss_mults['clear_air']" in out
+  assert "'ipe' or 'grid' or 'fourier'" in ' '.join(out.split())
+  assert "Config.render_path_type = 'figure_eight'" in ' '.join(out.split())
+
+
+def test_their_own_gin_configurables_are_listed_and_set(plug):
+  plug(
+    'mine',
+    """import dataclasses
+import gin
+
+@gin.configurable
+@dataclasses.dataclass
+class Mine:
+  \"\"\"My own settings.\"\"\"
+
+  depth: int = 3  # How deep.
+
+@plugins.loss('mine')
+def mine(inputs):
+  return Mine().depth
+""",
+  )
+  before = dict(configs.gin.config._REGISTRY._selector_map)
+  try:
+    plugins.load(['mine'])
+    assert 'Mine.depth = 3\n      How deep. [a whole number]' in knobs.listing('deep')
+    configs.load_config((), ['Mine.depth=4'])
+  finally:
+    configs.gin.config._REGISTRY._selector_map = before
 
 
 def test_reopening_a_run_needs_its_plugins(project, trained):

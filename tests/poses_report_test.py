@@ -217,6 +217,13 @@ def test_each_check_can_fail():
   assert 'EXIF says 2000' in odd.text
   arc = diagnosis.describe_spread(ring(reach=150))
   assert graded('spread', spread=arc).status == preflight.DOUBTFUL
+  whole = {'kind': 'around', 'directions': 360, 'largest_gap': 15}
+  assert graded('spread', spread=whole).text == (
+    'looking inwards, on all sides; the largest gap is 15 degrees'
+  )
+  gap = graded('spread', spread={'kind': 'around', 'directions': 288, 'largest_gap': 72})
+  assert gap.text == 'looking inwards, over 288 of 360 degrees; the largest gap is 72 degrees'
+  assert gap.status == preflight.DOUBTFUL
   link = {'shared_points': 20, 'between': ['a', 'b'], 'photographs': [12, 12]}
   torn = graded('weakest link', weakest_link=link)
   assert torn.status == preflight.BAD

@@ -116,6 +116,24 @@ def test_a_finished_run_has_nothing_to_do(run, capture):
   assert 'Nothing to do' in done.stdout
 
 
+def test_flags_resume_what_bindings_have_begun(run, capture):
+  bindings = [b for b in TINY if 'max_steps' not in b]
+  flags = ['--data', str(capture), '--out', str(run), '--factor', '0', '--steps', '12']
+  assert 'Nothing to do' in _run('train.py', *bindings, flags=flags).stdout
+
+
+def test_errors_name_the_flag_that_was_typed(run, capture, tmp_path):
+  def fails(*flags):
+    return _run('train.py', *TINY, flags=flags, code=1)
+
+  place = ('--out', str(tmp_path / 'r'))
+  _one_line(fails('--data', '/no/such/folder', *place), '/no/such/folder', 'Set --data to')
+  _one_line(fails('--data', str(capture), *place, '--factor', '-1'), '--factor must be at least 0')
+  _one_line(fails('--data', str(capture)), 'Config.checkpoint_dir (--out) is not set')
+  done = _run('eval.py', flags=[str(tmp_path)], config=None, code=1)
+  _one_line(done, str(tmp_path), 'give the folder that train.py wrote as RUN')
+
+
 def test_a_resumed_run_ends_like_an_uninterrupted_one(run, capture, tmp_path):
   whole = tmp_path / 'whole'
   _run('train.py', *_train_bindings(capture, whole))

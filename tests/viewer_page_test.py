@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -152,6 +153,7 @@ class Gui:
 class Client:
   def __init__(self):
     self.client_id, self.gui, self.sent, self.nodes, self.notes = 0, Gui(), [], {}, []
+    self.notices = []
     self.camera = SimpleNamespace(
       wxyz=np.array([1.0, 0, 0, 0]), position=np.array([0.1, 0.2, 0.3]), fov=0.8, aspect=2.0,
       on_update=lambda call: None,
@@ -169,21 +171,23 @@ class Client:
 
   atomic = staticmethod(contextlib.nullcontext)
 
-  def add_notification(self, title, body, color=None):
+  def add_notification(self, title, body, **more):
     self.notes.append((title, body))
+    self.notices.append(Handle())
+    return self.notices[-1]
 
   def send_file_download(self, name, content, save_immediately):
     self.files[name] = content
 
 
 class FakeRenderer:
-  far = 100.0
+  far, chunk = 100.0, 1000
 
   def __init__(self):
-    self.wanted = []
+    self.wanted, self.compiled = [], True
 
   def is_compiled(self, wanted):
-    return True
+    return self.compiled
 
   def __call__(self, params, frac, wanted, size, progress=None):
     self.wanted.append(wanted)
@@ -289,6 +293,44 @@ class TestPage:
     assert 'render.py' in page.page._key_text.content
     page.gui['Look along it'].set(1.0)
     np.testing.assert_allclose(page.client.camera.position, [0.5, 0, 0], atol=1e-6)
+
+  def test_compiling_is_shown_until_the_first_picture(self, page):
+    page.renderer.compiled = False
+    page.gui['Field of view'].set(31)
+    page.work()
+    assert page.client.notes[-1][0] == 'Compiling'
+    assert page.page._compiling is None  # The notice has been removed.
+    assert not page.client.notices[-1].visible
+
+  def test_the_video_of_the_path_is_rendered_or_stopped(self, page, monkeypatch):
+    made = []
+
+    def make(run, scene, path, say, stop):
+      def task(renderer, params, frac, step, pause):
+        while not stop.is_set():
+          say(f'step {step}')
+          yield
+
+      made.append((run, path))
+      return task
+
+    monkeypatch.setattr(page_lib.video_task, 'make', make)
+    page.gui['Render the video'].press()
+    assert 'at least two keyframes' in page.client.notes[-1][1]
+    for x in (0.0, 0.5):
+      page.client.camera.position = np.array([x, 0, 0])
+      page.gui['Add this view'].press()
+    for _ in range(2):  # The same path is not saved again.
+      page.gui['Render the video'].press()
+      assert page.page._render.label == 'Stop rendering'
+      while page.viewer._serve('params', 3, 0.5):
+        pass
+      assert page.viewer.work('params', 3, 0.5)
+      assert page.page._video_text.content == 'step 3'
+      page.gui['Render the video'].press()
+      page.work()
+      assert page.page._render.label == 'Render the video'
+    assert made == [(str(page.folder), str(page.folder / 'camera_paths' / 'path.json'))] * 2
 
   def test_snapshot_is_saved_and_sent(self, page):
     page.gui['Size'].value = (40, 30)
@@ -465,6 +507,7 @@ _CENTRE_OF = """(() => {
       if (fields.length) { e = fields.at(-1); break; }
       e = e.parentElement;
     }
+    e.scrollIntoView({block: 'nearest'});
     const r = e.getBoundingClientRect();
     if (r.width) return [r.x + r.width / 2, r.y + r.height / 2];
   }
@@ -475,10 +518,11 @@ _CENTRE_OF = """(() => {
 def test_in_a_browser(trained, tmp_path):
   pytest.importorskip('viser', reason='requirements-viewer.txt is not installed')
   run, port = trained[0] / 'watched', free_port()
+  said = (tmp_path / 'stderr.txt').open('w')
   program = subprocess.Popen(
     [sys.executable, 'scripts/view.py', str(run), '--port', str(port), '--gin_bindings',
      'Config.render_chunk_size = 2048'],
-    cwd=program_runner.ROOT, stdout=subprocess.PIPE, text=True,
+    cwd=program_runner.ROOT, stdout=subprocess.PIPE, stderr=said, text=True,
   )  # fmt: skip
   try:
     address = re.search(rf'http://localhost:{port}/[\w-]+/', program.stdout.readline())[0]
@@ -502,13 +546,26 @@ def test_in_a_browser(trained, tmp_path):
       shown.until(f"{text}.includes('1 keyframe;')")
       shown.drag((300, 400), (340, 410))
       shown.click(*centre('Add this view'))
+      shown.type(*centre('Seconds per segment'), '0.1')
+      shown.type(*centre('Size'), '16')
       shown.until(f"{text}.includes('2 keyframes')")
       shown.click(*centre('Save the path'))
       shown.until(f"{text}.includes('render.py')")
+      shown.click(*centre('Render the video'))
+      shown.until(f"{text}.includes('Video of step {STEPS}')")
+      assert f'{run}/render/color.mp4' in shown.run(text)
+      shown.drag((300, 400), (340, 410))  # Closed while pictures are on their way.
       assert not shown.errors
+    time.sleep(1)
+    assert (tmp_path / 'stderr.txt').read_text() == ''
   finally:
     program.send_signal(signal.SIGTERM)
     assert program.wait(60) == 143
+  said.close()
+  assert (run / 'render' / 'color.mp4').stat().st_size > 300
+  assert [p.name for p in sorted((run / 'render' / 'color').iterdir())] == [
+    f'{k:05d}.png' for k in range(3)
+  ]
   _check_picture(tmp_path / 'shot.png', run)
   _check_path(run)
 

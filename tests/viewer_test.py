@@ -1,16 +1,19 @@
 """Tests of the viewer's rendering session, with displays that are not browsers."""
 
 import dataclasses
+import threading
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from internal import cameras, models
 from internal.datasets import scenes, sparse_points
 from internal.rendering import renderer as renderer_lib
-from internal.viewer import session
+from internal.rendering import trajectory
+from internal.viewer import session, video_task
 
 POSE = np.concatenate([np.eye(3), [[0.1], [0.2], [0.3]]], -1)
 
@@ -50,6 +53,8 @@ class FakeDisplay:
 
 class FakeRenderer:
   """Takes `cost` seconds of a fake clock for each ray, in chunks of 100."""
+
+  chunk = 100
 
   def __init__(self, cost=1e-3):
     self.now, self.cost, self.calls, self.during = 0.0, cost, [], None
@@ -222,6 +227,113 @@ class TestLoop:
     assert display.shown
 
 
+class TestSharpening:
+  """The view moves a little, with a renderer whose pictures tell their size."""
+
+  SIZE = (160, 96)
+
+  @pytest.fixture
+  def visit(self, monkeypatch):
+    calls = []
+
+    def sharpened(image, depth, pose, fov, size, reference):
+      calls.append((image, pose, reference))
+      return np.zeros((*size[::-1], 3), np.uint8), np.ones(size[::-1]), self.coverage
+
+    monkeypatch.setattr(session.reprojection, 'sharpened', sharpened)
+    self.coverage = 0.9
+    return session.Visitor(FakeDisplay(), lambda: None), calls
+
+  def picture(self, size, value=7):
+    return session.Picture(np.full((*size[::-1], 3), value, np.uint8), np.ones(size[::-1]), 'words')
+
+  def test_a_coarse_picture_gets_the_finest_ones_details(self, visit):
+    visitor, calls = visit
+    fine = self.picture(self.SIZE, 9)
+    assert visitor.sharpen(view(size=self.SIZE), fine, True) is fine
+    moved = view(size=self.SIZE, pose=POSE + 0.1)
+    shown = visitor.sharpen(moved, self.picture((20, 12)), False)
+    ((image, pose, reference),) = calls
+    assert image.shape == (12, 20, 3)
+    np.testing.assert_array_equal(pose, POSE + 0.1)
+    np.testing.assert_array_equal(reference.pose, POSE)
+    assert reference.image is fine.image
+    assert (shown.image.shape, shown.size) == ((96, 160, 3), (20, 12))
+    assert shown.legend == 'words'
+
+  @pytest.mark.parametrize(('coverage', 'kept'), [(0.9, 9), (0.2, 7)])
+  def test_one_that_shows_little_of_the_view_is_replaced(self, visit, coverage, kept):
+    visitor, _ = visit
+    visitor.sharpen(view(size=self.SIZE), self.picture(self.SIZE, 9), True)
+    self.coverage = coverage
+    visitor.sharpen(view(size=self.SIZE), self.picture((20, 12), 7), False)
+    assert (visitor.sharpest[1].image == kept).all()
+
+  @pytest.mark.parametrize('change', [{'mode': 'normals'}, {'clip': (1, 2)}, {'mode': 'depth'}])
+  def test_another_kind_of_picture_is_not_mixed_in(self, visit, change):
+    visitor, calls = visit
+    visitor.sharpen(view(size=self.SIZE), self.picture(self.SIZE), True)
+    coarse = self.picture((20, 12))
+    assert visitor.sharpen(view(size=self.SIZE, **change), coarse, False) is coarse
+    assert not calls
+
+
+class TestTasks:
+  def test_are_done_in_parts_while_no_view_waits(self, viewer, fake):
+    display, done = FakeDisplay(), []
+    visitor = viewer.join(display)
+    visitor.set_view(view(size=(64, 36)))
+
+    def task(renderer, params, frac, step, pause):
+      assert (renderer, params, frac) == (fake, 'params', 0.5)
+      for k in range(3):
+        done.append((k, len(display.shown)))
+        yield
+
+    viewer.start(visitor, task)
+    work_all(viewer)
+    first = len(display.shown)
+    assert done == [(k, first) for k in range(3)]
+    assert not viewer.tasks
+
+  def test_views_are_drawn_in_a_pause(self, viewer):
+    display = FakeDisplay()
+    visitor = viewer.join(display)
+
+    def task(renderer, params, frac, step, pause):
+      visitor.set_view(view(size=(64, 36)))
+      pause(1, 2)
+      yield len(display.shown)
+      assert display.sizes[-1] == (64, 36)
+      yield
+
+    viewer.start(visitor, task)
+    work_all(viewer)
+    assert display.shown
+    assert not display.failures
+
+  def test_one_that_fails_is_shown_and_ends(self, viewer):
+    display, done = FakeDisplay(), []
+    visitor = viewer.join(display)
+
+    def task(*_):
+      yield
+      raise ValueError('no space')
+
+    viewer.start(visitor, task)
+    viewer.start(visitor, lambda *_: iter(done.append(k) for k in range(2)))
+    work_all(viewer)
+    assert display.failures == ['ValueError: no space']
+    assert len(done) == 2
+
+  def test_outlive_their_visitor(self, viewer):
+    visitor, done = viewer.join(FakeDisplay()), []
+    viewer.start(visitor, lambda *_: iter(done.append(k) for k in range(3)))
+    viewer.leave(visitor)
+    work_all(viewer)
+    assert len(done) == 3
+
+
 class TestLive:
   def test_costs_nothing_without_visitors(self, viewer, fake):
     waits = []
@@ -230,12 +342,31 @@ class TestLive:
     assert not waits
     assert not fake.calls
 
+  def test_goes_on_with_tasks_without_visitors(self, viewer, monkeypatch):
+    monkeypatch.setattr(session, 'SHARE', 1.0)  # After every step.
+    live, done = session.Live(viewer, lambda step: 0.5, lambda params: None), []
+    visitor = viewer.join(FakeDisplay())
+
+    def task(renderer, params, frac, step, pause):
+      for _ in range(2):
+        done.append((params['w'].tolist(), step))
+        yield
+
+    viewer.start(visitor, task)
+    viewer.leave(visitor)
+    params = {'w': jax.numpy.ones(2)}
+    for step in range(1000):
+      live(step, params)
+      if step == 0:
+        params['w'].delete()  # As training does, which goes on with new ones.
+    assert done == [([1, 1], 0)] * 2
+
   def test_takes_its_share_of_the_time_and_no_more(self, viewer, fake, monkeypatch):
     monkeypatch.setattr(session.time, 'monotonic', fake.clock)
     live = session.Live(viewer, lambda step: 0.5, lambda params: None)
     viewer.join(FakeDisplay()).set_view(view(size=(64, 36)))
     seconds = 0.0
-    for step in range(2000):
+    for step in range(8000):  # Long enough that a single picture does not matter.
       seconds += live(step, 'params')
       fake.now += 0.01  # A step of training.
     rendering = sum(w * h // 100 + bool(w * h % 100) for _, (w, h) in fake.calls) * 0.1
@@ -361,6 +492,42 @@ class TestRenderer:
     ndc = session.Renderer(settings, make_scene(cams), tiny.mesh(1))
     ndc._program = lambda wanted: lambda *_: RENDERING
     assert ndc(params, 1.0, view(), (3, 2)).depth is None
+
+
+class TestVideo:
+  def test_is_that_of_the_renderer_in_a_folder_of_its_own(self, field, renderer, tmp_path):
+    settings, scene, params = field
+    poses = np.asarray(scene.cameras.camtoworld)[[0, 1, 0]] + [[[0, 0, 0, 0.1]]]
+    np.save(tmp_path / 'walk.npy', poses)
+    viewer, words = session.Session(renderer), []
+    visitor = viewer.join(FakeDisplay())
+
+    def start(stop):
+      words.clear()
+      task = video_task.make(str(tmp_path), scene, str(tmp_path / 'walk.npy'), words.append, stop)
+      viewer.start(visitor, task)
+      while viewer.work(params, 5, 0.5):
+        pass
+
+    stop = threading.Event()
+    stop.set()
+    start(stop)  # It ends after the first frame.
+    frames = tmp_path / 'render' / 'color'
+    assert [p.name for p in frames.iterdir()] == ['00000.png']
+    assert words[-1] == f'Stopped; 2 of 3 frames are missing in {tmp_path}/render'
+    start(threading.Event())
+    assert words[0] == f'Rendering 2 of 3 frames to {tmp_path}/render'
+    assert (
+      words[-1] == f'Video of step 5: {tmp_path}/render/color.mp4 and {tmp_path}/render/depth.mp4'
+    )
+    config = dataclasses.replace(settings.config, render_path_file=str(tmp_path / 'walk.npy'))
+    cams, _ = trajectory.make_path(config, scene)
+    for k in range(3):
+      whole = renderer_lib.make_image_renderer(settings, tiny.mesh(1))(params, cams, k, 0.5)
+      frame = np.asarray(Image.open(frames / f'{k:05d}.png'))
+      np.testing.assert_allclose(frame, 255 * whole['rgb'], atol=1.1)
+    assert (tmp_path / 'render' / 'color.mp4').stat().st_size > 300
+    assert not visitor.display.failures
 
 
 def test_sparse_points_are_in_the_normalised_world(tmp_path):

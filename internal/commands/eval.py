@@ -1,9 +1,9 @@
 """Evaluates a trained scene on its test images.
 
-    python eval.py --checkpoint_dir runs/bonsai
-    python eval.py --checkpoint_dir runs/bonsai --gin_bindings "Config.vis_normals = True"
+    python eval.py runs/bonsai
+    python eval.py runs/bonsai --gin_bindings Config.vis_normals=True
 
-Writes to <checkpoint_dir>/eval: results.json, report.html (--report_only only rewrites it) and, as
+Writes to RUN/eval: results.json, report.html (--report_only only rewrites it) and, as
 PNG files, the prediction, truth, error, depth and opacity of each test image. Settings and cameras
 are the run's own; --gin_bindings override settings. With Config.eval_only_once = False it waits for
 further checkpoints and evaluates those as well.
@@ -75,8 +75,8 @@ def select_images(config: configs.Config, scene: scenes.Scene) -> list[int]:
     path = os.path.join(config.data_dir or '', scene.files[row])
     if not files.is_file(path):
       raise EvalError(
-        f'No such image: {path}. If the photographs have moved, set their folder: '
-        '--gin_bindings "Config.data_dir=\'...\'".'
+        f'No such image: {path}. If the photographs have moved, set Config.data_dir to the folder '
+        'of the capture.'
       )
   return rows
 
@@ -190,12 +190,12 @@ def main(argv: list[str] | None = None) -> None:
   )
   args = parser.parse_args(argv)
   folder = cli.run_folder(args)
-  settings, scene = run_folder.open_run(folder, args.gin_bindings)
+  settings, scene = run_folder.open_run(folder, cli.bindings(args))
   if args.report_only:
     progress.summary({'report': html_report.write(folder, settings, scene)})
     return
   processes.initialize()
-  cli.show_notices(settings)
+  cli.show_notices(settings, args)
   cli.show_warnings(scene.report)
   rows = select_images(settings.config, scene)
   render_image = mesh = None

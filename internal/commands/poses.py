@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 
 from .. import cli
 from ..sfm import mapping, moved, pipeline
@@ -85,9 +86,9 @@ def main(argv: list[str] | None = None) -> None:
   for name, reason in report['failed'].items():
     print(f'  failed  {name}: {reason}')
   cli.show_warnings(report['capture'] or {})
+  run = os.path.join('runs', os.path.basename(os.path.realpath(args.scene)))
   print(f'\nLook at {os.path.join(args.scene, "preflight.png")}. If it looks right, train with:')
   print(
-    f'  {installation.command_text("train")} --gin_configs configs/360_fast.gin --gin_bindings '
-    f'"Config.data_dir=\'{args.scene}\'" "Config.checkpoint_dir=\'runs/'
-    f'{os.path.basename(os.path.realpath(args.scene))}\'" Config.factor={report["factor"]}'
+    f'  {installation.command_text("train")} --config fast --data {shlex.quote(args.scene)} '
+    f'--out {shlex.quote(run)} --factor {report["factor"]}'
   )

@@ -1,19 +1,24 @@
 """Trains a scene.
 
-    python train.py --gin_configs configs/360_fast.gin \\
-        --gin_bindings "Config.data_dir = 'my_scene'" "Config.checkpoint_dir = 'runs/my_scene'"
+    python train.py --config fast --data my_scene --out runs/my_scene
+    python train.py --config paper --data my_scene --out runs/paper --factor 4 --steps 50000 \\
+        --gin_bindings Config.lr_init=0.001 NerfMLP.net_width=512
 
-All output goes to Config.checkpoint_dir. Run the same command again to resume from the newest
-checkpoint there. --dry_run prints a preflight report as JSON and exits. --replay_step N repeats
-step N of a run and prints its loss terms and the rays whose loss or gradient is non-finite.
+All output goes to the folder of --out; its config.gin has all settings. Run the same command again
+to resume from the newest checkpoint there. Flags override the config, and --gin_bindings override
+flags; --list_knobs WORD prints the settings that have to do with a word. --dry_run prints a
+preflight report as JSON and exits. --replay_step N repeats step N of a run and prints its loss
+terms and the rays whose loss or gradient is non-finite.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -25,6 +30,8 @@ from ..evaluation import train_renders
 from ..system import installation, progress
 from ..training import loop, nonfinite, train_step
 from ..viewer import server
+
+_DEFAULT_CONFIG = 'fast'  # With --data, if no config is given.
 
 
 def preflight(settings: configs.Settings, scene: scenes.Scene, mesh) -> dict:
@@ -42,7 +49,7 @@ def preflight(settings: configs.Settings, scene: scenes.Scene, mesh) -> dict:
 
 def print_summary(folder: str, step: int, seconds: float) -> None:
   """Prints where a finished run's files are, and which commands to run next."""
-  run = f'--checkpoint_dir {shlex.join([folder, *plugins.flags()])}'
+  run = shlex.join([folder, *plugins.flags()])
   metrics, board, pictures = (
     os.path.join(folder, name) for name in ('metrics.jsonl', 'tensorboard', 'train_renders')
   )
@@ -60,10 +67,15 @@ def print_summary(folder: str, step: int, seconds: float) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = parse(argv)
-  settings = configs.load_config(args.gin_configs, args.gin_bindings)
+  uses_default = 'data_dir' in args.set_by_flag and not args.gin_configs
+  if uses_default:
+    args.gin_configs = [configs.config_path(_DEFAULT_CONFIG)]
+  settings = cli.load_settings(args)
   config = settings.config
   processes.initialize()
-  cli.show_notices(settings)
+  if uses_default and processes.is_main():
+    print(f'Note: no --config given; using --config {_DEFAULT_CONFIG}.', file=sys.stderr)
+  cli.show_notices(settings, args)
   mesh = sharding.make_mesh()
   scene = datasets.load_dataset(config, read_only=args.dry_run)
   cli.show_warnings(scene.report)
@@ -83,6 +95,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv=None) -> argparse.Namespace:
   parser = cli.make_parser(__doc__)
+  setting = functools.partial(cli.add_setting, parser)
+  setting('--data', 'data_dir', metavar='DIR', help='folder of the capture: photographs and poses')
+  setting('--out', 'checkpoint_dir', metavar='DIR', help='folder of the run')
+  setting(
+    '--factor', 'factor', type=int, metavar='N',
+    help='use images_N/, downsampled by N and made if missing; 0 uses images/ as it is',
+  )  # fmt: skip
+  setting('--steps', 'max_steps', type=int, metavar='N', help='length of the training')
   cli.add_arguments(parser)
   parser.add_argument(
     '--dry_run', action='store_true', help='print a preflight report as JSON and exit'

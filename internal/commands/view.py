@@ -1,7 +1,7 @@
 """Opens a web page to explore a trained scene interactively.
 
     python scripts/view.py runs/bonsai
-    python scripts/view.py runs/bonsai --port 9000 --gin_bindings "Config.far = 100"
+    python scripts/view.py runs/bonsai --port 9000 --gin_bindings Config.far=100
 
 The page saves camera paths for render.py to camera_paths/ in the run's folder, and pictures to
 snapshots/. Only this machine can open it unless --host allows others. It needs an optional package:
@@ -18,17 +18,15 @@ from ..viewer import server
 
 
 def parse(argv=None) -> argparse.Namespace:
-  parser = cli.make_parser(__doc__)
-  parser.add_argument('checkpoint_dir', metavar='DIR', help="the training run's folder")
+  parser = cli.make_run_parser(__doc__)
   server.add_arguments(parser)
-  cli.add_arguments(parser)
   return parser.parse_args(argv)
 
 
 def main(argv=None) -> None:
   args = parse(argv)
-  run = trained.open_trained(args.checkpoint_dir, args.gin_bindings)
-  cli.show_notices(run.settings)
+  run = trained.open_trained(cli.run_folder(args), cli.bindings(args))
+  cli.show_notices(run.settings, args)
   cli.show_warnings(run.scene.report)
   page = server.open_page(args, run.settings, run.scene, run.mesh)
   page.serve(run.params, run.step, run.train_fraction)

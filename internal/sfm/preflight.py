@@ -149,16 +149,18 @@ def _focal(found) -> list[Check]:
 
 
 _KINDS = {
-  'around': 'all around, looking inwards',
+  'around': 'looking inwards',
   'outwards': 'looking outwards',
-  'forward': 'all looking in the same direction',
-  'arc': 'along an arc',
+  'forward': 'all looking in about the same direction',
+  'arc': 'along an arc, looking inwards',
 }
 
 
 def _spread(found) -> Check:
   spread = found.spread
-  text = f'{_KINDS[spread["kind"]]}; covers {spread["directions"]} of 360 degrees'
+  all_around = spread['directions'] == 360
+  over = 'on all sides' if all_around else f'over {spread["directions"]} of 360 degrees'
+  text = f'{_KINDS[spread["kind"]]}, {over}; the largest gap is {spread["largest_gap"]} degrees'
   if spread['kind'] in ('forward', 'arc'):
     return Check('spread', DOUBTFUL, f'{text}: new views will be good only from that side')
   return Check('spread', _grade(spread['largest_gap'], 30, 90), text)

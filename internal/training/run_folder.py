@@ -73,8 +73,8 @@ def open_run(
   for path in paths:
     if not os.path.isfile(path):
       raise CheckpointError(
-        f'No training run in {checkpoint_dir!r}: {path} is missing. Train first, or set '
-        'Config.checkpoint_dir to the folder that train.py wrote.'
+        f'No training run in {checkpoint_dir!r}: {path} is missing. Train first, or give '
+        'the folder that train.py wrote as Config.checkpoint_dir.'
       )
   run_seal.check(checkpoint_dir)
   here = f'Config.checkpoint_dir = {checkpoint_dir!r}'  # The folder may have been moved.

@@ -22,12 +22,14 @@ from ..rendering import keyframes
 from ..system import installation, progress
 from ..vis import pictures
 from . import session as session_lib
+from . import video_task
 from .admission import ViewerError
 
 _OPENGL_TO_OPENCV = np.diag([1.0, -1, -1])
 _MAX_SIDE = 4096  # Pixels of a snapshot's side.
 _DEPTH_MARGIN = 1.03  # Depths are scaled by this, so that surfaces do not hide points on them.
 _MAX_FPS = 120
+_RENDER, _STOP = 'Render the video', 'Stop rendering'
 _BLUE, _ORANGE, _RED = (40, 110, 220), (235, 130, 20), (215, 40, 60)
 
 
@@ -90,6 +92,9 @@ class Page:
     self._frames = []  # The path's frames: (pose, fov).
     self._camera_nodes, self._path_nodes = [], []
     self._points = None
+    self._saved = None  # The last path that was saved: (document, its file).
+    self._stop_video = None  # Stops the video that is being rendered.
+    self._compiling = None  # The notice that a program is being compiled.
     self._visitor = session.join(self)
     self._build()
     client.camera.on_update(lambda _: self._request_view())
@@ -154,6 +159,9 @@ class Page:
     self._position.on_update(lambda _: self._preview_path())
     self._path_name = gui.add_text('Name', 'path')
     gui.add_button('Save the path').on_click(lambda _: self._edit(self._save_path))
+    self._render = gui.add_button(_RENDER, hint="Renders the path's video into the run's folder")
+    self._render.on_click(lambda _: self._edit(self._start_or_stop_video))
+    self._video_text = gui.add_markdown('')
 
   def _build_snapshot(self, gui) -> None:
     self._shot_size = gui.add_vector2('Size', (1280, 720), min=(16, 16), step=1)
@@ -179,7 +187,8 @@ class Page:
     """Shows a picture; see `session.Display`."""
     has_overlay = self._cameras.value or self._dots.value or self._keys
     depth = _DEPTH_MARGIN * picture.depth if has_overlay and picture.depth is not None else None
-    height, width = picture.image.shape[:2]
+    width, height = picture.size or picture.image.shape[1::-1]
+    self._end_compiling()
     with self._client.atomic():
       self._client.scene.set_background_image(
         picture.image, format='jpeg', jpeg_quality=92 if finest else 75, depth=depth
@@ -194,9 +203,21 @@ class Page:
   def show_compiling(self) -> None:
     """Shows that a program is being compiled; see `session.Display`."""
     self._status.content = '*compiling; this happens once for each kind of picture*'
+    if self._compiling is None:
+      with contextlib.suppress(RuntimeError):  # If the browser has disconnected.
+        self._compiling = self._client.add_notification(
+          'Compiling', 'Once for each kind of picture; then it is fast.',
+          loading=True, with_close_button=False,
+        )  # fmt: skip
+
+  def _end_compiling(self) -> None:
+    if self._compiling is not None:
+      self._compiling.remove()
+      self._compiling = None
 
   def show_error(self, reason: str) -> None:
     """Shows why a view or a job failed; see `session.Display`."""
+    self._end_compiling()
     self._notify('Rendering failed', reason, 'red')
 
   def _notify(self, title: str, text: str, color: str | None = None) -> None:
@@ -317,7 +338,8 @@ class Page:
     if self._frames:
       self._move(*self._frames[round(float(self._position.value) * (len(self._frames) - 1))])
 
-  def _save_path(self) -> None:
+  def _write_path(self, again: bool) -> tuple[dict, str]:
+    """Saves the path to a new file, or if not `again` to the last one if that has the same path."""
     size = _checked_size(self._path_size.value)
     document = keyframes.document(
       self._keys,
@@ -327,14 +349,42 @@ class Page:
       float(self._seconds.value),
     )
     folder = os.path.join(self._capture.folder, 'camera_paths')
-    path = keyframes.free_name(folder, self._path_name.value, '.json')
-    keyframes.save(path, document)
+    if again or not self._saved or self._saved[0] != document:
+      path = keyframes.free_name(folder, self._path_name.value, '.json')
+      keyframes.save(path, document)
+      self._saved = document, path
+    return self._saved
+
+  def _save_path(self) -> None:
+    document, path = self._write_path(again=True)
     self._key_text.content = (
       f'Saved {len(document["camera_path"])} frames. To render them:\n```\n'
       f'{installation.command_text("render")} '
-      f'--checkpoint_dir {shlex.join([self._capture.folder, *plugins.flags()])} --gin_bindings '
-      f'{shlex.quote(f"Config.render_path_file = {path!r}")}\n```'
+      f'{shlex.join([self._capture.folder, "--path", path, *plugins.flags()])}\n```'
     )
+
+  def _start_or_stop_video(self) -> None:
+    if self._stop_video:
+      self._stop_video.set()
+      return
+    _, path = self._write_path(again=False)
+    stop = self._stop_video = threading.Event()
+    self._render.label = _STOP
+    self._say_of_video('*waiting*')
+    run, scene = self._capture.folder, self._capture.scene
+    task = video_task.make(run, scene, path, self._say_of_video, stop)
+
+    def task_until_end(*args):
+      try:
+        yield from task(*args)
+      finally:
+        self._stop_video, self._render.label = None, _RENDER
+
+    self._session.start(self._visitor, task_until_end)
+
+  def _say_of_video(self, text: str) -> None:
+    with contextlib.suppress(RuntimeError):  # If the browser has disconnected.
+      self._video_text.content = text
 
   # Snapshots.
 

@@ -7,6 +7,7 @@ import contextlib
 import io
 import socket
 import sys
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -106,6 +107,8 @@ def _open_server(host: str, port: int, admission: Admission):
       f'viser {viser.__version__} starts its server in a way that leaves requests unchecked. '
       f'Install a tested version: {installation.install_text("viewer")}'
     )
+  # What is sent to a browser that has just closed its page is lost, as it should be.
+  warnings.filterwarnings('ignore', r'Queued a \w+ on a closed connection')
   # Otherwise any visitor could open a public tunnel to this server.
   server.request_share_url = lambda *_, **__: None
   return server

@@ -10,9 +10,10 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import jax
 import numpy as np
 
 from .. import cameras, configs, structs
@@ -20,13 +21,17 @@ from ..datasets import scenes
 from ..rendering import renderer as renderer_lib
 from ..rendering import surface_points, trajectory
 from ..vis import pictures
+from . import reprojection
 
 MODES = ('colour', 'depth', 'opacity', 'normals', 'spread of distance')
 SPREAD_MAX = 4.0  # The ratio drawn at full brightness; fixed, so that pictures are comparable.
 FIRST_SECONDS = 0.12  # Target time of the first picture of a view.
 SHARE = 0.5  # Of the training time, the most that rendering may take.
-_MIN_SIDE = 48  # Pixels; a picture whose longer side is shorter is not worth showing.
-_CHUNK_ON_CPU = 2048  # Rays; rendering can be cancelled after each chunk.
+_MIN_SIDE = 32  # Pixels; a picture whose longer side is shorter is not worth showing.
+_CHUNK_ON_CPU = 1024  # Rays; rendering can be cancelled after each chunk.
+_LAST_DOUBLING = 0.6  # Levels; a last refinement smaller than this is not worth a picture.
+_STEADY = ('colour', 'normals')  # Modes in which a surface keeps its colour as the camera moves.
+_KEPT = 0.5  # A reference that shows less of the view than this fraction is replaced.
 _POINT_SIDE, _POINT_VIEWS = 48, 24  # Size and number of the views that `points` renders.
 
 
@@ -41,6 +46,9 @@ class View:
   clip: tuple[float, float] | None = None  # Distances of the near and far planes; None: no planes.
 
 
+_ANY_VIEW = View(np.eye(3, 4), 1.0, (1, 1))  # In colour, without planes.
+
+
 @dataclasses.dataclass(frozen=True)
 class Picture:
   """A rendered view."""
@@ -48,6 +56,7 @@ class Picture:
   image: np.ndarray  # [h, w, 3] uint8
   depth: np.ndarray | None  # [h, w] along the optical axis; None in NDC, which has no lengths.
   legend: str  # Explains the colours.
+  size: tuple[int, int] | None = None  # Width and height as rendered, if the image is sharpened.
 
 
 class ViewChanged(Exception):
@@ -100,6 +109,12 @@ class Renderer:
       config = dataclasses.replace(config, render_chunk_size=chunk)
     self._settings = dataclasses.replace(settings, config=config)
     self._scene, self._mesh, self._programs = scene, mesh, {}
+    self.chunk = config.render_chunk_size  # Rays that are rendered at a time.
+
+  @property
+  def settings(self) -> configs.Settings:
+    """The run's settings."""
+    return self._settings
 
   @property
   def far(self) -> float:
@@ -150,6 +165,12 @@ class Renderer:
       depth = np.where(rendering['acc'] > 0.5, rendering['distance_median'], self.far)
     return Picture(image, depth, legend)
 
+  def frame(
+    self, params, train_frac: float, cams: structs.Cameras, row: int, progress: Callable
+  ) -> dict[str, np.ndarray]:
+    """Renders a camera of a table; see `renderer.make_image_renderer`."""
+    return self._program(_ANY_VIEW)(params, cams, row, train_frac, progress)
+
   def points(self, params, train_frac: float) -> tuple[np.ndarray, np.ndarray]:
     """Renders small training views; returns the surface points at their pixels.
 
@@ -161,7 +182,7 @@ class Renderer:
     cams = trajectory.shrink(self._scene.cameras.take(np.array(self._scene.train)), _POINT_SIDE)
     count = len(cams.size)
     rows = np.unique(np.linspace(0, count - 1, min(count, _POINT_VIEWS)).round().astype(int))
-    colour_program = self._program(View(np.eye(3, 4), 1.0, (1, 1)))
+    colour_program = self._program(_ANY_VIEW)
     positions, colours = [], []
     for row in rows.tolist():
       rendering = colour_program(params, cams, row, train_frac)
@@ -173,18 +194,18 @@ class Renderer:
     return np.concatenate(positions), np.concatenate(colours)
 
 
-def level_within(size: tuple[int, int], rays: float) -> int:
-  """Returns how often to halve a picture's sides for at most `rays` pixels.
+def level_within(size: tuple[int, int], rays: float) -> float:
+  """Returns how often to halve a picture's sides, not a whole number, for at most `rays` pixels.
 
-  Stops halving before the longer side has fewer than 48 pixels.
+  Leaves the longer side at least 32 pixels.
   """
-  level = 0
-  while np.prod(shrunk(size, level)) > rays and max(shrunk(size, level + 1)) >= _MIN_SIDE:
-    level += 1
-  return level
+  level = max(0.0, np.log2(size[0] * size[1] / rays) / 2)
+  while level and np.prod(shrunk(size, level)) > rays:  # Sides are rounded.
+    level += 0.01
+  return float(min(level, max(0.0, np.log2(max(size) / _MIN_SIDE))))
 
 
-def shrunk(size: tuple[int, int], level: int) -> tuple[int, int]:
+def shrunk(size: tuple[int, int], level: float) -> tuple[int, int]:
   """Returns (width, height) after halving both `level` times."""
   return tuple(max(1, round(side / 2**level)) for side in size)
 
@@ -210,7 +231,8 @@ class Visitor:
     self.jobs = collections.deque()
     self.view, self.version = None, 0
     # For the rendering thread: what was drawn last, how often its sides were halved, and when.
-    self.drawn_version, self.drawn_step, self.level, self.served = 0, -1, 0, 0.0
+    self.drawn_version, self.drawn_step, self.level, self.served = 0, -1, 0.0, 0.0
+    self.sharpest = None  # (what must stay the same, the picture as a Reference).
 
   def set_view(self, view: View) -> None:
     """Requests a view, which replaces the one before."""
@@ -222,6 +244,26 @@ class Visitor:
     """Makes the rendering thread call `job(renderer, params, train_frac, step)`."""
     self.jobs.append(job)
     self._wake()
+
+  def sharpen(self, view: View, picture: Picture, finest: bool) -> Picture:
+    """Returns the picture, sharpened by the finest one so far if it is coarse.
+
+    A picture is kept for this if it is the finest of its view, or if the one that was kept shows
+    little of the view.
+    """
+    kind = view.mode, view.clip
+    if picture.depth is None or view.mode not in _STEADY:
+      return picture
+    shown, coverage = picture, 0.0
+    if not finest and self.sharpest and self.sharpest[0] == kind:
+      image, depth, coverage = reprojection.sharpened(
+        picture.image, picture.depth, view.pose, view.fov, view.size, self.sharpest[1]
+      )
+      shown = Picture(image, depth, picture.legend, picture.image.shape[1::-1])
+    if finest or coverage < _KEPT:
+      own = reprojection.Reference(picture.image, picture.depth, view.pose, view.fov)
+      self.sharpest = kind, own
+    return shown
 
   def priority(self, step: int) -> int | None:
     """Returns 0 for a new view, 1 to refine it, 2 for new parameters, None if all is drawn."""
@@ -241,6 +283,7 @@ class Session:
     self.renderer, self._clock = renderer, clock
     self.visitors: list[Visitor] = []
     self.has_work = threading.Event()
+    self.tasks = collections.deque()  # (visitor, task) to do while no view waits.
     self._rate = None  # Rays per second.
 
   def join(self, display: Display) -> Visitor:
@@ -254,11 +297,50 @@ class Session:
     visitor.version += 1
     self.visitors = [v for v in self.visitors if v is not visitor]
 
+  def start(self, visitor: Visitor, task: Callable[[], Iterator]) -> None:
+    """Adds a long task, done in parts while no view waits, also after the visitor has left.
+
+    `task(renderer, params, train_frac, step, pause)` returns an iterator of its parts; within a
+    part, `pause()` renders the views that have come to wait.
+    """
+    self.tasks.append((visitor, task))
+    self.has_work.set()
+
   def work(self, params, step: int, train_frac: float) -> bool:
-    """Runs one job or renders one picture, the most urgent one; returns False if there is none.
+    """Does what is most urgent: a job, a picture, or a part of a task; False if there is nothing.
 
     Errors are shown to the visitor who made the request, which is not tried again.
     """
+    return self._serve(params, step, train_frac) or self._continue(params, step, train_frac)
+
+  def _continue(self, params, step: int, train_frac: float) -> bool:
+    """Does a part of the oldest task."""
+    if not self.tasks:
+      return False
+    visitor, task = self.tasks[0]
+
+    def pause(*_):
+      while self._serve(params, step, train_frac):
+        pass
+
+    def go_on():
+      nonlocal task
+      if callable(task):
+        # A copy of the parameters, since training goes on with them.
+        own = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, params)
+        task = task(self.renderer, own, train_frac, step, pause)
+      self.tasks[0] = visitor, task
+      next(task)
+
+    self.tasks[0] = visitor, iter(())  # A part that fails is the last one.
+    try:
+      self._try(visitor, go_on)
+    except StopIteration:
+      self.tasks.popleft()
+    return True
+
+  def _serve(self, params, step: int, train_frac: float) -> bool:
+    """Runs one job or renders one picture, the most urgent one; returns False if there is none."""
     visitors = self.visitors
     for visitor in visitors:
       if visitor.jobs:
@@ -278,6 +360,8 @@ class Session:
       act()
     except ViewChanged:
       pass
+    except StopIteration:  # The end of a task.
+      raise
     except Exception as error:  # Any error: training and other visitors must go on.
       visitor.level = 0
       visitor.display.show_error(f'{type(error).__name__}: {" ".join(str(error).split())[:300]}')
@@ -287,10 +371,11 @@ class Session:
     version, view = visitor.version, visitor.view
     first = visitor.drawn_version != version
     if first:
-      rays = _MIN_SIDE**2 if self._rate is None else FIRST_SECONDS * self._rate
-      level = level_within(view.size, rays)
+      chunk = self.renderer.chunk
+      rays = chunk if self._rate is None else FIRST_SECONDS * self._rate
+      level = level_within(view.size, max(rays // chunk, 1) * chunk)  # A part costs as a whole.
     else:
-      level = max(visitor.level - 1, 0)
+      level = visitor.level - 1 if visitor.level > 1 + _LAST_DOUBLING else 0.0
     # Set before rendering, so that a view that fails is not tried again.
     visitor.drawn_version, visitor.drawn_step, visitor.level = version, step, level
 
@@ -306,8 +391,9 @@ class Session:
     picture = self.renderer(params, train_frac, view, size, None if first else check_view)
     seconds = self._clock() - start
     if compiled:
-      self._rate = np.prod(size) / max(seconds, 1e-6)
-    visitor.display.show(picture, step, seconds, level == 0)
+      parts = -(-int(np.prod(size)) // self.renderer.chunk)
+      self._rate = parts * self.renderer.chunk / max(seconds, 1e-6)
+    visitor.display.show(visitor.sharpen(view, picture, level == 0), step, seconds, level == 0)
 
   def serve(self, params, step: int, train_frac: float) -> None:
     """Renders until an exception, such as `signals.Stopped`, ends the loop."""
@@ -331,7 +417,8 @@ class Live:
     Returns:
       The seconds spent rendering.
     """
-    if not self._session.visitors or time.monotonic() < self._next:
+    idle = not (self._session.visitors or self._session.tasks)
+    if idle or time.monotonic() < self._next:
       return 0.0
     self._wait(params)
     start = time.monotonic()
