@@ -161,6 +161,7 @@ def write_outputs(run: trained.TrainedRun, per_image, pairs, lpips_absent: str |
     lpips_absent,
     train_seconds(run.folder, run.step),
     run.scene.report.get('warnings', ()),
+    run.scene.report.get('reduction'),
   )
   written = {'results': os.path.join(folder, 'results.json')}
   results_lib.write_json(written['results'], results)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from .. import configs, models
-from ..datasets import scenes
+from ..datasets import pyramid, scenes
 from ..errors import UserError
 from ..system import files
 from . import lpips
@@ -180,10 +180,11 @@ def _plain(value: Any) -> Any:
   return float(value) if type(value) is int else value
 
 
-def config_hash(settings: configs.Settings) -> str:
+def config_hash(settings: configs.Settings, with_seed: bool = True) -> str:
   """Returns 16 hex digits that identify the method, independent of scene and machine.
 
-  Only values that differ from the default count, so that a new knob keeps existing hashes.
+  Only values that differ from the default count, so that a new knob keeps existing hashes. With the
+  default seed, the hashes with and without it are the same.
   """
   changed = {}
   defaults = configs.Config(), configs.Model(), configs.PropMLP(), configs.NerfMLP()
@@ -192,6 +193,8 @@ def config_hash(settings: configs.Settings) -> str:
     for name in (field.name for field in dataclasses.fields(part)):
       full = f'{type(part).__name__}.{name}'
       if name in _NOT_THE_METHOD or full in configs.ACCEPTED:
+        continue
+      if full == 'Config.seed' and not with_seed:
         continue
       if part is settings.config and name.startswith(_NOT_THE_METHOD_PREFIXES):
         continue
@@ -214,6 +217,7 @@ def make(
   lpips_absent: str | None = None,
   train_seconds: float | None = None,
   capture_warnings: Sequence[str] = (),
+  reduction: str | None = None,
 ) -> dict[str, Any]:
   """Makes the content of results.json.
 
@@ -227,6 +231,7 @@ def make(
     lpips_absent: why LPIPS was not measured, if so.
     train_seconds: training time up to the step, if known.
     capture_warnings: warnings of loading the capture for training.
+    reduction: how the pictures were reduced (`pyramid.Pictures`); None if unknown.
   """
   config, devices = settings.config, jax.devices()
   packages = ('jax', 'jaxlib', 'flax', 'numpy')
@@ -238,8 +243,11 @@ def make(
     'scene': os.path.basename(os.path.abspath(config.data_dir)) if config.data_dir else None,
     'dataset_loader': config.dataset_loader,
     'factor': config.factor,
+    'reduction': reduction or (pyramid.NOT_REDUCED if config.factor <= 1 else None),
     'capture_warnings': list(capture_warnings),
     'config_hash': config_hash(settings),
+    'method_hash': config_hash(settings, with_seed=False),
+    'seed': config.seed,
     'step': step,
     'num_images': len(rows),
     'image_sizes': dict(sorted(sizes.items())),

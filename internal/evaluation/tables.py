@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import configs
 from ..errors import UserError
 from . import benchmarks, lpips, results
 from .metrics import METRICS
@@ -23,7 +24,8 @@ _SHOWN = ('psnr', 'ssim', *lpips.METRICS)  # By default.
 _PROTOCOL = ('quantized', 'crop_borders', 'test_split', 'render_interval', 'lpips')
 _EVERYWHERE = ('dataset_loader', *(f'protocol.{name}' for name in _PROTOCOL), 'lpips.weights')
 _ON_A_SCENE = ('factor', 'num_images', 'image_sizes', 'masked_images', 'per_image.name')
-_OF_A_METHOD = ('config_hash', 'step', 'num_params', 'mlp_dtype')
+_OF_A_METHOD = ('method_hash', 'step', 'num_params', 'mlp_dtype')
+_OF_A_SEED = ('config_hash',)  # Within a method.
 
 
 class TablesError(UserError):
@@ -43,10 +45,17 @@ class Run:
 
   def field(self, name: str) -> Any:
     """Returns a field by its dotted name; a list of values where the name passes through a list."""
-    value: Any = self.found
+    value: Any = {**self._older(), **self.found}
     for part in name.split('.'):
       value = [row[part] for row in value] if isinstance(value, list) else value[part]
     return value
+
+
+  def _older(self) -> dict[str, Any]:
+    """Returns the fields that older files lack."""
+    # With the default seed, the hash has always been that of the method.
+    hashed = self.found['config_hash']
+    return {'method_hash': hashed, 'seed': configs.Config.seed, 'reduction': None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,18 +126,20 @@ def check(methods: Mapping[str, Sequence[Run]]) -> None:
   """
   first, of_scene = None, {}
   for runs in methods.values():
-    by_scene = {}
+    known, of_seed = {}, {}
     for run in runs:
-      if run.scene in by_scene:
+      seed = run.field('seed')
+      if other := known.get((run.scene, seed)):
         raise TablesError(
-          f'{by_scene[run.scene].path} and {run.path} are both of the scene {run.scene} and the '
-          'same method; separate methods by --method NAME FILES...'
+          f'{other.path} and {run.path} are both of the scene {run.scene} and the '
+          f'same method and seed ({seed}); separate methods by --method NAME FILES...'
         )
-      by_scene[run.scene] = run
+      known[run.scene, seed] = run
       first = first or run
       _same(_EVERYWHERE, first, run)
       _same(_ON_A_SCENE, of_scene.setdefault(run.scene, run), run)
       _same(_OF_A_METHOD, runs[0], run)
+      _same(_OF_A_SEED, of_seed.setdefault(seed, run), run)
 
 
 def check_published(runs: Iterable[Run], benchmark: benchmarks.Benchmark) -> None:
@@ -167,10 +178,10 @@ def check_published(runs: Iterable[Run], benchmark: benchmarks.Benchmark) -> Non
 
 
 def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
-  """Groups runs by config_hash into methods: 'ours', or 'ours HASH' if there are several."""
+  """Groups runs by method_hash into methods: 'ours', or 'ours HASH' if there are several."""
   by_hash: dict[str, list[Run]] = {}
   for run in runs:
-    by_hash.setdefault(run.found['config_hash'], []).append(run)
+    by_hash.setdefault(run.field('method_hash'), []).append(run)
   one = len(by_hash) == 1
   return {'ours' if one else f'ours {key[:8]}': found for key, found in by_hash.items()}
 
