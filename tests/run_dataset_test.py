@@ -16,7 +16,7 @@ import tiny
 from internal import configs
 from internal.commands import run_dataset as program
 from internal.evaluation import benchmarks, lpips, results
-from internal.experiments import dataset_runs, jobs, runs
+from internal.experiments import dataset_runs, jobs, runs, slurm
 from internal.system import progress
 
 TINY = tiny.TINY
@@ -204,8 +204,8 @@ class TestSlurm:
   def submit(self, tmp_path, sbatch, options='', command=('true',), out='out'):
     all_runs = dataset_runs.make_runs(NINE, 'data', str(tmp_path / out), ['garden', 'room'])
     path = tmp_path / 's.sh'
-    path.write_text(dataset_runs.slurm_script(all_runs, options, command))
-    program._submit(str(path))
+    path.write_text(slurm.script(all_runs, options, command))
+    slurm.submit(str(path))
     return sbatch()
 
   def test_each_task_runs_its_scene(self, tmp_path, sbatch):
@@ -216,7 +216,7 @@ class TestSlurm:
       f'--output={tmp_path}/my out/slurm_%A_%a.txt', '--open-mode=append', '--signal=B:TERM@300',
       '--partition=gpu', '--time=8:00:00',
     ]  # fmt: skip
-    words = "<a b><Config.x = 'y'><--scenes>"
+    words = "<a b><Config.x = 'y'><--only>"
     assert done['outputs'] == [f'{words}<garden>', f'{words}<room>']
 
   def test_no_word_of_the_command_is_run_or_changed(self, tmp_path, sbatch, monkeypatch):
@@ -225,7 +225,7 @@ class TestSlurm:
     monkeypatch.chdir(where)
     done = self.submit(tmp_path, sbatch, command=['printf', '%s\\0', *AWKWARD])
     for scene, output in zip(('garden', 'room'), done['outputs'], strict=True):
-      assert output.split('\0')[:-1] == [*AWKWARD, '--scenes', scene]
+      assert output.split('\0')[:-1] == [*AWKWARD, '--only', scene]
     assert '--wrap=x' not in done['options']
     assert not list(tmp_path.rglob('ran'))
 
@@ -245,7 +245,7 @@ class TestSlurm:
 
   def test_a_separate_value_stays_beside_its_option(self, tmp_path):
     all_runs = dataset_runs.make_runs(NINE, 'data', str(tmp_path / 'out'), ['garden'])
-    lines = dataset_runs.slurm_script(all_runs, "-p gpu --comment 'a b' -x c", ['true']).split('\n')
+    lines = slurm.script(all_runs, "-p gpu --comment 'a b' -x c", ['true']).split('\n')
     assert lines[8:11] == ['#SBATCH -p gpu', "#SBATCH --comment 'a b'", '#SBATCH -x c']
 
   @pytest.mark.parametrize('out', [name for name in AWKWARD if name and '\n' not in name])
@@ -259,20 +259,20 @@ class TestSlurm:
   def test_control_characters_are_refused(self, tmp_path, character):
     all_runs = dataset_runs.make_runs(NINE, 'data', str(tmp_path / 'out'), ['garden'])
     with pytest.raises(runs.RunError, match=r"option '--comment=a\\.*another control character"):
-      dataset_runs.slurm_script(all_runs, f'"--comment=a{character}touch ran"', ['true'])
+      slurm.script(all_runs, f'"--comment=a{character}touch ran"', ['true'])
     made = dataclasses.replace(all_runs[0], folder=str(tmp_path / f'a{character}touch ran' / 'x'))
     with pytest.raises(runs.RunError, match=r"option '--output=.*choose another --out"):
-      dataset_runs.slurm_script([made], '', ['true'])
+      slurm.script([made], '', ['true'])
 
   def test_quotes_that_do_not_match(self, tmp_path):
     all_runs = dataset_runs.make_runs(NINE, 'data', str(tmp_path / 'out'), ['garden'])
     with pytest.raises(runs.RunError, match=r'--slurm: No closing quotation in \'--comment="a\''):
-      dataset_runs.slurm_script(all_runs, '--comment="a', ['true'])
+      slurm.script(all_runs, '--comment="a', ['true'])
 
   def test_without_slurm(self, tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(tmp_path))
     with pytest.raises(runs.RunError, match=r"did not accept s\.sh: .*No such file.*: 'sbatch'"):
-      program._submit('s.sh')
+      slurm.submit('s.sh')
 
 
 @pytest.fixture
@@ -354,11 +354,12 @@ class TestProgram:
     text = path.read_text()
     assert '#SBATCH --array=0-7\n' in text
     assert '#SBATCH --partition=a\n' in text
-    assert 'garden' not in text.split('scenes=(')[1].split(')')[0]
+    assert 'garden' not in text.split('runs=(')[1].split(')')[0]
     # A task runs this program with the same flags.
     command = shlex.split(text.splitlines()[-1])
     args = program.parse([*command[3:-1], 'room'])
-    assert args.scenes == ['room']
+    assert args.only == ['room']
+    assert args.scenes is None
     assert args.slurm is None
     assert args.gin_bindings == list(TINY)
     assert args.out == str(tmp_path / 'out')

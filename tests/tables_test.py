@@ -136,7 +136,7 @@ class TestMake:
       tables.find_benchmark([run('room')])
 
   def test_one_config_is_one_method(self):
-    runs = [run('garden'), run('room'), run('stump', bindings=['Config.seed = 1'])]
+    runs = [run('garden'), run('room'), run('stump', bindings=['Config.near = 0.3'])]
     grouped = tables.group(runs)
     assert [len(found) for found in grouped.values()] == [2, 1]
     assert all(re.fullmatch('ours [0-9a-f]{8}', name) for name in grouped)
@@ -263,17 +263,6 @@ class TestForms:
     text = table_forms.markdown(make([run('garden', psnr=26.9801)]))
     assert '26.98 ⚪ +0.00' in text
     assert 'Means need all scenes; not all methods have bicycle, flowers, stump' in text
-
-  def test_latex_is_whole_and_escaped(self):
-    table = tables.make({'50% & a_b': nine()}, benchmarks.load('360'))
-    text = table_forms.latex(table)
-    assert r'50\% \& a\_b' in text
-    assert text.count(r'\begin{tabular}') == text.count(r'\end{tabular}') == 2
-    body = text.split(r'\midrule')[1].split(r'\bottomrule')[0].strip().splitlines()
-    assert all(line.endswith(r'\\') and len(re.findall(r'(?<!\\)&', line)) == 12 for line in body)
-    assert r'\cellcolor{red!50}20.00' in text
-    assert r'\cellcolor{green!50}0.750' in text
-    assert '[table]{xcolor}' in text
 
   def test_csv_has_every_number_unrounded(self):
     rows = list(csv.DictReader(io.StringIO(table_forms.as_csv(self.table()))))

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..system import files
 from . import lpips
 from .metrics import METRICS
 
+_ALL_METRICS = (*METRICS, *lpips.METRICS)
 SCHEMA_VERSION = 2  # Of results.json.
 OWN_SPLIT = "the capture's own"
 
@@ -42,6 +43,12 @@ _DESCRIPTION = (
   'squared error over the image, peak 1. SSIM: Gaussian window 11, sigma 1.5, k1 0.01, k2 0.03, on '
   'RGB, valid region. cc_: after five rounds of a least-squares quadratic colour fit to the true '
   'image. Means are over images.'
+)
+
+MULTISCALE = ', multi-scale test'  # Of the protocol's name.
+_OF_SCALES = (
+  ' At the scales {}: cameras and pixel cones are scaled, true images reduced by an area filter '
+  'from the full size and rounded to 8 bits. Means are over scales.'
 )
 
 _SCHEMA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'results.schema.json')
@@ -143,10 +150,12 @@ def every(hold: int) -> str:
   return f'every {hold}th image by name'
 
 
-def protocol(config: configs.Config, split: str) -> dict[str, Any]:
+def protocol(
+  config: configs.Config, split: str, scales: Collection[int] | None = None
+) -> dict[str, Any]:
   """Returns the evaluation protocol: name, description, settings and departures.
 
-  `split` is a result of `test_split`.
+  `split` is a result of `test_split`, `scales` are the factors of a multi-scale evaluation.
   """
   departures = []
   if not config.eval_quantize_metrics:
@@ -159,9 +168,11 @@ def protocol(config: configs.Config, split: str) -> dict[str, Any]:
     departures.append(f'at most {config.eval_dataset_limit} test images')
   if split not in (every(8), OWN_SPLIT):
     departures.append(f'test images: {split}; published: {every(8)}')
+  name = 'mip-NeRF 360' + (MULTISCALE if scales else '')
+  shown = ', '.join('1' if n == 1 else f'1/{n}' for n in scales or ())
   return {
-    'name': 'mip-NeRF 360' + (', modified' if departures else ''),
-    'description': _DESCRIPTION,
+    'name': name + (', modified' if departures else ''),
+    'description': _DESCRIPTION + (_OF_SCALES.format(shown) if scales else ''),
     'departures': departures,
     'quantized': config.eval_quantize_metrics,
     'crop_borders': config.eval_crop_borders,
@@ -208,6 +219,35 @@ def _mean(values: Sequence[float | None]) -> float | None:
   return None if None in values else float(np.mean(values))
 
 
+def _with_all_metrics(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  return [{**dict.fromkeys(lpips.METRICS), **row} for row in rows]
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+  return {name: _mean([row[name] for row in rows]) for name in _ALL_METRICS}
+
+
+def _sizes(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+  return dict(sorted(collections.Counter(f'{r["width"]}x{r["height"]}' for r in rows).items()))
+
+
+def _across(by_scale: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+  """Returns each image's entry at the first scale, with means over scales and all the time."""
+  images = zip(*map(_with_all_metrics, by_scale.values()), strict=True)
+  return [
+    {**same[0], **_means(same), 'seconds': sum(row['seconds'] for row in same)} for same in images
+  ]
+
+
+def _of_scale(n: int, per_image: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Returns an entry of `scales` in results.json."""
+  rows = _with_all_metrics(per_image)
+  metrics = [{name: row[name] for name in _ALL_METRICS} for row in rows]
+  return {
+    'reduction': n, 'image_sizes': _sizes(rows), 'mean': _means(rows), 'per_image': metrics
+  }  # fmt: skip
+
+
 def make(
   settings: configs.Settings,
   split: str,
@@ -218,6 +258,7 @@ def make(
   train_seconds: float | None = None,
   capture_warnings: Sequence[str] = (),
   reduction: str | None = None,
+  by_scale: Mapping[int, Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
   """Makes the content of results.json.
 
@@ -232,14 +273,15 @@ def make(
     train_seconds: training time up to the step, if known.
     capture_warnings: warnings of loading the capture for training.
     reduction: how the pictures were reduced (`pyramid.Pictures`); None if unknown.
+    by_scale: of a multi-scale evaluation the `per_image` of each factor, instead of `per_image`.
   """
   config, devices = settings.config, jax.devices()
   packages = ('jax', 'jaxlib', 'flax', 'numpy')
-  rows = [{**dict.fromkeys(lpips.METRICS), **row} for row in per_image]
-  sizes = collections.Counter(f'{row["width"]}x{row["height"]}' for row in rows)
+  rows = _with_all_metrics(_across(by_scale) if by_scale else per_image)
+  scales = {'scales': [_of_scale(n, images) for n, images in by_scale.items()]} if by_scale else {}
   return {
     'schema_version': SCHEMA_VERSION,
-    'protocol': protocol(config, split),
+    'protocol': protocol(config, split, by_scale),
     'scene': os.path.basename(os.path.abspath(config.data_dir)) if config.data_dir else None,
     'dataset_loader': config.dataset_loader,
     'factor': config.factor,
@@ -250,9 +292,9 @@ def make(
     'seed': config.seed,
     'step': step,
     'num_images': len(rows),
-    'image_sizes': dict(sorted(sizes.items())),
+    'image_sizes': _sizes(rows),
     'masked_images': sum(row['masked'] for row in rows),
-    'mean': {name: _mean([row[name] for row in rows]) for name in (*METRICS, *lpips.METRICS)},
+    'mean': _means(rows),
     'lpips': {'weights': lpips.WEIGHTS, 'absent': lpips_absent},
     # The median, since the first image's time includes compilation.
     'seconds_per_image': float(np.median([row['seconds'] for row in rows])),
@@ -265,6 +307,7 @@ def make(
       **{name: metadata.version(name) for name in packages},
     },
     'per_image': rows,
+    **scales,
   }
 
 

@@ -15,14 +15,17 @@ from . import runs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds --slurm, --submit and --only, which a task gets."""
+  """Adds --slurm, --submit, and --only, which a task of the array gets."""
   parser.add_argument(
     '--slurm', nargs='?', const='', metavar='OPTIONS',
     help='write a SLURM job array with these options: --slurm="--partition=gpu --time=8:00:00"',
   )  # fmt: skip
   parser.add_argument('--submit', action='store_true', help='submit the job array')
   parser.add_argument(
-    '--only', nargs='+', metavar='RUN', help='start only these runs (folders in OUT), as a task does'
+    '--only',
+    nargs='+',
+    metavar='RUN',
+    help='start only these runs (folders in OUT)',
   )
 
 

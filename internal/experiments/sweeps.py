@@ -1,4 +1,4 @@
-"""Rows of an experiment from a file of bindings, and sweeps: one row for each combination of values.
+"""Rows of an experiment: from a file of bindings, and from sweeps over values.
 
 A file of rows:
 
@@ -54,19 +54,19 @@ def read_rows(path: str) -> dict[str, list[str]]:
     RunError: a line is neither a row's name nor a binding, a name is used twice, or there is no
       row.
   """
-  common, rows = [], {}
+  common, rows, name = [], {}, None
   for number, line in enumerate(files.read_text(path).splitlines(), 1):
     line = _split(line, '#')[0]
     if not line:
       continue
     if '=' in line:
-      (rows[name] if rows else common).append(line)
+      (rows[name] if name else common).append(line)
       continue
     name = line.removesuffix(':').strip()
     if not line.endswith(':') or not name:
       raise runs.RunError(
-        f'{path}, line {number}: {line!r} is neither the name of a row with a colon (`name:`) nor a '
-        'binding (`Config.near = 0.1`).'
+        f'{path}, line {number}: {line!r} is neither a row (`name:`) nor a binding '
+        '(`Config.near = 0.1`).'
       )
     if name in rows:
       raise runs.RunError(f'{path}, line {number}: there is another row {name!r}; rename one.')
