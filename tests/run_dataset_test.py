@@ -13,7 +13,7 @@ import pytest
 import rich.console
 import tiny
 
-from internal import configs
+from internal import configs, datasets
 from internal.commands import run_dataset as program
 from internal.evaluation import benchmarks, lpips, results
 from internal.experiments import dataset_runs, jobs, runs, slurm
@@ -69,6 +69,15 @@ class TestCheckScene:
       self.check(capture, factor=2)
     assert not (capture / 'images_2').exists()
 
+  def test_not_even_when_they_exist_already(self, tmp_path):
+    captures.write_colmap(tmp_path, n=9)
+    config = configs.Config(data_dir=str(tmp_path), factor=2)
+    assert datasets.load_dataset(config).report['reduction'] == 'area filter'
+    with pytest.raises(benchmarks.BenchmarkError, match='images_2/ was made here; remove it and'):
+      self.check(tmp_path, factor=2, size=(16, 12))
+    os.remove(tmp_path / 'images_2' / '.sources.json')
+    self.check(tmp_path, factor=2, size=(16, 12))  # By another program: the dataset's own.
+
   def test_missing_pictures_do_not_count(self, tmp_path):
     captures.write_colmap(tmp_path, n=9)
     (tmp_path / 'images' / '004.png').unlink()
@@ -110,6 +119,17 @@ class TestMakeRuns:
     assert again.config == config
     assert evaluate[2:] == ('--checkpoint_dir', run.folder, *train[at:])
     assert [os.path.basename(c[1]) for c in (train, evaluate)] == ['train.py', 'eval.py']
+
+  def test_seeds_follow_the_first_in_folders_of_their_own(self):
+    all_runs = dataset_runs.make_runs(
+      NINE, 'data', 'out', ['room', 'stump'], [], ['Config.seed = 7'], seeds=2
+    )
+    assert [(run.of, run.name, run.settings.config.seed) for run in all_runs] == [
+      ('room', 'room', 7), ('stump', 'stump', 7),
+      ('room', 'room_seed_8', 8), ('stump', 'stump_seed_8', 8),
+    ]  # fmt: skip
+    for run in all_runs:
+      assert run.folder == os.path.abspath(f'out/{run.name}') == run.settings.config.checkpoint_dir
 
   def test_an_unknown_scene(self):
     with pytest.raises(benchmarks.BenchmarkError, match="no scene 'lego'; choose from bicycle"):
@@ -283,9 +303,11 @@ def stand_in(monkeypatch):
   monkeypatch.setattr(benchmarks, 'check_scene', lambda *_: None)
 
   def make_job(run):
-    content = outcomes.published_scene(run.name)
+    content = outcomes.published_scene(run.of)
     content['step'] = run.settings.config.last_step
     content['config_hash'] = results.config_hash(run.settings)
+    content['method_hash'] = results.config_hash(run.settings, with_seed=False)
+    content['seed'] = run.settings.config.seed
     outcomes.write(os.path.join(run.folder, 'made.json'), content)
     broken = os.path.join(os.path.dirname(run.folder), 'broken')
     fail = f'[ {run.name} != room ] || [ ! -e {shlex.quote(broken)} ] || exit 7'
@@ -310,7 +332,7 @@ class TestProgram:
     assert '25.00 🟢 +0.63' in row
     assert '–' not in row
     table = (tmp_path / 'out' / 'table.tex').read_text()
-    assert r'\cellcolor{green' in table
+    assert r'\midrule' in table
     assert {p.name for p in (tmp_path / 'out').glob('table.*')} == {
       'table.md', 'table.tex', 'table.csv'
     }  # fmt: skip
@@ -333,6 +355,13 @@ class TestProgram:
     out = capsys.readouterr().out
     assert 'runs are finished' not in out
     assert '**ours**' in out
+
+  def test_seeds_become_one_row(self, stand_in, tmp_path, capsys):
+    self.main(tmp_path, '--gpus', '0,1', '--scenes', 'garden', '--seeds', '2')
+    out = capsys.readouterr().out
+    assert '[2/2] all runs have ended' in out
+    assert '25.00 ± 0.00' in out
+    assert '(number of seeds: ours 2)' in out
 
   def test_without_gpus_it_runs_on_the_cpu(self, stand_in, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jobs, 'visible_gpus', list)
