@@ -76,7 +76,8 @@ def test_locate_makes_what_is_missing_once(tmp_path):
 
 
 def test_how_pictures_were_reduced_is_known(tmp_path):
-  root, names = fill(tmp_path, ['a.png', 'b.png']), ['a.png', 'b.png']
+  names = [f'{i}.png' for i in range(4)]
+  root = fill(tmp_path, names)
 
   def reduction(factor=4, **kwargs):
     return pyramid.locate(root, 'images', names, factor, **kwargs).reduction
@@ -84,13 +85,12 @@ def test_how_pictures_were_reduced_is_known(tmp_path):
   assert reduction(0) == reduction(1) == 'none'
   assert reduction(read_only=True) == 'area filter'  # As it would be made.
   assert [reduction() for _ in range(2)] == ['area filter'] * 2
-  os.rename(tmp_path / 'images_4', tmp_path / 'images_2')  # Of another program, like the dataset's.
-  os.remove(tmp_path / 'images_2' / pyramid._MANIFEST)
-  assert [reduction(2) for _ in range(2)] == ['dataset'] * 2
-  # Somebody has edited a picture that was made here.
-  reduction()
-  captures.save_image(str(tmp_path / 'images_4/a.png'), captures.pixels(0, (3, 3)) // 2)
+  os.remove(tmp_path / 'images_4' / pyramid._MANIFEST)  # Of another program, like the dataset's.
   assert [reduction() for _ in range(2)] == ['dataset'] * 2
+  assert reduction(2) == 'area filter'
+  path = str(tmp_path / 'images_2' / '1.png')  # Somebody has edited what was made here.
+  captures.save_image(path, images.decode(path) // 2)
+  assert [reduction(2) for _ in range(2)] == ['dataset'] * 2
 
 
 def test_full_size(tmp_path):
