@@ -10,7 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from internal import cameras, configs, models, structs
+from internal import cameras, configs, coord, models, render, structs
 from internal.commands import eval as eval_program
 from internal.datasets import scenes
 from internal.errors import UserError
@@ -94,10 +94,42 @@ def test_the_model_sees_the_wider_cone():
   changes = {}
   for points in (False, True):
     model = models.build(tiny.settings(f'Model.disable_integration = {points}'))
-    render = jax.jit(lambda rays: model.apply({'params': params}, None, rays, 1.0, False)[0])  # noqa: B023
-    changes[points] = float(jnp.abs(render(same)[-1].rgb - render(thin)[-1].rgb).max())
+    draw = jax.jit(lambda rays: model.apply({'params': params}, None, rays, 1.0, False)[0])  # noqa: B023
+    changes[points] = float(jnp.abs(draw(same)[-1].rgb - draw(thin)[-1].rgb).max())
   assert changes[False] > 1e-4
   assert changes[True] == 0
+
+
+@jax.jit
+def on_a_wall(cams, x, y, integrate):
+  """Features of pixels [k] of camera 0 on a wall at z = -1: [k, f]."""
+  cast = cameras.pixels_to_rays(cams, jnp.zeros_like(x), x, y)
+  tdist = jnp.broadcast_to(jnp.array([0.999, 1.001]), (*x.shape, 2))
+  gaussians = render.cast_rays(tdist, cast.origins, cast.directions, cast.radii, 'cone')
+  variance = jnp.diagonal(gaussians.cov[:, 0], axis1=-2, axis2=-1)[:, :2]
+  return coord.integrated_pos_enc(gaussians.mean[:, 0, :2], variance * integrate, 0, 8)
+
+
+def test_cones_beat_points_at_an_eighth():
+  """A field that is linear in its features is fitted to a striped wall at full size only."""
+  inverse = cameras.pixtocam_from_intrinsics(96.0, 96.0, 48.0, 48.0)
+  cams = cameras.make_cameras(inverse, np.eye(3, 4)[None], [96, 96])
+  at = (np.arange(96) + 0.5) / 96 - 0.5
+  stripes = sum(np.sin(2.0**k * at + k) for k in range(3, 8)) / 12
+  painted = 0.5 + stripes + stripes[:, None]
+  picture = np.round(255 * np.clip(painted, 0, 1)).astype(np.uint8)[..., None].repeat(3, -1)
+  psnr = {}
+  for integrate in (1.0, 0.0):
+    for n in (1, 8):
+      y, x = np.indices((96 // n, 96 // n)).reshape(2, -1)
+      features = np.asarray(on_a_wall(multiscale.reduced_cameras(cams, n), x, y, integrate))
+      truth = multiscale.reduced_image(picture, n).reshape(-1, 3) / 255
+      if n == 1:
+        fit = np.linalg.lstsq(features, truth, rcond=1e-4)[0]
+      psnr[integrate, n] = -10 * np.log10(np.mean((features @ fit - truth) ** 2))
+  assert psnr[1, 1] == pytest.approx(psnr[0, 1], abs=1)  # At full size they are as good.
+  assert psnr[1, 8] > 30
+  assert psnr[0, 8] < 20
 
 
 @pytest.fixture

@@ -101,12 +101,13 @@ def evaluate(
   tables = {n: reduced_cameras(run.scene.cameras, n) for n in REDUCTIONS}
   found = {n: [] for n in REDUCTIONS}
   for k, row in enumerate(progress.track(rows, 'evaluating', processes.is_main())):
+    photograph = _read(run, row) if processes.is_main() else None
     for n, table in tables.items():
       began = time.monotonic()
       rendering = render_image(run.params, table, row, run.train_fraction)
       seconds = time.monotonic() - began
       if processes.is_main():
-        scores, truth = _score(run, row, n, rendering['rgb'], measure_lpips)
+        scores, truth = _score(run, row, n, rendering['rgb'], photograph, measure_lpips)
         found[n].append({**scores, 'seconds': seconds})
         if run.settings.config.eval_save_output:
           stem = os.path.join(folder, f'{k:03d}_{run.scene.stem(row)}_{n}')
@@ -118,14 +119,18 @@ def evaluate(
   return found if processes.is_main() else {}
 
 
-def _score(run, row, n, rgb, measure_lpips) -> tuple[dict[str, Any], np.ndarray]:
+def _read(run: trained.TrainedRun, row: int) -> tuple[np.ndarray, np.ndarray | None]:
+  """Reads a photograph [h, w, 3] and its mask [h, w], or None for all pixels."""
+  data_dir = run.settings.config.data_dir
+  return scenes.read_image(data_dir, run.scene, row), scenes.read_mask(data_dir, run.scene, row)
+
+
+def _score(run, row, n, rgb, photograph, measure_lpips) -> tuple[dict[str, Any], np.ndarray]:
   """Returns an image's entry at a scale, and the reduced photograph."""
-  config = run.settings.config
-  truth = reduced_image(scenes.read_image(config.data_dir, run.scene, row), n)
-  mask = scenes.read_mask(config.data_dir, run.scene, row)
-  mask = None if mask is None else reduced_mask(mask, n)
+  truth = reduced_image(photograph[0], n)
+  mask = None if photograph[1] is None else reduced_mask(photograph[1], n)
   height, width = truth.shape[:2]
-  large_enough = min(height, width) >= lpips.MIN_SIDE
-  scores = metrics.image_metrics(rgb, truth, config, mask, measure_lpips if large_enough else None)
+  measure_lpips = measure_lpips if min(height, width) >= lpips.MIN_SIDE else None
+  scores = metrics.image_metrics(rgb, truth, run.settings.config, mask, measure_lpips)
   about = {'width': width, 'height': height, 'masked': mask is not None}
   return {'name': run.scene.names[row], **about, **scores}, truth
