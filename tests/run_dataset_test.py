@@ -361,7 +361,7 @@ class TestProgram:
     out = capsys.readouterr().out
     assert '[2/2] all runs have ended' in out
     assert '25.00 ± 0.00' in out
-    assert '(number of seeds: ours 2)' in out
+    assert 'standard deviation over 2 seeds.' in out
 
   def test_without_gpus_it_runs_on_the_cpu(self, stand_in, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jobs, 'visible_gpus', list)

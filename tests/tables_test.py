@@ -287,13 +287,18 @@ class TestSeeds:
     assert list(tables.group(runs)) == ['ours']
     table = self.table()
     assert '**ours** | 21.50 ± 2.12 🔴 -2.87 |' in table_forms.markdown(table)
-    assert 'over seeds (number of seeds: ours 2)' in table_forms.markdown(table)
+    assert '± standard deviation over 2 seeds.' in table_forms.markdown(table)
     summary = tabulars(table_forms.latex(table))[0]
     assert summary[-1][1] == r'\underline{22.70}{\scriptsize\,$\pm$\,0.99}'
     rows = list(csv.DictReader(io.StringIO(table_forms.as_csv(table))))
     (row,) = (r for r in rows if (r['metric'], r['column'], r['ours']) == ('psnr', 'bicycle', '1'))
     assert float(row['std']) == pytest.approx(3 / 2**0.5)
     assert row['seeds'] == '2'
+
+  def test_different_numbers_of_seeds_are_told(self):
+    methods = {'a': [run('garden'), run('garden', bindings=['Config.seed = 7'])]}
+    methods['b'] = [run('garden', bindings=['Config.near = 1'])]
+    assert 'over 2 (a), 1 (b) seeds.' in tables.make(methods, benchmarks.load('360'), []).notes[1]
 
   def test_one_seed_twice_is_an_error(self):
     same = {'bindings': ['Config.seed = 7']}
@@ -429,6 +434,10 @@ class TestForms:
     assert all(len(row) == 13 for row in scenes[0])
     assert [row[0] for row in scenes[1]][1:] == [PAPER, r'50\% \& a\_b', 'other']  # Not NeRF.
     assert '% ' + PAPER in text
+
+  def test_latex_without_any_number_is_still_a_table(self):
+    table = tables.make({'ours': [run('garden')]}, benchmarks.load('360'), [], ['lpips_vgg'])
+    assert [len(tabular) for tabular in tabulars(table_forms.latex(table))] == [2, 1]
 
   def test_latex_of_few_scenes_shows_them_all(self):
     runs = [tables.Run(f'{s}.json', outcomes.outcome(s, psnr=p)) for s, p in (('x', 20), ('y', 22))]

@@ -68,9 +68,8 @@ def _tabular(
       ' & '.join([_escape(name), *row]) + r' \\' for name, row in rows if set(row) - {_ABSENT}
     ]
     bodies += [body] if body else []
-  lines += bodies[0]
-  for body in bodies[1:]:
-    lines += [r'\midrule', *body]
+  for k, body in enumerate(bodies):
+    lines += [r'\midrule', *body] if k else body
   return '\n'.join([*lines, r'\bottomrule', r'\end{tabular}}', r'\end{table*}'])
 
 

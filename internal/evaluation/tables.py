@@ -276,9 +276,11 @@ def _notes(table: Table, runs: Sequence[Run]) -> list[str]:
   absent = {s for row in own for s in table.scenes if row.values['psnr'].get(s) is None}
   if missing := [scene for scene in table.scenes if scene in absent]:
     notes.append(f'Means need all scenes; not all methods have {", ".join(missing)}.')
-  if len(counts := {len(row.seeds) for row in own}) > 1 or max(counts) > 1:
-    told = ', '.join(f'{row.method} {len(row.seeds)}' for row in own)
-    notes.append(f'Mean ± standard deviation over seeds (number of seeds: {told}).')
+  counts = {row.method: len(row.seeds) for row in own}
+  if max(counts.values()) > 1:
+    same = len(set(counts.values())) == 1
+    told = max(counts.values()) if same else ', '.join(f'{n} ({m})' for m, n in counts.items())
+    notes.append(f'Mean ± standard deviation over {told} seeds.')
   return [*notes, _tell_reductions(table, runs)]
 
 
