@@ -321,7 +321,8 @@ class TestCommand:
   def test_published_numbers_are_said_to_be_of_other_scenes(self, ladder):
     ladder('full', 'nerf')
     head = (ladder.out / 'ablations.md').read_text().splitlines()[0]
-    assert head.startswith('Scene scene, 7 steps. The published numbers are of other scenes')
+    assert head.startswith('Scene scene, 7 steps. Reduced pictures: made here by an area filter. ')
+    assert 'The published numbers are of other scenes' in head
     assert 'bicycle' in head
 
   def test_mistakes_are_errors_before_anything_runs(self, ladder):

@@ -31,7 +31,7 @@ _OF_A_METHOD = ('method_hash', 'step', 'num_params', 'mlp_dtype')
 _OF_A_SEED = ('config_hash',)  # Within a method.
 
 
-_WAYS = {
+WAYS = {  # Of reducing pictures.
   pyramid.BY_DATASET: "the dataset's own",
   pyramid.BY_AREA_FILTER: 'made here by an area filter',
   pyramid.NOT_REDUCED: 'none, full size',
@@ -290,7 +290,7 @@ def _tell_reductions(table: Table, runs: Sequence[Run]) -> str:
     ways['published'] = pyramid.BY_DATASET
   found = set(ways.values())
   if len(found) == 1 and '(' not in (way := next(iter(found))):
-    return f'Reduced pictures: {_WAYS.get(way, way)}.'
+    return f'Reduced pictures: {WAYS.get(way, way)}.'
   told = '; '.join(f'{method}: {way}' for method, way in ways.items())
   return (
     f'Not all pictures are known to have been reduced in the same way ({told}). That alone has '

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..datasets import pyramid
 from ..evaluation import results, table_forms, tables
 from ..system import files
 from ..training import runlog
@@ -119,6 +120,7 @@ def make_table(
     'scene': any_result.get('scene'),
     'steps': any_result.get('step'),
     'protocol': any_result.get('protocol'),
+    'reduction': any_result.get('reduction'),
     'reference': reference,
     'worse_than_full': {
       n: changes[n] < 0 for n in ablations.BIG_EFFECTS if changes.get(n) is not None
@@ -171,6 +173,8 @@ def _caption(table: Mapping[str, Any], own: bool, marked: bool) -> str:
   """Explains the columns: whose numbers they are, and on which scene."""
   reference = next((x['label'] for x in table['rows'] if x['name'] == table['reference']), 'none')
   text = f'Scene {table["scene"]}, {table["steps"] or 0:,} steps. '
+  if (way := table['reduction']) not in (None, pyramid.NOT_REDUCED):
+    text += f'Reduced pictures: {tables.WAYS.get(way, way)}. '
   if own:
     text += f'Changes are from "{reference}".'
   else:

@@ -83,9 +83,9 @@ def make_runs(
     ConfigError: the settings are invalid.
   """
   if row.config is None:
-    gin = [os.path.abspath(path) for path in gin_configs] or [_BASE]
+    gin = list(gin_configs) or [_BASE]
   else:
-    gin = [os.path.join(installation.DATA, row.config), *map(os.path.abspath, gin_configs)]
+    gin = [os.path.join(installation.DATA, row.config), *gin_configs]
   bindings = [*gin_bindings, *row.bindings, f'Config.data_dir = {os.path.abspath(data_dir)!r}']
   fixed = ('factor', 'data_dir')
   return runs.make_runs(row.name, os.path.abspath(out), gin, bindings, seeds, fixed=fixed)
