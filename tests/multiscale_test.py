@@ -191,7 +191,7 @@ class TestEvaluate:
       np.mean([scale['per_image'][1]['psnr'] for scale in scales.values()])
     )
     assert results['num_images'] == 2
-    assert '1/8: psnr' in capsys.readouterr().out
+    assert ' 1/8  psnr' in capsys.readouterr().out
 
   def test_lpips_is_left_out_where_images_are_too_small(self, run):
     scales = eval_program.evaluate_scales(run, [0], grey)

@@ -170,8 +170,9 @@ def evaluate_scales(
   path = os.path.join(folder, 'results.json')
   results_lib.write_json(path, results)
   for scale in results['scales']:
-    print(f'1/{scale["reduction"]}: {metrics_lib.format_metrics(scale["mean"])}')
-  print(f'mean of {len(rows)} images and scales: {metrics_lib.format_metrics(results["mean"])}')
+    name = results_lib.scale_name(scale['reduction'])
+    print(f'{name:>4}  {metrics_lib.format_metrics(scale["mean"])}')
+  print(f'mean of scales  {metrics_lib.format_metrics(results["mean"])}')
   progress.summary({'results': path})
   return results
 

@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..rendering import trained
 from ..system import progress
 from ..vis import pictures
-from . import lpips, metrics
+from . import lpips, metrics, results
 
 REDUCTIONS = (1, 2, 4, 8)
 _SMALLEST = 11  # Pixels: SSIM's window.
@@ -114,8 +114,10 @@ def evaluate(
           pictures.write_png(f'{stem}_prediction.png', rendering['rgb'])
           pictures.write_png(f'{stem}_truth.png', truth)
     if processes.is_main():
-      of_scales = '  '.join(f'1/{n} {found[n][-1]["psnr"]:.2f}' for n in REDUCTIONS)
-      progress.say(f'{k + 1}/{len(rows)} {run.scene.names[row]}  psnr {of_scales}')
+      of_scales = '  '.join(
+        f'{results.scale_name(n)}: {found[n][-1]["psnr"]:.2f}' for n in REDUCTIONS
+      )
+      progress.say(f'{k + 1}/{len(rows)} {run.scene.names[row]}  psnr at {of_scales}')
   return found if processes.is_main() else {}
 
 

@@ -150,6 +150,11 @@ def every(hold: int) -> str:
   return f'every {hold}th image by name'
 
 
+def scale_name(n: int) -> str:
+  """Returns '1', or '1/n' for images of 1/n of the width and height."""
+  return '1' if n == 1 else f'1/{n}'
+
+
 def protocol(
   config: configs.Config, split: str, scales: Collection[int] | None = None
 ) -> dict[str, Any]:
@@ -169,7 +174,7 @@ def protocol(
   if split not in (every(8), OWN_SPLIT):
     departures.append(f'test images: {split}; published: {every(8)}')
   name = 'mip-NeRF 360' + (MULTISCALE if scales else '')
-  shown = ', '.join('1' if n == 1 else f'1/{n}' for n in scales or ())
+  shown = ', '.join(map(scale_name, scales or ()))
   return {
     'name': name + (', modified' if departures else ''),
     'description': _DESCRIPTION + (_OF_SCALES.format(shown) if scales else ''),

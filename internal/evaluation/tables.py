@@ -169,16 +169,12 @@ def find_benchmark(runs: Sequence[Run]) -> benchmarks.Benchmark | None:
   return fit[0] if fit else None
 
 
-def _label(n: int) -> str:
-  return '1' if n == 1 else f'1/{n}'
-
-
 def _values(runs: Sequence[Run], metric: str) -> dict[str, float | None]:
   """Returns a metric of one seed's runs by scene, or by scale as the mean over scenes."""
   if not runs[0].field('scales'):
     return {run.scene: run.found['mean'][metric] for run in runs}
   by_run = [
-    {_label(scale['reduction']): scale['mean'][metric] for scale in run.found['scales']}
+    {results.scale_name(scale['reduction']): scale['mean'][metric] for scale in run.found['scales']}
     for run in runs
   ]
   return {column: mean([values[column] for values in by_run]) for column in by_run[0]}
