@@ -233,7 +233,8 @@ def ladder(tmp_path, monkeypatch):
       image = {'name': '0.png', 'psnr': psnr, 'ssim': 0.5, 'cc_psnr': psnr, 'cc_ssim': 0.5}
       image |= {'width': 4, 'height': 3, 'masked': False, 'seconds': 1.0}
       settings, split = configs.load_config([str(stored)]), results_lib.every(8)
-      results = results_lib.make(settings, split, [image], 7, 5, 'not installed', 1.0)
+      about = 7, 5, 'not installed', 1.0, (), 'area filter'
+      results = results_lib.make(settings, split, [image], *about)
       (folder / 'eval').mkdir()
       (folder / 'eval' / 'results.json').write_text(json.dumps(results))
     return True
