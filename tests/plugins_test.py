@@ -21,7 +21,7 @@ from trajectory_test import make_scene
 from internal import api, cli, configs, knobs, losses, models, plugins, structs
 from internal.commands import run_dataset, scaling
 from internal.errors import UserError
-from internal.experiments import runs
+from internal.experiments import runs, slurm
 from internal.fields import encodings
 from internal.fields.mlp import MLP
 from internal.rendering import trajectory
@@ -154,12 +154,14 @@ class TestLoading:
 
   def test_other_programs_get_the_flag(self, plug, monkeypatch, tmp_path):
     plugins.load([plug('one', "plugins.loss('mine')(len)")])
-    job = runs.make_job(runs.make_run('a', 'a', [], ["Config.loss_mults = {'mine': 1}"]))
+    (run,) = runs.make_runs('a', '.', [], ["Config.loss_mults = {'mine': 1}"])
+    job = runs.make_job(run)
     for command in job.commands:
       assert command[-2:] == ('--plugins', 'one')
     args = run_dataset.parse(['--dataset', '360', '--root', 'r', '--slurm'])
-    run_dataset.write_slurm(args, [types.SimpleNamespace(name='a', folder='out/a')], '.')
-    assert ' --plugins one --scenes ' in (tmp_path / 'slurm.sh').read_text()
+    task = run_dataset.task(args, '.')
+    slurm.write(args, [types.SimpleNamespace(name='a', folder='out/a')], '.', task)
+    assert ' --plugins one --only ' in (tmp_path / 'slurm.sh').read_text()
     started = []
     monkeypatch.setattr(scaling.subprocess, 'run', lambda command, **_: started.append(command))
     args = types.SimpleNamespace(platform='cpu', gin_bindings=[], scene_steps=1)

@@ -75,6 +75,24 @@ def test_locate_makes_what_is_missing_once(tmp_path):
   assert os.stat(tmp_path / 'images_4').st_mode & 0o777 == 0o777 & ~umask
 
 
+def test_how_pictures_were_reduced_is_known(tmp_path):
+  names = [f'{i}.png' for i in range(4)]
+  root = fill(tmp_path, names)
+
+  def reduction(factor=4, **kwargs):
+    return pyramid.locate(root, 'images', names, factor, **kwargs).reduction
+
+  assert reduction(0) == reduction(1) == 'none'
+  assert reduction(read_only=True) == 'area filter'  # As it would be made.
+  assert [reduction() for _ in range(2)] == ['area filter'] * 2
+  os.remove(tmp_path / 'images_4' / pyramid._MANIFEST)  # Of another program, like the dataset's.
+  assert [reduction() for _ in range(2)] == ['dataset'] * 2
+  assert reduction(2) == 'area filter'
+  path = str(tmp_path / 'images_2' / '1.png')  # Somebody has edited what was made here.
+  captures.save_image(path, images.decode(path) // 2)
+  assert [reduction(2) for _ in range(2)] == ['dataset'] * 2
+
+
 def test_full_size(tmp_path):
   root = fill(tmp_path, ['a.png'])
   assert pyramid.locate(root, 'images', ['a.png'], 1).files == ('images/a.png',)

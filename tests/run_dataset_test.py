@@ -13,10 +13,10 @@ import pytest
 import rich.console
 import tiny
 
-from internal import configs
+from internal import configs, datasets
 from internal.commands import run_dataset as program
 from internal.evaluation import benchmarks, lpips, results
-from internal.experiments import dataset_runs, jobs, runs
+from internal.experiments import dataset_runs, jobs, runs, slurm
 from internal.system import progress
 
 TINY = tiny.TINY
@@ -69,6 +69,15 @@ class TestCheckScene:
       self.check(capture, factor=2)
     assert not (capture / 'images_2').exists()
 
+  def test_not_even_when_they_exist_already(self, tmp_path):
+    captures.write_colmap(tmp_path, n=9)
+    config = configs.Config(data_dir=str(tmp_path), factor=2)
+    assert datasets.load_dataset(config).report['reduction'] == 'area filter'
+    with pytest.raises(benchmarks.BenchmarkError, match='images_2/ was made here; remove it and'):
+      self.check(tmp_path, factor=2, size=(16, 12))
+    os.remove(tmp_path / 'images_2' / '.sources.json')
+    self.check(tmp_path, factor=2, size=(16, 12))  # By another program: the dataset's own.
+
   def test_missing_pictures_do_not_count(self, tmp_path):
     captures.write_colmap(tmp_path, n=9)
     (tmp_path / 'images' / '004.png').unlink()
@@ -110,6 +119,17 @@ class TestMakeRuns:
     assert again.config == config
     assert evaluate[2:] == ('--checkpoint_dir', run.folder, *train[at:])
     assert [os.path.basename(c[1]) for c in (train, evaluate)] == ['train.py', 'eval.py']
+
+  def test_seeds_follow_the_first_in_folders_of_their_own(self):
+    all_runs = dataset_runs.make_runs(
+      NINE, 'data', 'out', ['room', 'stump'], [], ['Config.seed = 7'], seeds=2
+    )
+    assert [(run.of, run.name, run.settings.config.seed) for run in all_runs] == [
+      ('room', 'room', 7), ('stump', 'stump', 7),
+      ('room', 'room_seed_8', 8), ('stump', 'stump_seed_8', 8),
+    ]  # fmt: skip
+    for run in all_runs:
+      assert run.folder == os.path.abspath(f'out/{run.name}') == run.settings.config.checkpoint_dir
 
   def test_an_unknown_scene(self):
     with pytest.raises(benchmarks.BenchmarkError, match="no scene 'lego'; choose from bicycle"):
@@ -204,8 +224,8 @@ class TestSlurm:
   def submit(self, tmp_path, sbatch, options='', command=('true',), out='out'):
     all_runs = dataset_runs.make_runs(NINE, 'data', str(tmp_path / out), ['garden', 'room'])
     path = tmp_path / 's.sh'
-    path.write_text(dataset_runs.slurm_script(all_runs, options, command))
-    program._submit(str(path))
+    path.write_text(slurm.script(all_runs, options, command))
+    slurm.submit(str(path))
     return sbatch()
 
   def test_each_task_runs_its_scene(self, tmp_path, sbatch):
@@ -216,7 +236,7 @@ class TestSlurm:
       f'--output={tmp_path}/my out/slurm_%A_%a.txt', '--open-mode=append', '--signal=B:TERM@300',
       '--partition=gpu', '--time=8:00:00',
     ]  # fmt: skip
-    words = "<a b><Config.x = 'y'><--scenes>"
+    words = "<a b><Config.x = 'y'><--only>"
     assert done['outputs'] == [f'{words}<garden>', f'{words}<room>']
 
   def test_no_word_of_the_command_is_run_or_changed(self, tmp_path, sbatch, monkeypatch):
@@ -225,7 +245,7 @@ class TestSlurm:
     monkeypatch.chdir(where)
     done = self.submit(tmp_path, sbatch, command=['printf', '%s\\0', *AWKWARD])
     for scene, output in zip(('garden', 'room'), done['outputs'], strict=True):
-      assert output.split('\0')[:-1] == [*AWKWARD, '--scenes', scene]
+      assert output.split('\0')[:-1] == [*AWKWARD, '--only', scene]
     assert '--wrap=x' not in done['options']
     assert not list(tmp_path.rglob('ran'))
 
@@ -245,7 +265,7 @@ class TestSlurm:
 
   def test_a_separate_value_stays_beside_its_option(self, tmp_path):
     all_runs = dataset_runs.make_runs(NINE, 'data', str(tmp_path / 'out'), ['garden'])
-    lines = dataset_runs.slurm_script(all_runs, "-p gpu --comment 'a b' -x c", ['true']).split('\n')
+    lines = slurm.script(all_runs, "-p gpu --comment 'a b' -x c", ['true']).split('\n')
     assert lines[8:11] == ['#SBATCH -p gpu', "#SBATCH --comment 'a b'", '#SBATCH -x c']
 
   @pytest.mark.parametrize('out', [name for name in AWKWARD if name and '\n' not in name])
@@ -259,20 +279,20 @@ class TestSlurm:
   def test_control_characters_are_refused(self, tmp_path, character):
     all_runs = dataset_runs.make_runs(NINE, 'data', str(tmp_path / 'out'), ['garden'])
     with pytest.raises(runs.RunError, match=r"option '--comment=a\\.*another control character"):
-      dataset_runs.slurm_script(all_runs, f'"--comment=a{character}touch ran"', ['true'])
+      slurm.script(all_runs, f'"--comment=a{character}touch ran"', ['true'])
     made = dataclasses.replace(all_runs[0], folder=str(tmp_path / f'a{character}touch ran' / 'x'))
     with pytest.raises(runs.RunError, match=r"option '--output=.*choose another --out"):
-      dataset_runs.slurm_script([made], '', ['true'])
+      slurm.script([made], '', ['true'])
 
   def test_quotes_that_do_not_match(self, tmp_path):
     all_runs = dataset_runs.make_runs(NINE, 'data', str(tmp_path / 'out'), ['garden'])
     with pytest.raises(runs.RunError, match=r'--slurm: No closing quotation in \'--comment="a\''):
-      dataset_runs.slurm_script(all_runs, '--comment="a', ['true'])
+      slurm.script(all_runs, '--comment="a', ['true'])
 
   def test_without_slurm(self, tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(tmp_path))
     with pytest.raises(runs.RunError, match=r"did not accept s\.sh: .*No such file.*: 'sbatch'"):
-      program._submit('s.sh')
+      slurm.submit('s.sh')
 
 
 @pytest.fixture
@@ -283,9 +303,11 @@ def stand_in(monkeypatch):
   monkeypatch.setattr(benchmarks, 'check_scene', lambda *_: None)
 
   def make_job(run):
-    content = outcomes.published_scene(run.name)
+    content = outcomes.published_scene(run.of)
     content['step'] = run.settings.config.last_step
     content['config_hash'] = results.config_hash(run.settings)
+    content['method_hash'] = results.config_hash(run.settings, with_seed=False)
+    content['seed'] = run.settings.config.seed
     outcomes.write(os.path.join(run.folder, 'made.json'), content)
     broken = os.path.join(os.path.dirname(run.folder), 'broken')
     fail = f'[ {run.name} != room ] || [ ! -e {shlex.quote(broken)} ] || exit 7'
@@ -310,7 +332,7 @@ class TestProgram:
     assert '25.00 🟢 +0.63' in row
     assert '–' not in row
     table = (tmp_path / 'out' / 'table.tex').read_text()
-    assert r'\cellcolor{green' in table
+    assert r'\midrule' in table
     assert {p.name for p in (tmp_path / 'out').glob('table.*')} == {
       'table.md', 'table.tex', 'table.csv'
     }  # fmt: skip
@@ -334,6 +356,13 @@ class TestProgram:
     assert 'runs are finished' not in out
     assert '**ours**' in out
 
+  def test_seeds_become_one_row(self, stand_in, tmp_path, capsys):
+    self.main(tmp_path, '--gpus', '0,1', '--scenes', 'garden', '--seeds', '2')
+    out = capsys.readouterr().out
+    assert '[2/2] all runs have ended' in out
+    assert '25.00 ± 0.00' in out
+    assert 'standard deviation over 2 seeds.' in out
+
   def test_without_gpus_it_runs_on_the_cpu(self, stand_in, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jobs, 'visible_gpus', list)
     self.main(tmp_path, '--scenes', 'garden')
@@ -354,11 +383,12 @@ class TestProgram:
     text = path.read_text()
     assert '#SBATCH --array=0-7\n' in text
     assert '#SBATCH --partition=a\n' in text
-    assert 'garden' not in text.split('scenes=(')[1].split(')')[0]
+    assert 'garden' not in text.split('runs=(')[1].split(')')[0]
     # A task runs this program with the same flags.
     command = shlex.split(text.splitlines()[-1])
     args = program.parse([*command[3:-1], 'room'])
-    assert args.scenes == ['room']
+    assert args.only == ['room']
+    assert args.scenes is None
     assert args.slurm is None
     assert args.gin_bindings == list(TINY)
     assert args.out == str(tmp_path / 'out')

@@ -2,6 +2,8 @@ import csv
 import io
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +138,7 @@ class TestMake:
       tables.find_benchmark([run('room')])
 
   def test_one_config_is_one_method(self):
-    runs = [run('garden'), run('room'), run('stump', bindings=['Config.seed = 1'])]
+    runs = [run('garden'), run('room'), run('stump', bindings=['Config.near = 0.3'])]
     grouped = tables.group(runs)
     assert [len(found) for found in grouped.values()] == [2, 1]
     assert all(re.fullmatch('ours [0-9a-f]{8}', name) for name in grouped)
@@ -239,6 +241,146 @@ class TestMixing:
       make([run('garden', size=size)])
 
 
+def tabulars(text):
+  """The cells of each row of each tabular, rules left out; a multicolumn is followed by ''."""
+  assert text.count(r'\begin{table*}') == text.count(r'\end{table*}')
+  found = []
+  for body in re.findall(r'\\begin\{tabular\}[^\n]*\n(.*?)\\end\{tabular\}', text, re.S):
+    rows = []
+    for line in body.strip().splitlines():
+      if line.endswith(r'\\'):
+        cells = [cell.strip() for cell in re.split(r'(?<!\\)&', line[:-2])]
+        wide = [re.fullmatch(r'\\multicolumn\{(\d+)\}\{c\}\{(.*)\}', cell) for cell in cells]
+        rows.append(
+          [x for c, m in zip(cells, wide) for x in ([m[2], *[''] * (int(m[1]) - 1)] if m else [c])]
+        )
+      else:
+        assert re.match(r'\\(top|mid|bottom)rule$|\\cmidrule', line), line
+    assert len({len(row) for row in rows}) == 1
+    found.append(rows)
+  return found
+
+
+class TestSeeds:
+  """Two seeds, the second better by 1 dB on each scene and by 2 more on the first."""
+
+  def table(self, **kwargs):
+    second = nine(bindings=['Config.seed = 7'])
+    for k, r in enumerate(second):
+      r.found['mean']['psnr'] += 1 + 2 * (k == 0)
+    return make([*nine(), *second], [PAPER], **kwargs)
+
+  def test_mean_and_standard_deviation(self):
+    table = self.table()
+    ours = table.rows[-1]
+    assert table.value(ours, 'psnr', 'bicycle') == pytest.approx(21.5)
+    assert table.spread(ours, 'psnr', 'bicycle') == pytest.approx(3 / 2**0.5)
+    assert table.spread(ours, 'psnr', 'flowers') == pytest.approx(1 / 2**0.5)
+    # Of the means of both seeds, 22 and 23.4: not the mean of the standard deviations.
+    assert table.value(ours, 'psnr', 'outdoor') == pytest.approx(22.7)
+    assert table.spread(ours, 'psnr', 'outdoor') == pytest.approx(1.4 / 2**0.5)
+    assert table.spread(ours, 'ssim', 'mean') == 0
+    assert table.spread(table.rows[0], 'psnr', 'mean') is None
+
+  def test_are_one_method_and_are_shown(self):
+    runs = [run('garden'), run('garden', bindings=['Config.seed = 7'])]
+    assert list(tables.group(runs)) == ['ours']
+    table = self.table()
+    assert '**ours** | 21.50 ± 2.12 🔴 -2.87 |' in table_forms.markdown(table)
+    assert '± standard deviation over 2 seeds.' in table_forms.markdown(table)
+    summary = tabulars(table_forms.latex(table))[0]
+    assert summary[-1][1] == r'\underline{22.70}{\scriptsize\,$\pm$\,0.99}'
+    rows = list(csv.DictReader(io.StringIO(table_forms.as_csv(table))))
+    (row,) = (r for r in rows if (r['metric'], r['column'], r['ours']) == ('psnr', 'bicycle', '1'))
+    assert float(row['std']) == pytest.approx(3 / 2**0.5)
+    assert row['seeds'] == '2'
+
+  def test_different_numbers_of_seeds_are_told(self):
+    methods = {'a': [run('garden'), run('garden', bindings=['Config.seed = 7'])]}
+    methods['b'] = [run('garden', bindings=['Config.near = 1'])]
+    assert 'over 2 (a), 1 (b) seeds.' in tables.make(methods, benchmarks.load('360'), []).notes[1]
+
+  def test_one_seed_twice_is_an_error(self):
+    same = {'bindings': ['Config.seed = 7']}
+    with pytest.raises(tables.TablesError, match=r'same method and seed \(7\)'):
+      make([run('garden', 'a.json', **same), run('garden', 'b.json', **same)])
+
+  def test_other_settings_of_another_seed_are_an_error(self):
+    other = run('garden', 'b.json', bindings=['Config.seed = 7', 'Config.near = 1'])
+    runs = [run('garden', 'a.json'), other]
+    with pytest.raises(tables.TablesError, match=r'a\.json and b\.json differ in method_hash'):
+      make(runs)
+
+  def test_older_files_have_the_default_seed(self):
+    old, new = run('garden', 'a.json'), run('garden', 'b.json', bindings=['Config.seed = 7'])
+    for name in ('seed', 'method_hash', 'reduction'):
+      del old.found[name]
+    table = make([old, new])
+    assert list(table.rows[-1].seeds) == [configs.Config().seed, 7]
+
+
+class TestOwnMethods:
+  def table(self):
+    other = nine(bindings=['Config.near = 0.3'])
+    for k, r in enumerate(other):
+      r.found['mean'] |= {'psnr': 19.0 + k, 'ssim': 0.8}
+    return tables.make({'full': nine(), 'other': other}, benchmarks.load('360'), [PAPER])
+
+  def test_are_compared_with_the_first(self):
+    table = self.table()
+    _, full, other = table.rows
+    assert table.own_difference(other, 'psnr', 'bicycle') == pytest.approx(-1)
+    assert table.own_difference(other, 'ssim', 'mean') == pytest.approx(0.05)
+    assert table.own_difference(full, 'psnr', 'mean') is None
+    text = table_forms.markdown(table)
+    section = text.split('### Differences from full')[1]
+    assert '| method | outdoor PSNR | outdoor SSIM | indoor PSNR |' in section
+    assert '| other | -1.00 | +0.050 | -1.00 | +0.050 | -1.00 | +0.050 |' in section
+
+  def test_ranks_follow_the_direction_of_the_metric(self):
+    table = make(nine(lpips=0.2), [PAPER, 'Zip-NeRF, paper'])
+    paper, zipnerf, ours = table.rows
+    assert [table.rank(r, 'psnr', 'mean') for r in table.rows] == [2, 1, None]
+    assert [table.rank(r, 'lpips_paper', 'bicycle') for r in (paper, zipnerf, ours)] == [2, None, 1]
+    assert [table.rank(r, 'lpips_vgg', 'mean') for r in table.rows] == [None] * 3  # Only one.
+
+  def test_ties_have_the_same_rank(self):
+    methods = {
+      str(k): [run('garden', psnr=psnr, bindings=[f'Config.near = {k + 1}'])]
+      for k, psnr in enumerate((25.004, 24.996, 24.9, 20.0))
+    }
+    table = tables.make(methods, benchmarks.load('360'), [])
+    assert [table.rank(row, 'psnr', 'garden') for row in table.rows] == [1, 1, 2, None]
+
+
+class TestReductions:
+  """How the smaller pictures were made changes PSNR, so tables tell."""
+
+  def notes(self, *reductions, published=None):
+    runs = [run('garden'), run('stump')]
+    for r, way in zip(runs, reductions, strict=True):
+      r.found['reduction'] = way
+    return make(runs, published).notes[-1]
+
+  def test_one_way_is_named(self):
+    assert self.notes('dataset', 'dataset') == "Reduced pictures: the dataset's own."
+    assert self.notes(*['area filter'] * 2, published=[]) == (
+      'Reduced pictures: made here by an area filter.'
+    )
+
+  def test_several_ways_are_said(self):
+    note = self.notes('dataset', 'area filter', published=[])
+    assert 'ours: dataset (garden), area filter (stump)' in note
+    assert '0.3 to 0.45 dB' in note
+    assert '(ours: area filter; published: dataset)' in self.notes('area filter', 'area filter')
+    assert 'ours: not recorded' in self.notes(None, None)
+
+  def test_every_form_has_the_note(self):
+    table = make(nine())
+    for form in (table_forms.markdown, table_forms.latex):
+      assert 'ours: not recorded; published: dataset' in form(table)
+
+
 class TestForms:
   def table(self):
     return make(nine(lpips=0.2), [PAPER, 'NeRF'])
@@ -264,16 +406,57 @@ class TestForms:
     assert '26.98 ⚪ +0.00' in text
     assert 'Means need all scenes; not all methods have bicycle, flowers, stump' in text
 
-  def test_latex_is_whole_and_escaped(self):
-    table = tables.make({'50% & a_b': nine()}, benchmarks.load('360'))
+  def test_latex_has_all_metrics_side_by_side(self):
+    table = tables.make(
+      {'50% & a_b': nine(lpips=0.2), 'other': nine(lpips=0.25, bindings=['Config.near = 0.3'])},
+      benchmarks.load('360'), [PAPER, 'NeRF'],
+    )  # fmt: skip
     text = table_forms.latex(table)
-    assert r'50\% \& a\_b' in text
-    assert text.count(r'\begin{tabular}') == text.count(r'\end{tabular}') == 2
-    body = text.split(r'\midrule')[1].split(r'\bottomrule')[0].strip().splitlines()
-    assert all(line.endswith(r'\\') and len(re.findall(r'(?<!\\)&', line)) == 12 for line in body)
-    assert r'\cellcolor{red!50}20.00' in text
-    assert r'\cellcolor{green!50}0.750' in text
-    assert '[table]{xcolor}' in text
+    summary, *scenes = tabulars(text)
+    # Four metrics of outdoor, indoor and mean, and the differences.
+    heads = [cell.partition('$')[0] for cell in summary[1][1:]]
+    assert heads == ['PSNR', 'SSIM', 'LPIPS', 'LPIPS'] * 4
+    assert summary[1][1].endswith(r'$\uparrow$')
+    assert summary[1][3].endswith(r'$\downarrow$')
+    blocks = 'outdoor', 'indoor', 'mean', r'$\Delta$ to 50\% \& a\_b'
+    assert summary[0] == ['', *(cell for name in blocks for cell in (name, '', '', ''))]
+    rows = {row[0]: row[1:] for row in summary[2:]}
+    assert list(rows) == [PAPER, 'NeRF', r'50\% \& a\_b', 'other']
+    assert rows['NeRF'] == ['--'] * 8 + ['23.85'] + ['--'] * 7
+    assert rows[PAPER][8:12] == [r'\textbf{27.69}', r'\textbf{0.792}', r'\underline{0.237}', '--']
+    # Both are second best, and equally so.
+    assert rows['other'][8:10] == [r'\underline{24.00}', r'\underline{0.750}']
+    assert rows[r'50\% \& a\_b'][8:11] == [
+      r'\underline{24.00}', r'\underline{0.750}', r'\textbf{0.200}'
+    ]  # fmt: skip
+    assert rows['other'][12:] == ['$+0.00$', '$+0.000$', '$+0.050$', '$+0.050$']
+    assert len(scenes) == 4  # One for each metric.
+    assert all(len(row) == 13 for row in scenes[0])
+    assert [row[0] for row in scenes[1]][1:] == [PAPER, r'50\% \& a\_b', 'other']  # Not NeRF.
+    assert '% ' + PAPER in text
+
+  def test_latex_without_any_number_is_still_a_table(self):
+    table = tables.make({'ours': [run('garden')]}, benchmarks.load('360'), [], ['lpips_vgg'])
+    assert [len(tabular) for tabular in tabulars(table_forms.latex(table))] == [2, 1]
+
+  def test_latex_of_few_scenes_shows_them_all(self):
+    runs = [tables.Run(f'{s}.json', outcomes.outcome(s, psnr=p)) for s, p in (('x', 20), ('y', 22))]
+    (summary,) = tabulars(table_forms.latex(tables.make({'ours': runs})))
+    assert summary[0] == ['', 'x', '', 'y', '', 'mean', '']
+    assert summary[2] == ['ours', '20.00', '0.750', '22.00', '0.750', '21.00', '0.750']
+
+  @pytest.mark.skipif(shutil.which('pdflatex') is None, reason='needs LaTeX')
+  def test_latex_compiles_without_overfull_boxes(self, tmp_path):
+    table = tables.make({'50% & a_b ~^{}\\#$': nine(lpips=0.2)}, benchmarks.load('360'))
+    (tmp_path / 'table.tex').write_text(table_forms.latex(table))
+    (tmp_path / 'paper.tex').write_text(
+      r'\documentclass[twocolumn]{article}\usepackage{booktabs}\usepackage{graphicx}'
+      r'\begin{document}\input{table}\end{document}'
+    )
+    command = ['pdflatex', '-interaction=nonstopmode', '-halt-on-error', 'paper.tex']
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout[-1000:]
+    assert 'Overfull' not in ran.stdout
 
   def test_csv_has_every_number_unrounded(self):
     rows = list(csv.DictReader(io.StringIO(table_forms.as_csv(self.table()))))
@@ -331,6 +514,16 @@ class TestProgram:
     with pytest.raises(SystemExit):
       cli.run(lambda: program.main([]))
     assert capsys.readouterr().err.startswith('Error: No results.json given')
+
+  def test_published_numbers_of_an_unknown_scene(self, tmp_path):
+    path = outcomes.write(tmp_path / 'r.json', outcomes.outcome('shed'))
+    program.main([path])
+    program.main([path, '--published', 'none'])
+    words = (
+      r"no published numbers of shed with the loader 'llff'.* 360: bicycle, .*; blender: chair"
+    )
+    with pytest.raises(tables.TablesError, match=words):
+      program.main([path, '--published', PAPER])
 
   @pytest.mark.parametrize('ending', ['.pdf', ''])
   def test_unknown_forms(self, paths, ending):

@@ -2,11 +2,15 @@
 
     python eval.py runs/bonsai
     python eval.py runs/bonsai --gin_bindings Config.vis_normals=True
+    python eval.py runs/bonsai --multiscale
 
 Writes to RUN/eval: results.json, report.html (--report_only only rewrites it) and, as
 PNG files, the prediction, truth, error, depth and opacity of each test image. Settings and cameras
 are the run's own; --gin_bindings override settings. With Config.eval_only_once = False it waits for
 further checkpoints and evaluates those as well.
+
+--multiscale measures each test image at 1, 1/2, 1/4 and 1/8 of its size instead, which shows
+aliasing, and writes to eval/multiscale.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from .. import cli, configs, models
 from ..datasets import scenes
 from ..devices import processes
 from ..errors import UserError
-from ..evaluation import html_report, lpips
+from ..evaluation import html_report, lpips, multiscale
 from ..evaluation import metrics as metrics_lib
 from ..evaluation import results as results_lib
 from ..rendering import trained
@@ -149,19 +153,53 @@ def score_image(run: trained.TrainedRun, row: int, rendering: dict, compute_lpip
   return {'name': run.scene.names[row], **about, **metrics}, truth
 
 
-def write_outputs(run: trained.TrainedRun, per_image, pairs, lpips_absent: str | None) -> dict:
-  """Writes results.json, contact sheet and report, prints the means and returns the results."""
-  config, folder = run.settings.config, os.path.join(run.folder, 'eval')
-  results = results_lib.make(
+def evaluate_scales(
+  run: trained.TrainedRun, rows: Sequence[int], render_image: Callable
+) -> dict | None:
+  """Evaluates at several scales and writes eval/multiscale/results.json; see `multiscale`.
+
+  Returns:
+    The content of results.json; None on processes other than the main one.
+  """
+  compute_lpips, lpips_absent = load_lpips() if processes.is_main() else (None, None)
+  folder = os.path.join(run.folder, 'eval', 'multiscale')
+  found = multiscale.evaluate(run, rows, render_image, folder, compute_lpips)
+  if not processes.is_main():
+    return None
+  results = make_results(run, (), lpips_absent, found)
+  path = os.path.join(folder, 'results.json')
+  results_lib.write_json(path, results)
+  for scale in results['scales']:
+    name = results_lib.scale_name(scale['reduction'])
+    print(f'{name:>4}  {metrics_lib.format_metrics(scale["mean"])}')
+  print(f'mean of scales  {metrics_lib.format_metrics(results["mean"])}')
+  progress.summary({'results': path})
+  return results
+
+
+def make_results(
+  run: trained.TrainedRun, per_image, lpips_absent: str | None, by_scale=None
+) -> dict:
+  """Returns the content of results.json; arguments are those of `results.make`."""
+  report = run.scene.report
+  return results_lib.make(
     run.settings,
-    results_lib.test_split(config, run.scene),
+    results_lib.test_split(run.settings.config, run.scene),
     per_image,
     run.step,
     models.num_params(run.params),
     lpips_absent,
     train_seconds(run.folder, run.step),
-    run.scene.report.get('warnings', ()),
+    report.get('warnings', ()),
+    report.get('reduction'),
+    by_scale,
   )
+
+
+def write_outputs(run: trained.TrainedRun, per_image, pairs, lpips_absent: str | None) -> dict:
+  """Writes results.json, contact sheet and report, prints the means and returns the results."""
+  config, folder = run.settings.config, os.path.join(run.folder, 'eval')
+  results = make_results(run, per_image, lpips_absent)
   written = {'results': os.path.join(folder, 'results.json')}
   results_lib.write_json(written['results'], results)
   if not config.eval_only_once:
@@ -188,6 +226,9 @@ def main(argv: list[str] | None = None) -> None:
     action='store_true',
     help='only rewrite report.html',
   )
+  parser.add_argument(
+    '--multiscale', action='store_true', help='measure at 1, 1/2, 1/4 and 1/8 of the size'
+  )
   args = parser.parse_args(argv)
   folder = cli.run_folder(args)
   settings, scene = run_folder.open_run(folder, cli.bindings(args))
@@ -198,6 +239,8 @@ def main(argv: list[str] | None = None) -> None:
   cli.show_notices(settings, args)
   cli.show_warnings(scene.report)
   rows = select_images(settings.config, scene)
+  if args.multiscale:
+    multiscale.check_sizes(scene, rows)
   render_image = mesh = None
   for _ in steps_to_evaluate(folder, settings.config):
     # The newest checkpoint now: training may already have replaced the one that was found.
@@ -205,4 +248,4 @@ def main(argv: list[str] | None = None) -> None:
     # One renderer for all checkpoints, so that it is compiled only once.
     render_image = render_image or run.make_image_renderer(settings.config.vis_normals)
     mesh = run.mesh
-    evaluate(run, rows, render_image)
+    (evaluate_scales if args.multiscale else evaluate)(run, rows, render_image)

@@ -4,21 +4,19 @@
 
 Each GPU runs one scene at a time; without GPUs, one scene at a time. Run the same command again
 after an interruption: it skips finished scenes and resumes the others from their newest checkpoint.
---slurm writes a job array with one task per scene instead, and --submit submits it; afterwards, the
-same command without --slurm prints the table.
+--slurm writes a job array with one task per run instead, and --submit submits it; afterwards, the
+same command without --slurm prints the table. With --seeds N, each scene is trained N times, and
+the table has means and standard deviations.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shlex
-import subprocess
 
-from .. import cli, plugins
+from .. import cli
 from ..evaluation import benchmarks, table_forms, tables
-from ..experiments import dataset_runs, runs
-from ..system import files, installation
+from ..experiments import dataset_runs, runs, slurm
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,51 +33,29 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     '--unchecked', action='store_true',
     help='skip the check of the dataset, and leave published numbers out of the table',
   )  # fmt: skip
-  parser.add_argument(
-    '--slurm', nargs='?', const='', metavar='OPTIONS',
-    help='write a SLURM job array with these options: --slurm="--partition=gpu --time=8:00:00"',
-  )  # fmt: skip
-  parser.add_argument('--submit', action='store_true', help='submit the job array')
+  parser.add_argument('--seeds', type=int, default=1, help='runs of each scene; default: 1')
+  slurm.add_arguments(parser)
   cli.add_arguments(parser)
   return parser.parse_args(argv)
 
 
-def write_slurm(args: argparse.Namespace, unfinished: list[runs.Run], out: str) -> None:
-  """Writes a job array to `out`/slurm.sh, and submits it with --submit."""
-  command = [*installation.command('run_dataset'), '--dataset', args.dataset]
-  command += ['--root', os.path.abspath(args.root), '--out', os.path.abspath(out)]
-  command += ['--unchecked'] if args.unchecked else []
-  for flag in ('gin_configs', 'gin_bindings'):
-    command += [f'--{flag}', *getattr(args, flag)] if getattr(args, flag) else []
-  command += plugins.flags()
-  path = os.path.join(out, 'slurm.sh')
-  files.write_text(path, dataset_runs.slurm_script(unfinished, args.slurm, command))
-  if args.submit:
-    _submit(path)
-  else:
-    print(f'-> {path}; submit it with: sbatch {shlex.quote(path)}')
-  print('When the jobs are done, the same command without --slurm prints the table.')
-
-
-def _submit(path: str) -> None:
-  try:
-    subprocess.run(['sbatch', os.path.abspath(path)], check=True)
-  except (OSError, subprocess.CalledProcessError) as error:
-    raise runs.RunError(
-      f'sbatch did not accept {path}: {error} Submit it on a SLURM login node: '
-      f'sbatch {shlex.quote(path)}'
-    ) from None
+def task(args: argparse.Namespace, out: str) -> list[str]:
+  """Returns the program and flags of a task of the job array; see `slurm.write`."""
+  root = os.path.abspath(args.root)
+  words = ['run_dataset', '--dataset', args.dataset, '--root', root, '--out', os.path.abspath(out)]
+  words += ['--seeds', str(args.seeds)] if args.seeds > 1 else []
+  return words + (['--unchecked'] if args.unchecked else [])
 
 
 def write_tables(args: argparse.Namespace, benchmark, all_runs: list[runs.Run], out: str) -> None:
-  """Prints the table of the finished runs; writes it to `out` unless --scenes chose some."""
+  """Prints the table of the finished runs; writes it to `out` unless some were chosen."""
   paths = [run.results for run in all_runs if runs.is_finished(run)]
   if not paths:
     return
   published = [] if args.unchecked else None
   table = tables.make(tables.group(tables.read(paths)), benchmark, published)
   print(table_forms.markdown(table))
-  for ending in table_forms.FORMS if args.scenes is None else ():
+  for ending in () if args.scenes or args.only else table_forms.FORMS:
     path = os.path.join(out, f'table{ending}')
     table_forms.write(path, table)
     print(f'-> {path}')
@@ -90,15 +66,16 @@ def main(argv: list[str] | None = None) -> None:
   benchmark = benchmarks.load(args.dataset)
   out = args.out or os.path.join('runs', args.dataset)
   all_runs = dataset_runs.make_runs(
-    benchmark, args.root, out, args.scenes, args.gin_configs, args.gin_bindings
+    benchmark, args.root, out, args.scenes, args.gin_configs, args.gin_bindings, args.seeds
   )
+  all_runs = runs.choose(all_runs, args.only)
   if not args.unchecked:
     dataset_runs.check_folder(benchmark, all_runs)
   if args.check:
     return
   unfinished = [run for run in all_runs if not runs.is_finished(run)]
   if unfinished and args.slurm is not None:
-    write_slurm(args, unfinished, out)
+    slurm.write(args, unfinished, out, task(args, out))
     return
   failed = runs.run_all(unfinished, len(all_runs), args.gpus) if unfinished else {}
   write_tables(args, benchmark, all_runs, out)

@@ -4,8 +4,9 @@
     python scripts/tables.py --method base runs/a/*/eval/results.json \
         --method 'no distortion' runs/b/*/eval/results.json --out tables.md tables.tex tables.csv
 
-Files without --method are grouped by their config. All files must have the same protocol, which
-must also be that of the published numbers.
+Files without --method are grouped by their config. Runs that differ only in their seed become a
+mean with its standard deviation. All files must have the same protocol, which must also be that of
+the published numbers. LaTeX has all metrics side by side; the best number of each column is bold.
 """
 
 from __future__ import annotations

@@ -305,6 +305,7 @@ def _report(
       (h.width, h.height) != tuple(size) for h, size in zip(located.headers, sizes.tolist())
     ),
     'image_folders': sorted({os.path.dirname(file) for file in located.files}),
+    'reduction': located.reduction,
     'folder_to_be_made': located.to_be_made,
     'image_sizes': _count(f'{w}x{h}' for w, h in sizes.tolist()),
     'camera_models': _count(frame.model for frame in frames),
@@ -328,7 +329,7 @@ def _drop(rows: Sequence[int], frames: Sequence[Frame], split):
 
 def _locate(data_dir, frames, factor, background, read_only) -> pyramid.Pictures:
   """Calls `pyramid.locate` for each folder; the result is in the order of the frames."""
-  files, headers, to_be_made = {}, {}, []
+  files, headers, to_be_made, reductions = {}, {}, [], set()
   for folder in sorted({frame.folder for frame in frames}):
     rows = [i for i, frame in enumerate(frames) if frame.folder == folder]
     names = [frames[i].file for i in rows]
@@ -336,10 +337,12 @@ def _locate(data_dir, frames, factor, background, read_only) -> pyramid.Pictures
     files.update(zip(rows, found.files))
     headers.update(zip(rows, found.headers))
     to_be_made += [found.to_be_made] if found.to_be_made else []
+    reductions.add(found.reduction)
   order = range(len(frames))
   return pyramid.Pictures(
     tuple(files[i] for i in order),
     tuple(headers[i] for i in order),
+    ' and '.join(sorted(reductions)),
     ', '.join(to_be_made) or None,
   )
 

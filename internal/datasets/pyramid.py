@@ -29,6 +29,9 @@ from PIL import Image
 from ..system import files, warnings
 from . import comparison, images, masks
 
+# How reduced pictures were made.
+NOT_REDUCED, BY_DATASET, BY_AREA_FILTER = 'none', 'dataset', 'area filter'
+
 _MANIFEST = '.sources.json'
 _BLOCK, _BLOCKS = 2**14, 8  # Bytes, and how many such blocks of a file count in its digest.
 
@@ -39,6 +42,7 @@ class Pictures:
 
   files: tuple[str, ...]  # Relative to the capture's folder.
   headers: tuple[images.Header, ...]
+  reduction: str  # NOT_REDUCED, BY_DATASET (another program) or BY_AREA_FILTER (`make`).
   to_be_made: str | None = None  # The missing folder, if read_only.
 
 
@@ -81,21 +85,26 @@ def locate(
     check_present(data_dir, folder, names, factor)
   if factor <= 1:
     files = [images.join(folder, name) for name in names]
-    return Pictures(tuple(files), _read_headers(data_dir, files))
+    return Pictures(tuple(files), _read_headers(data_dir, files), NOT_REDUCED)
   if not folder:
     raise images.DataError(
       f'{data_dir}: Config.factor = {factor} needs pictures in a folder of their own, such as '
       'images/. Move them there or set Config.factor = 0.'
     )
-  pairs = _find_small(data_dir, folder, names, factor, background, read_only)
+  pairs, reduction = _find_small(data_dir, folder, names, factor, background, read_only)
   if pairs is None:
     return _foresee(data_dir, folder, names, factor)
   files = [images.join(folder_name(folder, factor), pairs[name]) for name in names]
-  return Pictures(tuple(files), _read_headers(data_dir, files))
+  return Pictures(tuple(files), _read_headers(data_dir, files), reduction)
 
 
-def _find_small(data_dir, folder, names, factor, background, read_only) -> dict[str, str] | None:
-  """Returns the small picture of each name, after making or checking them; None if read_only."""
+def _find_small(
+  data_dir, folder, names, factor, background, read_only
+) -> tuple[dict[str, str] | None, str]:
+  """Returns the small picture of each name, after making or checking them, and how it was made.
+
+  With read_only, None instead of pictures that would have to be made.
+  """
   small = folder_name(folder, factor)
   root = os.path.join(data_dir, small)
   existing = bool(images.list_images(root))
@@ -103,7 +112,7 @@ def _find_small(data_dir, folder, names, factor, background, read_only) -> dict[
   digests = _digest_all(data_dir, folder, names) if existing else {}
   stale = not existing or (known['own'] and _is_stale(root, folder, names, known, digests))
   if stale and read_only:
-    return None
+    return None, BY_AREA_FILTER
   if stale:
     make(data_dir, folder, factor, background, names)
     known = _read_manifest(root)
@@ -111,9 +120,8 @@ def _find_small(data_dir, folder, names, factor, background, read_only) -> dict[
     pairs = {name: known['files'][name] for name in names}
   else:
     pairs = pair(data_dir, folder, small, names)
-  if not stale:
-    _verify(data_dir, folder, small, pairs, known, digests, read_only)
-  return pairs
+  changed = not stale and _verify(data_dir, folder, small, pairs, known, digests, read_only)
+  return pairs, BY_AREA_FILTER if known['own'] and not changed else BY_DATASET
 
 
 def _read_manifest(folder: str) -> dict[str, Any]:
@@ -180,8 +188,10 @@ def _is_stale(root: str, folder: str, names, known, digests) -> bool:
   return True
 
 
-def _verify(data_dir, folder, small, pairs, known, digests, read_only) -> None:
+def _verify(data_dir, folder, small, pairs, known, digests, read_only) -> bool:
   """Compares the contents of small pictures that the manifest does not know; then it does.
+
+  Returns whether there were any.
 
   Raises:
     DataError: a small picture shows something else than its full-size one.
@@ -190,7 +200,7 @@ def _verify(data_dir, folder, small, pairs, known, digests, read_only) -> None:
   current = {name: [digest, reduced.get(pairs[name])] for name, digest in digests.items()}
   new = [name for name in current if current[name] != known['digests'].get(name)]
   if not new:
-    return
+    return False
   root = os.path.join(data_dir, small)
   comparison.check(os.path.join(data_dir, folder), root, pairs, new, f'{folder}/', f'{small}/')
   if not read_only:
@@ -201,6 +211,7 @@ def _verify(data_dir, folder, small, pairs, known, digests, read_only) -> None:
     }
     with contextlib.suppress(OSError):  # In a folder that is not writable, they are compared again.
       _write_manifest(root, merged)
+  return True
 
 
 def missing(data_dir: str, folder: str, names: Sequence[str], factor: int = 0) -> list[str]:
@@ -353,7 +364,7 @@ def _foresee(data_dir: str, folder: str, names: Sequence[str], factor: int) -> P
     images.Header(*downsampled_size((h.width, h.height), factor), h.orientation) for h in headers
   )
   files = tuple(images.join(small, target.get(name, images.stem(name) + '.png')) for name in names)
-  return Pictures(files, headers, to_be_made=small)
+  return Pictures(files, headers, BY_AREA_FILTER, to_be_made=small)
 
 
 def _some(names: Sequence[str]) -> str:

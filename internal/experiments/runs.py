@@ -25,7 +25,8 @@ class RunError(UserError):
 class Run:
   """One training run with its evaluation."""
 
-  name: str
+  name: str  # Of its folder.
+  of: str  # The scene or row that it belongs to, which several runs share if there are seeds.
   folder: str
   flags: tuple[str, ...]  # --gin_configs and then --gin_bindings, for train.py.
   settings: configs.Settings
@@ -36,16 +37,64 @@ class Run:
     return os.path.join(self.folder, 'eval', 'results.json')
 
 
-def make_run(
-  name: str, folder: str, paths: Sequence[str], bindings: Sequence[str], **fields
-) -> Run:
-  """Makes the run of these gin files and bindings; `fields` are further fields of `Run`.
+def make_runs(
+  name: str,
+  out: str,
+  paths: Sequence[str],
+  bindings: Sequence[str],
+  seeds: int = 1,
+  of: str | None = None,
+  **fields,
+) -> list[Run]:
+  """Makes the runs of these gin files and bindings, one for each seed.
+
+  The seeds are Config.seed and the numbers that follow it. The first run is in the folder
+  `out`/NAME, as it would be without further seeds; the others are in `out`/NAME_seed_SEED.
+
+  Args:
+    name: of the folder.
+    out: gets the folders.
+    paths: gin files.
+    bindings: settings that override them.
+    seeds: number of runs.
+    of: what the runs belong to; None for `name`.
+    **fields: further fields of `Run`.
 
   Raises:
+    RunError: there are no seeds.
     ConfigError: the settings are invalid.
   """
-  flags = ('--gin_configs', *paths, '--gin_bindings', *bindings)
-  return Run(name, folder, flags, configs.load_config(paths, bindings), **fields)
+  if seeds < 1:
+    raise RunError(f'--seeds: must be 1 or more, got {seeds}.')
+  first = configs.load_config(paths, bindings).config.seed
+  made = []
+  for seed in range(first, first + seeds):
+    full_name = name if seed == first else f'{name}_seed_{seed}'
+    folder = os.path.join(out, full_name)
+    here = [*bindings, f'Config.checkpoint_dir = {folder!r}']
+    here += [] if seed == first else [f'Config.seed = {seed}']
+    flags = ('--gin_configs', *paths, '--gin_bindings', *here)
+    settings = configs.load_config(paths, here)
+    made.append(Run(full_name, of or name, folder, flags, settings, **fields))
+  return made
+
+
+def by_seed(of_each: Sequence[Sequence[Run]]) -> list[Run]:
+  """Returns the runs of several scenes or rows, the first seed of all before the others."""
+  return [run for same_seed in zip(*of_each, strict=True) for run in same_seed]
+
+
+def choose(all_runs: Sequence[Run], only: Sequence[str] | None) -> list[Run]:
+  """Returns the runs that --only names, or all for None.
+
+  Raises:
+    RunError: an unknown name.
+  """
+  known = {run.name: run for run in all_runs}
+  for name in only or ():
+    if name not in known:
+      raise RunError(f'--only: there is no run {name!r}; choose from {", ".join(known)}.')
+  return list(all_runs) if only is None else [known[name] for name in only]
 
 
 def is_finished(run: Run) -> bool:
