@@ -96,7 +96,7 @@ def _tiles(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _boxes(projected: gaussians.Projected, size: tuple[int, int]) -> Array:
-  """Returns the tiles that Gaussians touch: [n, 2, 2] int32, the first and past the last, (x, y)."""
+  """Returns the tiles that Gaussians touch: [n, 2, 2] int32, first and past the last, (x, y)."""
   bounds = jnp.stack([projected.xy - projected.reach, projected.xy + projected.reach], 1)
   most = jnp.array(_tiles(size), jnp.float32)[None, None]
   drawn = (projected.opacity > 0)[:, None, None]
