@@ -143,8 +143,8 @@ def _bytes(x: np.ndarray) -> np.ndarray:
 def _pack_rotations(quaternions: np.ndarray) -> np.ndarray:
   """Packs unit quaternions [n, 4], w first, into [n] 32 bits.
 
-  In the order x, y, z, w, the largest component is left out. Its number is in the upper 2 bits. Each
-  of the others has a sign and 9 bits, where the signs are those that make the largest positive.
+  In the order x, y, z, w, the largest component is left out, and its number is in the upper 2 bits.
+  Each of the others has a sign and 9 bits; the signs are those that make the largest positive.
   """
   q = np.roll(quaternions, -1, -1)
   largest = np.argmax(np.abs(q), -1)

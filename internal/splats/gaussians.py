@@ -22,7 +22,7 @@ SH_0 = 0.5 / np.sqrt(np.pi)  # The constant harmonic.
 LOW_PASS = 0.3  # Variance of the screen filter in pixels^2, as programs that draw splats have it.
 MIN_ALPHA = 1 / 255  # A fainter contribution to a pixel is left out.
 MAX_ALPHA = 0.99  # A Gaussian lets at least a hundredth of the light through.
-_NEAR = 0.01  # Gaussians whose means are nearer to the camera's plane are not drawn.
+NEAR = 0.01  # Gaussians whose means are nearer to the camera's plane are not drawn.
 _MAX_LOG_SCALE = 20.0
 _LARGEST = 1e4  # Deviations in pixels are limited to this, so that squares of areas are finite.
 _FIELD_MARGIN = 1.3  # The projection is linearised at most this far outside the picture.
@@ -166,7 +166,7 @@ def project(splats: Splats, camera: Pinhole) -> Projected:
   """
   local = _matmul(splats.means - camera.position[None], camera.rotation.T)  # [n, 3]
   # Guarded before the division: `where` differentiates both branches.
-  ahead = local[:, 2] > _NEAR
+  ahead = local[:, 2] > NEAR
   z = jnp.where(ahead, local[:, 2], 1)
   plane = jnp.where(ahead[:, None], local[:, :2], 0) / z[:, None]  # [n, 2]
   xy = camera.focal[None] * plane + camera.centre[None]
