@@ -4,7 +4,7 @@ import base64
 import io
 import itertools
 import json
-import os
+import pathlib
 import shutil
 import subprocess
 import time
@@ -14,9 +14,8 @@ import numpy as np
 from PIL import Image
 from websockets.sync import client
 
-CHROMIUM = (
-  shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-)
+_NAMES = 'chromium', 'chromium-browser', 'google-chrome'
+CHROMIUM = next(filter(None, map(shutil.which, _NAMES)), None)
 _FLAGS = (
   '--headless=new', '--no-sandbox', '--use-gl=angle', '--use-angle=swiftshader',
   '--enable-unsafe-swiftshader', '--hide-scrollbars', '--remote-debugging-port=0',
@@ -33,8 +32,8 @@ class Browser:
   def __enter__(self):
     command = [CHROMIUM, *_FLAGS, f'--user-data-dir={self._folder}', 'about:blank']
     self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    port_file = os.path.join(self._folder, 'DevToolsActivePort')
-    port = _wait(lambda: os.path.exists(port_file) and open(port_file).read().split('\n')[0])
+    port_file = pathlib.Path(self._folder, 'DevToolsActivePort')
+    port = _wait(lambda: port_file.exists() and port_file.read_text().split('\n')[0])
     targets = json.load(urllib.request.urlopen(f'http://127.0.0.1:{port}/json'))
     url = next(t['webSocketDebuggerUrl'] for t in targets if t['type'] == 'page')
     self._socket, self._ids = client.connect(url, max_size=None), itertools.count(1)

@@ -12,6 +12,8 @@ import trajectory_test
 from internal.splats import formats, gaussians, page, rasterizer
 
 SIZE = (96, 64)
+# The camera's plane, by the distances from which the Gaussians are sorted.
+SORTED = '[...camera.forward, -dot(camera.forward, camera.eye)].join()'
 READY = 'document.body && document.body.dataset.shown ? 1 : 0'
 
 
@@ -74,10 +76,8 @@ def test_a_browser_shows_from_each_stop_what_the_rasteriser_draws(scene, written
     for row in (0, 4):
       chromium.evaluate('document.body.dataset.shown = ""')
       chromium.evaluate(f'location.hash = "camera={scene.names[row]}&bare"')
-      chromium.wait(f'{READY} && Math.hypot(...add(camera.eye, scene.stops[{row}].eye, -1)) < 1e-9')
-      chromium.wait(
-        'document.body.dataset.shown == [...camera.forward, -dot(camera.forward, camera.eye)].join()'
-      )
+      chromium.wait(f'Math.hypot(...add(camera.eye, scene.stops[{row}].eye, -1)) < 1e-9')
+      chromium.wait(f'document.body.dataset.shown == {SORTED}')
       seen = chromium.picture() / 255
       expected = draw(
         splats, gaussians.pinhole(scene.cameras, row), np.zeros(3, np.float32), 20_000

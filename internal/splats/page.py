@@ -59,7 +59,7 @@ def _escaped(text: str) -> str:
 
 
 def describe(scene: scenes.Scene, offset: np.ndarray) -> dict:
-  """Returns what the page knows besides the Gaussians, in its axes: cameras, up, focus and sizes."""
+  """Returns what the page knows besides the Gaussians: cameras, up, focus, ..., in its axes."""
   poses = np.asarray(scene.cameras.camtoworld, np.float64)
   poses = paths.transform_poses(np.linalg.inv(scene.world_transform), poses)
   poses[:, :, 3] -= offset
