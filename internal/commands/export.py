@@ -86,6 +86,18 @@ def export_mesh_files(args, settings, params, scene, views, box, write) -> None:
   write('mesh', mesh.vertices, mesh.colors, mesh.faces)
 
 
+def splat_options(args) -> distil.Options:
+  """Returns the options of the fit.
+
+  Raises:
+    ExportError: one is too small.
+  """
+  for name, least in (('max_splats', 1), ('splat_steps', 0), ('splat_views', 1)):
+    if getattr(args, name) < least:
+      raise points.ExportError(f'--{name} must be at least {least}, got {getattr(args, name)}.')
+  return distil.Options(args.max_splats, args.splat_steps, args.splat_views)
+
+
 def export_views(args, run: trained.TrainedRun, box, out: str, offset) -> dict[str, str]:
   """Writes what is made from rendered views: points, mesh, depth; returns what to print of each."""
   scene, written = run.scene, {}
@@ -114,7 +126,7 @@ def export_views(args, run: trained.TrainedRun, box, out: str, offset) -> dict[s
 
 def export_splats(args, run: trained.TrainedRun, out: str, offset: np.ndarray) -> dict[str, str]:
   """Makes Gaussians and writes their files; returns what to print of each file."""
-  options = distil.Options(args.max_splats, args.splat_steps, args.splat_views)
+  options = splat_options(args)
   to_file = np.linalg.inv(run.scene.world_transform)
   to_file[:3, 3] -= offset
   splats = formats.moved(distil.distil(run, options), to_file)
@@ -135,6 +147,7 @@ def main(argv: list[str] | None = None) -> None:
   for name in ('views', 'width', 'points', 'resolution'):
     if getattr(args, name) < 2:
       raise points.ExportError(f'--{name} must be at least 2, got {getattr(args, name)}.')
+  splat_options(args)  # Checked before the slow part.
   if set(args.what) & {'points', 'mesh'}:
     mesh_lib.library('trimesh')
   if 'mesh' in args.what:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import UserError
 from ..rendering import trained
 from ..system import progress
 from . import fit, gaussians, rasterizer, surfaces, views
@@ -25,15 +24,10 @@ class Options:
   """How to distil."""
 
   max_splats: int = 1_000_000
-  steps: int = 7000  # Pictures to fit to, one a step.
-  views: int = 400  # Pictures of the field to draw them from.
+  steps: int = 7000  # One picture each.
+  views: int = 400  # Pictures of the field, from which a step draws one.
   photo_share: float = 0.5  # Part of the steps that take a training photograph instead.
   seed: int = 0
-
-  def __post_init__(self):
-    for name, least in (('max_splats', 1), ('steps', 0), ('views', 1)):
-      if getattr(self, name) < least:
-        raise UserError(f'{name} must be at least {least}, got {getattr(self, name)}.')
 
 
 def distil(run: trained.TrainedRun, options: Options) -> gaussians.Splats:

@@ -46,7 +46,7 @@ class State:
 
 def start(splats: gaussians.Splats) -> State:
   """Returns the state before the first step."""
-  splats = jax.tree.map(jnp.asarray, splats)
+  splats = jax.tree.map(jnp.array, splats)  # A copy, since steps reuse the memory of their state.
   return State(splats, _adam.init(splats), jnp.zeros(len(splats.means)), jnp.int32(0))
 
 

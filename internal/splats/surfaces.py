@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..rendering import surface_points
 from . import gaussians
 
-SHELL = 500.0  # Normalised units: what lies farther is put at this distance from its camera.
+SHELL = 500.0  # Normalised units: what lies deeper in a picture is put at this depth.
 DEAD_LOGIT = -12.0  # Opacity of a row without a Gaussian.
 _OPACITY = 0.5  # Of a first Gaussian; they overlap.
 _THICKNESS = 0.2  # Deviation along the normal, in those of the disc.
