@@ -15,6 +15,7 @@ from . import fit, gaussians, rasterizer, surfaces, views
 
 _FIRST = 0.6  # Part of the Gaussians that the first ones are; the fit adds the others.
 _RELOCATIONS = 30  # Over the fit, all before the last fifth of its steps.
+_REST = 10  # Steps between relocations, at least.
 _REPORTS = 10  # Progress lines.
 _SPARE = 1.3  # Room in the lists of pairs over the most that a picture needed so far.
 
@@ -69,7 +70,7 @@ def optimise(
   """Fits Gaussians to pictures of the field and to photographs; prints progress."""
   state, rng = fit.start(splats), np.random.default_rng(options.seed)
   capacity = _capacity(needed_pairs(state.splats, field.cameras))
-  relocate_every = max(1, round(0.8 * options.steps / _RELOCATIONS))
+  relocate_every = max(_REST, round(0.8 * options.steps / _RELOCATIONS))
   say_every, errors, began = max(1, options.steps // _REPORTS), [], time.monotonic()
   for k in range(options.steps):
     source = photos if photos.cameras and rng.uniform() < options.photo_share else field
