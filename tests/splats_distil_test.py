@@ -15,9 +15,10 @@ import trajectory_test
 from internal import cameras
 from internal.commands import export
 from internal.export import points
-from internal.rendering import renderer
+from internal.rendering import renderer, trained
 from internal.splats import distil, fit, formats, gaussians, rasterizer, surfaces, views
 from internal.training import checkpoints, run_folder
+from internal.vis import pictures
 
 BLACK = np.zeros(3, np.float32)
 draw = jax.jit(rasterizer.render, static_argnums=3)
@@ -180,7 +181,9 @@ def test_the_command_writes_splats_in_the_captures_frame(ball_run, scene, tmp_pa
   export.main([str(tmp_path), '--what', 'page', *arguments])
   printed = capsys.readouterr().out
   folder = pathlib.Path(tmp_path, 'export')
-  assert sorted(f.name for f in folder.iterdir()) == ['page.html', 'splats.ply', 'splats.spz']
+  assert sorted(f.name for f in folder.iterdir()) == [
+    'page.html', 'splats.json', 'splats.ply', 'splats.spz'
+  ]  # fmt: skip
   for name in ('page.html', 'splats.ply', 'splats.spz'):
     assert str(folder / name) in printed
   rows = plyfile.PlyData.read(folder / 'splats.ply')['vertex']
@@ -203,15 +206,43 @@ def test_too_small_options_name_the_flag(ball_run, tmp_path):
       export.main([str(tmp_path), '--what', 'splats', flag, '0'])
 
 
-def test_photographs_are_those_of_undistorted_cameras(scene, tmp_path, capsys):
-  class Run:
-    pass
+def test_photographs_are_those_of_undistorted_cameras(scene):
+  rows, size = scene.train, (60, 40)
+  assert views.undistorted(scene, rows, size) == []  # All its cameras are distorted.
+  distortion = np.array(scene.cameras.distortion)
+  distortion[3:] = 0
+  straight = dataclasses.replace(
+    scene,
+    cameras=scene.cameras.replace(distortion=distortion),
+    masks=tuple('mask.png' if row == 5 else None for row in range(12)),
+  )
+  assert views.undistorted(straight, rows, size) == [3, 4, 6, 7, 8, 9, 10, 11]
+  assert views.undistorted(straight, rows, (60, 41)) == []
+  fisheye = dataclasses.replace(straight, cameras=trajectory_test.make_scene(12, lens=1).cameras)
+  assert views.undistorted(fisheye, rows, size) == []
 
-  run = Run()
-  run.settings = tiny.settings(f"Config.data_dir = '{tmp_path}'")
-  run.scene = scene  # All its cameras are distorted.
-  assert views.photographs(run, (60, 40)).cameras == []
-  straight = dataclasses.replace(scene.cameras, distortion=0 * scene.cameras.distortion)
-  run.scene = dataclasses.replace(scene, cameras=straight)
-  assert views.photographs(run, (60, 40)).cameras == []
-  assert 'Fitting to the field alone' in capsys.readouterr().out
+
+def test_splats_are_scored_by_the_test_photographs(tmp_path, capsys):
+  splats, seen = make_world()
+  scene = trajectory_test.make_scene(4)
+  cams = cameras.make_cameras(
+    cameras.pixtocam_from_intrinsics(20.0, 20.0, 8, 8), scene.cameras.camtoworld, [16, 16]
+  )
+  scene = dataclasses.replace(scene, cameras=cams, test=(0, 2))
+  settings = tiny.settings(f"Config.data_dir = '{tmp_path}'")
+  run = trained.TrainedRun('', settings, scene, None, {}, 0)
+  assert distil.measure(splats, run) == {}
+  assert 'without photographs' in capsys.readouterr().out
+  for row in scene.test:
+    noisy = np.uint8(np.clip(seen.colors[row] + 10.0, 0, 255))
+    pictures.write_png(str(tmp_path / 'dir' / f'img_{row}.jpg'), noisy)
+  found = distil.measure(splats, run)
+  expected = []
+  for row in scene.test:
+    drawn = np.clip(draw(splats, seen.cameras[row], BLACK, 2**14).rgb, 0, 1)
+    truth = np.clip(seen.colors[row] + 10.0, 0, 255) / 255
+    expected.append(psnr(np.round(255 * drawn) / 255, truth))
+  np.testing.assert_allclose(found['psnr'], np.mean(expected), atol=1e-3)
+  assert found['images'] == 2
+  assert found['pictures_per_second'] > 0
+  assert 0.5 < found['ssim'] < 1

@@ -13,13 +13,16 @@ requirements-export.txt.
 
 `splats` fits 3D Gaussians to the trained field and writes splats.ply and .spz for splat programs;
 `page` does the same and also writes page.html, one file that shows the scene in any browser. They
-are made only when named: the fit takes minutes on a GPU. docs/export.md explains the files.
+are made only when named: the fit takes minutes on a GPU. splats.json has the number of Gaussians
+and their PSNR on the test photographs. docs/export.md explains the files.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import time
 
 import numpy as np
 
@@ -33,6 +36,7 @@ from ..training import run_folder
 
 _KINDS = ('points', 'mesh', 'depth')
 _SPLAT_KINDS = ('splats', 'page')
+_SPLAT_FILES = ('splats.ply', 'splats.spz', 'page.html')
 _LEVEL_QUANTILE = 0.1  # The mesh's default level, among the densities at the views' surfaces.
 
 
@@ -129,8 +133,12 @@ def export_splats(args, run: trained.TrainedRun, out: str, offset: np.ndarray) -
   options = splat_options(args)
   to_file = np.linalg.inv(run.scene.world_transform)
   to_file[:3, 3] -= offset
-  splats = formats.moved(distil.distil(run, options), to_file)
-  path = {name: os.path.join(out, name) for name in ('splats.ply', 'splats.spz', 'page.html')}
+  began = time.monotonic()
+  splats = distil.distil(run, options)
+  about = {'splats': len(splats.means), 'seconds': time.monotonic() - began}
+  about |= dataclasses.asdict(options) | distil.measure(splats, run)
+  splats = formats.moved(splats, to_file)
+  path = {name: os.path.join(out, name) for name in _SPLAT_FILES}
   formats.write_ply(path['splats.ply'], splats)
   formats.write_spz(path['splats.spz'], splats)
   if 'page' in args.what:
@@ -138,8 +146,13 @@ def export_splats(args, run: trained.TrainedRun, out: str, offset: np.ndarray) -
     page.write(path['page.html'], splats, run.scene, offset, title)
   else:
     del path['page.html']
+  files.write_text(os.path.join(out, 'splats.json'), json.dumps(about, indent=1))
   note = f'{len(splats.means):,} Gaussians'
-  return {k: f'{v}  ({note}, {os.path.getsize(v) / 1e6:.1f} MB)' for k, v in path.items()}
+  written = {k: f'{v}  ({note}, {os.path.getsize(v) / 1e6:.1f} MB)' for k, v in path.items()}
+  if 'psnr' in about:
+    text = '{psnr:.2f} dB PSNR, SSIM {ssim:.4f}, {pictures_per_second:.1f} pictures/s'
+    written['test images'] = text.format(**about)
+  return written
 
 
 def main(argv: list[str] | None = None) -> None:

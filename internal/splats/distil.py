@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import image
 from ..rendering import trained
 from ..system import progress
 from . import fit, gaussians, rasterizer, surfaces, views
@@ -48,10 +49,47 @@ def distil(run: trained.TrainedRun, options: Options) -> gaussians.Splats:
     cams, images, max(1, round(_FIRST * options.max_splats)), options.max_splats
   )
   del images
-  photos = views.photographs(run, field.cameras[0].size)
-  background = np.float32([1.0] * 3 if run.scene.background == 'white' else [0.0] * 3)
-  splats = optimise(splats, field, photos, background, options)
+  size = field.cameras[0].size
+  photos = views.photographs(run, views.undistorted(run.scene, run.scene.train, size))
+  splats = optimise(splats, field, photos, background_of(run), options)
   return fit.bury(splats, fit.least_scales(splats.means, field.cameras))
+
+
+def background_of(run: trained.TrainedRun) -> np.ndarray:
+  """Returns the colour [3] behind all Gaussians."""
+  return np.float32([1.0] * 3 if run.scene.background == 'white' else [0.0] * 3)
+
+
+def measure(splats: gaussians.Splats, run: trained.TrainedRun) -> dict:
+  """Compares drawn pictures with the test photographs that have no distortion and no mask.
+
+  Returns:
+    psnr in dB and ssim, means over `images` pictures rounded to 8 bits, as eval.py has them, and
+    pictures_per_second, of which a picture is `size` pixels; {} if there is no such photograph.
+  """
+  scene = run.scene
+  size = tuple(np.asarray(scene.cameras.size)[scene.train[0]].tolist())
+  tests = views.photographs(run, views.undistorted(scene, scene.test, size))
+  if not tests.cameras:
+    return {}
+  splats, background = jax.tree.map(jnp.asarray, splats), background_of(run)
+  capacity = _capacity(needed_pairs(splats, tests.cameras))
+  render = jax.jit(rasterizer.render, static_argnums=3)
+
+  def draw(camera):
+    return render(splats, camera, background, capacity).rgb
+
+  scores = []
+  for camera, truth in zip(tests.cameras, tests.colors):
+    drawn, truth = image.quantize(draw(camera)), truth.astype(np.float32) / 255
+    scores.append((image.mse_to_psnr(jnp.mean((drawn - truth) ** 2)), image.ssim(drawn, truth)))
+  began = time.monotonic()
+  jax.block_until_ready([draw(camera) for camera in tests.cameras])
+  rate = len(tests.cameras) / (time.monotonic() - began)
+  psnr, ssim = np.mean(scores, 0).tolist()
+  return {
+    'psnr': psnr, 'ssim': ssim, 'images': len(scores), 'size': size, 'pictures_per_second': rate
+  }  # fmt: skip
 
 
 def needed_pairs(splats: gaussians.Splats, cameras: list[gaussians.Pinhole]) -> int:

@@ -6,6 +6,7 @@ World means the normalised world, in which the training cameras fill [-1, 1]^3.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 from scipy.spatial import transform
@@ -77,23 +78,24 @@ def render_teacher(run: trained.TrainedRun, cams: structs.Cameras) -> tuple[View
   return Views(pinholes, colors), images
 
 
-def photographs(run: trained.TrainedRun, size: tuple[int, int]) -> Views:
-  """Returns the training photographs that an undistorted camera of this size took, without masks.
-
-  There are none if the photographs cannot be read; fitting needs only the field.
-  """
-  scene, cams = run.scene, run.scene.cameras
-  rows = [
+def undistorted(scene: scenes.Scene, rows: Iterable[int], size: tuple[int, int]) -> list[int]:
+  """Returns the images among `rows` of perspective cameras of this size, without masks."""
+  cams = scene.cameras
+  return [
     row
-    for row in scene.train
+    for row in rows
     if tuple(np.asarray(cams.size)[row].tolist()) == size
     and cams.lens[row] == structs.PERSPECTIVE
     and not np.any(cams.distortion[row])
     and not (scene.masks and scene.masks[row])
   ]
+
+
+def photographs(run: trained.TrainedRun, rows: list[int]) -> Views:
+  """Returns the capture's photographs `rows`; none if they cannot be read, which is told."""
   try:
-    colors = scenes.read_images(run.settings.config.data_dir or '', scene, rows)
+    colors = scenes.read_images(run.settings.config.data_dir or '', run.scene, rows)
   except (UserError, OSError) as error:
-    progress.say(f'Fitting to the field alone, since photographs cannot be read: {error}')
+    progress.say(f'Going on without photographs, since they cannot be read: {error}')
     return Views([], [])
-  return Views([gaussians.pinhole(cams, row) for row in rows], colors)
+  return Views([gaussians.pinhole(run.scene.cameras, row) for row in rows], colors)
