@@ -35,8 +35,8 @@ _HALF_TURN = np.diag([1.0, -1, -1, 1])  # Between the axes of .ply and .spz.
 _SPZ_MAGIC, _SPZ_VERSION, _SPZ_ANTIALIASED = 0x5053474E, 3, 1
 _SPZ_HEADER = '<IIIBBBB'  # Magic, version, count, SH degree, fractional bits, flags, reserved.
 _SPZ_COLOR = 0.15  # A byte of colour is 255 (0.15 f_dc + 0.5).
-# Of the 256 steps of a harmonic only multiples of these are used: 7 and 6 of 8 bits. The usual 5 and
-# 4 bits cost over 1 dB on the demo; all 8 make the file a third larger.
+# Of the 256 steps of a harmonic only multiples of these are used: 7 and 6 of 8 bits. The usual 5
+# and 4 bits cost over 1 dB on the demo; all 8 make the file a third larger.
 _SPZ_SH_STEPS = np.repeat([2, 4], [3, 12])  # Degree 1, degrees 2 and 3.
 _SPZ_ROTATION = 511 * np.sqrt(2)  # Of a component that is at most sqrt(1/2), in 9 bits and a sign.
 
