@@ -27,11 +27,15 @@ def initial(cams: structs.Cameras, images: list[dict], count: int, rows: int) ->
   Raises:
     UserError: no pixel is opaque.
   """
-  parts = [_pixels(cams, row, image) for row, image in enumerate(images)]
+  rng, share = np.random.default_rng(0), -(-2 * count // len(images))
+  parts = []
+  for row, image in enumerate(images):
+    pixels = _pixels(cams, row, image)
+    some = rng.permutation(len(pixels[0]))[:share]  # Keeping all would take gigabytes.
+    parts.append([values[some] for values in pixels])
   xyz, rgb, normal, footprint = (np.concatenate(each) for each in zip(*parts))
   if not len(xyz):
     raise UserError('The run shows no surface: all pixels are transparent. Train longer.')
-  rng = np.random.default_rng(0)
   chosen = rng.choice(len(xyz), min(count, rows, len(xyz)), replace=False)
   xyz, rgb, normal, footprint = (a[chosen] for a in (xyz, rgb, normal, footprint))
   near = spatial.cKDTree(xyz).query(xyz, min(4, len(xyz)), workers=-1)[0][:, 1:]

@@ -69,10 +69,11 @@ def _poses_between(poses: np.ndarray, count: int, rng: np.random.Generator) -> n
 
 
 def render_teacher(run: trained.TrainedRun, cams: structs.Cameras) -> tuple[Views, list[dict]]:
-  """Renders the field from `cams`: the pictures, and the renderings with their distances."""
+  """Renders the field from `cams`: the pictures, and rgb, acc and distance_median of each."""
   render_image, images = run.make_image_renderer(), []
   for row in progress.track(range(len(cams.size)), 'views of the field'):
-    images.append(render_image(run.params, cams, row, run.train_fraction))
+    image = render_image(run.params, cams, row, run.train_fraction)
+    images.append({name: image[name] for name in ('rgb', 'acc', 'distance_median')})
   colors = [pictures.to_uint8(image['rgb']) for image in images]
   pinholes = [gaussians.pinhole(cams, row) for row in range(len(cams.size))]
   return Views(pinholes, colors), images
