@@ -19,7 +19,7 @@ FLOORS = (
   ('training',),
   ('rendering',),
   ('evaluation', 'export', 'profiling', 'viewer'),
-  ('experiments', 'sfm'),
+  ('experiments', 'sfm', 'splats'),
   ('commands',),
   ('api',),
 )  # fmt: skip

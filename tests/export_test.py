@@ -157,6 +157,18 @@ def test_files_are_in_the_captures_frame(scene, views, tmp_path):
   np.testing.assert_array_equal(mesh_lib._linear(np.array([0, 188, 255])), [0, 128, 255])
 
 
+@pytest.mark.parametrize('faces', [None, np.array([[0, 1, 2]])])
+def test_glb_shows_its_colours_without_lights(tmp_path, faces):
+  path = tmp_path / 'a.glb'
+  mesh_lib.write(str(path), np.eye(3), np.full((3, 3), 128, np.uint8), faces, np.array([0, 0, 1.0]))
+  content = path.read_bytes()
+  tree = json.loads(content[20 : 20 + int.from_bytes(content[12:16], 'little')])
+  assert tree['extensionsUsed'] == ['KHR_materials_unlit']
+  (material,) = tree['materials']
+  assert material['extensions'] == {'KHR_materials_unlit': {}}
+  assert [p['material'] for m in tree['meshes'] for p in m['primitives']] == [0]
+
+
 def test_captures_in_geographic_coordinates_keep_millimetres(tmp_path, monkeypatch):
   """The ball is 40 m across, at 4,500,000 m: steps of float32 would be half a metre."""
   centre, unit = np.array([4_500_000.25, -3_200_000.5, 5_000_000.75]), 50.0

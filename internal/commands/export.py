@@ -1,19 +1,28 @@
-"""Exports a trained scene as coloured points, a mesh, and depth maps with their poses.
+"""Exports a trained scene as points, a mesh, depth maps, 3D Gaussians, or a web page.
 
     python scripts/export.py runs/garden
-    python scripts/export.py runs/garden --only mesh --resolution 512 --box -1 -1 -0.5 1 1 0.8
+    python scripts/export.py runs/garden --what page
+    python scripts/export.py runs/garden --what splats --max_splats 300000
+    python scripts/export.py runs/garden --what mesh --resolution 512 --box -1 -1 -0.5 1 1 0.8
     python scripts/export.py runs/garden --box_units capture --box -3 -3 -3 3 3 3
 
 Writes points.ply and .glb, mesh.ply and .glb, and depth/ (transforms.json, images/, depths/) to
 RUN/export, all in the capture's own frame; a .glb is rotated so that y is up. offset.json has what
-the node of a .glb adds to its vertices. It needs optional packages: pip install -r
-requirements-export.txt. docs/export.md explains the files.
+the node of a .glb adds to its vertices. Points and meshes need optional packages: pip install -r
+requirements-export.txt.
+
+`splats` fits 3D Gaussians to the trained field and writes splats.ply and .spz for splat programs;
+`page` does the same and also writes page.html, one file that shows the scene in any browser. They
+are made only when named: the fit takes minutes on a GPU. splats.json has the number of Gaussians
+and their PSNR on the test photographs. docs/export.md explains the files.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import time
 
 import numpy as np
 
@@ -21,10 +30,13 @@ from .. import cli, paths
 from ..export import mesh as mesh_lib
 from ..export import points
 from ..rendering import orbits, trained
+from ..splats import distil, formats, page
 from ..system import files, progress
 from ..training import run_folder
 
 _KINDS = ('points', 'mesh', 'depth')
+_SPLAT_KINDS = ('splats', 'page')
+_SPLAT_FILES = ('splats.ply', 'splats.spz', 'page.html')
 _LEVEL_QUANTILE = 0.1  # The mesh's default level, among the densities at the views' surfaces.
 
 
@@ -33,7 +45,8 @@ def parse(argv: list[str] | None):
   add = parser.add_argument
   add('run', metavar='RUN', help="the training run's folder")
   add('--out', metavar='DIR', help='output folder (default: RUN/export)')
-  add('--only', nargs='+', choices=_KINDS, default=_KINDS, help='what to export (default: all)')
+  what = 'what to export (default: points mesh depth)'
+  add('--what', '--only', nargs='+', choices=_KINDS + _SPLAT_KINDS, default=_KINDS, help=what)
   add('--views', type=int, default=48, help='maximum number of training poses to render')
   add('--width', type=int, default=400, help='width of the rendered views in pixels')
   add('--points', type=int, default=1_000_000, help='maximum number of points')
@@ -44,6 +57,10 @@ def parse(argv: list[str] | None):
   add('--box_units', choices=('normalized', 'capture'), default='normalized', help=units)
   add('--resolution', type=int, default=256, help='mesh cells along the longest side of the box')
   add('--density', type=float, help="density of the mesh's surface (default: from the views)")
+  splats = distil.Options()
+  add('--max_splats', type=int, default=splats.max_splats, help='maximum number of Gaussians')
+  add('--splat_steps', type=int, default=splats.steps, help='steps of fitting the Gaussians')
+  add('--splat_views', type=int, default=splats.views, help='views of the field to fit them to')
   cli.add_plugins_argument(parser)
   return parser.parse_args(argv)
 
@@ -73,23 +90,25 @@ def export_mesh_files(args, settings, params, scene, views, box, write) -> None:
   write('mesh', mesh.vertices, mesh.colors, mesh.faces)
 
 
-def main(argv: list[str] | None = None) -> None:
-  args = parse(argv)
-  for name in ('views', 'width', 'points', 'resolution'):
-    if getattr(args, name) < 2:
-      raise points.ExportError(f'--{name} must be at least 2, got {getattr(args, name)}.')
-  if set(args.only) & {'points', 'mesh'}:
-    mesh_lib.library('trimesh')
-  if 'mesh' in args.only:
-    mesh_lib.library('skimage.measure')
-  settings, scene = run_folder.open_run(args.run)
-  box, out = read_box(args, scene), args.out or os.path.join(args.run, 'export')
+def splat_options(args) -> distil.Options:
+  """Returns the options of the fit.
+
+  Raises:
+    ExportError: one is too small.
+  """
+  for name, least in (('max_splats', 1), ('splat_steps', 0), ('splat_views', 1)):
+    if getattr(args, name) < least:
+      raise points.ExportError(f'--{name} must be at least {least}, got {getattr(args, name)}.')
+  return distil.Options(args.max_splats, args.splat_steps, args.splat_views)
+
+
+def export_views(args, run: trained.TrainedRun, box, out: str, offset) -> dict[str, str]:
+  """Writes what is made from rendered views: points, mesh, depth; returns what to print of each."""
+  scene, written = run.scene, {}
   cams = points.pinhole_views(scene, args.views, args.width)
-  run = trained.restore(args.run, settings, scene)
   views = points.render_views(run.make_image_renderer(), run.params, cams, run.train_fraction)
   train = np.asarray(scene.cameras.camtoworld, np.float64)[list(scene.train)]
   up = orbits.mean_up(paths.transform_poses(np.linalg.inv(scene.world_transform), train))
-  written, offset = {}, points.offset(scene)
 
   def write(name, xyz, rgb, faces=None):
     for ending in ('ply', 'glb'):
@@ -98,15 +117,63 @@ def main(argv: list[str] | None = None) -> None:
       what = f'{len(xyz):,} {"points" if faces is None else "vertices"}'
       written[f'{name}.{ending}'] = f'{path}  ({what})'
 
-  if set(args.only) & {'points', 'mesh'}:
-    path = written['offset.json'] = os.path.join(out, 'offset.json')
-    files.write_text(path, json.dumps({'offset': offset.tolist()}))
-  if 'points' in args.only:
+  if 'points' in args.what:
     write('points', *points.point_cloud(views, box, args.points))
-  if 'mesh' in args.only:
-    export_mesh_files(args, settings, run.params, scene, views, box, write)
-  if 'depth' in args.only:
+  if 'mesh' in args.what:
+    export_mesh_files(args, run.settings, run.params, scene, views, box, write)
+  if 'depth' in args.what:
     folder = os.path.join(out, 'depth')
     points.write_depth_folder(folder, scene, views)
     written['depth'] = os.path.join(folder, 'transforms.json')
+  return written
+
+
+def export_splats(args, run: trained.TrainedRun, out: str, offset: np.ndarray) -> dict[str, str]:
+  """Makes Gaussians and writes their files; returns what to print of each file."""
+  options = splat_options(args)
+  to_file = np.linalg.inv(run.scene.world_transform)
+  to_file[:3, 3] -= offset
+  began = time.monotonic()
+  splats = distil.distil(run, options)
+  about = {'splats': len(splats.means), 'seconds': time.monotonic() - began}
+  about |= dataclasses.asdict(options) | distil.measure(splats, run)
+  splats = formats.moved(splats, to_file)
+  path = {name: os.path.join(out, name) for name in _SPLAT_FILES}
+  formats.write_ply(path['splats.ply'], splats)
+  formats.write_spz(path['splats.spz'], splats)
+  if 'page' in args.what:
+    title = os.path.basename(os.path.abspath(args.run))
+    page.write(path['page.html'], splats, run.scene, offset, title)
+  else:
+    del path['page.html']
+  files.write_text(os.path.join(out, 'splats.json'), json.dumps(about, indent=1))
+  note = f'{len(splats.means):,} Gaussians'
+  written = {k: f'{v}  ({note}, {os.path.getsize(v) / 1e6:.1f} MB)' for k, v in path.items()}
+  if 'psnr' in about:
+    text = '{psnr:.2f} dB PSNR, SSIM {ssim:.4f}, {pictures_per_second:.1f} pictures/s'
+    written['test images'] = text.format(**about)
+  return written
+
+
+def main(argv: list[str] | None = None) -> None:
+  args = parse(argv)
+  for name in ('views', 'width', 'points', 'resolution'):
+    if getattr(args, name) < 2:
+      raise points.ExportError(f'--{name} must be at least 2, got {getattr(args, name)}.')
+  splat_options(args)  # Checked before the slow part.
+  if set(args.what) & {'points', 'mesh'}:
+    mesh_lib.library('trimesh')
+  if 'mesh' in args.what:
+    mesh_lib.library('skimage.measure')
+  settings, scene = run_folder.open_run(args.run)
+  box, out = read_box(args, scene), args.out or os.path.join(args.run, 'export')
+  offset, written = points.offset(scene), {}
+  run = trained.restore(args.run, settings, scene)
+  if offset.any() or set(args.what) & {'points', 'mesh'}:
+    path = written['offset.json'] = os.path.join(out, 'offset.json')
+    files.write_text(path, json.dumps({'offset': offset.tolist()}))
+  if set(args.what) & set(_KINDS):
+    written |= export_views(args, run, box, out, offset)
+  if set(args.what) & set(_SPLAT_KINDS):
+    written |= export_splats(args, run, out, offset)
   progress.summary(written)

@@ -202,7 +202,22 @@ def write(path: str, vertices, colors, faces=None, up=None, offset=(0, 0, 0)) ->
     shift[:3, 3] = offset
     scene = trimesh.Scene()
     scene.add_geometry(shape, node_name='capture', transform=_y_up(up) @ shift)
-    scene.export(temporary)
+    scene.export(temporary, tree_postprocessor=_unlit)
+
+
+def _unlit(tree: dict) -> None:
+  """Makes all shapes of a glTF tree show their colours as they are, without lights.
+
+  Without a material glTF has bare metal, which is black where nothing is reflected.
+  """
+  material = {'extensions': {'KHR_materials_unlit': {}}}
+  # For programs that do not know the extension: no metal, rough.
+  material['pbrMetallicRoughness'] = {'metallicFactor': 0, 'roughnessFactor': 1}
+  tree['materials'] = [material]
+  tree['extensionsUsed'] = ['KHR_materials_unlit']
+  for shape in tree['meshes']:
+    for primitive in shape['primitives']:
+      primitive['material'] = 0
 
 
 def _ply(vertices: np.ndarray, colors: np.ndarray, faces: np.ndarray | None) -> bytes:

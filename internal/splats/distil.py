@@ -1,0 +1,147 @@
+"""Distils a trained field into 3D Gaussians: first Gaussians from its surfaces, then a fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import image
+from ..rendering import trained
+from ..system import progress
+from . import fit, gaussians, rasterizer, surfaces, views
+
+_FIRST = 0.6  # Part of the Gaussians that the first ones are; the fit adds the others.
+_RELOCATIONS = 30  # Over the fit, all before the last fifth of its steps.
+_REST = 10  # Steps between relocations, at least.
+_REPORTS = 10  # Progress lines.
+_SPARE = 1.3  # Room in the lists of pairs over the most that a picture needed so far.
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How to distil."""
+
+  max_splats: int = 1_000_000
+  steps: int = 7000  # One picture each.
+  views: int = 400  # Pictures of the field, from which a step draws one.
+  photo_share: float = 0.5  # Part of the steps that take a training photograph instead.
+  seed: int = 0
+
+
+def distil(run: trained.TrainedRun, options: Options) -> gaussians.Splats:
+  """Makes Gaussians that look like a trained field.
+
+  Returns:
+    At most `max_splats` Gaussians in the normalised world.
+
+  Raises:
+    ExportError: the run's rays are in NDC.
+    UserError: the field shows no surface.
+  """
+  width = int(np.asarray(run.scene.cameras.size)[run.scene.train[0], 0])
+  cams = views.teacher_cameras(run.scene, options.views, width, options.seed)
+  field, images = views.render_teacher(run, cams)
+  splats = surfaces.initial(
+    cams, images, max(1, round(_FIRST * options.max_splats)), options.max_splats
+  )
+  del images
+  size = field.cameras[0].size
+  photos = views.photographs(run, views.undistorted(run.scene, run.scene.train, size))
+  splats = optimise(splats, field, photos, background_of(run), options)
+  return fit.bury(splats, fit.least_scales(splats.means, field.cameras))
+
+
+def background_of(run: trained.TrainedRun) -> np.ndarray:
+  """Returns the colour [3] behind all Gaussians."""
+  return np.float32([1.0] * 3 if run.scene.background == 'white' else [0.0] * 3)
+
+
+def measure(splats: gaussians.Splats, run: trained.TrainedRun) -> dict:
+  """Compares drawn pictures with the test photographs that have no distortion and no mask.
+
+  Returns:
+    psnr in dB and ssim, means over `images` pictures rounded to 8 bits, as eval.py has them, and
+    pictures_per_second, of which a picture is `size` pixels; {} if there is no such photograph.
+  """
+  scene = run.scene
+  size = tuple(np.asarray(scene.cameras.size)[scene.train[0]].tolist())
+  tests = views.photographs(run, views.undistorted(scene, scene.test, size))
+  if not tests.cameras:
+    return {}
+  splats, background = jax.tree.map(jnp.asarray, splats), background_of(run)
+  capacity = _capacity(needed_pairs(splats, tests.cameras))
+  render = jax.jit(rasterizer.render, static_argnums=3)
+
+  def draw(camera):
+    return render(splats, camera, background, capacity).rgb
+
+  scores = []
+  for camera, truth in zip(tests.cameras, tests.colors):
+    drawn, truth = image.quantize(draw(camera)), truth.astype(np.float32) / 255
+    scores.append((image.mse_to_psnr(jnp.mean((drawn - truth) ** 2)), image.ssim(drawn, truth)))
+  began = time.monotonic()
+  jax.block_until_ready([draw(camera) for camera in tests.cameras])
+  rate = len(tests.cameras) / (time.monotonic() - began)
+  psnr, ssim = np.mean(scores, 0).tolist()
+  return {
+    'psnr': psnr, 'ssim': ssim, 'images': len(scores), 'size': size, 'pictures_per_second': rate
+  }  # fmt: skip
+
+
+def needed_pairs(splats: gaussians.Splats, cameras: list[gaussians.Pinhole]) -> int:
+  """Returns the most pairs of Gaussian and tile that one of the cameras' pictures needs."""
+  project = jax.jit(gaussians.project)
+  return max(int(rasterizer.count_pairs(project(splats, c), c.size)) for c in cameras)
+
+
+def optimise(
+  splats: gaussians.Splats,
+  field: views.Views,
+  photos: views.Views,
+  background: np.ndarray,
+  options: Options,
+) -> gaussians.Splats:
+  """Fits Gaussians to pictures of the field and to photographs; prints progress."""
+  state, rng = fit.start(splats), np.random.default_rng(options.seed)
+  capacity = _capacity(needed_pairs(state.splats, field.cameras))
+  relocate_every = max(_REST, round(0.8 * options.steps / _RELOCATIONS))
+  say_every, errors, began = max(1, options.steps // _REPORTS), [], time.monotonic()
+  for k in range(options.steps):
+    source = photos if photos.cameras and rng.uniform() < options.photo_share else field
+    row = rng.integers(len(source.cameras))
+    done = np.float32(k / options.steps)
+    state, error = fit.step(
+      state, source.cameras[row], source.colors[row], background, done, capacity
+    )
+    errors.append(error)
+    last = k + 1 == options.steps
+    if (k + 1) % relocate_every == 0 and k < 0.8 * options.steps:
+      capacity, state = _grown(capacity, state)
+      state = fit.relocate(state, jax.random.key(k))
+    if (k + 1) % say_every == 0 or last:
+      capacity, state = _grown(capacity, state)
+      psnr = -10 * np.log10(np.mean(np.asarray(jnp.stack(errors))))
+      alive = int(jnp.sum(jax.nn.sigmoid(state.splats.opacity_logits) >= fit.DEAD))
+      left = (time.monotonic() - began) / (k + 1) * (options.steps - k - 1)
+      text = f'step {k + 1:,}/{options.steps:,}  PSNR {psnr:.2f}  {alive:,} Gaussians'
+      progress.say(f'{text}  {progress.duration(left)} left')
+      errors.clear()
+  return state.splats
+
+
+def _capacity(pairs: int) -> int:
+  """Returns a capacity with room, rounded up so that few programs are compiled."""
+  return int(np.ceil(max(pairs, 1) * _SPARE / 2**14)) * 2**14
+
+
+def _grown(capacity: int, state: fit.State) -> tuple[int, fit.State]:
+  """Returns a larger capacity if a picture has lost pairs since the last call."""
+  lost = int(state.overflow)
+  if lost:
+    capacity = _capacity(capacity + lost)
+    progress.say(f'{lost:,} pairs of Gaussian and tile did not fit; making room for {capacity:,}.')
+  return capacity, state.replace(overflow=jnp.int32(0))

@@ -1,0 +1,92 @@
+"""First Gaussians: discs on the surfaces that a trained field shows, and a shell behind them."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import spatial
+
+from .. import structs
+from ..errors import UserError
+from ..rendering import surface_points
+from . import gaussians
+
+SHELL = 500.0  # Normalised units: what lies deeper in a picture is put at this depth.
+DEAD_LOGIT = -12.0  # Opacity of a row without a Gaussian.
+_OPACITY = 0.5  # Of a first Gaussian; they overlap.
+_THICKNESS = 0.2  # Deviation along the normal, in those of the disc.
+_STEEPEST = 8.0  # Neighbours farther apart than so many pixels lie on two surfaces.
+
+
+def initial(cams: structs.Cameras, images: list[dict], count: int, rows: int) -> gaussians.Splats:
+  """Makes Gaussians of `count` random pixels of rendered pictures, in arrays of `rows` rows.
+
+  A Gaussian stands at the median distance along its pixel's ray and has the pixel's colour. It is a
+  disc across the normal of the depth map. Its deviation is the distance to its neighbours among the
+  Gaussians, but at least half a pixel and at most eight. At edges it is a ball.
+
+  Raises:
+    UserError: no pixel is opaque.
+  """
+  rng, share = np.random.default_rng(0), -(-2 * count // len(images))
+  parts = []
+  for row, image in enumerate(images):
+    pixels = _pixels(cams, row, image)
+    some = rng.permutation(len(pixels[0]))[:share]  # Keeping all would take gigabytes.
+    parts.append([values[some] for values in pixels])
+  xyz, rgb, normal, footprint = (np.concatenate(each) for each in zip(*parts))
+  if not len(xyz):
+    raise UserError('The run shows no surface: all pixels are transparent. Train longer.')
+  chosen = rng.choice(len(xyz), min(count, rows, len(xyz)), replace=False)
+  xyz, rgb, normal, footprint = (a[chosen] for a in (xyz, rgb, normal, footprint))
+  near = spatial.cKDTree(xyz).query(xyz, min(4, len(xyz)), workers=-1)[0][:, 1:]
+  radius = np.clip(near.mean(-1) if near.size else footprint, 0.5 * footprint, 8 * footprint)
+  flat = np.linalg.norm(normal, axis=-1, keepdims=True) > 0
+  scales = radius[:, None] * np.where(flat, [1, 1, _THICKNESS], 1)
+  return _padded(xyz, rgb, _turn_z_to(normal), np.log(scales), rows)
+
+
+def _pixels(cams: structs.Cameras, row: int, image: dict) -> tuple[np.ndarray, ...]:
+  """Returns the opaque pixels' positions, colours, normals (0 at edges) and widths in the world."""
+  origins, directions = (
+    a.astype(np.float64) for a in surface_points.pixel_rays(cams, row)
+  )  # [h, w, 3]
+  reach = np.minimum(np.nan_to_num(image['distance_median'], nan=SHELL), SHELL)[..., None]
+  xyz = origins + reach * directions
+  width = reach[..., 0] * float(np.asarray(cams.pixtocam)[row, 0, 0])
+  across, down = np.gradient(xyz, axis=1), np.gradient(xyz, axis=0)
+  normal = np.cross(across, down)
+  steps = np.maximum(*(np.linalg.norm(step, axis=-1) for step in (across, down)))
+  length = np.linalg.norm(normal, axis=-1)
+  flat = (steps < _STEEPEST * width) & (length > 0)
+  normal = np.where(flat[..., None], normal / np.where(length > 0, length, 1)[..., None], 0)
+  kept = (image['acc'] >= 0.5) & np.isfinite(xyz).all(-1) & (width > 0)
+  return xyz[kept], image['rgb'][kept], normal[kept], width[kept]
+
+
+def _turn_z_to(normal: np.ndarray) -> np.ndarray:
+  """Returns quaternions [n, 4] (w first) that turn z to unit vectors [n, 3]; the identity for 0."""
+  x, y, z = normal.T
+  # The half-way rotation: (1 + cos, axis sin); the lower half turns to -normal, the same disc.
+  sign = np.where(z < 0, -1.0, 1.0)
+  return np.stack([1 + sign * z, -sign * y, sign * x, np.zeros_like(x)], -1)
+
+
+def _padded(xyz, rgb, quaternions, log_scales, rows: int) -> gaussians.Splats:
+  """Returns the Gaussians followed by dead rows."""
+  n = len(xyz)
+  sh = np.zeros((rows, gaussians.SH_COEFFICIENTS, 3), np.float32)
+  sh[:n, 0] = (rgb - 0.5) / gaussians.SH_0
+
+  def padded(values, fill):
+    return np.concatenate([values, np.broadcast_to(fill, (rows - n, *values.shape[1:]))]).astype(
+      np.float32
+    )
+
+  logits = np.full(n, np.log(_OPACITY / (1 - _OPACITY)))
+  return gaussians.Splats(
+    means=padded(xyz, xyz[0]),
+    log_scales=padded(log_scales, 0.0),
+    quaternions=padded(quaternions, [1.0, 0, 0, 0]),
+    opacity_logits=padded(logits, DEAD_LOGIT),
+    sh=sh,
+  )
