@@ -21,7 +21,8 @@ from .datasets import scenes
 from .devices import sharding
 from .errors import UserError
 from .rendering import trained
-from .training import loop, runlog
+from .system import bucket
+from .training import loop, run_folder, runlog
 
 
 def load_settings(
@@ -125,14 +126,14 @@ def load_run(folder: str, step: int | None = None, bindings: Sequence[str] = ())
   """Opens a trained run by its folder.
 
   Args:
-    folder: `Config.checkpoint_dir` of the training.
+    folder: `Config.checkpoint_dir` of the training, also a gs:// address.
     step: the checkpoint to restore; None for the newest.
     bindings: gin bindings that override the run's settings.
 
   Raises:
     CheckpointError: the folder has no run, or no such checkpoint.
   """
-  return Run(trained.open_trained(folder, bindings, step))
+  return Run(trained.open_trained(bucket.local(folder), bindings, step))
 
 
 def train(
@@ -157,6 +158,7 @@ def train(
     CheckpointError: the folder holds a run that cannot be resumed.
   """
   capture = capture or load_capture(settings)
+  settings = run_folder.with_local_folder(settings)
   folder, mesh = settings.config.checkpoint_dir, sharding.make_mesh()
   run = Run(trained.TrainedRun(folder, settings, capture, mesh, {}, 0))
 

@@ -17,7 +17,7 @@ import jax
 from . import configs, knobs, plugins
 from .devices import processes, program_cache
 from .errors import UserError
-from .system import installation, progress, signals
+from .system import bucket, installation, progress, signals
 
 _CACHE = 'mipnerf360-jax'
 _CACHE_BYTES = 4 << 30
@@ -226,8 +226,11 @@ def show_warnings(report: Mapping[str, Any]) -> None:
 def run_folder(args: argparse.Namespace) -> str:
   """Returns the run's folder: RUN, or --checkpoint_dir, or else Config.checkpoint_dir.
 
+  That of a gs:// address is its working copy.
+
   Raises:
     ConfigError: none or two are given, or a gin file or binding is invalid.
+    BucketError: the address cannot be used.
   """
   if args.run and args.checkpoint_dir and args.run != args.checkpoint_dir:
     raise configs.ConfigError(
@@ -240,7 +243,7 @@ def run_folder(args: argparse.Namespace) -> str:
     raise configs.ConfigError(
       'No training run given: add RUN, its folder, such as runs/my_scene (or --checkpoint_dir RUN).'
     )
-  return folder
+  return bucket.local(folder)
 
 
 def _is_user_error(error: Exception) -> bool:
@@ -302,6 +305,7 @@ def _end(code: int) -> None:
   """
   if not processes.is_joined():
     sys.exit(code)
+  bucket.close()  # Which os._exit would leave out.
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
@@ -336,7 +340,7 @@ def run(main: Callable[[], None]) -> None:
     _end(stop.exit_code)
   except Exception as error:
     progress.close()
-    message = in_typed_names(' '.join(str(error).split()))
+    message = in_typed_names(bucket.shown(' '.join(str(error).split())))
     user_error = _is_user_error(error)
     of_another = processes.is_of_another_process(error)
     if not (user_error or of_another or processes.is_joined()):

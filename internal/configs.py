@@ -53,7 +53,8 @@ class Config(Checked):
   # Data.
   dataset_loader: str = 'llff'  # Format of the capture; docs/datasets.md lists them.
   data_dir: str | None = None  # Folder of the capture.
-  checkpoint_dir: str | None = None  # Folder of the run: checkpoints, logs and all outputs.
+  # Folder of the run: checkpoints, logs and all outputs. May be an address, gs://BUCKET/RUN.
+  checkpoint_dir: str | None = None
   factor: int = 0  # Downsampling factor: use images_<factor>/ (0: images/ at full size).
   min_images_fraction: float = 0.5  # Minimum fraction of posed images that must exist (1: all).
   allow_unlikely_cameras: bool = False  # Accept intrinsics that no usual lens has, with a warning.

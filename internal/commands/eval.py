@@ -29,7 +29,7 @@ from ..evaluation import html_report, lpips, multiscale
 from ..evaluation import metrics as metrics_lib
 from ..evaluation import results as results_lib
 from ..rendering import trained
-from ..system import files, progress
+from ..system import bucket, files, progress
 from ..training import checkpoints, run_folder, runlog
 from ..vis import pictures
 
@@ -215,6 +215,7 @@ def write_outputs(run: trained.TrainedRun, per_image, pairs, lpips_absent: str |
     print(f'LPIPS is null: {lpips_absent}')
   if config.eval_report:
     written['report'] = html_report.write(run.folder, run.settings, run.scene)
+  bucket.push(run.folder)
   progress.summary(written)
   return results
 
@@ -232,8 +233,12 @@ def main(argv: list[str] | None = None) -> None:
   args = parser.parse_args(argv)
   folder = cli.run_folder(args)
   settings, scene = run_folder.open_run(folder, cli.bindings(args))
+  bucket.fetch(folder, *(f'render/{name}' for name in html_report.VIDEOS))
   if args.report_only:
-    progress.summary({'report': html_report.write(folder, settings, scene)})
+    bucket.fetch(folder, 'eval/')
+    report = html_report.write(folder, settings, scene)
+    bucket.push(folder)
+    progress.summary({'report': report})
     return
   processes.initialize()
   cli.show_notices(settings, args)

@@ -21,7 +21,7 @@ from .. import cli, configs, plugins
 from ..devices import processes
 from ..evaluation import html_report
 from ..rendering import preview, trained, trajectory, videos
-from ..system import files, progress, warnings
+from ..system import bucket, files, progress, warnings
 from ..training import run_folder
 
 
@@ -67,11 +67,14 @@ def main(argv: list[str] | None = None) -> None:
   folder = cli.run_folder(args)
   settings, scene = run_folder.open_run(folder, cli.bindings(args))
   config = settings.config
+  bucket.fetch(folder, 'render', 'eval/')  # The frames that there are; pictures for the report.
   with warnings.collect() as path_warnings:
     cams, fps = trajectory.make_path(config, scene)
   if args.preview:
     out, _ = find_folder(config, folder, videos.describe_path(cams))
-    progress.summary({'preview': preview.write(settings, scene, folder, out)})
+    picture = preview.write(settings, scene, folder, out)
+    bucket.push(folder)
+    progress.summary({'preview': picture})
     return
   processes.initialize()
   cli.show_notices(settings, args)
@@ -79,13 +82,17 @@ def main(argv: list[str] | None = None) -> None:
   cli.show_warnings({'warnings': path_warnings})
   run = trained.restore(folder, settings, scene)
   kinds = videos.KINDS if config.vis_normals else videos.KINDS[:2]
-  out = render_frames(run, cams, kinds, path_warnings)
-  if processes.is_main():
-    written = videos.encode(out, kinds, len(cams.size), fps, config)
-    if os.path.exists(os.path.join(folder, 'eval', html_report.NAME)):
-      # The report embeds the video.
-      written['report'] = html_report.write(folder, settings, scene)
-    progress.summary({**written, 'frames': os.path.join(out, '*', '*.png')})
+  try:
+    out = render_frames(run, cams, kinds, path_warnings)
+    if processes.is_main():
+      written = videos.encode(out, kinds, len(cams.size), fps, config)
+      if os.path.exists(os.path.join(folder, 'eval', html_report.NAME)):
+        # The report embeds the video.
+        written['report'] = html_report.write(folder, settings, scene)
+      progress.summary({**written, 'frames': os.path.join(out, '*', '*.png')})
+  finally:  # Also after a signal, so that the same command resumes.
+    if processes.is_main():
+      bucket.push(folder)
 
 
 def find_folder(config: configs.Config, run: str, wanted: dict) -> tuple[str, dict | None]:

@@ -28,7 +28,7 @@ from ..datasets import scenes
 from ..devices import processes, sharding
 from ..evaluation import train_renders
 from ..system import installation, progress
-from ..training import loop, nonfinite, train_step
+from ..training import loop, nonfinite, run_folder, train_step
 from ..viewer import server
 
 _DEFAULT_CONFIG = 'fast'  # With --data, if no config is given.
@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps(preflight(settings, scene, mesh), indent=2))
     return
   loop.check_settings(settings, scene)
+  settings = run_folder.with_local_folder(settings)
+  config = settings.config
   if args.replay_step is not None:
     nonfinite.replay(settings, scene, mesh, args.replay_step)
     return

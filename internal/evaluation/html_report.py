@@ -22,6 +22,7 @@ from . import lpips, results, tables
 from .metrics import METRICS
 
 NAME = 'report.html'  # In the run's eval/ folder.
+VIDEOS = ('color.mp4', 'depth.mp4', 'normals.mp4')  # In its render/ folder.
 MAPS = ('depth', 'error', 'opacity', 'normals')  # Optional pictures beside truth and prediction.
 _WIDTHS = (960, 640, 480, 320)  # Candidate widths of pictures; the largest that fits is used.
 _PICTURE_BYTES = 16_000_000  # Limit on all pictures together, before base64 adds a third.
@@ -159,8 +160,8 @@ def _choose_width(paths: Sequence[str]) -> int:
 def _read_videos(folder: str) -> tuple[dict[str, str], list[str]]:
   """Reads the rendered videos that are small enough, by name, and notes on those left out."""
   videos, notes = {}, []
-  for kind in ('color', 'depth', 'normals'):
-    path = os.path.join(folder, f'{kind}.mp4')
+  for name in VIDEOS:
+    path = os.path.join(folder, name)
     if not os.path.exists(path):
       continue
     size = os.path.getsize(path)
@@ -168,7 +169,7 @@ def _read_videos(folder: str) -> tuple[dict[str, str], list[str]]:
       notes.append(f'The video {path} is too large for this page ({size / 1e6:.0f} MB).')
       continue
     with open(path, 'rb') as f:
-      videos[kind] = _data('video/mp4', f.read())
+      videos[name.removesuffix('.mp4')] = _data('video/mp4', f.read())
   return videos, notes
 
 

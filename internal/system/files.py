@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import reprlib
 import stat
 from collections.abc import Iterator
@@ -89,6 +90,8 @@ def whole(path: str) -> Iterator[str]:
   Creates the folder. If the block fails, `path` is unchanged and the temporary file is removed. The
   temporary path has the extension of `path`, because some writers infer the format from it.
   """
+  if re.match(r'[a-z]\w+://', path):  # As a path it would name a folder 'gs:'.
+    raise FileError(f'{path}: cannot be written; only Config.checkpoint_dir can be in a bucket.')
   os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
   stem, ending = os.path.splitext(path)
   temporary = f'{stem}.{os.getpid()}.part{ending}'

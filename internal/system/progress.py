@@ -15,7 +15,7 @@ import rich.live
 import rich.progress
 import rich.table
 
-from . import files, signals
+from . import bucket, files, signals
 
 _SECONDS_PER_LINE = 15.0  # Without a terminal.
 _quiet = False
@@ -47,7 +47,7 @@ def say(text: str) -> None:
 def _print(text: str, file: IO[str] | None = None) -> None:
   try:
     with files.named_errors('standard output'):
-      print(text, file=file)
+      print(bucket.shown(text), file=file)
   except BrokenPipeError:
     signals.stop_for_closed_output()
 
@@ -56,7 +56,7 @@ def summary(rows: Mapping[str, object]) -> None:
   """Prints names and values in two columns."""
   width = max(map(len, rows))
   for name, value in rows.items():
-    print(f'{name:<{width}}  {value}')
+    print(bucket.shown(f'{name:<{width}}  {value}'))
 
 
 def duration(seconds: float) -> str:

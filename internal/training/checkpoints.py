@@ -2,7 +2,8 @@
 
 A checkpoint is written as checkpoints/<step>.partial and renamed once it is complete, so a crash
 never leaves a half-written one. Its manifest.json holds the SHA-256 of each of its files, its step
-and its run's id, so a renamed folder or one of another run is recognised.
+and its run's id, so a renamed folder or one of another run is recognised. Those of a run in a
+bucket pass through its working copy (`bucket_checkpoints`).
 """
 
 from __future__ import annotations
@@ -23,19 +24,17 @@ import orbax.checkpoint as ocp
 from .. import configs, structs
 from ..devices import processes, sharding
 from ..errors import UserError
-from ..system import files
-from . import run_lock, run_seal, train_step
+from ..system import bucket, files
+from . import bucket_checkpoints, run_lock, run_seal, train_step
+from .bucket_checkpoints import DAMAGED, MANIFEST, PARTIAL
 
 _STATE = 'default'  # Folder of orbax's files, named as by its CheckpointManager.
 _NOTES = 'notes.json'
-_MANIFEST = 'manifest.json'
-_PARTIAL = '.partial'  # Incomplete, or half deleted.
-_DAMAGED = '.damaged'
 _TRIES = 50  # To read the newest checkpoint while training replaces it.
 
 
 def _folder(checkpoint_dir: str) -> str:
-  return os.path.abspath(os.path.join(checkpoint_dir, 'checkpoints'))
+  return os.path.abspath(os.path.join(checkpoint_dir, bucket_checkpoints.FOLDER))
 
 
 class CheckpointError(UserError):
@@ -49,9 +48,11 @@ class _CheckpointGoneError(CheckpointError):
 def all_steps(checkpoint_dir: str) -> list[int]:
   """Returns the steps of complete checkpoints, ascending, without verifying their files."""
   folder = _folder(checkpoint_dir)
-  if not os.path.isdir(folder):
-    return []
-  return sorted(int(name) for name in os.listdir(folder) if _is_step(name))
+  if copy := bucket.of(checkpoint_dir):
+    names = bucket_checkpoints.steps(copy)
+  else:
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+  return sorted(int(name) for name in names if _is_step(name))
 
 
 def _is_step(name: str) -> bool:
@@ -73,7 +74,7 @@ def _seal(folder: str, notes: Mapping[str, Any], **identity) -> None:
   files.write_text(os.path.join(folder, _NOTES), json.dumps(notes))
   sums = {name: run_seal.sha256(os.path.join(folder, name)) for name in _files_in(folder)}
   manifest = {**identity, 'sha256': sums}
-  files.write_text(os.path.join(folder, _MANIFEST), json.dumps(manifest, indent=1))
+  files.write_text(os.path.join(folder, MANIFEST), json.dumps(manifest, indent=1))
   for root, _, names in os.walk(folder):
     for name in ['', *names]:
       opened = os.open(os.path.join(root, name), os.O_RDONLY)
@@ -84,10 +85,15 @@ def _seal(folder: str, notes: Mapping[str, Any], **identity) -> None:
 
 
 def damage(checkpoint_dir: str, step: int) -> str | None:
-  """Verifies a checkpoint against its manifest; returns what is wrong, or None."""
+  """Verifies a checkpoint against its manifest; returns what is wrong, or None.
+
+  Raises:
+    BucketError: it cannot be downloaded.
+  """
   folder = folder_of(checkpoint_dir, step)
+  _fetch(checkpoint_dir, step)
   try:
-    manifest = files.read_json(os.path.join(folder, _MANIFEST))
+    manifest = files.read_json(os.path.join(folder, MANIFEST))
     sums = dict(manifest['sha256'])
     existing = _files_in(folder)  # A manifest cannot make us open files elsewhere.
     for name, expected in sums.items():
@@ -105,7 +111,7 @@ def damage(checkpoint_dir: str, step: int) -> str | None:
   except OSError as error:
     return f'{os.path.relpath(error.filename or folder, folder)}: {error.strerror}'
   except (files.FileError, ValueError, TypeError, LookupError):
-    return f'{_MANIFEST} is not valid'
+    return f'{MANIFEST} is not valid'
   return None
 
 
@@ -114,8 +120,16 @@ def folder_of(checkpoint_dir: str, step: int) -> str:
   return os.path.join(_folder(checkpoint_dir), str(step))
 
 
+def _fetch(checkpoint_dir: str, step: int) -> None:
+  """Downloads a checkpoint of a run in a bucket."""
+  if copy := bucket.of(checkpoint_dir):
+    bucket_checkpoints.fetch(copy, step)
+
+
 def _is_gone(checkpoint_dir: str, step: int) -> bool:
   """Returns whether a checkpoint that was listed has been removed, by training that keeps few."""
+  if bucket.of(checkpoint_dir):
+    return step not in all_steps(checkpoint_dir)
   return not os.path.lexists(folder_of(checkpoint_dir, step))
 
 
@@ -148,7 +162,7 @@ def _newest(checkpoint_dir: str, at_most: int | None) -> int:
       damaged.add(step)
       then = f'trying step {steps[-1]}' if steps else 'there is no other'
       path = folder_of(checkpoint_dir, step)
-      print(f'Checkpoint {path} is damaged: {reason}; {then}.', file=sys.stderr)
+      _report(f'Checkpoint {path} is damaged: {reason}; {then}.')
 
 
 def start_step(checkpoint_dir: str, at_most: int | None = None) -> int:
@@ -175,14 +189,16 @@ def tidy(checkpoint_dir: str, start: int) -> None:
     CheckpointError: a damaged checkpoint cannot be renamed.
   """
   folder = _folder(checkpoint_dir)
+  if copy := bucket.of(checkpoint_dir):
+    bucket_checkpoints.tidy(copy, start)
   for name in os.listdir(folder) if os.path.isdir(folder) else []:
     path = os.path.join(folder, name)
-    if name.endswith(_PARTIAL):
+    if name.endswith(PARTIAL):
       shutil.rmtree(path, ignore_errors=True)
     elif name.isdecimal() and int(name) > start:
-      shutil.rmtree(path + _DAMAGED, ignore_errors=True)
+      shutil.rmtree(path + DAMAGED, ignore_errors=True)
       try:
-        os.rename(path, path + _DAMAGED)
+        os.rename(path, path + DAMAGED)
       except OSError as e:
         raise CheckpointError(
           f'Checkpoint {path} is damaged and cannot be renamed ({e.strerror}); move it away.'
@@ -193,10 +209,18 @@ def _remove_all_but(checkpoint_dir: str, keep: int) -> None:
   for step in all_steps(checkpoint_dir)[:-keep] if keep else ():
     path = folder_of(checkpoint_dir, step)
     try:
-      os.rename(path, path + _PARTIAL)
-      shutil.rmtree(path + _PARTIAL)
-    except OSError as e:
-      print(f'Old checkpoint {path} cannot be removed: {e.strerror}.', file=sys.stderr)
+      if copy := bucket.of(checkpoint_dir):
+        bucket_checkpoints.remove(copy, step)
+      else:
+        os.rename(path, path + PARTIAL)
+        shutil.rmtree(path + PARTIAL)
+    except (OSError, bucket.BucketError) as e:
+      reason = e.strerror if isinstance(e, OSError) else e
+      _report(f'Old checkpoint {path} cannot be removed: {reason}.')
+
+
+def _report(text: str) -> None:
+  print(bucket.shown(text), file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -249,15 +273,18 @@ def save(
   run_lock.check()
   try:
     with _quiet(), _orbax() as writer:
-      writer.save(os.path.join(final + _PARTIAL, _STATE), args=ocp.args.StandardSave(state))
-    _seal(final + _PARTIAL, notes or {}, **identity)
+      writer.save(os.path.join(final + PARTIAL, _STATE), args=ocp.args.StandardSave(state))
+    _seal(final + PARTIAL, notes or {}, **identity)
     run_lock.check()  # Writing can take minutes.
-    os.rename(final + _PARTIAL, final)
+    os.rename(final + PARTIAL, final)
+    if copy := bucket.of(checkpoint_dir):
+      bucket_checkpoints.upload(copy, step, _files_in(final), run_lock.confirm)
+      shutil.rmtree(folder)  # The bucket has it; those kept there may not fit on this disk.
   except run_lock.RunLockError:
-    shutil.rmtree(final + _PARTIAL, ignore_errors=True)
+    shutil.rmtree(final + PARTIAL, ignore_errors=True)
     raise
   except Exception as error:  # TensorStore raises many types for a full disk.
-    shutil.rmtree(final + _PARTIAL, ignore_errors=True)
+    shutil.rmtree(final + PARTIAL, ignore_errors=True)
     last = latest_step(checkpoint_dir)
     raise CheckpointError(
       f'Step {step:,} could not be saved in {folder}: {" ".join(str(error).split())[:1000]}. '
@@ -272,7 +299,7 @@ def saved_run_id(checkpoint_dir: str) -> str | None:
   """Returns the run's id as the newest checkpoint has it; None if no checkpoint has one."""
   for step in reversed(all_steps(checkpoint_dir)):
     try:
-      run = files.read_json(os.path.join(folder_of(checkpoint_dir, step), _MANIFEST))['run']
+      run = files.read_json(os.path.join(folder_of(checkpoint_dir, step), MANIFEST))['run']
       if isinstance(run, str):
         return run
     except (OSError, files.FileError, LookupError):
@@ -340,8 +367,9 @@ def _restore_copy(checkpoint_dir: str, settings: configs.Settings, mesh, step: i
   with tempfile.TemporaryDirectory() as copy:
     error = None
     try:
+      _fetch(checkpoint_dir, step)
       shutil.copytree(folder_of(checkpoint_dir, step), folder_of(copy, step))
-    except OSError as e:
+    except (OSError, bucket.BucketError) as e:
       error = e
     if processes.on_all(error is None):
       return restore(copy, settings, mesh, step)

@@ -14,7 +14,7 @@ from .. import configs, models, structs
 from ..datasets import scenes
 from ..devices import processes, sharding
 from ..errors import UserError
-from ..system import progress, signals
+from ..system import bucket, progress, signals
 from . import checkpoints, nonfinite, pixel_store, run_folder, run_lock, runlog, train_step
 
 OnStep = Callable[[int, dict], float]
@@ -92,7 +92,13 @@ def train(
     return None
   # Before anything is restored: another training may be replacing the checkpoints.
   with run_lock.locked(folder):
-    return _train(settings, scene, mesh, on_step, render_test)
+    run_folder.refresh(folder)
+    try:
+      return _train(settings, scene, mesh, on_step, render_test)
+    except nonfinite.NonFiniteError:
+      if processes.is_main():
+        bucket.push(folder)  # The log of the steps that led there.
+      raise
 
 
 def _train(

@@ -7,6 +7,7 @@ checkpoints/<step>/, eval and render need nothing else but the photographs. run.
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import os
 import shutil
@@ -21,13 +22,33 @@ from jax.sharding import Mesh
 from .. import configs, structs
 from ..datasets import images, scenes, sparse_points
 from ..devices import sharding
+from ..system import bucket
 from . import checkpoints, run_seal, train_step
 from .checkpoints import CheckpointError
-from .run_seal import CONFIG, SCENE
+from .run_seal import CONFIG, POINTS, SCENE
 
 # Fields of Config that decide what scene.json holds: fixed once the run has been trained.
 _SCENE_FIELDS = ('dataset_loader', 'factor', 'llffhold', 'load_alphabetical', 'dtu_light_cond')
 _MAX_POSE_CHANGE = 1e-3  # In the normalised world; rounding stays below.
+
+# What programs read of a run, besides checkpoints. The seal is last: training writes it first.
+_READ = (CONFIG, SCENE, POINTS, 'metrics.jsonl', 'metrics.jsonl.damaged', run_seal.FILE)
+
+
+def with_local_folder(settings: configs.Settings) -> configs.Settings:
+  """Returns settings whose run is in a local folder: the working copy of a gs:// address.
+
+  The text of the settings, which becomes config.gin, keeps the address.
+  """
+  folder = bucket.local(settings.config.checkpoint_dir)
+  config = dataclasses.replace(settings.config, checkpoint_dir=folder)
+  return dataclasses.replace(settings, config=config)
+
+
+def refresh(checkpoint_dir: str) -> None:
+  """Downloads the run's files into its working copy; does nothing to other folders."""
+  if copy := bucket.of(checkpoint_dir):
+    copy.fetch(_READ)
 
 
 def write_run(checkpoint_dir: str, settings: configs.Settings, scene: scenes.Scene) -> None:
@@ -39,6 +60,7 @@ def write_run(checkpoint_dir: str, settings: configs.Settings, scene: scenes.Sce
 
   run = run_seal.run_id(checkpoint_dir) or checkpoints.saved_run_id(checkpoint_dir)
   run_seal.write(checkpoint_dir, run or uuid.uuid4().hex, settings.text, write_files)
+  bucket.push(checkpoint_dir, first=run_seal.FILE)  # For the reason that it is written first.
 
 
 # What a killed training may leave in its folder, besides incomplete checkpoints.
@@ -66,9 +88,16 @@ def open_run(
 
   Raises:
     CheckpointError: the folder has no run, or a binding changes which images the run uses.
+    BucketError: the run is in a bucket, and not in a working copy of it (`bucket.local`).
     RunFileError: config.gin or scene.json is damaged.
     ConfigError: a binding is invalid.
   """
+  if bucket.is_address(checkpoint_dir):
+    raise bucket.BucketError(
+      f'This program needs a local copy of {checkpoint_dir}: `mkdir RUN && gcloud storage rsync '
+      f'--recursive {checkpoint_dir} RUN`, then name the folder RUN instead.'
+    )
+  refresh(checkpoint_dir)
   paths = [os.path.join(checkpoint_dir, name) for name in (CONFIG, SCENE)]
   for path in paths:
     if not os.path.isfile(path):
@@ -103,7 +132,8 @@ def check_same_scene(checkpoint_dir: str, scene: scenes.Scene) -> None:
       raise images.DataError(f'{os.path.join(checkpoint_dir, SCENE)} has changed or is missing.')
     before = scenes.load_scene(os.path.join(checkpoint_dir, SCENE))
   except (images.DataError, images.DataNotFoundError) as e:
-    print(f'Warning: the images and poses of the run are not compared: {e}', file=sys.stderr)
+    text = f'Warning: the images and poses of the run are not compared: {e}'
+    print(bucket.shown(text), file=sys.stderr)
     return  # `write_run` is about to write it anew.
   way_out = (
     f'Set Config.data_dir and llffhold as in {checkpoint_dir}/{CONFIG}, or set another '

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 from ..devices import processes
 from ..errors import UserError
-from ..system import files
+from ..system import bucket, files
 
 FILE = 'train.lock'
 _HEARTBEAT = 5.0  # Seconds.
@@ -60,7 +60,7 @@ def _process() -> dict:
   }
 
 
-def _holder(text: str) -> dict:
+def _holder(text: str | bytes) -> dict:
   """Parses a lock file; damaged ones name nobody."""
   try:
     holder = json.loads(text)
@@ -89,15 +89,26 @@ def _disk_time(folder: str) -> float:
     return os.stat(f.name).st_mtime
 
 
+def _is_alive(holder: dict) -> bool | None:
+  """Returns whether a lock's holder is alive; None if it cannot be looked up from here."""
+  this, keys = _process(), ('host', 'boot', 'namespace')
+  if not all(this[key] and holder.get(key) == this[key] for key in keys):
+    return None
+  pid = holder.get('pid')
+  return isinstance(pid, int) and _started(pid) == holder.get('started') is not None
+
+
+def _say_waiting(path: str) -> None:
+  print(f'{path} exists; waiting for a heartbeat of the training that wrote it.', file=sys.stderr)
+
+
 def _is_held(path: str, holder: dict) -> bool:
   """Returns whether a lock's holder is alive; waits for a heartbeat if only that can tell."""
-  this, (last, inode) = _process(), _beat_and_inode(path)
+  last, inode = _beat_and_inode(path)
   is_copy = holder.get('inode', inode) != inode  # Its holder trains in another folder.
-  keys = 'host', 'boot', 'namespace'
-  if not is_copy and all(this[key] and holder.get(key) == this[key] for key in keys):
-    pid = holder.get('pid')
-    return isinstance(pid, int) and _started(pid) == holder.get('started') is not None
-  print(f'{path} exists; waiting for a heartbeat of the training that wrote it.', file=sys.stderr)
+  if not is_copy and (alive := _is_alive(holder)) is not None:
+    return alive
+  _say_waiting(path)
   age = max(0.0, _disk_time(os.path.dirname(path)) - (last or 0))
   end = time.monotonic() + _STALE - age
   while _beat(path) == last is not None:
@@ -114,6 +125,18 @@ def _refuse(path: str, holder: dict) -> None:
     f'{holder.get("host", "an unknown host")} since {holder.get("since", "an unknown time")}. '
     'Wait for it, stop it, or set another Config.checkpoint_dir. If you know that it has ended, '
     f'remove {path} and try again.'
+  )
+
+
+def _about() -> dict:
+  """Describes this process as the holder of a lock that it is about to write."""
+  return {**_process(), 'since': time.strftime('%Y-%m-%d %H:%M:%S %z'), 'id': uuid.uuid4().hex}
+
+
+def _vanished(folder: str, state: str) -> RunLockError:
+  return RunLockError(
+    f'{folder} {state}: it was moved, removed or emptied during training. Nothing more is '
+    'written there. Run the same command again to resume from the newest checkpoint that is left.'
   )
 
 
@@ -137,8 +160,7 @@ class _Lock:
       opened = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
       return False
-    about = {'since': time.strftime('%Y-%m-%d %H:%M:%S %z'), 'inode': os.fstat(opened).st_ino}
-    self._text = json.dumps({**_process(), **about, 'id': uuid.uuid4().hex})
+    self._text = json.dumps({**_about(), 'inode': os.fstat(opened).st_ino})
     try:
       with files.named_errors(self.path), open(opened, 'w', encoding='utf-8') as f:
         f.write(self._text)
@@ -177,10 +199,9 @@ class _Lock:
       return  # A disk that does not answer; what is written next will say so.
     folder = os.path.dirname(self.path)
     state = f'no longer has {FILE}' if os.path.isdir(folder) else 'has vanished'
-    raise RunLockError(
-      f'{folder} {state}: it was moved, removed or emptied during training. Nothing more is '
-      'written there. Run the same command again to resume from the newest checkpoint that is left.'
-    )
+    raise _vanished(folder, state)
+
+  confirm = check
 
   def release(self) -> None:
     self._end.set()
@@ -189,7 +210,78 @@ class _Lock:
         os.remove(self.path)
 
 
-_held: _Lock | None = None  # By this process.
+class _BucketLock:
+  """A lock in a bucket that this process holds."""
+
+  def __init__(self, copy: bucket.WorkingCopy):
+    self._copy, self.path = copy, f'{copy.address}/{FILE}'
+    self._text = json.dumps(_about()).encode()
+    self._generation, self._taken_by = self._take(), None  # `_taken_by`: the lock found instead.
+    self._beating, self._end = threading.Lock(), threading.Event()
+    threading.Thread(target=self._keep_alive, daemon=True).start()
+
+  def _take(self) -> bytes:
+    """Writes the lock once it is free or stale, and returns its generation."""
+    while True:
+      text, generation = self._copy.read(FILE)
+      if text is not None and self._is_held(holder := _holder(text), generation):
+        _refuse(self.path, holder)
+      if own := self._copy.write(FILE, self._text, generation):
+        return own
+
+  def _is_held(self, holder: dict, generation: bytes) -> bool:
+    """As the function of this name. Heartbeats are counted here, since the clocks may differ."""
+    if (alive := _is_alive(holder)) is not None:
+      return alive
+    _say_waiting(self.path)
+    end = time.monotonic() + _STALE
+    while time.monotonic() < end:
+      time.sleep(_HEARTBEAT / 10)
+      text, now = self._copy.read(FILE)
+      if now != generation:
+        return text is not None
+    return False
+
+  def _keep_alive(self) -> None:
+    while not self._end.wait(_HEARTBEAT) and self._taken_by is None:
+      with contextlib.suppress(bucket.BucketError):
+        self._beat()
+
+  def _beat(self) -> None:
+    with self._beating:
+      generation = self._copy.write(FILE, self._text, self._generation)
+      if not generation:
+        text, generation = self._copy.read(FILE)
+        if text != self._text:  # Else it is an earlier write whose answer was lost.
+          self._taken_by = text or b''
+      self._generation = generation
+
+  def check(self) -> None:
+    """As `_Lock.check`, by what the last heartbeat found, so without waiting for the network."""
+    if self._taken_by:
+      _refuse(self.path, _holder(self._taken_by))
+    if self._taken_by is not None:
+      raise _vanished(self._copy.address, f'no longer has {FILE}')
+
+  def confirm(self) -> None:
+    """Checks with a heartbeat.
+
+    Raises:
+      RunLockError: as `check`.
+      BucketError: the bucket cannot be reached.
+    """
+    self.check()
+    self._beat()
+    self.check()
+
+  def release(self) -> None:
+    self._end.set()
+    with self._beating, contextlib.suppress(bucket.BucketError):
+      if self._taken_by is None:
+        self._copy.write(FILE, None, self._generation)
+
+
+_held: _Lock | _BucketLock | None = None  # By this process.
 
 
 @contextlib.contextmanager
@@ -203,7 +295,8 @@ def locked(folder: str) -> Iterator[None]:
   error = lock = None
   if processes.is_main():
     try:
-      lock = _Lock(os.path.abspath(folder))
+      copy = bucket.of(folder)
+      lock = _BucketLock(copy) if copy else _Lock(os.path.abspath(folder))
     except (UserError, OSError) as e:
       error = e
   if not processes.on_all(error is None):
@@ -225,3 +318,14 @@ def check() -> None:
   """
   if _held:
     _held.check()
+
+
+def confirm() -> None:
+  """As `check`, but asks a bucket at once instead of relying on the last heartbeat.
+
+  Raises:
+    RunLockError: as `check`.
+    BucketError: the bucket cannot be reached.
+  """
+  if _held:
+    _held.confirm()

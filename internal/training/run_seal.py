@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 
 from ..errors import UserError
-from ..system import files
+from ..system import bucket, files
 
 FILE = 'run.json'
 CONFIG, SCENE, POINTS = 'config.gin', 'scene.json', 'points.npy'
@@ -113,7 +113,7 @@ def check(folder: str) -> None:
 
 
 def _warn(text: str) -> None:
-  print(f'Warning: {text}', file=sys.stderr)
+  print(bucket.shown(f'Warning: {text}'), file=sys.stderr)
 
 
 def _check_edits(path: str, written: str) -> None:

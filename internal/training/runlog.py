@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ..system import files, progress
+from ..system import bucket, files, progress
 
 
 def read_metrics(path: str) -> list[dict]:
@@ -134,10 +134,8 @@ class RunLog:
     aside = f'{self._path}.damaged'
     with files.named_errors(aside), open(aside, 'ab') as f:
       f.writelines(damaged)
-    print(
-      f'Warning: {len(damaged)} damaged lines of {self._path} were moved to {aside}.',
-      file=sys.stderr,
-    )
+    text = f'Warning: {len(damaged)} damaged lines of {self._path} were moved to {aside}.'
+    print(bucket.shown(text), file=sys.stderr)
 
   @contextlib.contextmanager
   def pause(self, name: str) -> Iterator[None]:

@@ -1,0 +1,78 @@
+"""Checkpoints of a run in a bucket, where a folder cannot be renamed.
+
+A checkpoint counts once it has its manifest.json, which is uploaded last and removed first. Each is
+written and verified in the run's working copy (`system/bucket`), by the same code as local ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from ..system import bucket
+
+FOLDER = 'checkpoints'
+MANIFEST = 'manifest.json'
+PARTIAL = '.partial'  # Incomplete, or half deleted.
+DAMAGED = '.damaged'
+
+
+def _manifest(step: int | str) -> str:
+  return f'{FOLDER}/{step}/{MANIFEST}'
+
+
+def steps(copy: bucket.WorkingCopy) -> list[str]:
+  """Returns the names of the complete checkpoints' folders."""
+  names = set(copy.names(f'{FOLDER}/'))
+  return [step for step in {name.split('/')[1] for name in names} if _manifest(step) in names]
+
+
+def fetch(copy: bucket.WorkingCopy, step: int) -> None:
+  """Downloads a checkpoint into the working copy, unless it is there.
+
+  Some of its files are missing if training removes it meanwhile.
+  """
+  if os.path.exists(copy.path(_manifest(step))):
+    return
+  names = copy.names(f'{FOLDER}/{step}/')
+  copy.fetch(name for name in names if name != _manifest(step))
+  copy.fetch([_manifest(step)])
+
+
+def upload(
+  copy: bucket.WorkingCopy, step: int, names: Sequence[str], confirm: Callable[[], None]
+) -> None:
+  """Uploads the run's other files, then a checkpoint's files `names`, its manifest last.
+
+  Args:
+    copy: the run, whose working copy has the checkpoint.
+    step: its step.
+    names: its files, relative to its folder.
+    confirm: called before the manifest; raises an error if this process may no longer write.
+  """
+  copy.push()  # First: each line of metrics.jsonl is written before the checkpoint of its step.
+  copy.upload(f'{FOLDER}/{step}/{name}' for name in names if name != MANIFEST)
+  confirm()
+  copy.upload([_manifest(step)])
+
+
+def remove(copy: bucket.WorkingCopy, step: int | str) -> None:
+  """Removes a checkpoint."""
+  copy.delete([_manifest(step)])
+  copy.delete(copy.names(f'{FOLDER}/{step}/'))
+
+
+def tidy(copy: bucket.WorkingCopy, start: int) -> None:
+  """Removes incomplete checkpoints; those after `start`, which are damaged, become <step>.damaged.
+
+  To rename one is to copy its objects. If this is interrupted, it starts again.
+  """
+  complete = steps(copy)
+  for name in {name.split('/')[1] for name in copy.names(f'{FOLDER}/')}:
+    if name.endswith(PARTIAL) or (name.isdecimal() and name not in complete):
+      copy.delete(copy.names(f'{FOLDER}/{name}/'))
+    elif name.isdecimal() and int(name) > start:
+      copy.delete(copy.names(f'{FOLDER}/{name}{DAMAGED}/'))
+      for path in copy.names(f'{FOLDER}/{name}/'):
+        copy.write(path.replace(f'/{name}/', f'/{name}{DAMAGED}/', 1), copy.read(path)[0])
+      remove(copy, name)
