@@ -358,3 +358,5 @@ def run(main: Callable[[], None]) -> None:
         file=sys.stderr,
       )
     _end(1)
+  finally:
+    bucket.close()

@@ -16,6 +16,7 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _CACHE.name)
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
 import captures  # noqa: E402  The variables above must be set first.
+import gcs_server  # noqa: E402
 import jax  # noqa: E402
 import program_runner  # noqa: E402
 import pytest  # noqa: E402
@@ -32,6 +33,13 @@ def runner():
   runner = program_runner.ProgramRunner({**os.environ, **env})
   yield runner
   runner.close()
+
+
+@pytest.fixture
+def stand_in():
+  """A local stand-in of Cloud Storage: its bucket, and the environment of programs that use it."""
+  with gcs_server.serving() as served:
+    yield served
 
 
 @pytest.fixture(scope='session')

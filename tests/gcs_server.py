@@ -8,11 +8,14 @@ generation, and writes and deletions can require one (`ifGenerationMatch`; 0: no
 import contextlib
 import http.server
 import json
+import re
 import threading
 import urllib.parse
 from pathlib import Path
 
 BUCKET = 'stand-in'
+RUN = f'gs://{BUCKET}/runs/a'  # A run for tests,
+NAME = 'runs/a'  # and what the names of its objects start with.
 _PAGE = 3  # Objects in one answer to a listing, so that callers must ask for more.
 
 
@@ -30,7 +33,7 @@ class Bucket:
 
   def __init__(self):
     self.objects, self.changes, self.status = {}, [], 0
-    self.on_change = lambda name: None
+    self.let_go()
     self._generation, self._lock = 1000, threading.Lock()
 
   def change(self, name: str, content: bytes | None, expected: str | None = None) -> int | None:
@@ -54,19 +57,48 @@ class Bucket:
   def names(self, prefix: str = '') -> list[str]:
     return sorted(name for name in list(self.objects) if name.startswith(prefix))
 
-  def put(self, folder: Path, run: str) -> None:
-    """Stores a folder's files as the objects of a run."""
+  def put(self, folder: Path) -> None:
+    """Stores a folder's files as the run's objects."""
     for path in folder.rglob('*'):
       if path.is_file():
-        self.change(f'{run}/{path.relative_to(folder)}', path.read_bytes())
+        self.change(f'{NAME}/{path.relative_to(folder)}', path.read_bytes())
 
-  def get(self, run: str, folder: Path) -> Path:
-    """Writes the objects of a run as files of a folder."""
-    for name in self.names(f'{run}/'):
-      path = folder / name.removeprefix(f'{run}/')
+  def get(self, folder: Path) -> Path:
+    """Writes the run's objects as files of a folder."""
+    for name in self.names(f'{NAME}/'):
+      path = folder / name.removeprefix(f'{NAME}/')
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_bytes(self.objects[name][0])
     return folder
+
+  def steps(self, complete: bool = True) -> list[int]:
+    """Returns the steps of the run's checkpoints: with a manifest, or else with any object."""
+    what = 'manifest.json$' if complete else ''
+    found = (re.match(rf'{NAME}/checkpoints/(\d+)/{what}', name) for name in self.names())
+    return sorted({int(match[1]) for match in found if match})
+
+  def hold(self, pattern: str, nth: int = 1) -> tuple[threading.Event, threading.Event]:
+    """Makes a change wait: the nth of the run's whose name, as in `changes`, matches `pattern`.
+
+    Returns:
+      Two events: the change has been reached; it shall be dropped, as are all that follow it.
+    """
+    reached, drop, matching = threading.Event(), threading.Event(), []
+
+    def on_change(name):
+      if re.fullmatch(pattern, name.replace(f'{NAME}/', '')):
+        matching.append(name)
+      if len(matching) >= nth:
+        reached.set()
+        drop.wait()
+        raise Bucket.Dropped
+
+    self.on_change = on_change
+    return reached, drop
+
+  def let_go(self) -> None:
+    """Ends `hold` for changes from now on."""
+    self.on_change = lambda name: None
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -127,11 +159,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   do_GET = do_POST = do_DELETE = _handle
 
 
+class _Server(http.server.ThreadingHTTPServer):
+  daemon_threads = True
+
+  def handle_error(self, *_):
+    """Says nothing: tests kill clients."""
+
+
 @contextlib.contextmanager
 def serving():
   """Serves a bucket; yields it and the environment variables of programs that use it."""
-  server = http.server.ThreadingHTTPServer(('localhost', 0), _Handler)
-  server.daemon_threads, server.bucket = True, Bucket()
+  server = _Server(('localhost', 0), _Handler)
+  server.bucket = Bucket()
   threading.Thread(target=server.serve_forever, daemon=True).start()
   url = f'http://localhost:{server.server_port}'
   env = {'TENSORSTORE_GCS_HTTP_URL': url, 'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'none'}

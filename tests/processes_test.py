@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 
+import gcs_server
 import numpy as np
 import program_runner
 import pytest
@@ -24,7 +25,15 @@ SPLIT = {'_LARGE': 512}  # Bytes: shards most arrays of a small model.
 def start_all(start_training):
   """Starts the processes of one run; `start_one` starts one of them, train.py by default."""
 
-  def start(run, count, *bindings, start_one=start_training, only_the_first_writes=False, **kwargs):
+  def start(
+    run,
+    count,
+    *bindings,
+    start_one=start_training,
+    only_the_first_writes=False,
+    outputs=None,
+    **kwargs,
+  ):
     with socket.socket() as s:
       s.bind(('localhost', 0))
       where = f'localhost:{s.getsockname()[1]}'
@@ -32,7 +41,7 @@ def start_all(start_training):
     begun = []
     for i in range(count):
       writes = i == 0 or not only_the_first_writes
-      output = f'{run}.{i}' if writes else os.devnull
+      output = f'{outputs or run}.{i}' if writes else os.devnull
       told['JAX_PROCESS_ID'] = str(i)
       begun.append(start_one(run, *bindings, output=output, writes=writes, **told, **kwargs))
     return begun
@@ -75,7 +84,14 @@ def explains_the_end(text):
   )
 
 
-def test_two_processes_one_signalled_then_one_killed(start_all, start_training, tmp_path):
+@pytest.fixture(scope='module')
+def one_with_two(start_training, tmp_path_factory):
+  """A run of one process with two devices."""
+  run = tmp_path_factory.mktemp('one') / 'run'
+  return one_process(start_training, run, 2, constants=SPLIT)
+
+
+def test_two_processes_one_signalled_then_one_killed(start_all, one_with_two, tmp_path):
   """The run ends with the bits of one process with two devices."""
   run, start = tmp_path / 'run', functools.partial(start_all, constants=SPLIT)
   processes = start(run, 2)
@@ -95,8 +111,64 @@ def test_two_processes_one_signalled_then_one_killed(start_all, start_training, 
   assert checkpoints.newest(str(run)) < program_runner.STEPS
   processes = start(run, 2, only_the_first_writes=True)
   assert [program.wait() for program in processes] == [0, 0], processes[0].text()
-  one = one_process(start_training, tmp_path / 'one', 2, constants=SPLIT)
-  assert resume_test.same(run, one)
+  assert resume_test.same(run, one_with_two)
+
+
+def test_the_same_in_a_bucket(start_all, one_with_two, stand_in, tmp_path):
+  """The first process is killed while it uploads a checkpoint."""
+  bucket, env = stand_in
+  start = functools.partial(
+    start_all, gcs_server.RUN, 2, outputs=tmp_path / 'output', constants=SPLIT, **env
+  )
+  processes = start()
+  assert processes[0].until(bucket.steps), processes[0].text()
+  processes[1].kill(signal.SIGTERM)
+  assert [program.wait() for program in processes] == [143, 143], processes[0].text()
+  step = bucket.steps()[-1]
+  assert f'step {step:,} is saved in {gcs_server.RUN}; run' in processes[0].text()
+  assert not bucket.names(f'{gcs_server.NAME}/train.lock')
+  reached, drop = bucket.hold(r'checkpoints/\d+/default/.*', 4)
+  processes = start()
+  assert processes[0].until(reached.is_set), processes[0].text()
+  processes[0].kill()
+  (code,), (text,) = others_end(processes, 0, SECONDS)
+  assert code in (1, -signal.SIGABRT), text
+  assert explains_the_end(text), text
+  assert processes[0].wait() == -signal.SIGKILL
+  drop.set()
+  assert bucket.steps(complete=False)[-1] > bucket.steps()[-1] == step
+  bucket.let_go()
+  processes = start()
+  assert [program.wait() for program in processes] == [0, 0], processes[0].text()
+  assert f'steps {step:,} to' in processes[0].text()
+  assert resume_test.same(bucket.get(tmp_path / 'run'), one_with_two)
+
+
+def test_four_processes_in_a_bucket_one_killed(start_all, stand_in, tmp_path):
+  """Steps 15 to 28 run twice, before and after the kill."""
+  bucket, env = stand_in
+  often = 'Config.checkpoint_keep = 0', 'Config.checkpoint_every = 14'
+  start = functools.partial(
+    start_all, gcs_server.RUN, 4, *often, outputs=tmp_path / 'output', **env
+  )
+  processes = start()
+  assert processes[0].until(lambda: 28 in bucket.steps()), processes[0].text()
+  processes[2].kill()
+  codes, said = others_end(processes, 2, SECONDS)
+  assert codes == [1, 1, 1], said
+  assert all(map(explains_the_end, said)), said
+  assert processes[2].wait() == -signal.SIGKILL
+  aside = bucket.get(tmp_path / 'aside')
+  for step in bucket.steps()[1:]:
+    bucket.change(f'{gcs_server.NAME}/checkpoints/{step}/manifest.json', None)
+  processes = start('Config.early_exit_steps = 28')
+  assert [program.wait() for program in processes] == [0] * 4, processes[0].text()
+  run = bucket.get(tmp_path / 'run')
+  assert bucket.steps(complete=False) == [14, 28]
+  assert resume_test.same_state(run, aside, 28)
+  rows = resume_test.metrics(run)
+  assert rows == resume_test.metrics(aside)[: len(rows)]
+  assert len(rows) == 4
 
 
 def test_four_processes_one_killed(start_all, start_training, tmp_path):
