@@ -26,13 +26,14 @@ class Bucket:
     changes: names of the objects written and, with '-' before, deleted, in order.
     on_change: called with such a name before a change is made; may wait, or drop it by `Dropped`.
     status: HTTP status with which all requests are answered instead, if not 0.
+    unlisted: whether listing is not permitted.
   """
 
   class Dropped(Exception):
     """Ends a request without a change and without an answer."""
 
   def __init__(self):
-    self.objects, self.changes, self.status = {}, [], 0
+    self.objects, self.changes, self.status, self.unlisted = {}, [], 0, False
     self.let_go()
     self._generation, self._lock = 1000, threading.Lock()
 
@@ -119,9 +120,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     query = dict(urllib.parse.parse_qsl(url.query))
     name = query.get('name') or urllib.parse.unquote(url.path.partition('/o/')[2])
     content = self.rfile.read(int(self.headers.get('Content-Length') or 0))
-    if self.server.bucket.status:
-      error = {'error': {'message': 'as the test wants it'}}
-      self._answer(self.server.bucket.status, json.dumps(error).encode())
+    bucket = self.server.bucket
+    if status := bucket.status or (
+      403 if self.command == 'GET' and bucket.unlisted and not name else 0
+    ):
+      self._answer(status, b'{"error": {"message": "as the test wants it"}}')
     elif f'/b/{BUCKET}/o' not in url.path:
       self._answer(404, b'{"error": {"message": "The specified bucket does not exist."}}')
     elif self.command == 'GET':

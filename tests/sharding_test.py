@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax._src import cloud_tpu_init
 
 from internal.devices import memory, processes, sharding
+from internal.errors import UserError
 
 
 def test_a_mesh_over_all_devices_or_some():
@@ -258,6 +260,16 @@ def test_who_joins_whom(monkeypatch):
     monkeypatch.setenv(name, value)
   processes.initialize()
   assert calls[-1] == ('x:1', 2, 1)
+
+
+def test_tpus_whose_workers_are_not_found(monkeypatch):
+  def join(**_):
+    raise ValueError('coordinator_address should be defined.')  # As JAX does.
+
+  monkeypatch.setattr(jax.distributed, 'initialize', join)
+  monkeypatch.setattr(cloud_tpu_init, 'running_in_cloud_tpu_vm', True)
+  with pytest.raises(UserError, match=r'not found: coordinator_address .* JAX_NUM_PROCESSES \(1 '):
+    processes.initialize()
 
 
 def test_only_gpus_are_told_to_call_cublas(monkeypatch):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 
 import jax
 import numpy as np
+from jax._src import cloud_tpu_init
 from jax.experimental import multihost_utils
 
 from ..errors import UserError
@@ -28,7 +28,11 @@ _INDEX = 'JAX_PROCESS_ID'
 
 
 def _on_tpu_vm() -> bool:
-  return bool(glob.glob('/dev/accel*')) or 'TPU_WORKER_HOSTNAMES' in os.environ
+  """Returns what JAX has found on import: TPU chips on the PCI bus, and libtpu.
+
+  The names in /dev do not tell: newer chips have /dev/vfio/*, and other accelerators /dev/accel*.
+  """
+  return cloud_tpu_init.running_in_cloud_tpu_vm
 
 
 def _under_launcher() -> bool:
@@ -44,7 +48,7 @@ def initialize() -> None:
   detected on TPU pods and under SLURM and Open MPI. A single process does nothing.
 
   Raises:
-    UserError: only some of the three variables are set.
+    UserError: only some of the three variables are set, or JAX finds TPUs but not their workers.
   """
   if jax.distributed.is_initialized():
     return
@@ -59,7 +63,13 @@ def initialize() -> None:
   elif _COORDINATOR in given:
     raise UserError(f'{_COORDINATOR} is set, so {_COUNT} and {_INDEX} must be set too.')
   elif _on_tpu_vm() or _under_launcher():
-    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+    try:
+      jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+    except ValueError as e:  # Such as a VM whose metadata lists no workers.
+      raise UserError(
+        f'The processes of this run were not found: {e} Set {_COORDINATOR} (such as '
+        f'localhost:8476), {_COUNT} (1 for a single machine) and {_INDEX} (0 for the first).'
+      ) from e
   else:
     return
   signals.listen_again()  # JAX handles SIGTERM as a preemption notice.

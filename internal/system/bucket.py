@@ -30,12 +30,16 @@ _AT_ONCE = 16  # Files that are transferred at the same time.
 _RETRIES = {'max_retries': 8, 'initial_delay': '1s', 'max_delay': '32s'}
 # Checkpoints (`training/bucket_checkpoints`), and files that are being written.
 _LOCAL = re.compile(r'checkpoints/|\.|.*\.part(\.|$)')
+_FIRST = 'run.json'  # Each run has it before all other files (`training/run_seal`).
+ALLOW = (
+  'Log in with `gcloud auth application-default login`, and give the account the role '
+  'roles/storage.objectUser on the bucket. A VM needs the access scope cloud-platform'
+)
 _WAYS_OUT = {
-  'PERMISSION_DENIED': 'Give the account of this machine the role roles/storage.objectUser on the '
-  'bucket; on a Google Cloud VM, check its access scopes too',
-  'UNAUTHENTICATED': 'Log in with `gcloud auth application-default login`',
+  'PERMISSION_DENIED': ALLOW,
+  'UNAUTHENTICATED': ALLOW,
   'NOT_FOUND': 'Create the bucket, or correct its name',
-}  # fmt: skip
+}
 
 
 class BucketError(UserError):
@@ -57,7 +61,6 @@ class WorkingCopy:
 
     name, _, path = address.removeprefix('gs://').partition('/')
     spec = {'driver': 'gcs', 'bucket': name, 'path': f'{path}/'}
-    self._range = tensorstore.KvStore.KeyRange
     self.address = address
     with self._errors(''):
       retries = {'gcs_request_retries': _RETRIES}
@@ -79,11 +82,16 @@ class WorkingCopy:
       raise BucketError(f'{path} cannot be used: {reason}. {way_out}, and try again.') from e
 
   def names(self, prefix: str = '') -> list[str]:
-    """Returns the names of all objects that start with `prefix`, sorted."""
+    """Returns the names of all objects that start with `prefix`, sorted.
+
+    If listing is not permitted, TensorStore (0.1.86) returns what it has got so far, which may be
+    nothing. So the whole run is listed, and must have an object that is there and comes late.
+    """
     with self._errors(prefix):
-      end = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ''
-      listed = self._store.list(self._range(prefix, end)).result()
-    return sorted(name.decode() for name in listed)
+      listed = sorted(name.decode() for name in self._store.list().result())
+    if _FIRST not in listed and self.read(_FIRST)[0] is not None:
+      raise BucketError(f'{self.address} cannot be listed. {ALLOW}.')
+    return [name for name in listed if name.startswith(prefix)]
 
   def read(self, name: str) -> tuple[bytes | None, bytes]:
     """Returns an object's content, None if there is none, and its generation."""
@@ -143,14 +151,13 @@ class WorkingCopy:
           future.result()
         self._pushed[name] = state
 
-  def push(self, first: str = '') -> None:
-    """Uploads the files that have changed, except for checkpoints; the file `first` before all."""
+  def push(self) -> None:
+    """Uploads the files that have changed, except for checkpoints; run.json before all others."""
     found = (os.path.join(root, name) for root, _, names in os.walk(self.folder) for name in names)
     names = (os.path.relpath(path, self.folder) for path in sorted(found))
     changed = [name for name in names if not _LOCAL.match(name) and self._has_changed(name)]
-    if first in changed:
-      self.upload([first])
-    self.upload(name for name in changed if name != first)
+    self.upload(name for name in changed if name == _FIRST)
+    self.upload(name for name in changed if name != _FIRST)
 
   def _has_changed(self, name: str) -> bool:
     return self._pushed.get(name) != _state(self.path(name))
@@ -240,10 +247,10 @@ def fetch(folder: str, *prefixes: str) -> None:
       copy.fetch(copy.names(prefix))
 
 
-def push(folder: str, first: str = '') -> None:
+def push(folder: str) -> None:
   """Uploads what has changed in a working copy; does nothing to other folders."""
   if copy := of(folder):
-    copy.push(first)
+    copy.push()
 
 
 def shown(text: str) -> str:

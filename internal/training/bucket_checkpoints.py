@@ -21,10 +21,17 @@ def _manifest(step: int | str) -> str:
   return f'{FOLDER}/{step}/{MANIFEST}'
 
 
+def _folders(copy: bucket.WorkingCopy) -> dict[str, list[str]]:
+  """Returns the names of the objects in each checkpoint's folder."""
+  folders = {}
+  for name in copy.names(f'{FOLDER}/'):
+    folders.setdefault(name.split('/')[1], []).append(name)
+  return folders
+
+
 def steps(copy: bucket.WorkingCopy) -> list[str]:
   """Returns the names of the complete checkpoints' folders."""
-  names = set(copy.names(f'{FOLDER}/'))
-  return [step for step in {name.split('/')[1] for name in names} if _manifest(step) in names]
+  return [step for step, names in _folders(copy).items() if _manifest(step) in names]
 
 
 def fetch(copy: bucket.WorkingCopy, step: int) -> None:
@@ -57,7 +64,7 @@ def upload(
 
 
 def remove(copy: bucket.WorkingCopy, step: int | str) -> None:
-  """Removes a checkpoint."""
+  """Removes a checkpoint, its manifest first."""
   copy.delete([_manifest(step)])
   copy.delete(copy.names(f'{FOLDER}/{step}/'))
 
@@ -67,12 +74,12 @@ def tidy(copy: bucket.WorkingCopy, start: int) -> None:
 
   To rename one is to copy its objects. If this is interrupted, it starts again.
   """
-  complete = steps(copy)
-  for name in {name.split('/')[1] for name in copy.names(f'{FOLDER}/')}:
-    if name.endswith(PARTIAL) or (name.isdecimal() and name not in complete):
-      copy.delete(copy.names(f'{FOLDER}/{name}/'))
-    elif name.isdecimal() and int(name) > start:
-      copy.delete(copy.names(f'{FOLDER}/{name}{DAMAGED}/'))
-      for path in copy.names(f'{FOLDER}/{name}/'):
-        copy.write(path.replace(f'/{name}/', f'/{name}{DAMAGED}/', 1), copy.read(path)[0])
-      remove(copy, name)
+  folders = _folders(copy)
+  for folder, names in folders.items():
+    if folder.endswith(PARTIAL) or (folder.isdecimal() and _manifest(folder) not in names):
+      copy.delete(names)
+    elif folder.isdecimal() and int(folder) > start:
+      copy.delete(folders.get(folder + DAMAGED, ()))
+      for name in names:
+        copy.write(name.replace(f'/{folder}/', f'/{folder}{DAMAGED}/', 1), copy.read(name)[0])
+      remove(copy, folder)

@@ -271,6 +271,7 @@ def save(
   identity = {'step': step, 'run': run_seal.run_id(checkpoint_dir)}
   identity = {key: value for key, value in identity.items() if value is not None}
   run_lock.check()
+  last = latest_step(checkpoint_dir)
   try:
     with _quiet(), _orbax() as writer:
       writer.save(os.path.join(final + PARTIAL, _STATE), args=ocp.args.StandardSave(state))
@@ -285,7 +286,6 @@ def save(
     raise
   except Exception as error:  # TensorStore raises many types for a full disk.
     shutil.rmtree(final + PARTIAL, ignore_errors=True)
-    last = latest_step(checkpoint_dir)
     raise CheckpointError(
       f'Step {step:,} could not be saved in {folder}: {" ".join(str(error).split())[:1000]}. '
       + (f'The checkpoint of step {last:,} is kept' if last else 'There is no earlier checkpoint')

@@ -60,7 +60,7 @@ def write_run(checkpoint_dir: str, settings: configs.Settings, scene: scenes.Sce
 
   run = run_seal.run_id(checkpoint_dir) or checkpoints.saved_run_id(checkpoint_dir)
   run_seal.write(checkpoint_dir, run or uuid.uuid4().hex, settings.text, write_files)
-  bucket.push(checkpoint_dir, first=run_seal.FILE)  # For the reason that it is written first.
+  bucket.push(checkpoint_dir)
 
 
 # What a killed training may leave in its folder, besides incomplete checkpoints.

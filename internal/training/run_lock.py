@@ -215,9 +215,12 @@ class _BucketLock:
 
   def __init__(self, copy: bucket.WorkingCopy):
     self._copy, self.path = copy, f'{copy.address}/{FILE}'
-    self._text = json.dumps(_about()).encode()
+    self._text = json.dumps({**_about(), 'address': copy.address}).encode()
     self._generation, self._taken_by = self._take(), None  # `_taken_by`: the lock found instead.
     self._beating, self._end = threading.Lock(), threading.Event()
+    if FILE not in copy.names():  # Else this would be noticed at the first checkpoint.
+      self.release()
+      raise bucket.BucketError(f'{copy.address} can be written but not listed. {bucket.ALLOW}.')
     threading.Thread(target=self._keep_alive, daemon=True).start()
 
   def _take(self) -> bytes:
@@ -231,7 +234,8 @@ class _BucketLock:
 
   def _is_held(self, holder: dict, generation: bytes) -> bool:
     """As the function of this name. Heartbeats are counted here, since the clocks may differ."""
-    if (alive := _is_alive(holder)) is not None:
+    is_copy = holder.get('address') != self._copy.address
+    if not is_copy and (alive := _is_alive(holder)) is not None:
       return alive
     _say_waiting(self.path)
     end = time.monotonic() + _STALE
@@ -249,6 +253,8 @@ class _BucketLock:
 
   def _beat(self) -> None:
     with self._beating:
+      if self._taken_by is not None:
+        return
       generation = self._copy.write(FILE, self._text, self._generation)
       if not generation:
         text, generation = self._copy.read(FILE)
@@ -270,7 +276,6 @@ class _BucketLock:
       RunLockError: as `check`.
       BucketError: the bucket cannot be reached.
     """
-    self.check()
     self._beat()
     self.check()
 
