@@ -19,7 +19,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ..errors import UserError
 from . import files
@@ -116,20 +117,27 @@ class WorkingCopy:
   def delete(self, names: Iterable[str]) -> None:
     """Deletes objects, in any order."""
     for part in _parts(names):
-      for name, future in [(name, self._store.write(name, None)) for name in part]:
-        with self._errors(name):
-          future.result()
+      self._results({name: self._store.write(name, None) for name in part})
+
+  def _results(self, futures: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the results of requests about objects, or raises an error once all have ended."""
+    for future in futures.values():
+      future.exception()
+    results = {}
+    for name, future in futures.items():
+      with self._errors(name):
+        results[name] = future.result()
+    return results
 
   def path(self, name: str) -> str:
     """Returns the path of an object's file in the working copy."""
     return os.path.join(self.folder, name)
 
   def fetch(self, names: Iterable[str]) -> None:
-    """Downloads objects, in order; removes the files of those that do not exist."""
+    """Downloads objects, in any order; removes the files of those that do not exist."""
     for part in _parts(names):
-      for name, future in [(name, self._store.read(name)) for name in part]:
-        with self._errors(name):
-          found = future.result()
+      results = self._results({name: self._store.read(name) for name in part})
+      for name, found in results.items():
         path = self.path(name)
         if found.state == 'value':
           with files.whole(path) as temporary, open(temporary, 'wb') as f:
@@ -141,15 +149,12 @@ class WorkingCopy:
   def upload(self, names: Iterable[str]) -> None:
     """Uploads files, in any order."""
     for part in _parts(names):
-      futures = []
+      futures, states = {}, {name: _state(self.path(name)) for name in part}
       for name in part:
-        state = _state(self.path(name))
         with open(self.path(name), 'rb') as f:
-          futures.append((name, state, self._store.write(name, f.read())))
-      for name, state, future in futures:
-        with self._errors(name):
-          future.result()
-        self._pushed[name] = state
+          futures[name] = self._store.write(name, f.read())
+      self._results(futures)
+      self._pushed |= states
 
   def push(self) -> None:
     """Uploads the files that have changed, except for checkpoints; run.json before all others."""

@@ -31,8 +31,8 @@ from .run_seal import CONFIG, POINTS, SCENE
 _SCENE_FIELDS = ('dataset_loader', 'factor', 'llffhold', 'load_alphabetical', 'dtu_light_cond')
 _MAX_POSE_CHANGE = 1e-3  # In the normalised world; rounding stays below.
 
-# What programs read of a run, besides checkpoints. The seal is last: training writes it first.
-_READ = (CONFIG, SCENE, POINTS, 'metrics.jsonl', 'metrics.jsonl.damaged', run_seal.FILE)
+# What programs read of a run, besides the seal and checkpoints.
+_READ = (CONFIG, SCENE, POINTS, 'metrics.jsonl', 'metrics.jsonl.damaged')
 
 
 def with_local_folder(settings: configs.Settings) -> configs.Settings:
@@ -49,6 +49,7 @@ def refresh(checkpoint_dir: str) -> None:
   """Downloads the run's files into its working copy; does nothing to other folders."""
   if copy := bucket.of(checkpoint_dir):
     copy.fetch(_READ)
+    copy.fetch([run_seal.FILE])  # Last, since training writes it first.
 
 
 def write_run(checkpoint_dir: str, settings: configs.Settings, scene: scenes.Scene) -> None:
