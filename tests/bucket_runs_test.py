@@ -109,6 +109,8 @@ def test_eval_and_render_write_to_the_bucket(filled, runner, tmp_path, program, 
   assert made <= names(run / program)
   assert all(name.startswith(f'{NAME}/{program}/') for name in bucket.changes[before:])
   assert f'{RUN}/{program}/' in done.text()
+  written = b''.join(bucket.objects[name][0] for name in bucket.names(f'{NAME}/'))
+  assert b'mipnerf360-run-' not in written + done.text().encode()  # The working copy's name.
   if program == 'eval':
     assert json.loads((run / 'eval/results.json').read_text())['step'] == 300
 

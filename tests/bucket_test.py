@@ -13,6 +13,7 @@ from gcs_server import NAME, RUN
 
 from internal.commands import view
 from internal.devices import sharding
+from internal.experiments import jobs
 from internal.system import bucket, files
 from internal.training import (
   bucket_checkpoints,
@@ -146,6 +147,8 @@ def test_a_bucket_that_does_not_exist(served):
 def test_programs_that_cannot_use_it_name_the_command_that_copies_a_run():
   with pytest.raises(bucket.BucketError, match=f'gcloud storage rsync --recursive {RUN} RUN`'):
     view.main([RUN])
+  with pytest.raises(bucket.BucketError, match='must be a folder of this machine'):
+    jobs.run([jobs.Job('a', (('true',),), RUN)], [{}])
   with pytest.raises(files.FileError, match=f'^{RUN}/a.png: cannot be written'):
     files.write_text(f'{RUN}/a.png', '')
 

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from ..system import signals
+from ..system import bucket, signals
 
 _POLL_SECONDS = 0.2
 
@@ -56,6 +56,10 @@ def _lock(folder: str) -> int | None:
   The commands inherit the file descriptor, so the lock lasts until the last of them exits, even if
   the program that started them is killed.
   """
+  if bucket.is_address(folder):
+    raise bucket.BucketError(
+      f'{folder} must be a folder of this machine; train.py, eval.py and render.py use buckets.'
+    )
   os.makedirs(folder, exist_ok=True)
   lock = os.open(os.path.join(folder, '.lock'), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
   try:

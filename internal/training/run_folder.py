@@ -107,8 +107,9 @@ def open_run(
         'the folder that train.py wrote as Config.checkpoint_dir.'
       )
   run_seal.check(checkpoint_dir)
-  here = f'Config.checkpoint_dir = {checkpoint_dir!r}'  # The folder may have been moved.
-  settings = configs.load_config([paths[0]], [*gin_bindings, here])
+  where = copy.address if (copy := bucket.of(checkpoint_dir)) else checkpoint_dir
+  here = f'Config.checkpoint_dir = {where!r}'  # The folder may have been moved.
+  settings = with_local_folder(configs.load_config([paths[0]], [*gin_bindings, here]))
   trained = configs.load_config([paths[0]]).config
   for name in _SCENE_FIELDS:
     new, old = (getattr(config, name) for config in (settings.config, trained))
