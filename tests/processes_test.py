@@ -114,15 +114,17 @@ def test_two_processes_one_signalled_then_one_killed(start_all, one_with_two, tm
   assert resume_test.same(run, one_with_two)
 
 
-def test_the_same_in_a_bucket(start_all, one_with_two, stand_in, tmp_path):
-  """The first process is killed while it uploads a checkpoint."""
+def test_two_processes_in_a_bucket_both_signalled_then_one_killed(
+  start_all, one_with_two, stand_in, tmp_path
+):
+  """As when machines are taken away; the first process is killed while it uploads a checkpoint."""
   bucket, env = stand_in
   start = functools.partial(
     start_all, gcs_server.RUN, 2, outputs=tmp_path / 'output', constants=SPLIT, **env
   )
   processes = start()
   assert processes[0].until(bucket.steps), processes[0].text()
-  processes[1].kill(signal.SIGTERM)
+  [program.kill(signal.SIGTERM) for program in processes]
   assert [program.wait() for program in processes] == [143, 143], processes[0].text()
   step = bucket.steps()[-1]
   assert f'step {step:,} is saved in {gcs_server.RUN}; run' in processes[0].text()

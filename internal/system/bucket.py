@@ -248,8 +248,7 @@ def of(folder: str) -> WorkingCopy | None:
 def fetch(folder: str, *prefixes: str) -> None:
   """Downloads all objects that start with one of `prefixes`; does nothing to other folders."""
   if copy := of(folder):
-    for prefix in prefixes:
-      copy.fetch(copy.names(prefix))
+    copy.fetch(name for name in copy.names() if name.startswith(prefixes))
 
 
 def push(folder: str) -> None:

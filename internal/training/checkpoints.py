@@ -286,10 +286,15 @@ def save(
     raise
   except Exception as error:  # TensorStore raises many types for a full disk.
     shutil.rmtree(final + PARTIAL, ignore_errors=True)
+    place = f' in {tempfile.gettempdir()} (or set TMPDIR)' if bucket.of(checkpoint_dir) else ''
     raise CheckpointError(
       f'Step {step:,} could not be saved in {folder}: {" ".join(str(error).split())[:1000]}. '
       + (f'The checkpoint of step {last:,} is kept' if last else 'There is no earlier checkpoint')
-      + ('. Free some disk space and' if files.is_disk_full(error) else '. Remove the cause and')
+      + (
+        f'. Free some disk space{place} and'
+        if files.is_disk_full(error)
+        else '. Remove the cause and'
+      )
       + ' run the same command again to resume.'
     ) from error
   _remove_all_but(checkpoint_dir, keep)
