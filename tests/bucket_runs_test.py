@@ -65,19 +65,6 @@ def test_killed_during_uploads_it_resumes_to_the_bits(stand_in, start_training, 
   assert f"Config.checkpoint_dir = '{RUN}'" in (run / 'config.gin').read_text()
 
 
-def test_a_second_training_is_refused(stand_in, start_training, tmp_path):
-  bucket, env = stand_in
-  reached, drop = bucket.hold('checkpoints/30/manifest.json')
-  first = start_training(RUN, output=tmp_path / 'first', **env)
-  assert first.until(reached.is_set), first.text()
-  second = start_training(RUN, output=tmp_path / 'second', **env)
-  assert second.wait() == 1
-  assert f'Error: {RUN} is being trained by process {first.pid} on ' in second.text()
-  first.kill()
-  first.wait()
-  drop.set()
-
-
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
   filled, start_training, whole, tmp_path
 ):
