@@ -70,7 +70,8 @@ class TestWorkingCopy:
   def test_fetches_files_and_removes_those_that_are_gone(self, served, copy):
     for k in range(40):  # More than are transferred at once, and than a listing's page.
       served.change(f'{NAME}/eval/{k:02d}', str(k).encode())
-    served.change('runs/ab/eval/other', b'')
+    for name in ('runs/ab/eval/other', f'{NAME}/eval/', f'{NAME}/eval/../../x', f'{NAME}/eval//x'):
+      served.change(name, b'')
     _write(copy, eval__00='old', gone='')
     assert copy.names('eval/') == [f'eval/{k:02d}' for k in range(40)]
     bucket.fetch(copy.folder, 'eval/')
@@ -80,7 +81,7 @@ class TestWorkingCopy:
     ]
     assert not os.path.exists(copy.path('gone'))
     copy.push()  # Has nothing to do.
-    assert len(served.changes) == 41
+    assert len(served.changes) == 44
 
   def test_writes_only_the_generation_that_it_has_read(self, served, copy):
     content, absent = copy.read('x')

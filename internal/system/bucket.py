@@ -85,14 +85,17 @@ class WorkingCopy:
   def names(self, prefix: str = '') -> list[str]:
     """Returns the names of all objects that start with `prefix`, sorted.
 
+    Leaves out what cannot be a file of the run, such as 'eval/', which other programs make.
+
     If listing is not permitted, TensorStore (0.1.86) returns what it has got so far, which may be
     nothing. So the whole run is listed, and must have an object that is there and comes late.
     """
-    with self._errors(prefix):
-      listed = sorted(name.decode() for name in self._store.list().result())
-    if _FIRST not in listed and self.read(_FIRST)[0] is not None:
-      raise BucketError(f'{self.address} cannot be listed. {ALLOW}.')
-    return [name for name in listed if name.startswith(prefix)]
+    for _ in range(2):  # A run may begin meanwhile.
+      with self._errors(prefix):
+        listed = sorted(name.decode() for name in self._store.list().result())
+      if _FIRST in listed or self.read(_FIRST)[0] is None:
+        return [name for name in listed if name.startswith(prefix) and _is_file_name(name)]
+    raise BucketError(f'{self.address} cannot be listed. {ALLOW}.')
 
   def read(self, name: str) -> tuple[bytes | None, bytes]:
     """Returns an object's content, None if there is none, and its generation."""
@@ -100,7 +103,7 @@ class WorkingCopy:
       found = self._store.read(name).result()
     return (found.value if found.state == 'value' else None), found.stamp.generation
 
-  def write(self, name: str, content: bytes | None, generation: bytes | None = None):
+  def write(self, name: str, content: bytes | None, generation: bytes | None = None) -> bytes:
     """Writes an object, or deletes it (None).
 
     Args:
@@ -171,6 +174,10 @@ class WorkingCopy:
     """Removes the folder."""
     shutil.rmtree(self.folder, ignore_errors=True)
     os.close(self._lock)
+
+
+def _is_file_name(name: str) -> bool:
+  return not {'', '.', '..'}.intersection(name.split('/'))
 
 
 def _state(path: str) -> tuple[int, int]:
