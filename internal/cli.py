@@ -226,11 +226,8 @@ def show_warnings(report: Mapping[str, Any]) -> None:
 def run_folder(args: argparse.Namespace) -> str:
   """Returns the run's folder: RUN, or --checkpoint_dir, or else Config.checkpoint_dir.
 
-  That of a gs:// address is its working copy.
-
   Raises:
     ConfigError: none or two are given, or a gin file or binding is invalid.
-    BucketError: the address cannot be used.
   """
   if args.run and args.checkpoint_dir and args.run != args.checkpoint_dir:
     raise configs.ConfigError(
@@ -243,7 +240,7 @@ def run_folder(args: argparse.Namespace) -> str:
     raise configs.ConfigError(
       'No training run given: add RUN, its folder, such as runs/my_scene (or --checkpoint_dir RUN).'
     )
-  return bucket.local(folder)
+  return folder
 
 
 def _is_user_error(error: Exception) -> bool:

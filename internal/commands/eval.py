@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     '--multiscale', action='store_true', help='measure at 1, 1/2, 1/4 and 1/8 of the size'
   )
   args = parser.parse_args(argv)
-  folder = cli.run_folder(args)
+  folder = bucket.local(cli.run_folder(args))
   settings, scene = run_folder.open_run(folder, cli.bindings(args))
   bucket.fetch(folder, *(f'render/{name}' for name in html_report.VIDEOS))
   if args.report_only:

@@ -64,7 +64,7 @@ def _path_settings(path: str) -> dict[str, tuple]:
 
 def main(argv: list[str] | None = None) -> None:
   args = parse(argv)
-  folder = cli.run_folder(args)
+  folder = bucket.local(cli.run_folder(args))
   settings, scene = run_folder.open_run(folder, cli.bindings(args))
   config = settings.config
   bucket.fetch(folder, 'render', 'eval/')  # The frames that there are; pictures for the report.
