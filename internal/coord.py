@@ -194,7 +194,7 @@ _MAX_ANGLE = 2.0**40  # Far larger float32 angles have no fraction of a turn.
 _SIN_QUARTER = (6.28318531, -41.3417019, 81.6052094, -76.703666, 41.9999608, -14.3368559)
 
 
-def _to_turns(x: Array) -> tuple[Array, Array]:
+def to_turns(x: Array) -> tuple[Array, Array]:
   """Converts radians to turns, as a sum (hi, lo)."""
   x = jnp.clip(x, -_MAX_ANGLE, _MAX_ANGLE)
   leading = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=11)  # 12 bits.
@@ -202,17 +202,17 @@ def _to_turns(x: Array) -> tuple[Array, Array]:
 
 
 @jax.custom_jvp
-def _sin_turns(turns: Array) -> Array:
+def sin_turns(turns: Array) -> Array:
   """Computes sin(2 pi turns) in a few multiply-adds, faster than the library's sine."""
   turns -= jnp.round(turns)
   folded = 0.25 - jnp.abs(jnp.abs(turns) - 0.25)  # sin x = sin (pi - x)
   return jnp.sign(turns) * folded * math.polynomial(_SIN_QUARTER, folded**2)
 
 
-@_sin_turns.defjvp
-def _sin_turns_jvp(primals, tangents):
+@sin_turns.defjvp
+def sin_turns_jvp(primals, tangents):
   (turns,), (tangent,) = primals, tangents
-  return _sin_turns(turns), 2 * np.pi * _sin_turns(turns + 0.25) * tangent
+  return sin_turns(turns), 2 * np.pi * sin_turns(turns + 0.25) * tangent
 
 
 def integrated_pos_enc(mean: Array, var: Array, min_deg: int, max_deg: int) -> Array:
@@ -234,11 +234,11 @@ def integrated_pos_enc(mean: Array, var: Array, min_deg: int, max_deg: int) -> A
   scale = (2.0 ** jnp.arange(min_deg, max_deg, dtype=mean.dtype)).reshape(*lead, 1, -1, 1)
   phase = jnp.array([0, 0.25], mean.dtype).reshape(*lead, 2, 1, 1)  # cos is sin a quarter on.
   # Without the barrier compilers recompute the per-coordinate values for every feature.
-  hi, lo, fade = jax.lax.optimization_barrier((*_to_turns(mean), -0.5 * var))
+  hi, lo, fade = jax.lax.optimization_barrier((*to_turns(mean), -0.5 * var))
   hi, lo, fade = (v[..., None, None, :] for v in (hi, lo, fade))  # [..., 1, 1, b]
   turns = hi * scale  # [..., 1, deg, b]
   turns = turns - jnp.round(turns) + lo * scale
-  features = jnp.exp(fade * scale**2) * _sin_turns(turns + phase)  # [..., 2, deg, b]
+  features = jnp.exp(fade * scale**2) * sin_turns(turns + phase)  # [..., 2, deg, b]
   return features.reshape(*mean.shape[:-1], 2 * (max_deg - min_deg) * mean.shape[-1])
 
 

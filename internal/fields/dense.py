@@ -12,6 +12,7 @@ Shapes: m rows (all intervals of all rays), f features of the encoding.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,9 @@ from .. import math
 from . import hopper
 
 Array = jax.Array
+
+_BLOCK = 4096  # Rows of a block on TPUs: 8 MB for each layer of 1024 bfloat16 values.
+_LEAST = 512  # Smaller blocks would not keep the matrix units busy.
 
 
 class Layer(NamedTuple):
@@ -94,7 +98,49 @@ def trunk(layers: tuple[Layer, ...], heads: Heads | None, encoded: Array, fused:
   Returns:
     Without heads: [m, width]. With heads: density [m] in float32, and bottleneck [m, b] or None.
   """
-  return _products(heads, _activations(layers, encoded, fused)[-1])
+
+  def whole(layers, heads, encoded):
+    return _products(heads, _activations(layers, encoded, fused)[-1])
+
+  return _by_platform(_blocked(whole), whole, fused)(layers, heads, encoded)
+
+
+def _blocked(whole: Callable) -> Callable:
+  """Returns `whole(layers, heads, encoded)`, evaluated for one block of rows after the other."""
+
+  def blocked(layers, heads, encoded):
+    return _scan(lambda _, e: (None, whole(layers, heads, e)), None, encoded)[1]
+
+  return blocked
+
+
+def _by_platform(blocked: Callable, whole: Callable, fused: bool) -> Callable:
+  """Returns a function that runs `blocked` on TPUs, otherwise `whole`.
+
+  On TPUs, `blocked` keeps the layers' values of some thousand rows in the chip's vector memory, so
+  that each is written to main memory at most once and read from there at most once.
+  """
+  return whole if fused else math.by_platform(blocked, whole)
+
+
+def _scan(step: Callable, total, encoded: Array, *others):
+  """Scans blocks of the rows of arrays [m, ...]: `step(total, *blocks)` -> (total, results).
+
+  Returns:
+    The last total, and the results [m, ...].
+  """
+  rows = min(_BLOCK, len(encoded) & -len(encoded))  # The largest power of two that divides m.
+  rows = rows if rows >= _LEAST else len(encoded)
+  columns = encoded.T  # [f, m]: the layout of features on TPUs.
+
+  def block(total, part):
+    i, *parts = part
+    return step(total, jax.lax.dynamic_slice_in_dim(columns, i * rows, rows, 1).T, *parts)
+
+  split = lambda x: x.reshape(-1, rows, *x.shape[1:])  # noqa: E731
+  parts = jnp.arange(len(encoded) // rows), *jax.tree.map(split, others)
+  total, results = jax.lax.scan(block, total, parts)
+  return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 
 def _products(heads: Heads | None, x: Array):
@@ -127,8 +173,12 @@ def _activations(layers: tuple[Layer, ...], encoded: Array, fused: bool) -> list
 
 
 def _forward(layers, heads, encoded, fused):
-  results = _activations(layers, encoded, fused)
-  return _products(heads, results[-1]), (layers, heads, encoded, results)
+  def whole(layers, heads, encoded):
+    results = _activations(layers, encoded, fused)
+    return _products(heads, results[-1]), results
+
+  products, results = _by_platform(_blocked(whole), whole, fused)(layers, heads, encoded)
+  return products, (layers, heads, encoded, results)
 
 
 def _weight_gradient(x: Array, g: Array, fused: bool) -> tuple[Array, Array]:
@@ -176,7 +226,22 @@ def _heads_gradient(heads: Heads | None, x: Array, d_out, fused: bool) -> tuple[
 
 
 def _backward(fused, residuals, d_out):
-  layers, heads, encoded, results = residuals
+  def whole(layers, heads, *rows):
+    return _gradients(layers, heads, *rows, fused)
+
+  def blocked(layers, heads, *rows):
+    def step(total, *part):
+      *grads, d_encoded = whole(layers, heads, *part)
+      return jax.tree.map(jnp.add, total, tuple(grads)), d_encoded
+
+    total, d_encoded = _scan(step, jax.tree.map(jnp.zeros_like, (layers, heads)), *rows)
+    return *total, d_encoded
+
+  return _by_platform(blocked, whole, fused)(*residuals, d_out)
+
+
+def _gradients(layers, heads, encoded, results, d_out, fused: bool):
+  """Returns the gradients of the layers, the heads and the features."""
   g, d_heads = _heads_gradient(heads, results[-1], d_out, fused)  # [m, width], before the ReLU.
   d_layers, d_encoded = [], jnp.zeros((), encoded.dtype)
   for i in reversed(range(len(layers))):

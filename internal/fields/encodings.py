@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import coord, geopoly, plugins, structs
-from . import grid, packed_encoding
+from .. import coord, geopoly, math, plugins, structs
+from . import grid, packed_encoding, tpu_encoding
 
 Array = jax.Array
 
@@ -54,6 +54,7 @@ class IntegratedPositionalEncoding(Encoding):
     axes: number of coordinates; if not 3, the basis is the identity.
     packed: compute bfloat16 features in the packed order, padded.
     multisampled: average over k Gaussians per interval.
+    dtype: of the features, unless packed or multisampled.
   """
 
   min_deg: int
@@ -63,6 +64,7 @@ class IntegratedPositionalEncoding(Encoding):
   axes: int = 3
   packed: bool = False
   multisampled: bool = False
+  dtype: jnp.dtype = jnp.float32
 
   @property
   def num_features(self) -> int:
@@ -81,6 +83,7 @@ class IntegratedPositionalEncoding(Encoding):
       'axes': 4 if cfg.warp_fn == 'inverted_sphere' else 3,
       'packed': on_gpu and field.dtype == jnp.bfloat16,
       'multisampled': field.multisampled,
+      'dtype': field.dtype,
     }
 
   def __call__(self, gaussians: structs.Gaussians) -> Array:
@@ -90,9 +93,10 @@ class IntegratedPositionalEncoding(Encoding):
 
   def arrange(self, rows: Array) -> Array:
     """Reorders kernel rows [num_features, ...], sines first, to match the features."""
-    if not self.packed:
-      return rows
-    return packed_encoding.packed_order(rows, self.max_deg - self.min_deg, self._width())
+    degs = self.max_deg - self.min_deg
+    if self.packed:
+      return packed_encoding.packed_order(rows, degs, self._width())
+    return math.by_platform(lambda r: tpu_encoding.feature_order(r, degs), lambda r: r)(rows)
 
   def _basis(self) -> np.ndarray:
     """Returns the basis directions as columns [axes, b]."""
@@ -108,8 +112,14 @@ class IntegratedPositionalEncoding(Encoding):
 
 
 def _plain(encoding: IntegratedPositionalEncoding, mean: Array, cov: Array) -> Array:
-  lifted, var = coord.lift_and_diagonalize(mean, cov, encoding._basis())  # [..., b]
-  return coord.integrated_pos_enc(lifted, var, encoding.min_deg, encoding.max_deg)
+  args = encoding._basis(), encoding.min_deg, encoding.max_deg
+  dtype = jnp.float32 if encoding.multisampled else encoding.dtype  # Averaged in float32.
+
+  def general(mean, cov):
+    lifted, var = coord.lift_and_diagonalize(mean, cov, args[0])  # [..., b]
+    return coord.integrated_pos_enc(lifted, var, *args[1:]).astype(dtype)
+
+  return math.by_platform(lambda *g: tpu_encoding.pos_enc(*g, *args, dtype), general)(mean, cov)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
