@@ -5,11 +5,13 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from internal.commands import compile as compile_program
-from internal.devices import sharding
+from internal.devices import memory, sharding
 from internal.profiling import described
 
 needs_compiler = pytest.mark.skipif(
@@ -34,7 +36,7 @@ def test_collectives_are_counted_with_their_bytes():
 
 def test_account_takes_the_larger_of_products_and_memory():
   x = jnp.zeros((64, 64))
-  compiled, _ = described.compile_timed(jax.jit(lambda x: x @ x), (x,))
+  compiled = jax.jit(lambda x: x @ x).lower(x).compile()
   slow_products = described.Chip(memory=1e9, flops=1e6, bandwidth=1e12)
   row = described.account(compiled, slow_products, rays=64, seconds=1.0)
   assert row['bound_by'] == 'products'
@@ -43,20 +45,52 @@ def test_account_takes_the_larger_of_products_and_memory():
   slow_memory = described.Chip(memory=1e4, flops=1e15, bandwidth=1e6, cores=2)
   row = described.account(compiled, slow_memory, rays=64, seconds=1.0)
   assert row['bound_by'] == 'memory'
-  assert row['memory_ms'] == pytest.approx(row['bytes_accessed'] / 5e5 * 1e3)
+  assert row['memory_ms'] == pytest.approx(row['traffic_bytes'] / 5e5 * 1e3)
+  assert row['traffic_bytes'] >= 2 * 64 * 64 * 4
   assert not row['fits']  # 64 x 64 floats, in and out, take more than 5,000 bytes.
 
 
 def test_the_first_choice_that_fits_is_taken():
+  """The chip has 200,000 bytes, and half of the program's rows take 131,072 for their result."""
   chip = described.Chip(memory=2e5, flops=1e12, bandwidth=1e12)
+  one = NamedSharding(Mesh(jax.devices()[:1], 'x'), PartitionSpec())
+  args = (jax.ShapeDtypeStruct((1,), jnp.float32, sharding=one),)
 
   def variant(parts):
-    return jax.jit(lambda x: jnp.sort(jnp.tile(x, 2**16 // parts)))
+    return jax.jit(lambda x: jnp.tile(x, 2**16 // parts))
 
-  row = described.measure(variant, (1, 2, 4, 8), (jnp.zeros(1),), chip, lambda parts: parts)
+  free = described.free_memory(chip, args)
+  assert free == 0.95 * 2e5 - 4
+  program = memory.FirstFit(variant, (1, 2, 4, 8), lambda: free)
+  row = described.measure(program, args, chip, lambda parts: parts)
   assert [tried['choice'] for tried in row['tried']] == [1]
+  assert row['tried'][0]['needed_bytes'] >= 2**18
   assert row['fits']
   assert row['choice'] == 2
+
+
+def test_free_memory_is_what_the_shards_of_arguments_leave():
+  chip = described.Chip(memory=2000, flops=1, bandwidth=1, cores=2)
+  mesh = sharding.make_mesh(jax.devices()[:4])
+  args = (
+    jax.ShapeDtypeStruct((8, 10), jnp.float32, sharding=sharding.sharded(mesh)),
+    jax.ShapeDtypeStruct((50,), jnp.uint8, sharding=sharding.replicated(mesh)),
+    np.int32(0),
+  )
+  assert described.free_memory(chip, args) == 950 - 80 - 50
+
+
+def test_micro_batches_are_chosen_by_compiling_for_the_chip():
+  """As in training: the fewest micro-batches whose program fits. All rays at once need 2.9 MB."""
+  chip = described.Chip(memory=2e6, flops=1e12, bandwidth=1e12)
+  mesh = sharding.make_mesh(jax.devices()[:2])
+  row = described.train_row(tiny.settings(), chip, mesh, (2, 8, 8))
+  assert row['fits']
+  assert row['choice'] == 4
+  needed = [tried['needed_bytes'] for tried in row['tried']]
+  assert needed == sorted(needed, reverse=True)
+  assert needed[-1] > row['temp_bytes']
+  assert row['needed_bytes'] < 0.95 * 2e6
 
 
 @pytest.mark.parametrize('topology', ['v9:2x2', 'v5e', 'v5e:', 'v5e:2y2'])

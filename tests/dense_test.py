@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hopper_test import INTERPRET, needs_interpreter
 
+from internal import math
 from internal.fields import dense, hopper
 
 FULL, HALF = jnp.float32, jnp.bfloat16
@@ -101,6 +102,24 @@ class TestTrunk:
   @pytest.mark.parametrize('shape', ['joins_at_every_layer', 'a_join_at_the_end_and_no_heads'])
   def test_matches_autodiff_in_bfloat16(self, shape):
     self._check(shape, HALF, 0.02)
+
+  @pytest.mark.parametrize('shape', SHAPES)
+  def test_blocks_of_rows_match_autodiff(self, shape, monkeypatch):
+    """TPUs compute the rows in blocks, here 5 of 8."""
+    monkeypatch.setattr(math, 'by_platform', lambda tpu, default: tpu)
+    monkeypatch.setattr(dense, '_BLOCK', 8)
+    monkeypatch.setattr(dense, '_LEAST', 8)
+    self._check(shape, FULL, 2e-6)
+    program = jax.make_jaxpr(dense.trunk)(*_parameters(2, (0,), 16, 11, 5), _features(40, 11))
+    assert 'scan' in str(program)
+    assert 'length=5' in str(program)
+
+  def test_rows_that_make_no_large_blocks_stay_together(self, monkeypatch):
+    monkeypatch.setattr(math, 'by_platform', lambda tpu, default: tpu)
+    monkeypatch.setattr(dense, '_LEAST', 16)
+    self._check('a_join', FULL, 2e-6)
+    program = jax.make_jaxpr(dense.trunk)(*_parameters(2, (0,), 16, 11, 5), _features(40, 11))
+    assert 'length=1' in str(program)
 
   def _check(self, shape, dtype, tolerance):
     depth, joins, bottleneck = SHAPES[shape]

@@ -1,4 +1,4 @@
-"""The packed positional encoding for GPUs, against the plain one."""
+"""The positional encodings for GPUs and TPUs, against the plain one."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from internal import geopoly, structs
+from internal import geopoly, math, structs
 from internal.fields import encodings
 
 CASES = {  # min_deg, max_deg, basis.
@@ -142,5 +142,44 @@ def test_64_bit_types_do_not_leak():
 
 
 def test_plain_arrange_is_the_identity():
-  rows = np.ones((504, 2))
-  assert _pair('360')[0].arrange(rows) is rows
+  rows = np.random.default_rng(0).normal(size=(504, 2)).astype(np.float32)
+  np.testing.assert_array_equal(_pair('360')[0].arrange(rows), rows)
+
+
+class TestTpu:
+  """The encoding for TPUs, which `math.by_platform` selects when a program is lowered for one."""
+
+  @pytest.fixture(autouse=True)
+  def on_tpu(self, monkeypatch):
+    monkeypatch.setattr(math, 'by_platform', lambda tpu, default: tpu)
+
+  @pytest.mark.parametrize('case', CASES)
+  def test_is_a_reordering_of_the_plain_encoding(self, case, monkeypatch):
+    encoding = _pair(case)[0]
+    found = np.moveaxis(jax.jit(lambda g: encoding(g))(GAUSSIANS), -1, 0)
+    wanted = encoding.arrange(jnp.moveaxis(_features(case)[0], -1, 0))
+    assert found.shape == wanted.shape == (encoding.num_features, 2, 100)
+    octaves = np.asarray(encoding.arrange(2.0 ** _octaves(case)))[:, None, None]
+    assert np.all(np.abs(found - wanted) <= 1e-6 + 2e-7 * octaves)
+
+  def test_a_layer_gives_the_same(self):
+    kernel = np.random.default_rng(1).normal(size=(504, 8)).astype(np.float32)
+    encoding = _pair('360')[0]
+    found = encoding(GAUSSIANS) @ encoding.arrange(kernel)
+    np.testing.assert_allclose(found, _features('360')[0] @ kernel, atol=0.02)
+
+  def test_features_have_the_dtype_of_the_layers_and_are_averaged_in_float32(self):
+    low, high, basis = CASES['360']
+    kind = functools.partial(
+      encodings.IntegratedPositionalEncoding, low, high, *basis, dtype=jnp.bfloat16
+    )
+    several = _gaussians(2, 10, 6)
+    assert kind()(several).dtype == jnp.bfloat16
+    assert kind(multisampled=True)(several).dtype == jnp.float32
+
+  def test_four_coordinates(self):
+    encoding = encodings.IntegratedPositionalEncoding(0, 4, 'octahedron', 1, axes=4)
+    mean = jnp.linspace(-1, 1, 20).reshape(5, 4)
+    features = encoding(structs.Gaussians(mean, jnp.zeros((5, 4, 4))))
+    sines = np.sin(np.asarray(mean)[..., None] * 2.0 ** np.arange(4))  # [5, axis, octave]
+    np.testing.assert_allclose(features.reshape(5, 4, 2, 4)[:, :, 0], sines, atol=1e-5)

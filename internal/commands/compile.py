@@ -61,7 +61,7 @@ def show(row: dict) -> str:
   return (
     f'{name}{fits} {row["needed_bytes"] / 1e9:6.2f} of {row["memory_bytes"] / 1e9:.1f} GB '
     f'({row["temp_bytes"] / 1e9:.2f} temporary)  products {row["products_ms"]:7.2f} ms  memory '
-    f'{row["memory_ms"]:7.2f} ms ({row["bytes_accessed"] / 1e9:.1f} GB)  at most '
+    f'{row["memory_ms"]:7.2f} ms ({row["traffic_bytes"] / 1e9:.1f} GB)  at most '
     f'{row["rays_per_second_at_most"]:,.0f} rays/s  collectives: {share}  compiled in '
     f'{row["compile_seconds"]:.0f} s  choice {row["choice"]}'
   )

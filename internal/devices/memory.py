@@ -43,9 +43,14 @@ def _compile(function: Callable, args) -> tuple[jax.stages.Compiled | None, Exce
   try:
     return function.lower(*args).compile(compiler_options()), None
   except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
+    if not is_exhausted(error):
       raise
     return None, error
+
+
+def is_exhausted(error: Exception) -> bool:
+  """Returns whether a program did not compile because it needs too much memory."""
+  return 'RESOURCE_EXHAUSTED' in str(error) or 'Ran out of memory' in str(error)
 
 
 class FirstFit:
@@ -59,6 +64,8 @@ class FirstFit:
     choice: the chosen variant; None before the first call.
     needed: bytes per device that it needs; None if unknown.
     free: bytes per device that were free; None if unknown.
+    rejected: choices that did not fit, with the bytes that they need (None if XLA gave up). If no
+      choice fits, `choice` is among them.
   """
 
   def __init__(
@@ -73,6 +80,7 @@ class FirstFit:
     """
     self.variant, self.choices, self._free = variant, tuple(choices), free
     self.choice = self.needed = self.free = None
+    self.rejected: dict[int, int | None] = {}
     self._programs = {}
 
   def __call__(self, *args):
@@ -110,6 +118,7 @@ class FirstFit:
       fits = not error and not (known and self.needed > _SHARE * self.free)
       if processes.on_all(fits):
         break
+      self.rejected[choice] = self.needed
     else:
       if error:
         raise error

@@ -23,8 +23,8 @@ from . import hopper
 
 Array = jax.Array
 
-_BLOCK = 4096  # Rows of a block on TPUs: 8 MB for each layer of 1024 bfloat16 values.
-_LEAST = 512  # Smaller blocks would not keep the matrix units busy.
+_BLOCK = 1024  # Rows of a block on TPUs. Larger ones leave no room for the weight gradients.
+_LEAST = 256  # Smaller blocks would not keep the matrix units busy.
 
 
 class Layer(NamedTuple):

@@ -21,12 +21,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from .. import configs
-from ..devices import sharding
+from ..devices import memory, sharding
 from ..errors import UserError
 from ..rendering import renderer
 from ..system import installation
 from ..training import batches, train_step
-from . import programs
+from . import hlo, programs
 
 
 class TopologyError(UserError):
@@ -52,8 +52,8 @@ CHIPS = {
 }
 
 _SHARE = 0.95  # Usable part of a chip's memory; the runtime reserves the rest.
+_LARGEST = 20  # Number of instructions with the largest traffic to report.
 _COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
-_BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2, 's64': 8, 'u64': 8}
 
 
 def describe(topology: str) -> tuple[Chip, Mesh, int]:
@@ -116,16 +116,14 @@ def render_arguments(settings: configs.Settings, mesh: Mesh, capture: tuple[int,
   return params, cams, np.int32(0), np.int32(0), np.float32(1)
 
 
-def collectives(hlo: str) -> dict[str, dict[str, int]]:
+def collectives(text: str) -> dict[str, dict[str, int]]:
   """Counts the collectives of a compiled program, with the bytes of their results, by kind."""
   found: dict[str, dict[str, int]] = collections.defaultdict(lambda: {'count': 0, 'bytes': 0})
   kinds = '|'.join(_COLLECTIVES)
-  for line in re.finditer(rf'= (.*?) ({kinds})(?:-start)?\(', hlo):
+  for line in re.finditer(rf'= (.*?) ({kinds})(?:-start)?\(', text):
     row = found[line[2]]
     row['count'] += 1
-    for dtype, shape in re.findall(r'(\w+)\[([\d,]*)\]', line[1]):
-      count = math.prod(int(n) for n in shape.split(',') if n)
-      row['bytes'] += count * _BYTES.get(dtype, 4)
+    row['bytes'] += sum(hlo.array_bytes(line[1]))
   return dict(found)
 
 
@@ -142,7 +140,11 @@ def account(compiled: jax.stages.Compiled, chip: Chip, rays: int, seconds: float
   results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes  # Donated buffers are reused.
   needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + results
   needed += sizes.generated_code_size_in_bytes
-  flops, traffic = cost.get('flops', 0.0), cost.get('bytes accessed', 0.0)
+  text = compiled.as_text()
+  costs = hlo.Program(text).costs()
+  # XLA's count has elementwise operations too, but a loop's body only once.
+  flops = max(cost.get('flops', 0.0), sum(c.flops for c in costs))
+  traffic = sum(c.bytes for c in costs)
   products_ms = flops / (chip.flops / chip.cores) * 1e3
   memory_ms = traffic / (chip.bandwidth / chip.cores) * 1e3
   bound = max(products_ms, memory_ms)
@@ -152,66 +154,64 @@ def account(compiled: jax.stages.Compiled, chip: Chip, rays: int, seconds: float
     'memory_bytes': int(chip.memory / chip.cores),
     'fits': needed <= _SHARE * chip.memory / chip.cores,
     'flops': flops,
-    'bytes_accessed': traffic,
+    'traffic_bytes': traffic,
+    'traffic': [{'gb': c.bytes / 1e9, 'op': c.op, 'source': c.source} for c in costs[:_LARGEST]],
+    'bytes_accessed': cost.get('bytes accessed', 0.0),
     'products_ms': products_ms,
     'memory_ms': memory_ms,
     'bound_by': 'products' if products_ms >= memory_ms else 'memory',
     'rays_per_second_at_most': rays / bound * 1e3 if bound else None,
-    'collectives': collectives(compiled.as_text()),
+    'collectives': collectives(text),
     'compile_seconds': seconds,
   }
 
 
-def compile_timed(function: Callable, args) -> tuple[jax.stages.Compiled, float]:
-  """Lowers and compiles a jit-compiled function; returns the program and the seconds taken."""
-  began = time.monotonic()
-  compiled = function.lower(*args).compile()
-  return compiled, time.monotonic() - began
+def free_memory(chip: Chip, args) -> int:
+  """Returns the bytes that a program's arguments leave free on each device of a machine."""
+  sizes = [
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(args) if isinstance(x, jax.ShapeDtypeStruct)
+  ]  # fmt: skip
+  return int(_SHARE * chip.memory / chip.cores) - sum(sizes)
 
 
-def _too_large(error: Exception) -> bool:
-  return 'RESOURCE_EXHAUSTED' in str(error) or 'Ran out of memory' in str(error)
-
-
-def measure(variant: Callable, choices, args, chip: Chip, rays: Callable) -> dict:
-  """Compiles the first variant that fits, as `memory.FirstFit` does on attached devices.
+def measure(program: memory.FirstFit, args, chip: Chip, rays: Callable) -> dict:
+  """Compiles the first variant of a program that fits, as on attached devices, and accounts for it.
 
   Args:
-    variant: returns the jit-compiled function of a choice.
-    choices: choices in order of decreasing memory.
-    args: the function's arguments as shapes.
+    program: the training step or renderer, with the chip's free memory.
+    args: the program's arguments as shapes.
     chip: the chip to compile for.
     rays: returns the rays per call of a choice.
   """
-  tried = []
-  for choice in choices:
-    try:
-      compiled, seconds = compile_timed(variant(choice), args)
-    except jax.errors.JaxRuntimeError as error:
-      if not _too_large(error):
-        raise
-      row = {'fits': False, 'error': ' '.join(str(error).split())[:300]}
-    else:
-      row = account(compiled, chip, rays(choice), seconds)
-    tried.append({'choice': choice, **row})
-    if row['fits']:
-      break
-  return {**tried[-1], 'tried': tried[:-1]}
+  began = time.monotonic()
+  try:
+    compiled = program.fit(*args)
+  except jax.errors.JaxRuntimeError as error:
+    if not memory.is_exhausted(error):
+      raise
+    choice = program.choices[-1]
+    row = {'fits': False, 'error': ' '.join(str(error).split())[:300]}
+  else:
+    choice = program.choice
+    row = account(compiled, chip, rays(choice), time.monotonic() - began)
+    row['fits'] = choice not in program.rejected
+  tried = [{'choice': c, 'needed_bytes': n} for c, n in program.rejected.items() if c != choice]
+  return {'choice': choice, **row, 'tried': tried}
 
 
 def train_row(settings: configs.Settings, chip: Chip, mesh: Mesh, capture) -> dict:
   """Measures the training step with the fewest micro-batches that fit."""
-  step = train_step.make_train_step(settings, mesh)
-  rays = settings.config.batch_size
   args = train_arguments(settings, mesh, capture)
-  return measure(step.variant, step.choices, args, chip, lambda _: rays)
+  step = train_step.make_train_step(settings, mesh, lambda _: free_memory(chip, args))
+  return measure(step, args, chip, lambda _: settings.config.batch_size)
 
 
 def render_row(settings: configs.Settings, chip: Chip, mesh: Mesh, capture) -> dict:
   """Measures the renderer with the largest chunk that fits."""
-  render = renderer.make_chunk_renderer(settings, mesh)
   args = render_arguments(settings, mesh, capture)
-  return measure(render.variant, render.choices, args, chip, lambda chunk: chunk)
+  render = renderer.make_chunk_renderer(settings, mesh, lambda _: free_memory(chip, args))
+  return measure(render, args, chip, lambda chunk: chunk)
 
 
 ROWS = {'train': train_row, 'render': render_row}

@@ -7,7 +7,6 @@ they were reads from main memory. Here bodies count as often as they run, and on
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 import re
@@ -73,15 +72,23 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
   return found, entry
 
 
+def array_bytes(kind: str) -> list[int]:
+  """Returns the bytes of each array of a type, such as '(f32[10]{0}, bf16[2,3]{1,0})', unpadded."""
+  return [
+    math.prod(_sizes(shape)) * _BYTES.get(dtype, 4) for dtype, shape, _ in _ARRAY.findall(kind)
+  ]
+
+
+def _sizes(shape: str) -> list[int]:
+  return [int(n) for n in shape.split(',') if n]
+
+
 def _arrays(kind: str) -> Iterator[tuple[int, bool]]:
   """Yields the stored bytes of each array of a type, and whether it is in main memory."""
   for dtype, shape, layout in _ARRAY.findall(kind):
-    sizes = [int(n) for n in shape.split(',') if n]
-    order = [int(n) for n in layout.split(':')[0].split(',') if n]
+    sizes, order = _sizes(shape), _sizes(layout.split(':')[0])  # The fastest axis first.
     if tile := re.search(r'T\(([\d,]+)\)', layout):
-      tile = [int(n) for n in tile[1].split(',')]
-      minor = order[: len(tile)]  # The fastest axis first, as the layout lists them.
-      for axis, side in zip(minor, reversed(tile)):
+      for axis, side in zip(order, reversed(_sizes(tile[1]))):
         sizes[axis] = -(-sizes[axis] // side) * side
     yield math.prod(sizes) * _BYTES.get(dtype, 4), not re.search(r'S\([1-9]', layout)
 
@@ -195,25 +202,13 @@ class Program:
     return sum(self._flops(i, inner) for i in body)
 
 
-def _shape(kind: str) -> list[int]:
-  return [int(n) for n in _ARRAY.search(kind)[2].split(',') if n]
-
-
 def _product_flops(one: Instruction, kernel: str) -> float:
   """Counts 2 FLOPs per result and contracted element of a convolution that is a product."""
   labels = re.search(r'dim_labels=\w+_(\w+)->', one.rest)[1]
   window = re.search(r'window=\{([^}]*)\}', one.rest)
   batched = window and re.search('pad|dilate', window[1])  # The window's axis is a batch axis.
+  result, kernel = (_sizes(_ARRAY.search(kind)[2]) for kind in (one.type, kernel))
   contracted = [
-    n for n, label in zip(_shape(kernel), labels, strict=True)
-    if label != 'o' and not (batched and label.isdigit())
-  ]  # fmt: skip
-  return 2.0 * math.prod(_shape(one.type)) * math.prod(contracted)
-
-
-def by_source(costs: list[Cost], depth: int) -> dict[str, float]:
-  """Sums the bytes of instructions whose source's name has the same first parts."""
-  total = collections.Counter()
-  for cost in costs:
-    total['/'.join(cost.source.split('/')[:depth])] += cost.bytes
-  return dict(total.most_common())
+    n for n, label in zip(kernel, labels) if label != 'o' and not (batched and label.isdigit())
+  ]
+  return 2.0 * math.prod(result) * math.prod(contracted)
