@@ -23,8 +23,10 @@ from . import hopper
 
 Array = jax.Array
 
-_BLOCK = 1024  # Rows of a block on TPUs. Larger ones leave no room for the weight gradients.
-_LEAST = 256  # Smaller blocks would not keep the matrix units busy.
+# TPUs compute blocks of this many values per layer: 2,048 rows of 1024, or 8,192 of 256. The values
+# of larger blocks and the weights' gradients do not fit together in a chip's vector memory.
+_BLOCK = 2**21
+_LEAST = 256  # Rows: smaller blocks would not keep the matrix units busy.
 
 
 class Layer(NamedTuple):
@@ -109,7 +111,8 @@ def _blocked(whole: Callable) -> Callable:
   """Returns `whole(layers, heads, encoded)`, evaluated for one block of rows after the other."""
 
   def blocked(layers, heads, encoded):
-    return _scan(lambda _, e: (None, whole(layers, heads, e)), None, encoded)[1]
+    rows = _block_rows(layers, encoded)
+    return _scan(rows, lambda _, e: (None, whole(layers, heads, e)), None, encoded)[1]
 
   return blocked
 
@@ -123,14 +126,19 @@ def _by_platform(blocked: Callable, whole: Callable, fused: bool) -> Callable:
   return whole if fused else math.by_platform(blocked, whole)
 
 
-def _scan(step: Callable, total, encoded: Array, *others):
+def _block_rows(layers: tuple[Layer, ...], encoded: Array) -> int:
+  """Returns the number of rows to compute at a time, which divides m."""
+  power = len(encoded) & -len(encoded)  # The largest power of two that divides m.
+  rows = min(_BLOCK // layers[0].bias.size, power)
+  return rows if rows >= _LEAST else len(encoded)
+
+
+def _scan(rows: int, step: Callable, total, encoded: Array, *others):
   """Scans blocks of the rows of arrays [m, ...]: `step(total, *blocks)` -> (total, results).
 
   Returns:
     The last total, and the results [m, ...].
   """
-  rows = min(_BLOCK, len(encoded) & -len(encoded))  # The largest power of two that divides m.
-  rows = rows if rows >= _LEAST else len(encoded)
   columns = encoded.T  # [f, m]: the layout of features on TPUs.
 
   def block(total, part):
@@ -234,7 +242,8 @@ def _backward(fused, residuals, d_out):
       *grads, d_encoded = whole(layers, heads, *part)
       return jax.tree.map(jnp.add, total, tuple(grads)), d_encoded
 
-    total, d_encoded = _scan(step, jax.tree.map(jnp.zeros_like, (layers, heads)), *rows)
+    zeros = jax.tree.map(jnp.zeros_like, (layers, heads))
+    total, d_encoded = _scan(_block_rows(layers, rows[0]), step, zeros, *rows)
     return *total, d_encoded
 
   return _by_platform(blocked, whole, fused)(*residuals, d_out)

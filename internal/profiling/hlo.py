@@ -56,6 +56,7 @@ class Cost:
   type: str
   bytes: float  # Read from and written to main memory.
   flops: float  # Of matrix products.
+  cycles: float  # As the TPU compiler estimates; 0 where it does not.
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -124,7 +125,9 @@ class Program:
         source = re.search(r'op_name="([^"]*)"', one.rest)
         moved = times * self._moved(one, types)
         flops = times * self._flops(one, types)
-        yield Cost(source[1] if source else '', one.op, one.type, moved, flops)
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', one.rest)
+        cycles = times * float(cycles[1] if cycles else 0)
+        yield Cost(source[1] if source else '', one.op, one.type, moved, flops, cycles)
 
   def _trips(self, condition: str) -> int:
     """Returns how often a loop runs: the constant that its counter is compared with."""
