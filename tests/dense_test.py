@@ -105,26 +105,26 @@ class TestTrunk:
 
   @pytest.mark.parametrize('shape', SHAPES)
   def test_blocks_of_rows_match_autodiff(self, shape, monkeypatch):
-    """TPUs compute the rows in blocks, here 5 of 8."""
+    """TPUs compute the rows in blocks, here 3 of 8."""
     monkeypatch.setattr(math, 'by_platform', lambda tpu, default: tpu)
     monkeypatch.setattr(dense, '_BLOCK', 8 * 16)
     monkeypatch.setattr(dense, '_LEAST', 8)
-    self._check(shape, FULL, 2e-6)
-    program = jax.make_jaxpr(dense.trunk)(*_parameters(2, (0,), 16, 11, 5), _features(40, 11))
+    self._check(shape, FULL, 2e-6, rows=24)
+    program = jax.make_jaxpr(dense.trunk)(*_parameters(2, (0,), 16, 11, 5), _features(24, 11))
     assert 'scan' in str(program)
-    assert 'length=5' in str(program)
+    assert 'length=3' in str(program)
 
   def test_rows_that_make_no_large_blocks_stay_together(self, monkeypatch):
     monkeypatch.setattr(math, 'by_platform', lambda tpu, default: tpu)
     monkeypatch.setattr(dense, '_LEAST', 16)
-    self._check('a_join', FULL, 2e-6)
-    program = jax.make_jaxpr(dense.trunk)(*_parameters(2, (0,), 16, 11, 5), _features(40, 11))
-    assert 'scan' not in str(program)
+    self._check('a_join', FULL, 2e-6, rows=36)
+    program = jax.make_jaxpr(dense.trunk)(*_parameters(2, (0,), 16, 11, 5), _features(36, 11))
+    assert 'length=1' in str(program)
 
-  def _check(self, shape, dtype, tolerance):
+  def _check(self, shape, dtype, tolerance, rows=40):
     depth, joins, bottleneck = SHAPES[shape]
     layers, heads = _parameters(depth, joins, 16, 11, bottleneck or 0)
-    args = layers, None if bottleneck is None else heads, _features(40, 11, dtype)
+    args = layers, None if bottleneck is None else heads, _features(rows, 11, dtype)
     out, naive = _slopes(dense.trunk, *args), _slopes(_naive, *args)
     assert all(np.max(np.abs(np.float32(g))) > 0.01 for g in jax.tree.leaves(naive[0]))
     _assert_near(out, naive, tolerance)
@@ -178,6 +178,14 @@ class TestTrunk:
     for argnums, times in ((0, 0), ((0, 1), 2)):
       program = jax.jit(slopes, static_argnums=2).lower(layers, _features(40, 11), argnums)
       assert program.compile().as_text().count(f'= {of_features}{{1,0}} dot(') == times
+
+
+@pytest.mark.parametrize(('platform', 'loops'), [('cuda', False), ('cpu', False), ('tpu', True)])
+def test_only_tpus_compute_in_blocks(platform, loops):
+  args = *_parameters(2, (0, 1), 1024, 11, 5), _features(8192, 11, HALF)
+  total = lambda *args: jnp.sum(dense.trunk(*args)[0])  # noqa: E731
+  program = jax.jit(jax.grad(total)).trace(*args).lower(lowering_platforms=(platform,))
+  assert ('stablehlo.while' in program.as_text()) == loops
 
 
 def product_in_xla(xs, ws, *, bias=None, outer=None, relu=False, mask=None):

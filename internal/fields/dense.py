@@ -4,7 +4,7 @@ Most of a training step's time is spent here. Autodiff of the same layers would 
 both before and after each ReLU and read both again in the backward pass; this gradient stores only
 the values after it, and accumulates weight gradients in float32. With `fused`, Hopper GPUs run the
 kernels of hopper.py, which merge biases, ReLUs and masks into the matrix products; otherwise the
-same computation is plain XLA.
+same computation is plain XLA. TPUs compute it in blocks of rows (`_blocked`).
 
 Shapes: m rows (all intervals of all rays), f features of the encoding.
 """
@@ -108,7 +108,11 @@ def trunk(layers: tuple[Layer, ...], heads: Heads | None, encoded: Array, fused:
 
 
 def _blocked(whole: Callable) -> Callable:
-  """Returns `whole(layers, heads, encoded)`, evaluated for one block of rows after the other."""
+  """Returns `whole(layers, heads, encoded)`, evaluated for one block of rows after the other.
+
+  A block's values stay in the TPU's vector memory from layer to layer, and so do the weights'
+  gradients. Main memory holds only what the backward pass needs: each layer's values.
+  """
 
   def blocked(layers, heads, encoded):
     rows = _block_rows(layers, encoded)
@@ -118,11 +122,7 @@ def _blocked(whole: Callable) -> Callable:
 
 
 def _by_platform(blocked: Callable, whole: Callable, fused: bool) -> Callable:
-  """Returns a function that runs `blocked` on TPUs, otherwise `whole`.
-
-  On TPUs, `blocked` keeps the layers' values of some thousand rows in the chip's vector memory, so
-  that each is written to main memory at most once and read from there at most once.
-  """
+  """Returns a function that runs `blocked` on TPUs, otherwise `whole`."""
   return whole if fused else math.by_platform(blocked, whole)
 
 

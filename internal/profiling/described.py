@@ -71,6 +71,7 @@ def describe(topology: str) -> tuple[Chip, Mesh, int]:
       f'--topology {topology!r} must be a chip ({", ".join(CHIPS)}) and a shape, such as v5e:4x4.'
     )
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # Do not look for an attached TPU.
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # Several may compile at once.
   try:
     from jax.experimental import topologies
 
