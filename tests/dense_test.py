@@ -107,7 +107,7 @@ class TestTrunk:
   def test_blocks_of_rows_match_autodiff(self, shape, monkeypatch):
     """TPUs compute the rows in blocks, here 3 of 8."""
     monkeypatch.setattr(math, 'by_platform', lambda tpu, default: tpu)
-    monkeypatch.setattr(dense, '_BLOCK', 8 * 16)
+    monkeypatch.setattr(dense, '_VALUES', 8 * 16)
     monkeypatch.setattr(dense, '_LEAST', 8)
     self._check(shape, FULL, 2e-6, rows=24)
     program = jax.make_jaxpr(dense.trunk)(*_parameters(2, (0,), 16, 11, 5), _features(24, 11))

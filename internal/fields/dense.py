@@ -23,9 +23,9 @@ from . import hopper
 
 Array = jax.Array
 
-# TPUs compute blocks of this many values per layer: 2,048 rows of 1024, or 8,192 of 256. The values
-# of larger blocks and the weights' gradients do not fit together in a chip's vector memory.
-_BLOCK = 2**21
+# TPUs compute blocks of at most this many rows, and of this many values per layer: 2,048 rows of
+# 1024. Values of larger blocks and the weights' gradients do not fit together in vector memory.
+_ROWS, _VALUES = 4096, 2**21
 _LEAST = 256  # Rows: smaller blocks would not keep the matrix units busy.
 
 
@@ -129,7 +129,7 @@ def _by_platform(blocked: Callable, whole: Callable, fused: bool) -> Callable:
 def _block_rows(layers: tuple[Layer, ...], encoded: Array) -> int:
   """Returns the number of rows to compute at a time, which divides m."""
   power = len(encoded) & -len(encoded)  # The largest power of two that divides m.
-  rows = min(_BLOCK // layers[0].bias.size, power)
+  rows = min(_ROWS, _VALUES // layers[0].bias.size, power)
   return rows if rows >= _LEAST else len(encoded)
 
 
