@@ -1,7 +1,7 @@
 """Trains a scene.
 
-    python train.py --config fast --data my_scene --out runs/my_scene
-    python train.py --config paper --data my_scene --out runs/paper --factor 4 --steps 50000 \\
+    python train.py --config fast --data data/my_scene --out runs/my_scene
+    python train.py --config paper --data data/my_scene --out runs/paper --factor 4 --steps 50000 \\
         --gin_bindings Config.lr_init=0.001 NerfMLP.net_width=512
 
 All output goes to the folder of --out; its config.gin has all settings. Run the same command again
