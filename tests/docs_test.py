@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from internal import configs, plugins
+from internal import cli, configs, plugins
 from internal.__main__ import COMMANDS
 from internal.system import installation
 
@@ -103,10 +103,12 @@ def test_each_command_is_one_that_its_program_takes(page, words, monkeypatch):
 def check_settings(args):
   """The gin files and bindings resolve, and the paths have the one shape that the docs use."""
   config = configs.Config()
-  if getattr(args, 'gin_configs', ()) or getattr(args, 'gin_bindings', ()):
+  if hasattr(args, 'set_by_flag'):
+    config = cli.load_settings(args).config
+  elif getattr(args, 'gin_configs', ()) or getattr(args, 'gin_bindings', ()):
     config = configs.load_config(args.gin_configs or (), args.gin_bindings).config
   data = config.data_dir, getattr(args, 'data_dir', None), getattr(args, 'data', None)
-  assert all(re.match(r'data/\w|runs/demo/', path) for path in data if path)
+  assert all(re.match(r'data/\w|runs/\w+/', path) for path in data if path)
   runs = config.checkpoint_dir, getattr(args, 'checkpoint_dir', None)
   assert all(re.match(r'runs/\w', path) for path in runs if path)
 

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from internal import cli, configs, plugins
+from internal import cli, plugins
 from internal.commands import train
 from internal.devices import starting
 from internal.system import installation
@@ -22,17 +22,17 @@ def test_the_command_trains_with_the_config_and_size_of_the_machine(accelerator,
   words = shlex.split(command)
   assert words[:2] == ['python', 'train.py']
   args = train.parse(words[2:])
-  config = configs.load_config(args.gin_configs, args.gin_bindings).config
+  config = cli.load_settings(args).config
   assert (config.data_dir, config.checkpoint_dir) == ("data/it's mine", "runs/it's mine")
   assert (config.batch_size, config.factor) == (batch, factor)
 
 
 def test_without_a_gpu_both_commands_are_given(monkeypatch):
   here, there = (starting.train_command('data/a', (4000, 3000), gpu) for gpu in (False, True))
-  assert 'cpu.gin' in here
-  assert 'Config.factor = 8' in here
-  assert '360_fast.gin' in there
-  assert 'Config.factor = 4' in there
+  assert '--config cpu' in here
+  assert '--factor 8' in here
+  assert '--config fast' in there
+  assert '--factor 4' in there
   lines = starting.advice('data/a', (4000, 3000)).split('\n')
   assert (lines[0].strip(), lines[-1].strip()) == (here, there)
   monkeypatch.setattr(starting, 'has_accelerator', lambda: True)
@@ -56,7 +56,6 @@ def test_words_reach_the_program_as_they_are(shell, word):
 def test_commands_on_a_run_repeat_its_plugins(monkeypatch):
   monkeypatch.setattr(plugins, 'flags', lambda: ['--plugins', 'my.mod'])
   assert cli.run_text('view', 'runs/a') == 'python scripts/view.py runs/a --plugins my.mod'
-  assert cli.run_text('render', 'runs/a', "Config.render_path_file = 'p'") == (
-    'python render.py --checkpoint_dir runs/a --plugins my.mod '
-    '--gin_bindings "Config.render_path_file = \'p\'"'
+  assert cli.run_text('render', 'runs/a', '--path', 'a b.json') == (
+    'python render.py runs/a --path "a b.json" --plugins my.mod'
   )
