@@ -20,7 +20,7 @@ CONFIGS = sorted(ROOT.glob('configs/**/*.gin'))
 PROGRAMS = {installation.command_text(name).split()[1]: name for name in COMMANDS}
 # Programs that need no parser of ours, and what the test does with their arguments.
 FOREIGN = ('git clone', 'cd', 'source', 'pip install', 'gcloud', 'scontrol', '[', 'setup_env')
-# Pages with shell programs (functions, loops) for bash on TPU workers: only their syntax is checked.
+# Pages with shell programs (functions, loops) for TPU workers: only their syntax is checked.
 BASH_PROGRAMS = ('multi_device.md',)
 SCENES_360 = 'bicycle|flowers|garden|stump|treehill|room|counter|kitchen|bonsai'
 
