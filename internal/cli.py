@@ -190,6 +190,11 @@ def load_settings(args: argparse.Namespace) -> configs.Settings:
   return configs.load_config(args.gin_configs, bindings(args))
 
 
+def run_text(name: str, folder: str, *words: str) -> str:
+  """Returns the command line that runs a command on a training run, as users type it."""
+  return installation.command_text(name, folder, *words, *plugins.flags())
+
+
 def show_notices(settings: configs.Settings, args: argparse.Namespace | None = None) -> None:
   """Prints on stderr which settings and flags have no effect (main process only)."""
   lines = configs.notices(settings)

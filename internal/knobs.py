@@ -231,7 +231,7 @@ result.
 | `--gin_bindings` | any setting by its name on this page |
 
 ```bash
-python train.py --config fast --data my_scene --out runs/my_scene \\
+python train.py --config fast --data data/my_scene --out runs/my_scene \\
   --gin_bindings Config.lr_init=0.005 NerfMLP.net_width=128
 ```
 

@@ -13,7 +13,8 @@ SECONDS=0 # Counted up by bash; set-up does not count.
 out=${1:-$ROOT/runs/demo}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-scene=$out/scene run=$out/run
+# The report page is headed by the name of the scene's folder.
+scene=$out/still_life run=$out/run
 python=$VENV/bin/python
 quote() { "$python" -c 'import sys; print(repr(sys.argv[1]))' "$1"; }
 settings=(

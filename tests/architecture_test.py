@@ -1,4 +1,4 @@
-"""The house: which room may import which, and that the README says the same."""
+"""The house: which room may import which, and that CONTRIBUTING.md says the same."""
 
 import ast
 import pathlib
@@ -74,7 +74,7 @@ def test_no_circle_within_a_room():
     visit(module, [])
 
 
-def test_the_readme_has_the_same_floors():
-  table = (ROOT / 'README.md').read_text().split('| | `internal/` | |\n')[1].split('\n\n')[0]
+def test_contributing_has_the_same_floors():
+  table = (ROOT / 'CONTRIBUTING.md').read_text().split('| | `internal/` | |\n')[1].split('\n\n')[0]
   rows = re.findall(r'^\| \d+ \| (.*?) \|', table, re.MULTILINE)
   assert [set(re.findall(r'`(\w+)/?`', row)) for row in rows] == [set(floor) for floor in FLOORS]

@@ -55,6 +55,7 @@ def test_shipped_config_loads_from_any_folder(path, tmp_path, monkeypatch):
     ('llff_512', 3_065_733),
     ('360_grid', 77_550_072),  # No published count: ours, as in the headers.
     ('360_fast', 66_647_198),
+    ('cpu', 2_695_086),
   ],
 )
 def test_shipped_config_has_the_published_size(name, count):

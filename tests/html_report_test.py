@@ -64,19 +64,41 @@ def run(scene, tmp_path):
 def test_the_page_loads_no_external_resources(run):
   _, page = run()
   addresses = [a[k] for _, a in page.found for k in ('src', 'href') if k in a]
-  assert len(addresses) == 2 * 6  # Truth, prediction, depth, error, opacity, normals.
+  assert len(addresses) == 2 * 5  # Truth, prediction, depth, error, normals; opacity is constant.
   assert all(address.startswith('data:image/webp;base64,') for address in addresses)
   assert not page.all('link')
   assert all('src' not in a for a in page.all('script'))
   assert not re.search(r'@import|url\(|https?://', (''.join(page.text)))
 
 
-def test_the_worst_image_comes_first(run):
+def test_the_best_image_comes_first_and_then_the_worst(run):
   path, page = run()
   per_image = results.read(str(path.parent / 'results.json'))['per_image']
   order = [a['data-name'] for a in page.all('article')]
-  assert order == [r['name'] for r in sorted(per_image, key=lambda row: row['psnr'])]
+  assert order == [r['name'] for r in sorted(per_image, key=lambda row: -row['psnr'])]
   assert len(set(order)) == 2
+  assert [text for text in page.text if text in ('best', 'median', 'worst')] == ['best', 'worst']
+
+
+def test_best_median_and_worst_then_the_others_worst_first():
+  places = html_report._places([25.0, None, 21.0, 24.0, 22.0, 23.0])
+  assert places == [(1, 'best'), (3, 'median'), (2, 'worst'), (4, ''), (5, ''), (0, '')]
+  assert html_report._places([30.0]) == [(0, '')]
+  assert html_report._places([]) == []
+
+
+@pytest.mark.parametrize(('levels', 'shown'), [((255, 254), False), ((255, 250), True)])
+def test_a_constant_opacity_is_hidden(run, scene, levels, shown):
+  path, _ = run()
+  for picture in path.parent.glob('*_opacity.png'):
+    grey = np.full((8, 8), levels[0], np.uint8)
+    grey[0, 0] = levels[1]
+    Image.fromarray(grey).save(picture)
+  settings = dataclasses.replace(tiny.settings(), text='')
+  html_report.write(str(path.parents[1]), settings, scene)
+  kinds = {a['alt'].split()[0] for a in Elements(path.read_text()).all('img')}
+  assert ('opacity' in kinds) == shown
+  assert 'depth' in kinds
 
 
 def test_names_are_text_whatever_they_are(run):
@@ -129,7 +151,7 @@ def test_pictures_become_smaller_then_fewer(run, monkeypatch, budget, width, ima
   monkeypatch.setattr(html_report, '_PICTURE_BYTES', budget)
   _, page = run()
   shown = [picture_width(a['src']) for a in page.all('img')]
-  assert shown == [width] * (6 * images)
+  assert shown == [width] * (5 * images)
   told = [t for t in page.text if f'{2 - images} of 2 test images are listed without' in t]
   assert bool(told) == (images < 2)
 
@@ -186,12 +208,16 @@ addEventListener('load', () => {
   told.swapped = over.src === map.querySelector('img').src && over.src !== own;
   map.click();
   told.back = over.src === own;
-  document.getElementById('order').click();
-  told.best = names();
+  const places = () => [...document.querySelectorAll('.place')].map(e => e.textContent);
+  told.places = places();
+  for (const order of ['worst', 'best', 'name', 'overview']) {
+    document.querySelector(`[data-order=${order}]`).click();
+    told[order] = names();
+  }
   const key = document.getElementById('key');
-  key.value = 'name';
+  key.value = 'ssim';
   key.dispatchEvent(new Event('change'));
-  told.named = names();
+  told.bySsim = places();
   told.loaded = [...document.images].every(i => i.complete && i.naturalWidth > 0);
   told.wide = document.documentElement.scrollWidth > innerWidth;
   told.errors = errors;
@@ -220,8 +246,10 @@ def test_it_is_alive_in_a_browser(run, tmp_path, width):
   assert told['clip'] == 'inset(0px 0px 0px 80%)'
   assert told['swapped']
   assert told['back']
-  assert told['best'] == told['before'][::-1]
-  assert told['named'] == sorted(told['before'])[::-1]  # From Z, as the best were first.
+  assert told['places'] == told['bySsim'] == ['best', 'worst']
+  assert told['best'] == told['before'] == told['overview']
+  assert told['worst'] == told['before'][::-1]
+  assert told['name'] == sorted(told['before'])
   assert told['loaded']
   assert not told['wide']
 

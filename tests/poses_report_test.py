@@ -232,11 +232,6 @@ def test_each_check_can_fail():
   assert graded('sharpness', rows=soft).status == preflight.BAD
 
 
-def test_the_factor_is_that_of_the_published_scenes():
-  sizes = {(4946, 3286): 4, (3118, 2078): 2, (1600, 900): 0, (1080, 1920): 2, (12000, 9000): 8}
-  assert {size: diagnosis.recommend_factor(size) for size in sizes} == sizes
-
-
 def test_the_picture_shows_points_cameras_and_failures(tmp_path):
   (tmp_path / 'images').mkdir()
   Image.fromarray(np.full((30, 40, 3), (10, 200, 30), np.uint8)).save(tmp_path / 'images/lost.png')

@@ -203,6 +203,18 @@ class TestRayPicture:
     x = np.nonzero((got == pictures.to_uint8(rgb[0, 0])).all(-1))[1] - 6  # The sheet's margin.
     assert (x.min(), x.max()) == (120, 139)  # Bin 6 of 8, of 160 pixels.
 
+  def test_the_axis_has_the_distances_and_the_legend_explains(self):
+    s, w, rgb = self.make(2)
+    plain = pictures.ray_picture([s], [w], [rgb])
+    metric = pictures.ray_picture([s], [w], [rgb], s_to_t=lambda x: 2 + 3 * x)
+    assert plain.shape == metric.shape
+    changed = np.nonzero((plain != metric).any((1, 2)))[0]
+    assert changed.min() > plain.shape[0] - 38  # Only the axis, at the bottom.
+    legend = plain[:48, 6:-6]
+    assert (legend < 128).any((1, 2)).sum() > 20
+    axis = plain[-38:-32, 6:-6]  # The line and its five ticks.
+    assert (axis[3] < 128).all(-1).nonzero()[0].tolist() == [0, 240, 480, 720, 959]
+
   def test_rays_are_thinned(self):
     s, w, rgb = self.make(20)
     few = pictures.ray_picture([s, s], [w, w], [None, rgb], max_rays=4)

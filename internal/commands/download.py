@@ -24,7 +24,5 @@ def main(argv: list[str] | None = None) -> None:
   print(f'{args.folder} is complete.')
   if left:
     print(f'No longer needed: {" ".join(left)}')
-  print(
-    f'Next: {installation.command_text("run_dataset")} --dataset {args.dataset} '
-    f'--root {args.folder}'
-  )
+  words = ('--dataset', args.dataset, '--root', args.folder)
+  print(f'Next: {installation.command_text("run_dataset", *words)}')

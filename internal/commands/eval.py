@@ -216,7 +216,7 @@ def write_outputs(run: trained.TrainedRun, per_image, pairs, lpips_absent: str |
   if config.eval_report:
     written['report'] = html_report.write(run.folder, run.settings, run.scene)
   bucket.push(run.folder)
-  progress.summary(written)
+  progress.summary({**written, 'next': cli.run_text('render', run.folder)})
   return results
 
 

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 
 from .. import cli
+from ..devices import starting
 from ..sfm import mapping, moved, pipeline
-from ..system import installation
 
 
 def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -86,9 +85,7 @@ def main(argv: list[str] | None = None) -> None:
   for name, reason in report['failed'].items():
     print(f'  failed  {name}: {reason}')
   cli.show_warnings(report['capture'] or {})
-  run = os.path.join('runs', os.path.basename(os.path.realpath(args.scene)))
-  print(f'\nLook at {os.path.join(args.scene, "preflight.png")}. If it looks right, train with:')
-  print(
-    f'  {installation.command_text("train")} --config fast --data {shlex.quote(args.scene)} '
-    f'--out {shlex.quote(run)} --factor {report["factor"]}'
-  )
+  print(f'\nLook at {os.path.join(args.scene, "preflight.png")}.')
+  if report['cameras']:
+    size = max((camera['size'] for camera in report['cameras']), key=max)
+    print(f'If it looks right, train with:\n{starting.advice(args.scene, size)}')

@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
       if os.path.exists(os.path.join(folder, 'eval', html_report.NAME)):
         # The report embeds the video.
         written['report'] = html_report.write(folder, settings, scene)
-      progress.summary({**written, 'frames': os.path.join(out, '*', '*.png')})
+      written['frames'] = os.path.join(out, '*', '*.png')
+      progress.summary({**written, 'next': cli.run_text('view', folder)})
   finally:  # Also after a signal, so that the same command resumes.
     if processes.is_main():
       bucket.push(folder)

@@ -1,7 +1,7 @@
 """Trains a scene.
 
-    python train.py --config fast --data my_scene --out runs/my_scene
-    python train.py --config paper --data my_scene --out runs/paper --factor 4 --steps 50000 \\
+    python train.py --config fast --data data/my_scene --out runs/my_scene
+    python train.py --config paper --data data/my_scene --out runs/paper --factor 4 --steps 50000 \\
         --gin_bindings Config.lr_init=0.001 NerfMLP.net_width=512
 
 All output goes to the folder of --out; its config.gin has all settings. Run the same command again
@@ -17,21 +17,22 @@ import argparse
 import functools
 import json
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 
-from .. import cli, configs, datasets, models, plugins
+from .. import cli, configs, datasets, models
 from ..datasets import scenes
-from ..devices import processes, sharding
+from ..devices import processes, sharding, starting
 from ..evaluation import train_renders
 from ..system import installation, progress
 from ..training import loop, nonfinite, run_folder, train_step
 from ..viewer import server
 
 _DEFAULT_CONFIG = 'fast'  # With --data, if no config is given.
+_MANY_PARAMS = 5_000_000  # Too many to train on a CPU in minutes.
 
 
 def preflight(settings: configs.Settings, scene: scenes.Scene, mesh) -> dict:
@@ -49,7 +50,6 @@ def preflight(settings: configs.Settings, scene: scenes.Scene, mesh) -> dict:
 
 def print_summary(folder: str, step: int, seconds: float) -> None:
   """Prints where a finished run's files are, and which commands to run next."""
-  run = shlex.join([folder, *plugins.flags()])
   metrics, board, pictures = (
     os.path.join(folder, name) for name in ('metrics.jsonl', 'tensorboard', 'train_renders')
   )
@@ -59,10 +59,23 @@ def print_summary(folder: str, step: int, seconds: float) -> None:
       'checkpoint': os.path.join(folder, f'checkpoints/{step}'),
       'metrics': f'{metrics}, {board}',
       'pictures': pictures,
-      'next': f'{installation.command_text("eval")} {run}',
-      '': f'{installation.command_text("render")} {run}',
+      'next': cli.run_text('eval', folder),
     }
   )
+
+
+def print_next(settings: configs.Settings, scene: scenes.Scene, argv: Sequence[str] | None) -> None:
+  """Prints on stderr, beside the report's JSON, the command that trains."""
+  words = [word for word in (sys.argv[1:] if argv is None else argv) if word != '--dry_run']
+  lines = [f'To train: {installation.command_text("train", *words)}']
+  many = models.num_params(train_step.abstract_state(settings).params) > _MANY_PARAMS
+  if many and not starting.has_accelerator():
+    config = settings.config
+    size = max(map(tuple, np.asarray(scene.cameras.size) * max(config.factor, 1)), key=max)
+    command = starting.train_command(config.data_dir, size, accelerator=False)
+    lines.append(f'Without a GPU or TPU, that takes hours. In ten minutes: {command}')
+  if processes.is_main():
+    print('\n'.join(lines), file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   cli.show_warnings(scene.report)
   if args.dry_run:
     print(json.dumps(preflight(settings, scene, mesh), indent=2))
+    print_next(settings, scene, argv)
     return
   loop.check_settings(settings, scene)
   settings = run_folder.with_local_folder(settings)

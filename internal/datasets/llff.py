@@ -94,8 +94,8 @@ def find_model(data_dir: str) -> str:
       )
   raise colmap.ModelNotFoundError(
     f'No sparse model (cameras and images, .bin or .txt) in {data_dir!r}: looked in '
-    f'{", ".join(MODEL_FOLDERS)}. Make one with `{installation.command_text("poses")} PHOTOS '
-    f'{data_dir}`.'
+    f'{", ".join(MODEL_FOLDERS)}. Make one with '
+    f'`{installation.command_text("poses", "PHOTOS", data_dir)}`.'
   )
 
 

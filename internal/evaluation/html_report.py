@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -43,6 +44,7 @@ class Shown:
   """A test image on the page."""
 
   name: str
+  place: str  # 'best', 'median' or 'worst' by PSNR, or ''.
   metrics: Mapping[str, float | None]
   pictures: Mapping[str, str]  # data: URLs by kind.
 
@@ -114,17 +116,23 @@ def _data(kind: str, content: bytes) -> str:
 def _read_images(
   folder: str, per_image: Sequence[Mapping[str, Any]], scene: scenes.Scene
 ) -> tuple[list[Shown], list[str]]:
-  """Reads the test images with their pictures, worst first, and notes on pictures left out."""
+  """Reads the test images with their pictures, and notes on pictures left out.
+
+  The best, the median and the worst come first, then the others, worst first.
+  """
   stems = {name: scene.stem(i) for i, name in enumerate(scene.names)}
   paths = []
   for k, row in enumerate(per_image):
     stem = os.path.join(folder, f'{k:03d}_{stems.get(row["name"])}_')
     kinds = {kind: f'{stem}{kind}.png' for kind in ('truth', 'prediction', *MAPS)}
-    paths.append({kind: path for kind, path in kinds.items() if os.path.exists(path)})
+    kinds = {kind: path for kind, path in kinds.items() if os.path.exists(path)}
+    if 'opacity' in kinds and _is_constant(kinds['opacity']):
+      del kinds['opacity']
+    paths.append(kinds)
   width = _choose_width([path for of_one in paths for path in of_one.values()])
   shown, used, without, damaged = [], 0, 0, []
-  worst_first = sorted(range(len(paths)), key=lambda k: per_image[k]['psnr'] or 0)
-  for k in progress.track(worst_first, 'report'):
+  places = _places([row['psnr'] for row in per_image])
+  for k, place in progress.track(places, 'report'):
     pictures = {kind: _webp(path, width) for kind, path in paths[k].items()}
     damaged += [paths[k][kind] for kind, content in pictures.items() if not content]
     pictures = {kind: content for kind, content in pictures.items() if content}
@@ -134,7 +142,7 @@ def _read_images(
     addresses = {kind: _data('image/webp', content) for kind, content in pictures.items()}
     row = per_image[k]
     metrics = {name: row[name] for name in (*METRICS, *lpips.METRICS)}
-    shown.append(Shown(row['name'], metrics, addresses))
+    shown.append(Shown(row['name'], place, metrics, addresses))
   notes = []
   if without:
     notes.append(
@@ -144,6 +152,30 @@ def _read_images(
   if damaged:
     notes.append(f'Pictures that cannot be read are left out: {", ".join(damaged)}.')
   return shown, notes
+
+
+def _places(psnr: Sequence[float | None]) -> list[tuple[int, str]]:
+  """Returns the rows in the order of the page, each with its place.
+
+  Args:
+    psnr: of each image; None is infinite.
+  """
+  worst_first = sorted(range(len(psnr)), key=lambda k: math.inf if psnr[k] is None else psnr[k])
+  if len(psnr) < 2:
+    return [(k, '') for k in worst_first]
+  first = {worst_first[-1]: 'best', worst_first[len(psnr) // 2]: 'median', worst_first[0]: 'worst'}
+  first[worst_first[-1]] = 'best'  # Of two images, it is also the median.
+  return [*first.items(), *((k, '') for k in worst_first if k not in first)]
+
+
+def _is_constant(path: str) -> bool:
+  """Returns whether a picture has one grey level, up to rounding; False if it cannot be read."""
+  try:
+    with Image.open(path) as picture:
+      low, high = picture.convert('L').getextrema()
+  except Exception:  # Decoders raise many types; the page names damaged pictures.
+    return False
+  return high - low <= 1
 
 
 def _choose_width(paths: Sequence[str]) -> int:

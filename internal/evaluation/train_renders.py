@@ -8,7 +8,7 @@ import time
 import numpy as np
 from jax.sharding import Mesh
 
-from .. import configs
+from .. import configs, coord
 from ..datasets import scenes
 from ..devices import processes
 from ..rendering import renderer
@@ -24,6 +24,8 @@ class TestRenders:
     self.config, self.scene = settings.config, scene
     self.render_image = renderer.make_image_renderer(settings, mesh)
     self.probe_rays = renderer.make_ray_probe(settings, mesh)
+    near_far = self.config.near, self.config.far
+    _, self.s_to_t = coord.ray_warps(settings.model.raydist_fn, *near_far)
     count = min(self.config.train_render_images, len(scene.test))
     spread = np.linspace(0, len(scene.test) - 1, count).round().astype(int)
     self.rows = [scene.test[k] for k in spread]
@@ -48,7 +50,9 @@ class TestRenders:
       log.picture(step, f'test/{name}', sheet)
     if self.rows and self.config.vis_num_rays > 0:
       history = self.probe_rays(params, self.scene.cameras, self.rows[0], frac)
-      picture = pictures.ray_picture(*history, max_rays=self.config.vis_num_rays)
+      picture = pictures.ray_picture(
+        *history, max_rays=self.config.vis_num_rays, s_to_t=self.s_to_t
+      )
       if processes.is_main():
         pictures.write_png(os.path.join(self.folder, f'rays_step{step:07d}.png'), picture)
         log.picture(step, 'test/rays', picture)

@@ -17,6 +17,7 @@ import scipy.sparse
 import scipy.sparse.csgraph
 
 from .. import colmap, paths
+from ..devices import starting
 from ..system import files
 from . import evidence, mapping, reconstruction
 from . import photos as photos_lib
@@ -25,7 +26,6 @@ MODELS = 'sparse'
 BLURRED = 0.35  # Times the median sharpness of the photographs around it.
 FEW_FEATURES = 500
 FEW_MATCHES = 30  # COLMAP's mapper requires this many of each photograph.
-_LARGEST_PICTURE = 1600  # Pixels of the longer side; training gains little from more.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +62,6 @@ class Findings:
   factor: int  # Recommended Config.factor.
 
 
-def recommend_factor(size: tuple[int, int]) -> int:
-  """Returns the least factor of 0 (full size), 2, 4, 8 with at most 1600 pixels a side, or 8."""
-  return next((f for f in (0, 2, 4) if max(size) / max(f, 1) <= _LARGEST_PICTURE), 8)
-
-
 def examine(scene_dir: str, photos: Sequence[photos_lib.Photo]) -> Findings:
   """Computes the findings from a capture's database and models."""
   folder = os.path.join(scene_dir, MODELS)
@@ -96,7 +91,7 @@ def examine(scene_dir: str, photos: Sequence[photos_lib.Photo]) -> Findings:
     weakest_link=observations.weakest_link() if models else None,
     evidence=_test(scene_dir, photos, models),
     mapping=_how_made(folder),
-    factor=recommend_factor(_largest_size(scene_dir)),
+    factor=starting.recommend_factor(_largest_size(scene_dir)),
   )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -47,9 +48,35 @@ def install_text(extra: str) -> str:
   return f'pip install "mipnerf360-jax[{extra}]"'
 
 
-def command_text(name: str) -> str:
-  """Returns a command as users type it: 'python train.py' or 'mipnerf360 train'."""
-  return f'python {_script(name)}' if is_checkout() else f'mipnerf360 {name}'
+def command_text(name: str, *words: str) -> str:
+  """Returns a command line as users type it: 'python train.py ...' or 'mipnerf360 train ...'.
+
+  Args:
+    name: of the command.
+    words: its arguments, which are quoted for bash and zsh.
+  """
+  program = f'python {_script(name)}' if is_checkout() else f'mipnerf360 {name}'
+  return ' '.join([program, *map(_quote, words)])
+
+
+def train_text(data_dir: str, run: str, config: str, factor: int) -> str:
+  """Returns the command line that trains a capture, as users type it.
+
+  Args:
+    data_dir: the capture's folder.
+    run: the run's folder.
+    config: the name of a config or a .gin file.
+    factor: divides the size of the photographs.
+  """
+  flags = {'--config': config, '--data': data_dir, '--out': run, '--factor': str(factor)}
+  return command_text('train', *(word for pair in flags.items() for word in pair))
+
+
+def _quote(word: str) -> str:
+  """Quotes a word for a shell, in double quotes where these are safe: most words have quotes."""
+  if re.fullmatch(r'[\w@%+:,./-][\w@%+:,./=-]*', word):
+    return word
+  return shlex.quote(word) if re.search(r'["$`\\!]', word) else f'"{word}"'
 
 
 def examples(text: str) -> str:

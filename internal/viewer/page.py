@@ -9,17 +9,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shlex
 import threading
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from .. import plugins
+from .. import cli
 from ..datasets import scenes
 from ..rendering import keyframes
-from ..system import installation, progress
+from ..system import progress
 from ..vis import pictures
 from . import session as session_lib
 from . import video_task
@@ -359,8 +358,7 @@ class Page:
     document, path = self._write_path(again=True)
     self._key_text.content = (
       f'Saved {len(document["camera_path"])} frames. To render them:\n```\n'
-      f'{installation.command_text("render")} '
-      f'{shlex.join([self._capture.folder, "--path", path, *plugins.flags()])}\n```'
+      f'{cli.run_text("render", self._capture.folder, "--path", path)}\n```'
     )
 
   def _start_or_stop_video(self) -> None:

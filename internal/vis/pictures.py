@@ -3,7 +3,7 @@
 Inputs are images [h, w, 3], float in [0, 1] or uint8, and maps [h, w]; outputs are uint8 [h, w, 3].
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -231,14 +231,52 @@ def _histogram(
   return to_uint8(np.where(filled[..., None], color, background))
 
 
+_RAY_LEGEND = (
+  'Where samples lie along rays of a test image. One block per ray, one row per level: proposals '
+  'first, the last level below.',
+  "Bars: density, as the square root of its share of the row's highest. Colour: of the interval; "
+  'grey: the level has none.',
+  'Dark ticks: ends of intervals; the next level samples where the bars are.',
+)
+_TICKS = 4  # The axis is labelled at 0, 1/4, ... 1.
+
+
+def _text_lines(lines: Sequence[str], width: int) -> np.ndarray:
+  """Writes lines of text: uint8 [16 n + 4, width, 3]; long ones are cut off."""
+  strip = Image.new('RGB', (width, 16 * len(lines) + 4), (_PAPER,) * 3)
+  draw, font = ImageDraw.Draw(strip), ImageFont.load_default(12)
+  for k, line in enumerate(lines):
+    draw.text((0, 16 * k), line, fill=(_INK,) * 3, font=font)
+  return np.asarray(strip)
+
+
+def _axis(width: int, s_to_t: Callable | None) -> np.ndarray:
+  """Draws the axis of s from 0 to 1, with metric distances t if `s_to_t` maps to them."""
+  strip = Image.new('RGB', (width, 38), (_PAPER,) * 3)
+  draw, font = ImageDraw.Draw(strip), ImageFont.load_default(12)
+  draw.line([(0, 0), (width, 0)], (_INK,) * 3)
+  for k in range(_TICKS + 1):
+    s = k / _TICKS
+    label = f's = {s:g}' if s_to_t is None else f's = {s:g}, t = {float(s_to_t(s)):.3g}'
+    x, anchor = min(round(s * width), width - 1), 'lr'[k == _TICKS] if k in (0, _TICKS) else 'm'
+    draw.line([(x, 0), (x, 5)], (_INK,) * 3)
+    draw.text((x, 7), label, (_INK,) * 3, font, f'{anchor}a')
+  title = 's: position along the ray between near (0) and far (1), as it is sampled'
+  if s_to_t is not None:
+    title += '; t: distance, where the cameras fill [-1, 1]'
+  draw.text((0, 22), title, (_INK,) * 3, font)
+  return np.asarray(strip)
+
+
 def ray_picture(
   sdist: Sequence[np.ndarray],
   weights: Sequence[np.ndarray],
   rgb: Sequence[np.ndarray | None],
   max_rays: int = 16,
   width: int = 960,
+  s_to_t: Callable | None = None,
 ) -> np.ndarray:
-  """Draws histograms of a few rays: one block per ray, one row per level, s from 0 to 1.
+  """Draws histograms of a few rays: one block per ray, one row per level, with axis and legend.
 
   Args:
     sdist: interval endpoints in [0, 1] by level, [r, n + 1]; drawn as ticks.
@@ -246,6 +284,7 @@ def ray_picture(
     rgb: colours of the intervals by level, [r, n, 3], or None for grey.
     max_rays: how many of the r rays to draw, evenly chosen.
     width: of a histogram, in pixels.
+    s_to_t: maps s to the distance t for the axis; None writes only s.
 
   Returns:
     uint8 [h, w, 3].
@@ -259,5 +298,8 @@ def ray_picture(
       bars = _histogram(s[ray], w[ray], None if color is None else color[ray], (width, 18))
       rows += [bars, np.full((2, width, 3), _PAPER, np.uint8)]
     blocks.append(np.concatenate(rows))
-  captions = [f'ray {ray}' for ray in rays]
-  return sheet(blocks, captions, columns=1, max_width=width)
+  captions = [f'ray {ray + 1} of {count}, along the diagonal from the top left' for ray in rays]
+  parts = [_text_lines(_RAY_LEGEND, width), sheet(blocks, captions, 1, width), _axis(width, s_to_t)]
+  margin = ((0, 0), (_MARGIN, _MARGIN), (0, 0))
+  parts = [p if k == 1 else np.pad(p, margin, constant_values=_PAPER) for k, p in enumerate(parts)]
+  return np.concatenate(parts)
