@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import math
+from . import grid_tpu
 
 Array = jax.Array
 
@@ -122,6 +123,21 @@ def _corner(cells, resolution: int, size: int, corner: np.ndarray) -> tuple[Arra
   return (row if dense else row & np.uint32(size - 1)), weight
 
 
+def _places(table: Array, x: Array, resolution: int) -> grid_tpu.Places:
+  """Returns where the corners around points x [..., 3] are in a table, for the TPU kernels."""
+  cells = [(cell[None], high[None]) for cell, high in _cells(x.reshape(-1, 3), resolution)]
+  return grid_tpu.locate(*_corner(cells, resolution, len(table), _CORNERS[:, None]))  # [8, m]
+
+
+def _features(table: Array, x: Array, resolution: int) -> Array:
+  """Computes `lookup` with the TPU kernels where they run."""
+  if not grid_tpu.fits(table):
+    return _interpolate(table, x, resolution)
+  features = grid_tpu.read(table, _places(table, x, resolution))  # [m, f], padded
+  shape = *x.shape[:-1], table.shape[1]
+  return features[: np.prod(shape[:-1], dtype=int)].reshape(shape)
+
+
 def _interpolate(table: Array, x: Array, resolution: int) -> Array:
   """Computes `lookup`, differentiable by autodiff with respect to x."""
   # XLA fuses eight small gathers with their sum, and stores no intermediate results.
@@ -152,7 +168,7 @@ def lookup(
   """
   # GPUs are faster with one small kernel per level than with one that fuses several levels.
   x, _ = jax.lax.optimization_barrier((x, after))
-  return jax.lax.optimization_barrier(_interpolate(table, x, resolution))
+  return jax.lax.optimization_barrier(_features(table, x, resolution))
 
 
 def _forward(table, x, resolution, deterministic, after):
@@ -163,21 +179,28 @@ def _forward(table, x, resolution, deterministic, after):
 
 def _backward(resolution, deterministic, residuals, d_out):
   table, x, perturbed_x = residuals
+  d_table = _table_gradient(table, x, resolution, deterministic, d_out)
+  d_x = None
+  if perturbed_x is not None:  # Not in training: skipping it halves the time to trace.
+    (d_x,) = jax.vjp(lambda x: _interpolate(table, x, resolution), perturbed_x)[1](d_out)
+  return d_table, d_x, None
+
+
+def _table_gradient(table, x, resolution, deterministic, d_out):
+  """Returns the gradient [size, f] of a table, for a gradient [..., f] of features at x."""
+  if grid_tpu.fits(table):  # Adds in the order of the points: reproducible.
+    places = _places(table, x, resolution)
+    return grid_tpu.add(len(table), places, d_out.reshape(-1, table.shape[1]))
   flat, d_rows = x.reshape(-1, 1, 3), d_out.reshape(-1, 1, table.shape[-1])  # [m, 1, 3], [m, 1, f]
   cells = _cells(flat, resolution)
   rows, weights = _corner(cells, resolution, len(table), _CORNERS[None])  # [m, 8]
   updates = weights[..., None] * d_rows  # [m, 8, f]
   if deterministic:
-    d_table = sorted_add(
+    return sorted_add(
       jnp.zeros_like(table), rows.reshape(-1), updates.reshape(-1, d_rows.shape[-1])
     )
-  else:
-    copies = _copies(len(table)) if jax.default_backend() == 'gpu' else 1
-    d_table = scatter_add(jnp.zeros_like(table), rows, updates, copies)
-  d_x = None
-  if perturbed_x is not None:  # Not in training: skipping it halves the time to trace.
-    (d_x,) = jax.vjp(lambda x: _interpolate(table, x, resolution), perturbed_x)[1](d_out)
-  return d_table, d_x, None
+  copies = _copies(len(table)) if jax.default_backend() == 'gpu' else 1
+  return scatter_add(jnp.zeros_like(table), rows, updates, copies)
 
 
 lookup.defvjp(_forward, _backward, symbolic_zeros=True)
