@@ -89,7 +89,7 @@ assert configs.load_config(['configs/360_fast.gin']).config.far == 1e6
 
 def test_console_command_makes_trains_and_evaluates(installed):
   command = ('-m', 'mipnerf360')
-  assert 'mipnerf360 train --gin_configs' in installed(*command, 'train', '--help')
+  assert 'mipnerf360 train --config' in installed(*command, 'train', '--help')
   installed(*command, 'demo_scene', 'scene', '--width', '32', '--height', '24', '--images', '9')
   here = ("Config.data_dir = 'scene'", "Config.checkpoint_dir = 'run'")
   said = installed(*command, 'train', '--gin_configs', 'configs/debug.gin', *SMALL, *here)
