@@ -1,0 +1,93 @@
+"""Tests of which ways of mapping are tried, and which result is kept."""
+
+import dataclasses
+
+import pytest
+
+from internal.sfm import evidence, mapping, photos, reconstruction
+
+
+@dataclasses.dataclass
+class Model:
+  posed: int
+
+  def num_reg_images(self):
+    return self.posed
+
+
+def outcome(name, posed, contradicted):
+  pairs = tuple((f'{k}.jpg', f'{k + 1}.jpg') for k in range(contradicted))
+  return mapping.Attempt(name, [Model(posed)], evidence.Evidence(100, pairs, 0, 0.01))
+
+
+class Attempts(mapping._Mapping):
+  """Attempts whose outcomes are given: name -> (posed photographs, contradicted pairs)."""
+
+  def __init__(self, outcomes, count=20):
+    self.names, self.attempts, self._outcomes = [f'{k}.jpg' for k in range(count)], [], outcomes
+
+  def attempt(self, name, make=None):
+    if self._outcomes[name] is None:
+      raise photos.PosesError(f'{name} failed.')
+    self.attempts.append(outcome(name, *self._outcomes[name]))
+
+  run = attempt
+
+  def without_look_alikes(self):
+    self.attempt('repair')
+
+  def with_more_pairs(self):
+    self.attempt('more')
+
+
+@pytest.mark.parametrize(
+  ('outcomes', 'tried', 'best'),
+  [
+    ({'global': (20, 0)}, ['global'], 'global'),
+    ({'global': (20, 3), 'incremental': (19, 0)}, ['global', 'incremental'], 'incremental'),
+    # Photographs without a pose, but nothing contradicted: other matches would not help.
+    ({'global': (15, 0), 'incremental': (14, 0)}, ['global', 'incremental'], 'global'),
+    (
+      {'global': (20, 5), 'incremental': (20, 4), 'repair': (20, 0)},
+      ['global', 'incremental', 'repair'],
+      'repair',
+    ),
+    (
+      {'global': (20, 5), 'incremental': (20, 4), 'repair': (20, 9), 'more': (20, 2)},
+      ['global', 'incremental', 'repair', 'more'],
+      'more',
+    ),
+    ({'global': None, 'incremental': (20, 0)}, ['incremental'], 'incremental'),
+  ],
+)
+def test_other_ways_are_tried_until_nothing_is_contradicted(outcomes, tried, best):
+  attempts = Attempts(outcomes)
+  mapping._map_until_settled(attempts)
+  assert [attempt.name for attempt in attempts.attempts] == tried
+  assert attempts.best().name == best
+
+
+def test_large_captures_are_mapped_hierarchically_in_the_second_attempt():
+  attempts = Attempts({'global': (1500, 0), 'hierarchical': (2000, 0)}, 2000)
+  mapping._map_until_settled(attempts)
+  assert attempts.best().name == 'hierarchical'
+
+
+def test_two_failures_are_an_error():
+  with pytest.raises(photos.PosesError, match='could not map'):
+    mapping._map_until_settled(Attempts({'global': None, 'incremental': None}))
+
+
+def test_all_pairs_of_the_photographs_in_question_are_matched(monkeypatch):
+  attempts = Attempts({'global': (5, 1), 'global with more pairs': (5, 0)}, 5)
+  attempts.scene_dir = 'scene'
+  attempts.matches = type('Matches', (), {'pairs': [1, 2]})
+  attempts.attempt('global')
+  wanted = []
+  monkeypatch.setattr(reconstruction, 'match_pairs', lambda *args: wanted.append(args))
+  more = type('Matches', (), {'pairs': [1, 2, 3]})
+  monkeypatch.setattr(evidence, 'Matches', lambda *_: more)
+  mapping._Mapping.with_more_pairs(attempts)
+  pairs = {(0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (1, 3), (1, 4)}
+  assert wanted == [('scene', attempts.names, pairs)]
+  assert attempts.best().name == 'global with more pairs'
