@@ -9,15 +9,6 @@ import resume_test
 from gcs_server import NAME, RUN
 
 
-@pytest.fixture(scope='module')
-def whole(start_training, tmp_path_factory):
-  """An uninterrupted run in a local folder."""
-  run = tmp_path_factory.mktemp('whole') / 'run'
-  program = start_training(run)
-  assert program.wait() == 0, program.text()
-  return run
-
-
 @pytest.fixture
 def filled(stand_in, whole):
   """The stand-in, with that run."""

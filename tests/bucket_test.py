@@ -8,6 +8,7 @@ import tempfile
 import threading
 
 import pytest
+import run_lock_test
 import tiny
 from gcs_server import NAME, RUN
 
@@ -296,19 +297,8 @@ class TestLock:
 
   def test_of_many_that_start_at_once_one_gets_it(self, served, copy):
     _other(served)  # Stale.
-    taken, refused, barrier = [], [], threading.Barrier(8)
-
-    def start():
-      barrier.wait()
-      try:
-        taken.append(run_lock._BucketLock(copy))
-      except run_lock.RunLockError:
-        refused.append(1)
-
-    threads = [threading.Thread(target=start) for _ in range(8)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert (len(taken), len(refused)) == (1, 7)
+    taken, refused = run_lock_test.start_at_once(lambda: run_lock._BucketLock(copy))
+    assert (len(taken), refused) == (1, 7)
     taken[0].release()
 
   def test_of_a_process_of_this_machine_that_has_ended_it_is_taken_at_once(

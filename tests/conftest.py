@@ -59,3 +59,12 @@ def start_training(runner, small_capture):
     return runner.start('train', args, **{'output': f'{run}.output', **kwargs})
 
   return start
+
+
+@pytest.fixture(scope='module')
+def whole(start_training, tmp_path_factory):
+  """An uninterrupted run."""
+  run = tmp_path_factory.mktemp('whole') / 'run'
+  program = start_training(run)
+  assert program.wait() == 0, program.text()
+  return run

@@ -31,15 +31,6 @@ KILL_SEED = int(os.environ.get('KILL_SEED', 0))
 _TIMES = ('time', 'train_seconds', 'rays_per_sec', 'test_seconds')
 
 
-@pytest.fixture(scope='module')
-def whole(start_training, tmp_path_factory):
-  """An uninterrupted run."""
-  run = tmp_path_factory.mktemp('whole') / 'run'
-  program = start_training(run)
-  assert program.wait() == 0, program.text()
-  return run
-
-
 def metrics(run):
   """Returns the rows of metrics.jsonl without timings."""
   rows = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]

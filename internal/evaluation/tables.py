@@ -275,8 +275,8 @@ def _notes(table: Table, runs: Sequence[Run]) -> list[str]:
   counts = {row.method: len(row.seeds) for row in own}
   if max(counts.values()) > 1:
     same = len(set(counts.values())) == 1
-    told = max(counts.values()) if same else ', '.join(f'{n} ({m})' for m, n in counts.items())
-    notes.append(f'Mean ± standard deviation over {told} seeds.')
+    seeds = max(counts.values()) if same else ', '.join(f'{n} ({m})' for m, n in counts.items())
+    notes.append(f'Mean ± standard deviation over {seeds} seeds.')
   return [*notes, _tell_reductions(table, runs)]
 
 
@@ -287,9 +287,9 @@ def _tell_reductions(table: Table, runs: Sequence[Run]) -> str:
   found = set(ways.values())
   if len(found) == 1 and '(' not in (way := next(iter(found))):
     return f'Reduced pictures: {WAYS.get(way, way)}.'
-  told = '; '.join(f'{method}: {way}' for method, way in ways.items())
+  listed = '; '.join(f'{method}: {way}' for method, way in ways.items())
   return (
-    f'Not all pictures are known to have been reduced in the same way ({told}). That alone has '
+    f'Not all pictures are known to have been reduced in the same way ({listed}). That alone has '
     'changed PSNR by 0.3 to 0.45 dB: such differences need not be of the methods.'
   )
 

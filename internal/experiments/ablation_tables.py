@@ -205,8 +205,8 @@ def to_markdown(table: Mapping[str, Any]) -> str:
     cells = [(*row, state) for row, state in zip(cells, states)]
   text = [_caption(table, own, marked), '', *(f'| {" | ".join(row)} |' for row in cells)]
   if effects := table['worse_than_full']:
-    told = ', '.join(f'{name} {"yes" if worse else "NO"}' for name, worse in effects.items())
-    text += ['', f'Worse than the full model, as published: {told}.']
+    verdicts = ', '.join(f'{name} {"yes" if worse else "NO"}' for name, worse in effects.items())
+    text += ['', f'Worse than the full model, as published: {verdicts}.']
   return '\n'.join(text) + '\n'
 
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from . import reconstruction
+from . import evidence, reconstruction
 from .given import Given, camera_from_opengl
 from .photos import PosesError
 
-FEW = 15  # Matches, or points, that fewer than these support are not verified.
+FEW = reconstruction.VERIFIED  # What fewer matches or points support is not verified.
 _AGREES = 0.02  # A match agrees with two poses within this share of the longer side.
 _CHANCE = 1.3  # Poses with which fewer matches agree than this times by chance are not refined,
 _PLENTY = 0.5  # unless it is more than this: on a rail, shuffled cameras agree too.
@@ -65,9 +65,8 @@ class Matches:
 
 def _epipolar(second_from_first, a: np.ndarray, b: np.ndarray) -> np.ndarray:
   """Returns distances [m] of points b from the epipolar lines of a, both [m, 2] at depth 1."""
-  x, y, z = second_from_first.translation
-  cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-  essential = cross @ second_from_first.rotation.matrix()
+  rotation, shift = second_from_first.rotation.matrix(), second_from_first.translation
+  essential = evidence.essential_matrix(rotation, shift)
   ones = np.ones((len(a), 1))
   lines = np.concatenate([a, ones], 1) @ essential.T  # [m, 3]
   signed = (lines * np.concatenate([b, ones], 1)).sum(-1)

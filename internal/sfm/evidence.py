@@ -220,6 +220,16 @@ def pair_error(a: View, b: View, rows: np.ndarray) -> float:
   return float(np.nanmax(errors))
 
 
+def essential_matrix(rotation: np.ndarray, shift: np.ndarray) -> np.ndarray:
+  """Returns E [3, 3] with b @ E @ a = 0 for a point at a in one camera and b in the other.
+
+  Args:
+    rotation, shift: [3, 3] and [3], b = rotation @ a + shift.
+  """
+  x, y, z = shift
+  return np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ rotation
+
+
 def epipolar_error(
   pose_a: np.ndarray, pose_b: np.ndarray, rays_a: np.ndarray, rays_b: np.ndarray
 ) -> float:
@@ -231,8 +241,7 @@ def epipolar_error(
   """
   rotation = pose_b[:, :3] @ pose_a[:, :3].T
   shift = pose_b[:, 3] - rotation @ pose_a[:, 3]
-  x, y, z = shift / max(np.linalg.norm(shift), 1e-12)
-  essential = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ rotation
+  essential = essential_matrix(rotation, shift / max(np.linalg.norm(shift), 1e-12))
   rays_a, rays_b = (np.c_[rays, np.ones(len(rays))] for rays in (rays_a, rays_b))  # [m, 3]
   lines_b, lines_a = rays_a @ essential.T, rays_b @ essential  # [m, 3]
   slope = (lines_b[:, :2] ** 2).sum(1) + (lines_a[:, :2] ** 2).sum(1)

@@ -105,9 +105,8 @@ class _Mapping:
   def is_settled(self) -> bool:
     """Returns whether an attempt posed nearly all photographs and contradicts no strong pair."""
     best = self.best()
-    return (
-      best.posed >= _ENOUGH * len(self.names) and best.evidence is not None
-    ) and best.evidence.is_clean
+    enough = best.posed >= _ENOUGH * len(self.names)
+    return enough and best.evidence is not None and best.evidence.is_clean
 
   def without_look_alikes(self) -> None:
     """Maps globally without the pairs whose matches cover little of the pictures' overlap."""
