@@ -262,7 +262,17 @@ def test_features_of_large_photographs_fit_into_the_memory(tmp_path, monkeypatch
     monkeypatch.setattr(
       reconstruction.pixel_store, 'available_memory', lambda free=gigabytes: free * 10**9
     )
-    assert reconstruction._within_memory(str(tmp_path)).num_threads == threads
+    assert reconstruction._feature_options(str(tmp_path)).num_threads == threads
+
+
+def test_small_pictures_get_fewer_features(tmp_path):
+  pycolmap = pytest.importorskip('pycolmap')
+  for size, most in (((640, 480), 4096), ((1000, 600), 6000), ((4032, 3024), 8192)):
+    (tmp_path / str(most)).mkdir()
+    with reconstruction.database(tmp_path / str(most)) as db:
+      db.write_camera(pycolmap.Camera.create_from_model_name(1, 'PINHOLE', 3000, *size))
+    options = reconstruction._feature_options(str(tmp_path / str(most)))
+    assert options.sift.max_num_features == most
 
 
 # Repeats.

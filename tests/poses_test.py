@@ -328,6 +328,8 @@ def test_exhaustive_and_sequential_pairs():
 @pytest.mark.parametrize(
   ('n', 'matching', 'ordered', 'expected'),
   [
+    (60, 'auto', True, 'all'),
+    (61, 'auto', True, 'near'),
     (200, 'auto', False, 'all'),
     (201, 'auto', True, 'near'),
     (201, 'auto', False, 'alike'),  # The descriptors are in no order.

@@ -1,10 +1,10 @@
 """Chooses the pairs of photographs to match.
 
 `n` photographs have n (n - 1) / 2 pairs, and matching one takes about a twentieth of a second. Up
-to `EXHAUSTIVE` photographs, all pairs are matched. Larger captures match neighbours in time and
-photographs that look alike, or only the latter if the photographs are in no order. Similarity is
-the dot product of VLAD descriptors (Jegou et al., CVPR 2010). Their vocabulary comes from the
-features of the capture itself, so nothing is downloaded.
+to `FEW` photographs, or `EXHAUSTIVE` in no order, all pairs are matched. Larger captures match
+neighbours in time and photographs that look alike, or only the latter if the photographs are in no
+order. Similarity is the dot product of VLAD descriptors (Jegou et al., CVPR 2010). Their vocabulary
+comes from the features of the capture itself, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import scipy.cluster.vq
 
-EXHAUSTIVE = 200  # Photographs up to which all pairs are matched.
+FEW = 60  # Photographs up to which all pairs are matched.
+EXHAUSTIVE = 200  # The same for photographs in no order.
 NEIGHBOURS = (*range(1, 11), 16, 32, 64, 128)  # Offsets of the neighbours to match.
 ALIKE = 20  # Similar photographs besides the neighbours, in an ordered capture: they close loops.
 ALIKE_ALONE = 50  # Similar photographs in an unordered capture.

@@ -27,6 +27,7 @@ DATABASE = 'database.db'
 _FEATURES_AT_ONCE = 8  # An interruption loses the features of at most 8 photographs.
 _BYTES_PER_PIXEL = 230  # That SIFT needs in each thread: 1.6 GiB for 12 megapixels or more.
 _FEW = 20  # With fewer photographs, OPENCV's eight intrinsics are poorly determined.
+_PIXELS_PER_FEATURE, _FEWEST = 100, 4096
 VERIFIED = 15  # Inliers from which two photographs count as matched.
 
 
@@ -108,20 +109,26 @@ def extract_features(
     ]
   if not work:
     return
-  limits = _within_memory(scene_dir)
+  limits = _feature_options(scene_dir)
   for names, options in progress.track(work, f'finding features, {_FEATURES_AT_ONCE} at once'):
     pycolmap.extract_features(
       database_path, images, names, pycolmap.CameraMode.SINGLE, options, limits
     )
 
 
-def _within_memory(scene_dir: str):
-  """Returns options with as many threads as half of the free memory has room for."""
+def _feature_options(scene_dir: str):
+  """Returns options whose threads fit in half of the free memory, and whose features in a picture.
+
+  The smallest features of a small picture match no better than chance, and matching takes time by
+  the square of their number: a picture gets one for 100 pixels, from 4,096 to COLMAP's 8,192.
+  """
   options = colmap().FeatureExtractionOptions()
   with database(scene_dir) as db:
     sizes = [(camera.width, camera.height) for camera in db.read_all_cameras()]
   largest = options.eff_max_image_size()  # Larger photographs are reduced to this side.
   pixels = max(w * h * min(1, largest / max(w, h)) ** 2 for w, h in sizes)
+  most = options.sift.max_num_features
+  options.sift.max_num_features = int(np.clip(pixels / _PIXELS_PER_FEATURE, _FEWEST, most))
   free = pixel_store.available_memory()
   if free is not None:
     room = free / 2 / (_BYTES_PER_PIXEL * pixels)
@@ -166,13 +173,15 @@ def choose_pairs(scene_dir: str, names: Sequence[str], matching: str, ordered: b
       `pairs.is_ordered` decides.
   """
   n = len(names)
-  if matching == 'exhaustive' or (matching == 'auto' and n <= pairs.EXHAUSTIVE):
+  if matching == 'exhaustive' or (matching == 'auto' and n <= pairs.FEW):
     return pairs.exhaustive(n)
   ids = image_ids(scene_dir)
   with database(scene_dir) as db:
     similarity = pairs.similarities(lambda i: _largest(db, ids[names[i]]), n)
   if matching == 'sequential' or (matching == 'auto' and (ordered or pairs.is_ordered(similarity))):
     return pairs.sequential(n) | pairs.alike(similarity, pairs.ALIKE)
+  if matching == 'auto' and n <= pairs.EXHAUSTIVE:
+    return pairs.exhaustive(n)
   return pairs.alike(similarity, pairs.ALIKE_ALONE)
 
 
