@@ -98,7 +98,8 @@ def make_world():
   )
   pinholes = [gaussians.pinhole(cams, row) for row in range(4)]
   colors = [np.asarray(draw(splats, c, BLACK, 2**14).rgb) for c in pinholes]
-  return splats, views.Views(pinholes, [np.uint8(np.clip(255 * c, 0, 255)) for c in colors])
+  rgba = [np.pad(255 * c, ((0, 0), (0, 0), (0, 1)), constant_values=255) for c in colors]
+  return splats, views.Views(pinholes, [np.uint8(np.clip(c, 0, 255)) for c in rgba])
 
 
 def test_the_fit_finds_what_the_pictures_show_and_adds_gaussians_where_they_lack():
@@ -120,7 +121,7 @@ def test_the_fit_finds_what_the_pictures_show_and_adds_gaussians_where_they_lack
 
   def quality(splats):
     pictures = [draw(splats, camera, BLACK, 2**14).rgb for camera in seen.cameras]
-    return np.mean([psnr(a, b / 255) for a, b in zip(pictures, seen.colors)])
+    return np.mean([psnr(a, b[..., :3] / 255) for a, b in zip(pictures, seen.colors)])
 
   assert quality(found) > quality(first) + 4
   assert (jax.nn.sigmoid(found.opacity_logits) >= fit.DEAD).sum() > few
@@ -206,43 +207,94 @@ def test_too_small_options_name_the_flag(ball_run, tmp_path):
       export.main([str(tmp_path), '--what', 'splats', flag, '0'])
 
 
-def test_photographs_are_those_of_undistorted_cameras(scene):
-  rows, size = scene.train, (60, 40)
-  assert views.undistorted(scene, rows, size) == []  # All its cameras are distorted.
-  distortion = np.array(scene.cameras.distortion)
-  distortion[3:] = 0
-  straight = dataclasses.replace(
-    scene,
-    cameras=scene.cameras.replace(distortion=distortion),
-    masks=tuple('mask.png' if row == 5 else None for row in range(12)),
+def colors_of(directions):
+  """Smooth colours of directions [..., 3] in [0, 1]."""
+  return 0.5 + 0.45 * np.sin(9 * np.asarray(directions) + np.arange(3))
+
+
+def write_photographs(folder, scene, rows, change=lambda rgb: rgb):
+  """Writes what cameras see of an infinitely far world."""
+  y, x = np.mgrid[:40, :60]
+  for row in rows:
+    rays = cameras.pixels_to_rays(scene.cameras, np.full_like(x, row), x, y)
+    rgb = change(np.round(255 * colors_of(rays.directions)))
+    pictures.write_png(str(folder / 'dir' / f'img_{row}.jpg'), np.uint8(rgb))
+
+
+def run_of(folder, scene):
+  settings = tiny.settings(f"Config.data_dir = '{folder}'")
+  return trained.TrainedRun('', settings, scene, None, {}, 0)
+
+
+def test_photographs_are_taken_through_a_pinhole(scene, tmp_path):
+  """With the lens's distortion in it, the picture would be off by 0.07."""
+  write_photographs(tmp_path, scene, (3,))
+  mask = np.ones((40, 60), bool)
+  mask[:, :20] = False
+  pictures.write_png(str(tmp_path / 'mask.png'), np.uint8(255 * mask[..., None].repeat(3, -1)))
+  masked = dataclasses.replace(
+    scene, masks=tuple('mask.png' if k == 3 else None for k in range(12))
   )
-  assert views.undistorted(straight, rows, size) == [3, 4, 6, 7, 8, 9, 10, 11]
-  assert views.undistorted(straight, rows, (60, 41)) == []
-  fisheye = dataclasses.replace(straight, cameras=trajectory_test.make_scene(12, lens=1).cameras)
-  assert views.undistorted(fisheye, rows, size) == []
+  seen = views.photographs(run_of(tmp_path, scene), [3])[1].colors[0]
+  y, x = np.mgrid[:40, :60]
+  flat = scene.cameras.replace(distortion=np.zeros((12, 6), np.float32), distorted=False)
+  truth = colors_of(cameras.pixels_to_rays(flat, np.full_like(x, 3), x, y).directions)
+  counts = seen[..., 3] > 0
+  assert 0.85 < counts.mean() < 0.99  # A corner of the pinhole's picture is outside the photograph.
+  np.testing.assert_allclose(seen[counts][:, :3] / 255, truth[counts], atol=0.01)
+  bent = colors_of(cameras.pixels_to_rays(scene.cameras, np.full_like(x, 3), x, y).directions)
+  assert np.abs(bent - truth).max() > 0.07
+  behind = views.photographs(run_of(tmp_path, masked), [3])[1].colors[0][..., 3] > 0
+  assert not behind[:, :18].any()
+  np.testing.assert_array_equal(behind[:, 23:], counts[:, 23:])
 
 
-def test_splats_are_scored_by_the_test_photographs(tmp_path, capsys):
+def test_photographs_of_other_lenses_and_sizes_are_left_out_and_told(scene, tmp_path, capsys):
+  size, lens = np.array(scene.cameras.size), np.array(scene.cameras.lens)
+  size[4], lens[5] = (60, 41), 1
+  cams = scene.cameras.replace(size=size, lens=lens)
+  write_photographs(tmp_path, scene, (3,))
+  mixed = run_of(tmp_path, dataclasses.replace(scene, cameras=cams))
+  assert views.photographs(mixed, [3, 4, 5])[0] == [3]
+  assert 'Leaving out 2 of 3 photographs' in capsys.readouterr().out
+
+
+def test_pixels_that_do_not_count_do_not_change_the_fit():
+  truth, seen = make_world()
+  half = [np.where(np.arange(16)[None, :, None] < 8, c, [0, 0, 0, 0]) for c in seen.colors]
+  states = []
+  for wrong in (0, 200):
+    picture = half[0].astype(np.uint8)
+    picture[:, 8:, :3] = wrong
+    states.append(fit.step(fit.start(truth), seen.cameras[0], picture, BLACK, np.float32(0), 2**14))
+  jax.tree.map(np.testing.assert_array_equal, *(s.splats for s, _ in states))
+
+
+def test_splats_are_scored_by_the_test_photographs(tmp_path, capsys, monkeypatch):
   splats, seen = make_world()
   scene = trajectory_test.make_scene(4)
   cams = cameras.make_cameras(
     cameras.pixtocam_from_intrinsics(20.0, 20.0, 8, 8), scene.cameras.camtoworld, [16, 16]
   )
   scene = dataclasses.replace(scene, cameras=cams, test=(0, 2))
-  settings = tiny.settings(f"Config.data_dir = '{tmp_path}'")
-  run = trained.TrainedRun('', settings, scene, None, {}, 0)
+  run = run_of(tmp_path, scene)
   assert distil.measure(splats, run) == {}
   assert 'without photographs' in capsys.readouterr().out
   for row in scene.test:
-    noisy = np.uint8(np.clip(seen.colors[row] + 10.0, 0, 255))
+    noisy = np.uint8(np.clip(seen.colors[row][..., :3] + 10.0, 0, 255))
     pictures.write_png(str(tmp_path / 'dir' / f'img_{row}.jpg'), noisy)
+  grey = {'rgb': np.full((16, 16, 3), 0.5), 'acc': np.ones((16, 16)), 'distance_median': None}
+  monkeypatch.setattr(renderer, 'make_image_renderer', lambda *_, **__: lambda *_: grey)
   found = distil.measure(splats, run)
-  expected = []
+  expected, of_grey = [], []
   for row in scene.test:
     drawn = np.clip(draw(splats, seen.cameras[row], BLACK, 2**14).rgb, 0, 1)
-    truth = np.clip(seen.colors[row] + 10.0, 0, 255) / 255
+    truth = np.clip(seen.colors[row][..., :3] + 10.0, 0, 255) / 255
     expected.append(psnr(np.round(255 * drawn) / 255, truth))
+    of_grey.append(psnr(128 / 255, truth))
   np.testing.assert_allclose(found['psnr'], np.mean(expected), atol=1e-3)
+  np.testing.assert_allclose(found['field_psnr'], np.mean(of_grey), atol=1e-3)
+  assert found['field_ssim'] < found['ssim']
   assert found['images'] == 2
   assert found['pictures_per_second'] > 0
   assert 0.5 < found['ssim'] < 1

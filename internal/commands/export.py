@@ -150,7 +150,10 @@ def export_splats(args, run: trained.TrainedRun, out: str, offset: np.ndarray) -
   note = f'{len(splats.means):,} Gaussians'
   written = {k: f'{v}  ({note}, {os.path.getsize(v) / 1e6:.1f} MB)' for k, v in path.items()}
   if 'psnr' in about:
-    text = '{psnr:.2f} dB PSNR, SSIM {ssim:.4f}, {pictures_per_second:.1f} pictures/s'
+    text = (
+      '{psnr:.2f} dB PSNR, SSIM {ssim:.4f} (the field: {field_psnr:.2f}, {field_ssim:.4f}); '
+      '{pictures_per_second:.1f} pictures/s'
+    )
     written['test images'] = text.format(**about)
   return written
 

@@ -49,8 +49,7 @@ def distil(run: trained.TrainedRun, options: Options) -> gaussians.Splats:
     cams, images, max(1, round(_FIRST * options.max_splats)), options.max_splats
   )
   del images
-  size = field.cameras[0].size
-  photos = views.photographs(run, views.undistorted(run.scene, run.scene.train, size))
+  photos = views.photographs(run, run.scene.train)[1]
   splats = optimise(splats, field, photos, background_of(run), options)
   return fit.bury(splats, fit.least_scales(splats.means, field.cameras))
 
@@ -61,16 +60,16 @@ def background_of(run: trained.TrainedRun) -> np.ndarray:
 
 
 def measure(splats: gaussians.Splats, run: trained.TrainedRun) -> dict:
-  """Compares drawn pictures with the test photographs that have no distortion and no mask.
+  """Compares drawn pictures, and those of the field, with the test photographs.
 
   Returns:
-    psnr in dB and ssim, means over `images` pictures rounded to 8 bits, as eval.py has them, and
-    pictures_per_second, of which a picture is `size` pixels; {} if there is no such photograph.
+    psnr in dB and ssim of the Gaussians, field_psnr and field_ssim of the field on the same pixels,
+    means over `images` pictures rounded to 8 bits (see `views.photographs`), and
+    pictures_per_second of the Gaussians, of which a picture is `size` pixels; {} if there is no
+    photograph.
   """
-  scene = run.scene
-  size = tuple(np.asarray(scene.cameras.size)[scene.train[0]].tolist())
-  tests = views.photographs(run, views.undistorted(scene, scene.test, size))
-  if not tests.cameras:
+  rows, tests = views.photographs(run, run.scene.test)
+  if not rows:
     return {}
   splats, background = jax.tree.map(jnp.asarray, splats), background_of(run)
   capacity = _capacity(needed_pairs(splats, tests.cameras))
@@ -79,17 +78,25 @@ def measure(splats: gaussians.Splats, run: trained.TrainedRun) -> dict:
   def draw(camera):
     return render(splats, camera, background, capacity).rgb
 
-  scores = []
-  for camera, truth in zip(tests.cameras, tests.colors):
-    drawn, truth = image.quantize(draw(camera)), truth.astype(np.float32) / 255
-    scores.append((image.mse_to_psnr(jnp.mean((drawn - truth) ** 2)), image.ssim(drawn, truth)))
+  field = views.render_teacher(run, views.without_distortion(run.scene.cameras.take(rows)))[1]
+  scores = [
+    (*_score(draw(camera), truth), *_score(teacher['rgb'], truth))
+    for camera, truth, teacher in zip(tests.cameras, tests.colors, field)
+  ]
+  names = ('psnr', 'ssim', 'field_psnr', 'field_ssim')
+  found = dict(zip(names, np.mean(scores, 0).tolist())) | {'images': len(rows)}
   began = time.monotonic()
   jax.block_until_ready([draw(camera) for camera in tests.cameras])
-  rate = len(tests.cameras) / (time.monotonic() - began)
-  psnr, ssim = np.mean(scores, 0).tolist()
-  return {
-    'psnr': psnr, 'ssim': ssim, 'images': len(scores), 'size': size, 'pictures_per_second': rate
-  }  # fmt: skip
+  rate = len(rows) / (time.monotonic() - began)
+  return found | {'size': tests.cameras[0].size, 'pictures_per_second': rate}
+
+
+def _score(picture: jax.Array, truth: np.ndarray) -> tuple[float, float]:
+  """Returns PSNR and SSIM of a picture [h, w, 3] where `truth`, [h, w, 4] uint8, counts."""
+  drawn, counts = image.quantize(jnp.asarray(picture)), truth[..., 3] > 0
+  truth = truth[..., :3].astype(np.float32) / 255
+  error = jnp.mean((drawn - truth)[counts] ** 2)
+  return float(image.mse_to_psnr(error)), float(image.ssim(drawn, truth, counts))
 
 
 def needed_pairs(splats: gaussians.Splats, cameras: list[gaussians.Pinhole]) -> int:

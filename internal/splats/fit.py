@@ -70,7 +70,7 @@ def step(
   Args:
     state: n Gaussians.
     camera: the picture's camera.
-    target: [h, w, 3] uint8, what the picture should be.
+    target: [h, w, 4] uint8, what the picture should be; pixels of alpha 0 do not count.
     background: [3] colour behind all Gaussians.
     done: part of the fit that is done, in [0, 1].
     capacity: see `rasterizer.render`.
@@ -78,10 +78,11 @@ def step(
   Returns:
     The new state and the mean squared error of the picture.
   """
-  wanted = target.astype(jnp.float32) / 255
+  truth, counts = target[..., :3].astype(jnp.float32) / 255, target[..., 3:] > 0
 
   def cost(splats):
     picture = rasterizer.render(splats, camera, background, capacity)
+    wanted = jnp.where(counts, truth, jax.lax.stop_gradient(picture.rgb))
     total = loss_of(picture.rgb, wanted)
     total += _OPACITY_COST * jnp.mean(jax.nn.sigmoid(splats.opacity_logits))
     return total, (jnp.mean((picture.rgb - wanted) ** 2), picture.overflow)

@@ -134,7 +134,8 @@ def sh_basis(directions: Array) -> Array:
 
 def sh_colors(sh: Array, directions: Array) -> Array:
   """Evaluates colours [n, 3] of coefficients [n, 16, 3] seen along unit vectors [n, 3]."""
-  return jnp.maximum(0.5 + jnp.einsum('nk,nkc->nc', sh_basis(directions), sh), 0)
+  # A sum, since GPUs have one small product per Gaussian for a batched one.
+  return jnp.maximum(0.5 + jnp.sum(sh_basis(directions)[..., None] * sh, 1), 0)
 
 
 def rotate_sh(sh: np.ndarray, rotation: np.ndarray) -> np.ndarray:
@@ -199,7 +200,7 @@ def _image_axes(splats: Splats, camera: Pinhole, plane: Array, z: Array) -> tupl
   middle, half = (low + high) / 2, _FIELD_MARGIN * (high - low) / 2
   plane = jnp.clip(plane, (middle - half)[None], (middle + half)[None])
   world = axes(splats)  # [n, 3, 3]
-  rows = jnp.einsum('ij,njk->nik', camera.rotation, world, precision='highest')  # W R S
+  rows = jnp.sum(camera.rotation[None, :, :, None] * world[:, None], 2)  # W R S
   scale = camera.focal[None] / z[:, None]  # [n, 2]
   first, second = (
     scale[:, k, None] * (rows[:, k] - plane[:, k, None] * rows[:, 2]) for k in (0, 1)

@@ -7,6 +7,8 @@
 3. The gradient walks the same lists again, front to back: what lies behind a Gaussian is the
    finished picture less what lies in front, so only the picture and its transmittance are kept.
 
+On NVIDIA GPUs, `tile_kernel` does 2 and 3 for each tile in one kernel, with the same results.
+
 All shapes are static: the number of pairs has a capacity, and a picture tells how many did not fit.
 Those are the farthest ones. Shapes: `n` Gaussians, `m` pairs, `t` tiles, `g` tiles of a group, `c`
 Gaussians of a chunk, `p` pixels of a tile.
@@ -25,14 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import gaussians
+from . import gaussians, tile_kernel
 
 Array = jax.Array
 
-TILE = 16  # Pixels.
+TILE = tile_kernel.TILE  # Pixels.
 _PIXELS = TILE * TILE
 _CHUNK = 32
-_OPAQUE = 1e-4  # A pixel is finished when less light than this passes.
 _CPU_GROUP, _GPU_GROUP = 4, 256  # Tiles drawn at once.
 _FEATURES = 9  # x, y, conic (3), opacity, rgb (3).
 
@@ -137,6 +138,21 @@ def _groups(lists: _Lists) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _blend(features: Array, lists: _Lists, across: int) -> tuple[Array, Array]:
   """Composites each tile's list: colours [t, 3, p] without background, and what passes [t, p]."""
+  return jax.lax.platform_dependent(
+    features,
+    lists,
+    cuda=lambda f, lists: tile_kernel.draw(_rows(f, lists), lists.begin, lists.end, across),
+    default=functools.partial(_blend_groups, across=across),
+  )
+
+
+def _rows(features: Array, lists: _Lists) -> Array:
+  """Returns the features of each pair: [m, 16]."""
+  return jnp.pad(features, ((0, 0), (0, tile_kernel.ROW - _FEATURES)))[lists.ids]
+
+
+def _blend_groups(features: Array, lists: _Lists, across: int) -> tuple[Array, Array]:
+  """Computes `_blend` in groups of tiles."""
 
   def draw_group(_, tiles):
     state = jnp.zeros((len(tiles), 3, _PIXELS)), jnp.ones((len(tiles), _PIXELS))
@@ -160,12 +176,35 @@ def _blend_forward(features, lists, across):
 
 
 def _blend_backward(across, kept, gradients):
+  features, lists, drawn = kept
+  total = jax.lax.platform_dependent(
+    features,
+    lists,
+    drawn,
+    gradients,
+    cuda=functools.partial(_sum_rows, across),
+    default=functools.partial(_differentiate_groups, across),
+  )
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), lists)
+  return total, zeros
+
+
+def _sum_rows(across, features, lists, drawn, gradients):
+  """Sums the derivatives of a Gaussian's pairs: [n, 9]."""
+  rows = _rows(features, lists)
+  parts = tile_kernel.gradients(rows, lists.begin, lists.end, across, *drawn, *gradients)
+  used = jnp.arange(len(rows)) < lists.end[-1]
+  ids = jnp.where(used, lists.ids, len(features))  # Others would all be added to one row.
+  return jnp.zeros_like(features).at[ids].add(parts[:, :_FEATURES], mode='drop')
+
+
+def _differentiate_groups(across, features, lists, drawn, gradients):
   """Walks the lists again. With T_i the light that reaches Gaussian i, S_i what lies behind it:
 
   d color / d alpha_i = T_i c_i - S_i / (1 - alpha_i), and d through / d alpha_i is
   -through / (1 - alpha_i).
   """
-  features, lists, (colors, through) = kept
+  colors, through = drawn
   groups = _groups(lists)
 
   def group(total, tiles):
@@ -190,9 +229,7 @@ def _blend_backward(across, kept, gradients):
     state = total, jnp.zeros_like(final), jnp.ones_like(final)
     return _walk(lists, tiles, step, state, 2)[0], None
 
-  total = jax.lax.scan(group, jnp.zeros_like(features), groups)[0]
-  zeros = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), lists)
-  return total, zeros
+  return jax.lax.scan(group, jnp.zeros_like(features), groups)[0]
 
 
 _blend.defvjp(_blend_forward, _blend_backward)
@@ -219,7 +256,7 @@ def _walk(lists: _Lists, tiles: Array, step, state, through: int):
 
   def unfinished(loop):
     k, state = loop
-    return jnp.any((length > k * _CHUNK) & (jnp.max(state[through], -1) > _OPAQUE))
+    return jnp.any((length > k * _CHUNK) & (jnp.max(state[through], -1) > tile_kernel.OPAQUE))
 
   return jax.lax.while_loop(
     unfinished, lambda loop: (loop[0] + 1, step(loop[0], loop[1])), (jnp.int32(0), state)

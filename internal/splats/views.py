@@ -9,10 +9,11 @@ import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
+from scipy import ndimage
 from scipy.spatial import transform
 
 from .. import cameras, structs
-from ..datasets import scenes
+from ..datasets import images, scenes
 from ..errors import UserError
 from ..export import points
 from ..rendering import trained
@@ -28,7 +29,7 @@ class Views:
   """Pictures of one size and their cameras."""
 
   cameras: list[gaussians.Pinhole]  # [v]
-  colors: list[np.ndarray]  # [v] of uint8 [h, w, 3].
+  colors: list[np.ndarray]  # [v] of uint8 [h, w, 4]: r, g, b, and 255 where the pixel counts.
 
   def __add__(self, other: Views) -> Views:
     return Views(self.cameras + other.cameras, self.colors + other.colors)
@@ -70,33 +71,85 @@ def _poses_between(poses: np.ndarray, count: int, rng: np.random.Generator) -> n
 
 def render_teacher(run: trained.TrainedRun, cams: structs.Cameras) -> tuple[Views, list[dict]]:
   """Renders the field from `cams`: the pictures, and rgb, acc and distance_median of each."""
-  render_image, images = run.make_image_renderer(), []
+  render_image, rendered = run.make_image_renderer(), []
   for row in progress.track(range(len(cams.size)), 'views of the field'):
     image = render_image(run.params, cams, row, run.train_fraction)
-    images.append({name: image[name] for name in ('rgb', 'acc', 'distance_median')})
-  colors = [pictures.to_uint8(image['rgb']) for image in images]
+    rendered.append({name: image[name] for name in ('rgb', 'acc', 'distance_median')})
+  rgb = [pictures.to_uint8(image['rgb']) for image in rendered]
+  colors = [np.pad(c, ((0, 0), (0, 0), (0, 1)), constant_values=255) for c in rgb]
   pinholes = [gaussians.pinhole(cams, row) for row in range(len(cams.size))]
-  return Views(pinholes, colors), images
+  return Views(pinholes, colors), rendered
 
 
-def undistorted(scene: scenes.Scene, rows: Iterable[int], size: tuple[int, int]) -> list[int]:
-  """Returns the images among `rows` of perspective cameras of this size, without masks."""
-  cams = scene.cameras
-  return [
-    row
-    for row in rows
-    if tuple(np.asarray(cams.size)[row].tolist()) == size
-    and cams.lens[row] == structs.PERSPECTIVE
-    and not np.any(cams.distortion[row])
-    and not (scene.masks and scene.masks[row])
-  ]
+def photographs(run: trained.TrainedRun, rows: Iterable[int]) -> tuple[list[int], Views]:
+  """Returns the rows and pictures of photographs that can be drawn, as a pinhole sees them.
 
-
-def photographs(run: trained.TrainedRun, rows: list[int]) -> Views:
-  """Returns the capture's photographs `rows`; none if they cannot be read, which is told."""
+  These are the photographs of perspective cameras that have the size of the first training image.
+  The distortion of a lens is taken out by cubic splines. Masked pixels do not count, and neither do
+  those that the photograph does not show. How many photographs are left out is told; if they cannot
+  be read, there are none.
+  """
+  scene, folder, rows = run.scene, run.settings.config.data_dir or '', list(rows)
+  lens, size = np.asarray(scene.cameras.lens), np.asarray(scene.cameras.size)
+  fits = (lens == structs.PERSPECTIVE) & (size == size[scene.train[0]]).all(-1)
+  kept = [row for row in rows if fits[row]]
+  if len(kept) < len(rows):
+    progress.say(
+      f'Leaving out {len(rows) - len(kept)} of {len(rows)} photographs, of another size than '
+      'the first one or no perspective lens.'
+    )
+  resample = _Pinhole(scene.cameras)
   try:
-    colors = scenes.read_images(run.settings.config.data_dir or '', run.scene, rows)
+    masks = scenes.read_masks(folder, scene, kept)
+    photos = scenes.read_images(folder, scene, kept)
   except (UserError, OSError) as error:
     progress.say(f'Going on without photographs, since they cannot be read: {error}')
-    return Views([], [])
-  return Views([gaussians.pinhole(run.scene.cameras, row) for row in rows], colors)
+    return [], Views([], [])
+  jobs = dict(zip(kept, zip(photos, masks)))
+  colors = images.in_threads(lambda row: resample(row, *jobs[row]), kept, None)
+  return kept, Views([gaussians.pinhole(scene.cameras, row) for row in kept], colors)
+
+
+def without_distortion(cams: structs.Cameras) -> structs.Cameras:
+  """Returns perspective cameras as pinholes with the same focal lengths and centres."""
+  return cameras.make_cameras(cams.pixtocam, cams.camtoworld, cams.size)
+
+
+class _Pinhole:
+  """Turns photographs into those of pinholes with the same focal length and centre."""
+
+  def __init__(self, cams: structs.Cameras):
+    self._cams, self._maps = cams, {}
+
+  def __call__(self, row: int, photo: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """Returns [h, w, 4] uint8 of a photograph [h, w, 3]; alpha is 255 where a pixel counts."""
+    counts = np.ones(photo.shape[:2], bool) if mask is None else mask
+    if np.any(self._cams.distortion[row]):
+      (y, x), inside = self._map(row)
+      channels = [
+        ndimage.map_coordinates(photo[..., k].astype(np.float32), (y, x), order=3, mode='nearest')
+        for k in range(3)
+      ]
+      photo = np.clip(np.rint(np.stack(channels, -1)), 0, 255).astype(np.uint8)
+      counts = inside & ndimage.map_coordinates(counts, (y, x), order=0, mode='nearest')
+    return np.concatenate([photo, np.uint8(255) * counts[..., None]], -1)
+
+  def _map(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns where each pixel is in the photograph, [2, h, w] (y, x), and whether it is in it."""
+    cams = self._cams
+    matrix, lens = np.asarray(cams.pixtocam[row], np.float64), np.asarray(cams.distortion[row])
+    key = matrix.tobytes(), lens.tobytes()
+    if key not in self._maps:
+      width, height = np.asarray(cams.size)[row].tolist()
+      u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+      plane = np.stack([u, v, np.ones_like(u)], -1) @ matrix.T
+      bent = cameras.distort(plane[..., 0], plane[..., 1], lens, fisheye=False)
+      x, y = np.moveaxis(np.stack([*bent, np.ones_like(u)], -1) @ np.linalg.inv(matrix).T, -1, 0)[
+        :2
+      ]
+      # Where a lens folds, positions run backwards; there it is not defined.
+      folds = np.gradient(x, axis=1) * np.gradient(y, axis=0) <= 0
+      folds |= np.gradient(x, axis=1) <= 0
+      inside = (abs(x - width / 2) <= width / 2 - 0.5) & (abs(y - height / 2) <= height / 2 - 0.5)
+      self._maps[key] = np.float32([y - 0.5, x - 0.5]), inside & ~folds
+    return self._maps[key]
