@@ -140,23 +140,28 @@ def train(
   settings: configs.Settings,
   capture: scenes.Scene | None = None,
   on_step: Callable[[Run], None] | None = None,
+  every: int = 1,
 ) -> Run:
   """Trains to the last step, resuming from the newest checkpoint of the run's folder.
 
   Args:
     settings: the run's settings, with `Config.checkpoint_dir`.
     capture: what to train on; None to load it.
-    on_step: called after each step with the run as it is. It can render (`run.render(0)`); the time
-      that this takes is left out of the logged rays per second. `run.params` are valid until it
-      returns.
+    on_step: called with the run as it is, after each step whose number is a multiple of `every`,
+      and after the last. It can render (`run.render(0)`); the time that this takes is left out of
+      the logged rays per second. `run.params` are valid until it returns.
+    every: steps between calls of `on_step`. With 1, a slow or busy host slows down short steps.
 
   Returns:
     The trained run.
 
   Raises:
+    UserError: `every` is not positive.
     NonFiniteError: losses or gradients stayed non-finite for too many steps.
     CheckpointError: the folder holds a run that cannot be resumed.
   """
+  if every < 1:
+    raise UserError(f'every must be at least 1, got {every!r}.')
   capture = capture or load_capture(settings)
   settings = run_folder.with_local_folder(settings)
   folder, mesh = settings.config.checkpoint_dir, sharding.make_mesh()
@@ -168,6 +173,6 @@ def train(
     on_step(run)
     return run._seconds
 
-  loop.train(settings, capture, mesh, on_step=report if on_step else None)
+  loop.train(settings, capture, mesh, on_step=report if on_step else None, on_step_every=every)
   run._run = trained.restore(folder, settings, capture, mesh=mesh)
   return run

@@ -31,6 +31,7 @@ _RANGES = {
       'factor', 'micro_batches', 'checkpoint_keep', 'max_skipped_updates', 'gc_every',
       'train_render_every', 'train_render_images', 'eval_dataset_limit', 'eval_crop_borders',
       'vis_num_rays', 'bottleneck_width', 'net_depth_viewdirs', 'deg_view', 'num_glo_features',
+      'steps_per_dispatch',
     ),
     (0, None),
   ),

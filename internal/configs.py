@@ -75,6 +75,7 @@ class Config(Checked):
   micro_batches: int = 0  # Sequential parts of a device's batch (0: as few as fit in memory).
   max_steps: int = 250000  # Length of the training and of its schedules, in steps.
   early_exit_steps: int | None = None  # Stop at this step; schedules still run over max_steps.
+  steps_per_dispatch: int = 0  # Most steps given to the device at once (0: about 0.1 s of them).
   checkpoint_every: int = 25000  # Steps between checkpoints.
   checkpoint_keep: int = 2  # Number of checkpoints to keep, newest first (0: all).
   print_every: int = 100  # Steps between log lines.

@@ -127,7 +127,7 @@ class Stats(Mapping):
   They share one array, because transferring one scalar to the host takes as long as many.
   """
 
-  numbers: Array  # [k] float32.
+  numbers: Array  # [k] float32; [n, k] of n steps, of which a row is one step's.
   names: tuple[str, ...] = flax.struct.field(pytree_node=False)
 
   def __getitem__(self, name: str) -> Array:

@@ -107,6 +107,11 @@ class TestRun:
       run.render(9)
 
 
+def test_callbacks_cannot_be_between_steps(run):
+  with pytest.raises(errors.UserError, match='every must be at least 1, got 0'):
+    mipnerf360.train(run.settings, on_step=print, every=0)
+
+
 def test_values_win_over_bindings_and_slips_are_named():
   settings = mipnerf360.load_settings(bindings=['Config.max_steps = 5'], max_steps=7)
   assert settings.config.max_steps == 7

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 from types import SimpleNamespace
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 
 from internal import configs
 from internal.commands import benchmark
-from internal.profiling import benchmark_tables, costs, programs
+from internal.profiling import benchmark_tables, costs, programs, regressions
 from tests import captures, tiny
 
 
@@ -262,9 +263,126 @@ class TestOtherParts:
     assert [kind for kind, *_ in stand_ins] == ['train', *['train', 'render'] * 2, 'render',
                                                 'train', 'render']  # fmt: skip
 
+  def test_busy_processes_beside_one_and_many_steps_a_dispatch(self, tmp_path, monkeypatch):
+    alive, made = [], []
+
+    def program(*args):
+      made.append(args[4])
+      return programs.Program(lambda: alive.append(len(children())) or np.zeros(1), 64, {}, '')
+
+    monkeypatch.setattr(programs, 'train_program', program)
+    before = len(children())
+    results = run(tmp_path, '--only', 'busy', '--busy', '2', '--seconds', '0')
+    assert made == [True, False]
+    assert len(children()) == before
+    for rows in results['busy'].values():
+      assert [row['name'].split(', ')[1] for row in rows.values()] == ['0 busy', '2 busy']
+    changes = [a for a, b in zip(alive, [None, *alive]) if a != b]
+    assert changes == [before, before + 2] * 2
+
   def test_too_many_devices(self, tmp_path):
     with pytest.raises(configs.ConfigError, match='--devices must be from 1 to 8'):
       run(tmp_path, '--devices', '99')
+
+
+def children():
+  """The ids of this process's children that run."""
+  found = set()
+  for task in os.listdir('/proc/self/task'):
+    with open(f'/proc/self/task/{task}/children') as f:
+      found |= set(f.read().split())
+  return found
+
+
+class TestProgram:
+  def test_a_call_of_many_steps_is_timed_as_steps(self, monkeypatch):
+    clock, paces = SimpleNamespace(now=0.0), []
+    monkeypatch.setattr(costs, 'time', SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(programs, 'time', SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def pace(seconds):
+      paces.append(seconds)
+      return 1 if seconds == np.inf else 4
+
+    def call():
+      clock.now += 0.002 * (1 if len(paces) < 2 else 4)
+      return np.zeros(1)
+
+    row = programs.Program(call, 64, {}, '', pace).time(0.1)
+    assert paces == [np.inf, pytest.approx(0.002)]
+    assert row['steps_per_call'] == 4
+    assert [row[k] for k in ('ms', 'ms_10', 'ms_90')] == pytest.approx([2, 2, 2])
+    assert row['rays_per_second'] == pytest.approx(32000)
+
+  def test_training_by_many_steps(self):
+    mesh, (cams, store) = tiny.mesh(1), programs.synthetic()
+    settings = tiny.settings('Config.steps_per_dispatch = 3')
+    program = programs.synthetic_program('train', settings, mesh, cams, store)
+    losses = program.losses(4)
+    assert program.pace(1e-6) == 3
+    assert program.call().shape[0] == 3
+    assert len(program.rows()) == 7
+    assert losses == [row['loss'] for row in program.rows()[:4]]
+    assert program.pace(np.inf) == 1
+
+
+class TestAgainst:
+  """Rates by TFLOP/s of products: 640 / 2 before."""
+
+  @pytest.fixture
+  def measured(self, monkeypatch):
+    """Stands in for measurements; its values are those of the next run."""
+    now = {'tflops': 2.0, 'train': 640.0, 'render': 640.0}
+    product = {'name': 'product', 'devices': 1, 'ms': 1.0}
+
+    def program(kind):
+      row = {'ms': 1.0}
+
+      def time(_):
+        if now[kind] is None:
+          raise MemoryError('too little')
+        return {**row, 'rays_per_second': now[kind]}
+
+      return SimpleNamespace(rays=64, facts={}, time=time)
+
+    monkeypatch.setattr(programs, 'matmul_row', lambda *_: {**product, 'tflops': now['tflops']})
+    monkeypatch.setattr(programs, 'synthetic_program', lambda kind, *_: program(kind))
+    return now
+
+  @pytest.fixture
+  def before(self, tmp_path, measured):
+    run(tmp_path, '--seconds', '0')
+    return str((tmp_path / 'out.json').rename(tmp_path / 'before.json'))
+
+  def test_a_slower_chip_is_no_loss(self, tmp_path, measured, before, capsys):
+    measured.update(tflops=1.0, train=300.0, render=400.0)
+    run(tmp_path, '--against', before)
+    said = capsys.readouterr().out
+    assert 'train: 0.938 x the earlier rate' in said
+    assert 'render: 1.250 x the earlier rate' in said
+    assert 'is lost' not in said
+
+  @pytest.mark.parametrize('render', [570.0, None])
+  def test_a_tenth_less_ends_with_an_error(self, tmp_path, measured, before, capsys, render):
+    measured.update(render=render)
+    with pytest.raises(SystemExit) as end:
+      run(tmp_path, '--only', 'train,render', '--against', before)
+    assert end.value.code == 1
+    lost = [
+      line for line in capsys.readouterr().out.splitlines() if 'more than 10% is lost' in line
+    ]
+    assert [line.split(':')[0] for line in lost] == ['render']
+
+  def test_other_settings_cannot_be_compared(self, tmp_path, before):
+    with pytest.raises(regressions.AgainstError, match='batch_size was 64 and is 32'):
+      benchmark.main(['--gin_bindings', *tiny.TINY, 'Config.batch_size = 32', '--against', before])
+
+  def test_parts_must_be_shared(self, tmp_path, measured, before):
+    with pytest.raises(regressions.AgainstError, match='none of the parts'):
+      run(tmp_path, '--only', 'matmul', '--against', before)
+    run(tmp_path, '--only', 'matmul')
+    with pytest.raises(regressions.AgainstError, match='no rates to compare with'):
+      run(tmp_path, '--against', str(tmp_path / 'out.json'))
 
 
 def test_a_cpu_takes_fewer_rays():

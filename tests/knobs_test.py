@@ -128,7 +128,7 @@ def step(settings, _):
   traced = train_step.make_train_step(settings, tiny.mesh(1))
   state = train_step.abstract_state(settings)
   store = batches.make_store(images)
-  return text_of(traced.variant(traced.choices[0]).trace(state, cams, store).jaxpr)
+  return text_of(traced.variant(traced.choices[0]).trace(state, cams, store, 1).jaxpr)
 
 
 def draw(settings, _):
@@ -189,12 +189,18 @@ def training(settings, folder):
   config = dataclasses.replace(settings.config, checkpoint_dir=place)
   settings = dataclasses.replace(settings, config=config)
   scene = dataclasses.replace(trajectory_test.make_scene(), test=(0, 1, 2))
-  stats = structs.Stats(jnp.ones(3), ('loss', 'psnr', 'learning_rate'))
+  stats = structs.Stats(jnp.ones((9, 3)), ('loss', 'psnr', 'learning_rate'))
 
   class Step:
-    micro_batches = 1
+    micro_batches, fixed = 1, True
     account = staticmethod(lambda: '')
-    __call__ = staticmethod(lambda state, *_: (state, stats))
+
+    def __init__(self, most):
+      self.most = most
+
+    def __call__(self, state, cams, pixels, count):
+      done.append(('dispatch', count))
+      return state, stats
 
   class Log(types.SimpleNamespace):
     train_seconds = 0.0
@@ -219,7 +225,7 @@ def training(settings, folder):
     for owner, name, stand_in in (
       (run_folder, 'start_run', lambda *_: (types.SimpleNamespace(params={}), [], 1)),
       (pixel_store, 'load', lambda *_: (store, 'device')),
-      (train_step, 'make_train_step', lambda *_, **__: Step()),
+      (train_step, 'make_train_step', lambda *_, most, **__: Step(most)),
       (renderer, 'make_image_renderer', lambda *_: rendered),
       (renderer, 'make_ray_probe', probed),
       (runlog, 'RunLog', lambda *_: Log()),
@@ -378,6 +384,7 @@ KNOBS = {
     'micro_batches': (choices, '2'),
     'max_steps': (optimizer, '50'),
     'early_exit_steps': (training, '6'),
+    'steps_per_dispatch': (training, '2'),
     'checkpoint_every': (training, '5'),
     'checkpoint_keep': (training, '1'),
     'print_every': (training, '3'),

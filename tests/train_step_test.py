@@ -299,7 +299,7 @@ def test_training_and_rendering_lower_for_tpu_cuda_and_cpu(name, binding):
   mesh = Mesh(np.array(jax.devices()), (sharding.AXIS,))
   cams, images = tiny.capture()
   state = train_step.abstract_state(settings)
-  args = (state, _abstract(cams), _abstract(batches.make_store(images)))
+  args = (state, _abstract(cams), _abstract(batches.make_store(images)), np.int32(1))
   step_fn = train_step.make_train_step(settings, mesh)
   exported = jax.export.export(step_fn.variant(1), platforms=PLATFORMS)(*args)
   assert exported.platforms == PLATFORMS

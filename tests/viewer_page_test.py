@@ -86,7 +86,7 @@ def trained(tmp_path_factory):
     on_step = session.Live(viewer, lambda step: step / STEPS, jax.block_until_ready)
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(session, 'SHARE', 1.0)  # After every step.
-      loop.train(settings, scene, mesh, on_step=on_step)
+      loop.train(settings, scene, mesh, on_step=on_step, on_step_every=1)
   return folder, display
 
 

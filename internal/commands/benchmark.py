@@ -2,16 +2,22 @@
 
     python scripts/benchmark.py --gin_configs configs/360.gin --json bench.json
         [--data SCENE --factor N] [--profile DIR] [--sweep] [--only train,render]
+        [--busy 16] [--against earlier.json]
 
 Uses synthetic cameras and pixels, so it needs no capture; --data adds a real one. FLOPs are those
 of matrix products, counted from the config, and are compared with what the chip reaches in large
 products. All devices are used; scripts/scaling.py compares different numbers of them.
+
+Training steps are dispatched as in train.py. --busy N also measures them one at a time, and both
+beside N busy processes. --against FILE exits with code 1 if a rate, relative to matrix products,
+has lost over 10% since FILE was written with --json.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -23,19 +29,18 @@ import numpy as np
 from .. import cli, configs, datasets, models
 from ..devices import sharding
 from ..profiling import benchmark_tables as tables
-from ..profiling import costs, programs
+from ..profiling import costs, programs, regressions
 from ..system import files
 from ..training import pixel_store
 
-PARTS = ('matmul', 'train', 'real', 'render', 'sweep')
+PARTS = ('matmul', 'train', 'real', 'render', 'busy', 'sweep')
 SWEEPS = ('batch', 'width', 'prop_samples', 'nerf_samples')
 _CPU_RAYS = 256  # More rays at once would only take longer on a CPU.
 
 
 def profile(folder: str, program: programs.Program, row: dict, top: int) -> dict:
   """Traces a few calls, prints the `top` slowest kernels and returns all of them."""
-  steps = 3 if row['ms'] > 500 else 10
-  program.trace(folder, steps)
+  steps = program.trace(folder, 3 if row['ms'] > 500 else 10)
   found = costs.kernels(folder, steps, costs.op_names(program.hlo))
   tables.print_kernels(row, found, top)
   return {
@@ -80,6 +85,7 @@ class Benchmark:
     self.chip = {}  # TFLOP/s by dtype.
     self.measured = {}  # Rows by kind and settings, reused by sweeps.
     self.results = programs.describe(settings, self.mesh)
+    self.before = regressions.read(args.against, self.results) if args.against else None
 
   def keep(self, part: str, result) -> None:
     self.results[part] = result
@@ -156,6 +162,37 @@ class Benchmark:
       print(f'real takes {row["ms_ratio_to_synthetic"]:.3f} x the time of synthetic')
     self.keep('real', {**row, 'pixels_on': place})
 
+  def busy(self) -> None:
+    """Measures training by one and by many steps a dispatch, alone and beside busy processes."""
+    pixels, rows = sharding.replicate(self.store, self.mesh), {}
+
+    def pair(how: str, single: bool) -> dict:
+      program = programs.train_program(self.settings, self.mesh, self.cams, pixels, single)
+      found = {}
+      for count in (0, self.args.busy):
+        with programs.busy_processes(count):
+          found[f'{count} busy'] = self.measure(
+            f'{how}, {count} busy', 'train', self.settings, lambda: program
+          )
+      return found
+
+    for how, single in (('one step a dispatch', True), ('many steps a dispatch', False)):
+      rows[how] = programs.attempt(how, functools.partial(pair, how, single))
+    self.keep('busy', rows)
+
+  def compare(self) -> None:
+    """Ends the program with code 1 if a rate has lost too much since --against was written."""
+    if self.before:
+      ratios = regressions.compare(self.results, self.before)
+      print('\n'.join(['', *regressions.lines(ratios)]))
+      if not ratios:
+        raise regressions.AgainstError(
+          f'--against {self.args.against}: it has none of the parts that this run measured; choose '
+          'others with --only.'
+        )
+      if any(map(regressions.is_lost, ratios.values())):
+        raise SystemExit(1)
+
   def sweep(self) -> None:
     found = {}
     for sweep in self.args.sweep:
@@ -201,12 +238,24 @@ def parse(argv=None) -> argparse.Namespace:
     '--sweep', nargs='?', const='all', metavar=sweeps, help='vary one setting at a time'
   )
   parser.add_argument('--only', metavar=','.join(PARTS), help='parts to run')
+  parser.add_argument(
+    '--busy', type=int, metavar='N', help='also train beside N busy processes, and step by step'
+  )
+  parser.add_argument(
+    '--against', metavar='FILE', help='compare with the --json file of an earlier run'
+  )
   args = parser.parse_args(argv)
   if args.only:
     parts = _listed(args.only, PARTS, '--only', parser)
   else:
     parts = ['matmul', 'train', 'render'] + (['real'] if args.data else [])
   parts += ['sweep'] if args.sweep else []
+  parts += ['matmul'] if args.against else []
+  if args.busy is not None and args.busy < 1:
+    parser.error(f'--busy must be at least 1, got {args.busy}.')
+  if 'busy' in parts and not args.busy:
+    parser.error('--only busy needs --busy N, the number of busy processes.')
+  parts += ['busy'] if args.busy else []
   args.parts = [name for name in PARTS if name in parts]
   args.sweep = _listed(args.sweep or 'all', SWEEPS, '--sweep', parser)
   if args.data:
@@ -237,3 +286,4 @@ def main(argv=None) -> None:
   for part in args.parts:
     getattr(benchmark, part)()
     gc.collect()
+  benchmark.compare()

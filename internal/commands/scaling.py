@@ -101,8 +101,8 @@ def traced_ms(program: programs.Program) -> dict:
   those of the fastest and of the slowest device.
   """
   with tempfile.TemporaryDirectory() as folder:
-    program.trace(folder, _TRACED_STEPS)
-    found = costs.kernel_ms(folder, _TRACED_STEPS).values()
+    steps = program.trace(folder, _TRACED_STEPS)
+    found = costs.kernel_ms(folder, steps).values()
   if not found:
     raise ScalingError('The trace has no kernels.')
   together, own = [], []
@@ -179,8 +179,7 @@ def products(devices: Sequence, seconds: float) -> dict[str, list[float]]:
 
 def measure(program: programs.Program, seconds: float, steps: int) -> dict:
   """Runs `steps` steps to record their losses, then times and traces the program."""
-  losses = [float(jax.device_get(row)['loss']) for row in costs.in_turn(program.call, steps)]
-  losses = {'losses': losses} if losses else {}
+  losses = {'losses': program.losses(steps)} if steps else {}
   return {**losses, **program.time(seconds), **traced_ms(program)}
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import itertools
+import math
+import os
 import platform
 import shlex
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import flax
 import jax
@@ -19,13 +23,26 @@ import numpy as np
 from .. import cameras, configs, models, structs
 from ..devices import sharding
 from ..rendering import renderer
-from ..training import batches, train_step
+from ..training import batches, dispatch, train_step
 from . import benchmark_tables, costs
 
 
 def on_cpu() -> bool:
   """Returns whether JAX runs on a CPU, where measurements use smaller sizes."""
   return jax.default_backend() == 'cpu'
+
+
+@contextlib.contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+  """Keeps `count` cores busy inside the block. The processes end with this one, even if killed."""
+  code = f'import os\nwhile os.getppid() == {os.getpid()}: pass'
+  started = [subprocess.Popen([sys.executable, '-c', code]) for _ in range(count)]
+  try:
+    yield
+  finally:
+    for process in started:
+      process.kill()
+      process.wait()
 
 
 def change(settings: configs.Settings, part: str, **values) -> configs.Settings:
@@ -105,52 +122,86 @@ def synthetic() -> tuple[structs.Cameras, batches.PixelStore]:
   return ring(count, width, height), batches.make_store(images)
 
 
+def _one_step(_: float) -> int:
+  return 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
   """A compiled program that has not run yet."""
 
-  call: Callable  # Starts the next step or chunk; returns arrays to wait for.
-  rays: int  # Per call.
+  call: Callable  # Starts the next steps or chunk; returns arrays to wait for.
+  rays: int  # Per step or chunk.
   facts: dict  # From `costs.compile_first`.
   hlo: str
+  pace: Callable[[float], int] = _one_step  # Takes a step's seconds; returns the steps of a call.
+  rows: Callable[[], list] = list  # Returns the stats of each training step so far.
 
   def time(self, seconds: float) -> dict:
-    """Returns the facts, the first call's seconds and the timing of `costs.time_groups`."""
+    """Returns the facts, the first call's seconds and the timing of `costs.time_groups`.
+
+    Milliseconds are those of a step or chunk; `steps_per_call` tells how many a call has.
+    """
+    steps = self.pace(math.inf)  # As few as possible.
+    first, again = (self._call_seconds() for _ in range(2))
+    steps = self.pace(again / steps)
+    timed = costs.time_groups(self.call, seconds)
+    timed |= {name: timed[name] / steps for name in ('ms', 'ms_10', 'ms_90')}
+    rate = {'rays_per_second': self.rays / timed['ms'] * 1e3, 'steps_per_call': steps}
+    return {**self.facts, 'first_call_seconds': first, **timed, **rate}
+
+  def _call_seconds(self) -> float:
     began = time.perf_counter()
     jax.block_until_ready(self.call())
-    first = {'first_call_seconds': time.perf_counter() - began}
-    timed = costs.time_groups(self.call, seconds)
-    return {**self.facts, **first, **timed, 'rays_per_second': self.rays / timed['ms'] * 1e3}
+    return time.perf_counter() - began
 
-  def trace(self, folder: str, steps: int) -> None:
-    """Records a trace of a few calls in `folder`."""
+  def losses(self, steps: int) -> list[float]:
+    """Returns the losses of the first training steps, which it runs."""
+    while len(self.rows()) < steps:
+      self.call()
+    return [float(row['loss']) for row in self.rows()[:steps]]
+
+  def trace(self, folder: str, steps: int) -> int:
+    """Records a trace in `folder` of at least so many steps or chunks; returns their number."""
     jax.block_until_ready(self.call())
+    a_call = self.pace(math.inf)
+    calls = -(-steps // a_call)
     with costs.trace(folder):
-      for _ in range(steps):
+      for _ in range(calls):
         last = self.call()
       jax.block_until_ready(last)
+    return calls * a_call
 
 
-def train_program(settings, mesh, cams, pixels) -> Program:
-  """Compiles the training step; each call takes a step like train.py."""
-  step_fn = train_step.make_train_step(settings, mesh)
+def train_program(settings, mesh, cams, pixels, single: bool = False) -> Program:
+  """Compiles the training steps; a call is a dispatch as in train.py, or a `single` step."""
+  config, on_device = settings.config, isinstance(pixels.first, jax.Array)
+  stops = (1,) if single else (config.print_every, config.checkpoint_every, config.gc_every)
+  most, fixed = dispatch.shape(settings, mesh, stops)
+  step_fn = train_step.make_train_step(settings, mesh, most=most, fixed=fixed)
   state = sharding.place(train_step.create_state(settings), mesh)
   table = sharding.replicate(cams, mesh)
-  draw, counter = train_step.make_draw(settings.config, mesh), itertools.count()
+  draw = train_step.make_draw(config, mesh)
 
-  def source():
-    if isinstance(pixels.first, jax.Array):
+  def load_pixels(step):
+    if on_device:
       return pixels
-    return train_step.host_pixels(draw, next(counter), pixels, cams.size, mesh)
+    return train_step.host_pixels(draw, step, pixels, cams.size, mesh)
+
+  facts, hlo = costs.compile_first(step_fn, state, table, load_pixels(0))
+  facts['micro_batches'] = getattr(step_fn, 'micro_batches', 1)
+  steps, step = dispatch.Dispatcher(step_fn, table, load_pixels, on_device), 0
 
   def call():
-    nonlocal state
-    state, stats = step_fn(state, table, source())
-    return stats
+    nonlocal state, step
+    state, step = steps.take(state, step, step + (1 if single else steps.count))
+    return steps.newest
 
-  facts, hlo = costs.compile_first(step_fn, state, table, source())
-  facts['micro_batches'] = getattr(step_fn, 'micro_batches', 1)
-  return Program(call, settings.config.batch_size, facts, hlo)
+  def pace(seconds):
+    steps.set_pace(seconds)
+    return 1 if single else steps.count
+
+  return Program(call, config.batch_size, facts, hlo, pace, steps.rows)
 
 
 def render_program(settings, mesh, cams) -> Program:

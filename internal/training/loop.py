@@ -15,7 +15,16 @@ from ..datasets import scenes
 from ..devices import processes, sharding
 from ..errors import UserError
 from ..system import bucket, progress, signals
-from . import checkpoints, nonfinite, pixel_store, run_folder, run_lock, runlog, train_step
+from . import (
+  checkpoints,
+  dispatch,
+  nonfinite,
+  pixel_store,
+  run_folder,
+  run_lock,
+  runlog,
+  train_step,
+)
 
 OnStep = Callable[[int, dict], float]
 RenderTest = Callable[[dict, int, runlog.RunLog], None]
@@ -31,12 +40,17 @@ class _Clock:
     """Excludes seconds from the current lap."""
     self._start += seconds
 
+  def so_far(self, params: dict) -> tuple[int, float]:
+    """Waits for the device and returns the (steps, seconds) of the current lap."""
+    jax.block_until_ready(params)  # Steps are dispatched asynchronously.
+    # Without steps, it timed a pause.
+    return self.steps, time.monotonic() - self._start if self.steps else 0.0
+
   def lap(self, params: dict) -> tuple[int, float]:
     """Waits for the device, starts a new lap and returns the last one's (steps, seconds)."""
-    jax.block_until_ready(params)  # Steps are dispatched asynchronously.
-    steps, seconds = self.steps, time.monotonic() - self._start
+    lap = self.so_far(params)
     self.steps, self._start = 0, time.monotonic()
-    return steps, seconds if steps else 0.0  # Without steps, it timed a pause.
+    return lap
 
 
 def check_settings(settings: configs.Settings, scene: scenes.Scene) -> None:
@@ -57,6 +71,7 @@ def train(
   mesh: Mesh | None = None,
   on_step: OnStep | None = None,
   render_test: RenderTest | None = None,
+  on_step_every: int = 0,
 ) -> float | None:
   """Trains a run to its last step, resuming from its newest checkpoint.
 
@@ -64,16 +79,18 @@ def train(
     settings: the run's settings; Config.checkpoint_dir is its folder.
     scene: the capture to train on.
     mesh: devices to train on; all devices by default.
-    on_step: callback `on_step(step, params)`, called after each step. Returns the seconds to leave
-      out of the timing. `params` are valid until the callback returns.
+    on_step: callback `on_step(step, params)`. Returns the seconds to leave out of the timing.
+      `params` are valid until the callback returns.
     render_test: callback `render_test(params, step, log)`, called every Config.train_render_every
       steps to render test images.
+    on_step_every: steps between calls of `on_step`, which is also called after the last step; 0
+      calls it between dispatches, several times a second if steps are short.
 
   Returns:
     Training time in seconds, summed over all starts; None if the run was already complete.
 
   Raises:
-    signals.Stopped: SIGTERM or SIGINT arrived; the current step was finished and saved.
+    signals.Stopped: SIGTERM or SIGINT arrived; the steps under way were finished and saved.
     NonFiniteError: a part was not updated in Config.max_skipped_updates consecutive steps.
     CheckpointError: the folder holds a run that cannot be resumed.
     RunLockError: another training writes to the folder, or it vanished while training.
@@ -94,7 +111,7 @@ def train(
   with run_lock.locked(folder):
     run_folder.refresh(folder)
     try:
-      return _train(settings, scene, mesh, on_step, render_test)
+      return _train(settings, scene, mesh, on_step, render_test, on_step_every)
     except nonfinite.NonFiniteError:
       if processes.is_main():
         bucket.push(folder)  # The log of the steps that led there.
@@ -107,33 +124,43 @@ def _train(
   mesh: Mesh,
   on_step: OnStep | None,
   render_test: RenderTest | None,
+  on_step_every: int,
 ) -> float:
   """Trains in a locked folder; see `train`."""
   config, last = settings.config, settings.config.last_step
   # Asked again, because another training may have ended between the first look and the lock.
-  start = checkpoints.start_step(config.checkpoint_dir)
-  state, recent, step_fn = _start(settings, scene, mesh, start)
+  start = step = checkpoints.start_step(config.checkpoint_dir)
+  render_every = config.train_render_every if render_test else 0
+  own_every = on_step_every if on_step else 0
+  stops = config.print_every, config.checkpoint_every, render_every, config.gc_every, own_every
+  watched = on_step is not None and not on_step_every
+  most, fixed = dispatch.shape(settings, mesh, stops, watched)
+  state, rows, step_fn = _start(settings, scene, mesh, start, most, fixed)
   cams, load_pixels, place = _load_data(settings, scene, mesh)
-  log = _open_log(settings, start, render_test)
+  steps = dispatch.Dispatcher(step_fn, cams, load_pixels, place == 'device', rows, watched)
+  log = _open_log(settings, start, render_every)
   log.say(_describe(settings, scene, mesh, start, place))
   clock = _Clock()
-  with signals.postponed() as request:  # A signal ends the loop after a whole step.
-    for step in range(start + 1, last + 1):
-      state, stats = step_fn(state, cams, load_pixels(step - 1))  # Batches count from 0.
-      stats.numbers.copy_to_host_async()  # Overlaps with the steps that follow.
-      recent.append(stats)  # Stays on the device until the next log line.
-      clock.steps += 1
-      if on_step:
-        # Before the next step, which donates the buffers of state.params.
+  with signals.postponed() as request:  # A signal ends the loop between two dispatches.
+    while step < last:
+      before, stop = step, dispatch.next_stop(step, last, stops)
+      state, step = steps.take(state, step, stop if step > start else step + 1)
+      clock.steps += step - before
+      if on_step and (not on_step_every or _is_due(step, on_step_every) or step == last):
+        # Before the next dispatch, which donates the buffers of state.params.
         clock.leave_out(on_step(step, state.params))
       if step == start + 1:
         _say_compiled(log, step_fn, clock.lap(state.params)[1])
-      render_now = render_test and _is_due(step, config.train_render_every)
+      elif before == start + 1 and steps.is_adaptive:  # The first dispatch without compiling.
+        _set_pace(steps, *clock.so_far(state.params))
+      render_now = render_test and _is_due(step, render_every)
       save_now = _is_due(step, config.checkpoint_every) or step == last
       # Logged before each pause, so that pauses do not count as time of the steps.
       if render_now or save_now or _is_due(step, config.print_every):
-        _log_steps(config, log, step, recent, *clock.lap(state.params))
-        recent = []
+        timed = clock.lap(state.params)
+        _log_steps(config, log, step, steps.rows(), *timed)
+        steps.clear()
+        _set_pace(steps, *timed)
       if render_now:
         with log.pause('test'):
           render_test(state.params, step, log)
@@ -143,7 +170,7 @@ def _train(
       signum = processes.largest(request.signum) if ask_now and step < last else 0
       if save_now or signum:
         with log.pause('save'):
-          run_folder.save_run(config, state, recent, step_fn, mesh)
+          run_folder.save_run(config, state, steps.rows(), step_fn, mesh)
       if signum:
         _stop(config, log, step, signum)
       if _is_due(step, config.gc_every):
@@ -154,25 +181,31 @@ def _train(
   return log.train_seconds
 
 
+def _set_pace(steps: dispatch.Dispatcher, timed: int, seconds: float) -> None:
+  """Chooses the steps of a dispatch by the slowest process's time of the last steps."""
+  if timed and steps.is_adaptive:
+    steps.set_pace(processes.largest(round(1e6 * min(seconds / timed, 1000))) / 1e6)
+
+
 def _is_due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
 def _start(
-  settings: configs.Settings, scene: scenes.Scene, mesh: Mesh, start: int
+  settings: configs.Settings, scene: scenes.Scene, mesh: Mesh, start: int, most: int, fixed: bool
 ) -> tuple[structs.TrainState, list, train_step.TrainStep]:
   """Restores or creates the state and the step function, then prepares the run's folder."""
   folder = settings.config.checkpoint_dir
   if start:
     run_folder.check_same_scene(folder, scene)  # Before `write_run` overwrites scene.json.
-  state, recent, micro_batches = run_folder.start_run(settings, mesh, start)
-  step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches)
+  state, rows, micro_batches = run_folder.start_run(settings, mesh, start)
+  step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches, most=most, fixed=fixed)
   if processes.is_main():
     # Only now, so that a run that cannot be restored leaves its folder unchanged.
     run_lock.check()
     run_folder.tidy(folder, start)
     run_folder.write_run(folder, settings, scene)
-  return state, recent, step_fn
+  return state, rows, step_fn
 
 
 def _load_data(
@@ -189,11 +222,8 @@ def _load_data(
   return replicated, load_pixels, place
 
 
-def _open_log(
-  settings: configs.Settings, start: int, render_test: RenderTest | None
-) -> runlog.RunLog:
+def _open_log(settings: configs.Settings, start: int, render_every: int) -> runlog.RunLog:
   config = settings.config
-  render_every = config.train_render_every if render_test else 0
   pauses = {'test': render_every, 'save': config.checkpoint_every}
   return runlog.RunLog(config.checkpoint_dir, start, config.last_step, processes.is_main(), pauses)
 
@@ -215,10 +245,9 @@ def _say_compiled(log: runlog.RunLog, step_fn: train_step.TrainStep, seconds: fl
 
 
 def _log_steps(
-  config: configs.Config, log: runlog.RunLog, step: int, recent: list, timed: int, seconds: float
+  config: configs.Config, log: runlog.RunLog, step: int, rows: list, timed: int, seconds: float
 ) -> None:
   """Logs the steps since the last call, and ends a run that makes no progress."""
-  rows = jax.device_get(recent)  # One dict of scalars for each step.
   run_lock.check()
   log.steps(step, rows, timed, seconds, config.batch_size)
   for line in nonfinite.lines(step, rows):

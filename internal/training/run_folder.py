@@ -15,7 +15,6 @@ import sys
 import uuid
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -181,6 +180,6 @@ def save_run(
 
   That is `window`, the stats of the steps since the last log line, and the number of micro-batches.
   """
-  rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(window)]
+  rows = [{name: float(value) for name, value in row.items()} for row in window]
   notes = {'window': rows, 'micro_batches': step_fn.micro_batches, 'devices': mesh.size}
   checkpoints.save(config.checkpoint_dir, state, config.checkpoint_keep, notes)

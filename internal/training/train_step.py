@@ -1,4 +1,4 @@
-"""Optimizer, schedule, and the jit-compiled training step."""
+"""Optimizer, schedule, and the jit-compiled training steps."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from ..devices import memory, sharding
 from . import batches
 
 Array = jax.Array
+
+MOST_STEPS = 100  # Of one call of the compiled steps; each takes a row of its stats.
+_ONE = np.int32(1)
 
 
 def learning_rate(config: configs.Config) -> Callable[[Array], Array]:
@@ -214,7 +217,36 @@ def _make_gradient(settings: configs.Settings, mesh: Mesh, micro_batches: int) -
 
 
 class TrainStep(memory.FirstFit):
-  """The compiled `train_step(state, cams, pixels) -> (state, stats)`."""
+  """The compiled `train_steps(state, cams, pixels, count) -> (state, stats)`.
+
+  `count` is the number of steps: from 1 to `most` if `pixels` is a PixelStore on the device, or 1
+  if they are the colours of one step's pixels. The first `count` rows of the stats' numbers are
+  those of the steps, and the others mean nothing. Without `count`, a call takes one step, and its
+  stats are scalars.
+
+  One program takes any number of steps. So the bits of a run do not depend on how its steps were
+  grouped into calls.
+
+  Attributes:
+    most: the most steps of one call.
+    fixed: whether each call computes `most` steps and drops those beyond `count`.
+  """
+
+  def __init__(self, variant: Callable, choices: list[int], free: Callable, most: int, fixed: bool):
+    super().__init__(variant, choices, free)
+    self.most, self.fixed = most, fixed
+
+  def __call__(self, state: structs.TrainState, cams, pixels, count: int | None = None):
+    state, stats = super().__call__(state, cams, pixels, np.int32(count or 1))
+    return state, stats if count else stats.replace(numbers=stats.numbers[0])
+
+  def lower(self, state, cams, pixels, count=_ONE) -> jax.stages.Lowered:
+    """Lowers the chosen variant; before the first call, the first one."""
+    return super().lower(state, cams, pixels, count)
+
+  def fit(self, state, cams, pixels, count=_ONE) -> jax.stages.Compiled:
+    """Returns the program for arguments of these shapes, compiling it if necessary."""
+    return super().fit(state, cams, pixels, count)
 
   @property
   def micro_batches(self) -> int | None:
@@ -227,13 +259,16 @@ def make_train_step(
   mesh: Mesh,
   free_memory: Callable = memory.free_memory,
   fewest: int = 1,
+  most: int = MOST_STEPS,
+  fixed: bool = False,
 ) -> TrainStep:
-  """Creates the training step `train_step(state, cams, pixels) -> (state, stats)`.
+  """Creates the compiled training steps, `TrainStep`.
 
   `cams` are the training cameras. `pixels` is either a PixelStore on the device, or the
-  [batch_size, 3] uint8 colours of the step's pixels (`host_pixels`). The state is sharded as by
-  `sharding.place`, and its buffers are donated. `stats` is a replicated structs.Stats: loss, psnr,
-  loss terms, gradient norms, learning rate, and each part's number of consecutive skipped updates.
+  [batch_size, 3] uint8 colours of a single step's pixels (`host_pixels`). The state is sharded as
+  by `sharding.place`, and its buffers are donated. `stats` is a replicated structs.Stats: loss,
+  psnr, loss terms, gradient norms, learning rate, and each part's number of consecutive skipped
+  updates.
 
   Args:
     settings: the run's settings.
@@ -241,6 +276,9 @@ def make_train_step(
     free_memory: returns the free bytes per device of a mesh, or None.
     fewest: minimum number of micro-batches if Config.micro_batches is 0. Fewer sum in another order
       and change the last bits, so a resumed run uses at least as many as before.
+    most: the most steps of one call.
+    fixed: compute `most` steps in each call, and drop those from `count` on. For GPUs, where the
+      host must otherwise wait for the device after each step to learn whether another one follows.
 
   Raises:
     UserError: the batch is not divisible by the devices, or a device's rays by the micro-batches.
@@ -249,10 +287,12 @@ def make_train_step(
   sharding.check_divisible('Config.batch_size', config.batch_size, mesh)
   optimizer = make_optimizer(config)
   schedule = learning_rate(config)
+  placement = sharding.placement(abstract_state(settings), mesh)
 
   def variant(micro_batches):
     gradient = _make_gradient(settings, mesh, micro_batches)
 
+    @functools.partial(jax.jit, inline=True)  # Traced once for both uses in `train_steps`.
     def train_step(state, cams, pixels):
       batch_key, ray_keys = step_keys(config, state.step)
       ids = batches.draw_pixels(
@@ -276,18 +316,34 @@ def make_train_step(
         **{f'grad_norm_{name}': optax.tree.norm(part) for name, part in grads.items()},
         **{f'skipped_{name}': count for name, count in after.skipped.items()},
       }
+      after = jax.lax.with_sharding_constraint(after, placement)
       # One array [k], because each transfer to the host has a latency.
       return after, structs.Stats(jnp.stack([*stats.values()], dtype=jnp.float32), tuple(stats))
 
-    placement = sharding.placement(abstract_state(settings), mesh)
+    def train_steps(state, cams, pixels, count):
+      shape = jax.eval_shape(train_step, state, cams, pixels)[1]  # [k]
+      length = most if isinstance(pixels, batches.PixelStore) else 1
+
+      def take(i, carry):
+        state, numbers = carry
+        after, stats = train_step(state, cams, pixels)
+        if fixed and length > 1:
+          after = jax.tree.map(functools.partial(jnp.where, i < count), after, state)
+        return after, jax.lax.dynamic_update_index_in_dim(numbers, stats.numbers, i, 0)
+
+      carry = state, jnp.zeros((length, *shape.numbers.shape))
+      state, numbers = jax.lax.fori_loop(0, length if fixed else count, take, carry)
+      return state, shape.replace(numbers=numbers)
+
     return jax.jit(
-      train_step,
+      train_steps,
       donate_argnums=0,  # The new state reuses the buffers of the old one.
-      in_shardings=(placement, None, None),
+      in_shardings=(placement, None, None, None),
       out_shardings=(placement, sharding.replicated(mesh)),
     )
 
-  return TrainStep(variant, _micro_batch_choices(config, mesh, fewest), lambda: free_memory(mesh))
+  choices = _micro_batch_choices(config, mesh, fewest)
+  return TrainStep(variant, choices, lambda: free_memory(mesh), most, fixed)
 
 
 def host_pixels(

@@ -1,0 +1,231 @@
+"""Many training steps in one dispatch: the same bits, where dispatches end, how far they go ahead."""
+
+import json
+import types
+
+import captures
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from internal import configs, datasets, structs
+from internal.devices import sharding
+from internal.training import batches, checkpoints, dispatch, loop, train_step
+
+GRID = (
+  *(f"{part}.encoding = 'grid'" for part in ('PropMLP', 'NerfMLP')),
+  *(f'{part}.grid_levels = 2' for part in ('PropMLP', 'NerfMLP')),
+  *(f'{part}.grid_log2_size = 8' for part in ('PropMLP', 'NerfMLP')),
+  'Model.deterministic_grid = True',
+)
+
+
+def bits(tree):
+  return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(jax.device_get(tree))]
+
+
+def run(settings, mesh, groups, **how):
+  """Takes groups of steps from the beginning; returns the state and the stats of each step."""
+  cams, images = tiny.capture()
+  step_fn = train_step.make_train_step(settings, mesh, **how)
+  args = sharding.replicate((cams, batches.make_store(images)), mesh)
+  results = []
+  for sizes in groups:
+    state, rows = sharding.place(train_step.create_state(settings), mesh), []
+    for count in sizes:
+      state, stats = step_fn(state, *args, count)
+      rows.extend(np.asarray(stats.numbers)[:count])
+    results.append((int(state.step), bits(state), bits(rows)))
+  assert len(step_fn._programs) == 1
+  return results
+
+
+SINGLE = [1] * 5
+
+
+class TestBits:
+  @pytest.mark.parametrize(
+    ('bindings', 'devices', 'how'),
+    [
+      (('Model.single_jitter = False', 'NerfMLP.density_noise = 1.0'), 1, {}),
+      ((*GRID, 'Config.micro_batches = 2'), 8, {}),
+      ((), 2, {'most': 4, 'fixed': True}),
+    ],
+  )
+  def test_steps_do_not_depend_on_how_they_are_grouped(self, bindings, devices, how, monkeypatch):
+    monkeypatch.setattr(sharding, '_LARGE', 1024)  # Tables are split over the devices.
+    mesh = tiny.mesh(devices)
+    one, *others = run(tiny.settings(*bindings), mesh, [SINGLE, [2, 3], [4, 1]], **how)
+    assert one[0] == 5
+    for other in others:
+      assert other == one
+
+  def test_a_fixed_number_of_steps_computes_what_a_loop_does(self):
+    """Up to rounding: it is another program."""
+    settings, results = tiny.settings(), []
+    cams, images = tiny.capture()
+    for how in ({}, {'most': 4, 'fixed': True}):
+      step_fn = train_step.make_train_step(settings, tiny.mesh(1), **how)
+      state = sharding.place(train_step.create_state(settings), tiny.mesh(1))
+      state, stats = step_fn(state, cams, batches.make_store(images), 3)
+      results.append((jax.device_get(state), np.asarray(stats.numbers)[:3]))
+    (a, rows_a), (b, rows_b) = results
+    assert a.step == b.step == 3
+    np.testing.assert_allclose(rows_a, rows_b, rtol=1e-4, atol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), a.params, b.params)
+
+
+def test_the_state_is_donated():
+  settings, mesh = tiny.settings(), tiny.mesh(8)
+  cams, images = tiny.capture()
+  args = sharding.replicate((cams, batches.make_store(images)), mesh)
+  state = sharding.place(train_step.create_state(settings), mesh)
+  after, _ = train_step.make_train_step(settings, mesh)(state, *args, 3)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+  assert after.step == 3
+
+
+def test_dispatches_stop_at_all_multiples():
+  intervals = 7, 10, 0, 4
+  for step in range(60):
+    wanted = next(
+      k for k in range(step + 1, 99) if k == 53 or any(n and k % n == 0 for n in intervals)
+    )
+    assert dispatch.next_stop(step, 53, intervals) == wanted if step < 53 else True
+
+
+class TestShape:
+  GPU = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform='gpu')]))
+
+  def shape(self, *bindings, intervals=(100, 12500, 0), watched=False):
+    settings = configs.load_config(['configs/360_fast.gin'], bindings)
+    return dispatch.shape(settings, self.GPU, intervals, watched)
+
+  def test_a_gpu_takes_a_number_that_divides_all_intervals(self):
+    assert self.shape() == (20, True)
+    assert self.shape(watched=True) == (5, True)
+    assert self.shape(intervals=(30, 45)) == (15, True)
+    assert self.shape(intervals=(100, 1)) == (1, True)
+    assert self.shape(intervals=(0, 0)) == (20, True)
+    assert self.shape('Config.steps_per_dispatch = 60') == (50, True)
+
+  def test_long_steps_are_dispatched_one_by_one(self):
+    assert self.shape("NerfMLP.encoding = 'ipe'") == (1, True)
+
+  def test_other_devices_take_any_number(self):
+    settings = configs.load_config(['configs/360_fast.gin'])
+    assert dispatch.shape(settings, tiny.mesh(1), (7,)) == (100, False)
+
+
+class FakeSteps:
+  """Steps whose numbers are the step itself; records the dispatches and which are done."""
+
+  def __init__(self, most=100, fixed=False):
+    self.most, self.fixed, self.counts, self.waiting, self.most_waiting = most, fixed, [], set(), 0
+
+  def __call__(self, state, cams, pixels, count):
+    steps = self
+
+    class Numbers:
+      def copy_to_host_async(self):
+        pass
+
+      def __array__(self, *_, **__):
+        steps.waiting.discard(self)
+        return np.arange(state + 1, state + 1 + steps.most)[:, None].astype(np.float32)
+
+    numbers = Numbers()
+    self.counts.append(count)
+    self.waiting.add(numbers)
+    self.most_waiting = max(self.most_waiting, len(self.waiting))
+    return state + count, structs.Stats(numbers, ('loss',))
+
+
+class TestDispatcher:
+  def go(self, steps, on_device=True, seconds=None, until=47, **how):
+    loads = []
+    pump = dispatch.Dispatcher(steps, None, loads.append, on_device, [{'loss': -1.0}], **how)
+    if seconds:
+      pump.set_pace(seconds)
+    state = step = 0
+    while step < until:
+      state, step = pump.take(state, step, until)
+    assert [row['loss'] for row in pump.rows()] == [-1.0, *range(1, until + 1)]
+    pump.clear()
+    assert pump.rows() == []
+    assert loads == np.cumsum([0, *steps.counts])[:-1].tolist()
+    return steps.counts
+
+  def test_a_dispatch_takes_a_tenth_of_a_second(self):
+    steps = FakeSteps()
+    assert self.go(steps, seconds=0.005) == [20, 20, 7]
+    assert steps.most_waiting == 2
+    assert self.go(FakeSteps(), seconds=0.005, watched=True) == [5] * 9 + [2]
+    assert self.go(FakeSteps(), seconds=1.0) == [1] * 47
+    assert self.go(FakeSteps(), seconds=1e-9, until=147) == [100, 47]
+
+  def test_it_starts_with_single_steps(self):
+    assert self.go(FakeSteps(), until=4) == [1] * 4
+
+  def test_a_fixed_number_is_kept(self):
+    assert self.go(FakeSteps(10, fixed=True), seconds=1.0) == [10] * 4 + [7]
+
+  def test_pixels_on_the_host_come_step_by_step(self):
+    assert self.go(FakeSteps(), on_device=False, seconds=0.005, until=9) == [1] * 9
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """Runs with one and with many steps a dispatch, with the steps of their callbacks."""
+  folder = tmp_path_factory.mktemp('dispatch')
+  captures.write_colmap(folder / 'data', n=9, size=(16, 16))
+  runs = {}
+  for most in (1, 0):
+    bindings = (
+      f"Config.data_dir = '{folder}/data'", f"Config.checkpoint_dir = '{folder}/{most}'",
+      f'Config.steps_per_dispatch = {most}', 'Config.factor = 0', 'Config.max_steps = 40',
+      'Config.print_every = 15', 'Config.checkpoint_every = 12', 'Config.checkpoint_keep = 0',
+      'Config.early_exit_steps = 38',
+    )  # fmt: skip
+    settings, called, sizes = tiny.settings(*bindings), [], []
+
+    def on_step(step, params, called=called):
+      called.append(step)
+      return 0.0
+
+    def take(*args, sizes=sizes, real=train_step.TrainStep.__call__):
+      sizes.append(args[4])
+      return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(train_step.TrainStep, '__call__', take)
+      patch.setattr(dispatch, '_SECONDS', 1e3)  # However slow this machine is.
+      scene = datasets.load_dataset(settings.config)
+      loop.train(settings, scene, tiny.mesh(1), on_step=on_step, on_step_every=10)
+    runs[most] = folder / str(most), settings, called, sizes
+  return runs
+
+
+class TestLoop:
+  def test_dispatches_end_where_something_is_due(self, trained):
+    assert trained[1][3] == [1] * 38
+    # Log lines at 15 and 30, checkpoints at 12, 24 and 36, callbacks at 10, 20 and 30.
+    # The first step compiles, and the second is timed.
+    assert np.cumsum(trained[0][3]).tolist() == [1, 2, 10, 12, 15, 20, 24, 30, 36, 38]
+
+  def test_the_callback_is_called_when_it_is_due(self, trained):
+    assert trained[0][2] == trained[1][2] == [10, 20, 30, 38]
+
+  def test_logs_and_checkpoints_are_the_same_to_the_bit(self, trained):
+    times = 'time', 'train_seconds', 'rays_per_sec'
+    logs, states = [], []
+    for folder, settings, *_ in trained.values():
+      lines = (folder / 'metrics.jsonl').read_text().splitlines()
+      logs.append([{k: v for k, v in json.loads(t).items() if k not in times} for t in lines])
+      at = [checkpoints.restore(str(folder), settings, tiny.mesh(1), k) for k in (12, 24, 36, 38)]
+      windows = [checkpoints.notes(str(folder), k)['window'] for k in (12, 24, 36, 38)]
+      states.append((bits(at), windows))
+    assert [row['step'] for row in logs[0]] == [12, 15, 24, 30, 36, 38]
+    assert logs[0] == logs[1]
+    assert states[0] == states[1]
