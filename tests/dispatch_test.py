@@ -167,8 +167,8 @@ def trained(tmp_path_factory):
   for name, seconds in (('one', 0.0), ('many', 1e3)):
     bindings = (
       f"Config.data_dir = '{folder}/data'", f"Config.checkpoint_dir = '{folder}/{name}'",
-      'Config.factor = 0', 'Config.max_steps = 40', 'Config.print_every = 15', 'Config.checkpoint_every = 12', 'Config.checkpoint_keep = 0',
-      'Config.early_exit_steps = 38',
+      'Config.factor = 0', 'Config.max_steps = 40', 'Config.early_exit_steps = 38',
+      'Config.print_every = 15', 'Config.checkpoint_every = 12', 'Config.checkpoint_keep = 0',
     )  # fmt: skip
     settings, called, sizes = tiny.settings(*bindings), [], []
 
