@@ -74,7 +74,7 @@ def live(
   """Opens a page as `open_page` does, for a run in training.
 
   Returns:
-    A callback `(step, params) -> seconds spent` that training calls after each step.
+    A callback `(step, params) -> seconds spent` that training calls between dispatches.
   """
   session = open_page(args, settings, scene, mesh)
 
