@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from .. import configs, models, structs
 from ..datasets import scenes
-from ..devices import processes, sharding
+from ..devices import memory, processes, sharding
 from ..errors import UserError
 from ..system import bucket, progress, signals
 from . import checkpoints, nonfinite, pixel_store, run_folder, run_lock, runlog, train_step
@@ -220,7 +220,8 @@ def _log_steps(
   """Logs the steps since the last call, and ends a run that makes no progress."""
   rows = jax.device_get(recent)  # One dict of scalars for each step.
   run_lock.check()
-  log.steps(step, rows, timed, seconds, config.batch_size)
+  peak = memory.peak_bytes(jax.local_devices())
+  log.steps(step, rows, timed, seconds, config.batch_size, peak)
   for line in nonfinite.lines(step, rows):
     log.say(line)
   # Last, so that the log shows the steps that end the run.
