@@ -2,7 +2,7 @@
 
     python scripts/reproduce.py                    # lists the rows
     python scripts/reproduce.py demo
-    python scripts/reproduce.py bonsai_fast --data data/bonsai
+    python scripts/reproduce.py bonsai_fast --data data/bonsai_closed
 
 Exits with 1 if a metric is outside of the tolerance (docs/results.md). The same command resumes
 after an interruption, and only compares once the run is finished. One GPU is used. Captures are not
