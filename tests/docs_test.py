@@ -152,6 +152,8 @@ def test_each_block_means_the_same_in_bash_and_zsh(page):
   for block in blocks(page):
     plain = re.sub(r"'[^']*'", "''", re.sub(r'"[^"]*"', '""', block))
     plain = re.sub(r'(^|\s)#.*', '', plain)
+    # A zsh that people type into takes comments for arguments; those of SLURM are for files.
+    assert not re.search(r'(^|\s)#(?!SBATCH)', block), block
     # bash splits an unquoted $name into words, zsh does not; only exit codes have no blanks.
     assert not re.search(r'\$(?!\?)', re.sub(r'gcloud.*', '', plain)), block
     # zsh refuses an unquoted [...] that names no file, and a word that starts with =.
