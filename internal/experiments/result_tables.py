@@ -53,17 +53,17 @@ def _costs(record: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def _published(row: reproduce.Row) -> str:
-  """Returns the published numbers of the row's scene."""
-  if not row.published:
-    return _ABSENT
-  known = {p.method: p.values for p in benchmarks.load(row.dataset).published}
+def _published(row: reproduce.Row, sources: list[str]) -> str:
+  """Returns the published numbers of the row's scene, with numbers of `sources`, which grows."""
   parts = []
   for method in row.published:
-    values = [known[method].get(metric, {}).get(row.of) for metric in ('psnr', 'ssim')]
+    known = {p.method: p.values for p in benchmarks.load(row.dataset).published}[method]
+    values = [known.get(metric, {}).get(row.of) for metric in ('psnr', 'ssim')]
     shown = [_number(v, form) for v, form in zip(values, ('.2f', '.3f')) if v is not None]
-    parts.append(f'{method}: {" / ".join(shown)}')
-  return '<br>'.join(parts)
+    if method not in sources:
+      sources.append(method)
+    parts.append(f'{" / ".join(shown)} [{sources.index(method) + 1}]')
+  return '<br>'.join(parts) or _ABSENT
 
 
 def _name(row: reproduce.Row) -> str:
@@ -83,13 +83,24 @@ _HEADS = (
 
 
 def _all_rows(table: reproduce.Table) -> str:
-  rows = [
-    [_name(row), row.scene, f'`{os.path.basename(row.config)}`',
-     *_cells(row, table.measured.get(row.name)), _published(row), row.remark or _ABSENT]
-    for row in table.rows.values()
-  ]  # fmt: skip
-  heads = ['row', 'scene', 'config', *_HEADS, 'published PSNR / SSIM', 'remarks']
-  return _table(heads, rows)
+  sources: list[str] = []
+  rows, middle = [], len(reproduce.METRICS)
+  for row in table.rows.values():
+    cells = _cells(row, table.measured.get(row.name))
+    cells.insert(middle, _published(row, sources))
+    rows.append([_name(row), row.scene, f'`{os.path.basename(row.config)}`', *cells])
+  heads = [*_HEADS[:middle], 'published PSNR / SSIM', *_HEADS[middle:]]
+  parts = [_table(['row', 'scene', 'config', *heads], rows)]
+  if sources:
+    listed = '; '.join(f'[{k}] {method}' for k, method in enumerate(sources, 1))
+    parts.append(f'Published: {listed}.')
+  remarks: dict[str, list[str]] = {}
+  for row in table.rows.values():
+    if row.remark:
+      remarks.setdefault(row.remark, []).append(_name(row))
+  if remarks:
+    parts.append('\n'.join(f'- {", ".join(names)}: {text}.' for text, names in remarks.items()))
+  return '\n\n'.join(parts)
 
 
 def _commands(table: reproduce.Table) -> str:
