@@ -208,7 +208,7 @@ class TestProgram:
 
     program.main(['--store', str(row.out / 'record.json')])
     page = row.page.read_text()
-    assert re.search(r'\| `mine` \| x \| `a.gin` \| 25.00 \| 0.750 \| – \| – \| 1h00m \|', page)
+    assert re.search(r'\| `mine` \| x \| `a.gin` \| 25.00 \| 0.750 \| – \| – \| – \| 1h00m \|', page)
     assert page.startswith('# A\n')
     assert page.endswith('<!-- end of rows -->\nafter\n')
 
