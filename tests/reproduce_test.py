@@ -16,6 +16,7 @@ from internal import configs, datasets
 from internal.commands import reproduce as program
 from internal.evaluation import benchmarks, lpips, results
 from internal.experiments import reproduce, result_tables, runs
+from internal.system import installation
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = reproduce.load()
@@ -208,7 +209,9 @@ class TestProgram:
 
     program.main(['--store', str(row.out / 'record.json')])
     page = row.page.read_text()
-    assert re.search(r'\| `mine` \| x \| `a.gin` \| 25.00 \| 0.750 \| – \| – \| – \| 1h00m \|', page)
+    assert re.search(
+      r'\| `mine` \| x \| `a.gin` \| 25.00 \| 0.750 \| – \| – \| – \| 1h00m \|', page
+    )
     assert page.startswith('# A\n')
     assert page.endswith('<!-- end of rows -->\nafter\n')
 
@@ -241,6 +244,13 @@ class TestProgram:
       (tmp_path / 'r.json').write_text(content)
       with pytest.raises(reproduce.ReproduceError, match=r'r.json'):
         program.main(['--store', str(tmp_path / 'r.json')])
+    assert row.path.read_text() == before
+
+  def test_an_installed_package_stores_nothing(self, row, monkeypatch):
+    monkeypatch.setattr(installation, 'is_checkout', lambda: False)
+    before = row.path.read_text()
+    with pytest.raises(reproduce.ReproduceError, match='need the repository'):
+      program.main(['--store', 'r.json'])
     assert row.path.read_text() == before
 
   def test_lists_the_rows(self, row, capsys):

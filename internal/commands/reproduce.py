@@ -21,6 +21,7 @@ from .. import cli
 from ..demo import capture
 from ..evaluation import results
 from ..experiments import reproduce, result_tables, runs
+from ..system import installation
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -82,7 +83,7 @@ def report(row: reproduce.Row, record: dict, table: reproduce.Table) -> None:
   print(f'{"":<12} {"here":>8} {"stored":>8} {"tolerance":>10}')
   compared = reproduce.compare(record, stored, table.tolerance)
   for c in compared:
-    verdict = {True: 'agrees', False: 'DIFFERS', None: 'not measured in both'}[c.agrees]
+    verdict = {True: 'agrees', False: 'DIFFERS', None: 'not compared'}[c.agrees]
     print(f'{c.metric:<12} {_shown(c.here):>8} {_shown(c.stored):>8} {c.tolerance:>10g}  {verdict}')
   for name in ('train_seconds', 'seconds_per_image'):
     print(f'{name:<18} {_shown(record[name])} (stored: {_shown(stored[name])})')
@@ -104,6 +105,8 @@ def _shown(value: float | None) -> str:
 def main(argv: list[str] | None = None) -> None:
   args = parse(argv)
   if args.store or args.table:
+    if not installation.is_checkout():
+      raise reproduce.ReproduceError('--store and --table need the repository: run them there.')
     if args.store:
       reproduce.store(args.store)
     for page in result_tables.write(reproduce.load()):
