@@ -18,6 +18,7 @@ COMMANDS = {
   'tables': 'make tables of results',
   'run_dataset': 'train and evaluate all scenes of a dataset',
   'download': 'download a dataset',
+  'reproduce': 'repeat a row of the results table',
   'ablate': 'train variants of one method and tabulate them',
   'benchmark': 'measure the speed of training and rendering',
   'scaling': 'measure how training scales with devices',

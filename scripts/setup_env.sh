@@ -1,4 +1,7 @@
-# Makes the virtual environment, once. Source it from bash:
+#!/usr/bin/env bash
+# Makes the virtual environment, once, and nothing else: scripts/setup_env.sh
+#
+# Or source it from bash:
 #
 #   set -euo pipefail
 #   source scripts/setup_env.sh
@@ -109,3 +112,9 @@ setup_env() {
   fi
   echo "$want" >"$stamp"
 }
+
+if [[ ${BASH_SOURCE[0]} = "$0" ]]; then
+  set -euo pipefail
+  setup_env requirements.lock
+  echo "ready: source $VENV/bin/activate"
+fi

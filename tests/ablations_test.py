@@ -440,7 +440,10 @@ def test_the_demo_ladder_is_that_of_the_paper():
   """Each row of demo.txt changes the same fields as the paper's row does, in a smaller model."""
   names = {
     'full model': 'full', 'no interlevel loss': 'a_no_interlevel',
-    'no distortion loss': 'b_no_distortion', 'no integrated encoding': 'g_no_ipe',
+    'no distortion loss': 'b_no_distortion', 'density noise instead': 'c_density_noise',
+    'no proposal MLP': 'd_single_mlp',
+    'no proposal MLP, trained as mip-NeRF': 'e_mipnerf_training',
+    'no integrated encoding': 'g_no_ipe',
     'no contraction': 'h_no_contraction', "DONeRF's contraction": 'i_donerf',
   }  # fmt: skip
   rows = ablations.choose(rows_file=str(ROOT / 'configs/ablations/demo.txt'))

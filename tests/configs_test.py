@@ -20,7 +20,7 @@ def shipped(name: str) -> configs.Settings:
 def test_all_configs_are_present():
   names = {os.path.splitext(os.path.basename(path))[0] for path in SHIPPED}
   assert names >= {'360', '360_glo4', 'blender_256', 'blender_512', 'llff_256', 'llff_512', 'tat',
-                   'demo', 'debug', '360_grid', '360_fast'}  # fmt: skip
+                   'demo', 'debug', '360_grid', '360_fast', 'blender_grid'}  # fmt: skip
 
 
 @pytest.mark.parametrize('path', SHIPPED, ids=os.path.basename)
@@ -55,6 +55,7 @@ def test_shipped_config_loads_from_any_folder(path, tmp_path, monkeypatch):
     ('llff_512', 3_065_733),
     ('360_grid', 77_550_072),  # No published count: ours, as in the headers.
     ('360_fast', 66_647_198),
+    ('blender_grid', 60_800_694),
     ('cpu', 2_695_086),
   ],
 )

@@ -155,13 +155,16 @@ class TestEvaluate:
     assert results['lpips']['absent'] is None
     assert {k: results['mean'][k] for k in numbers} == numbers
 
-  def test_training_time_is_that_up_to_the_step(self, scene, tmp_path):
+  def test_training_time_and_memory_are_those_up_to_the_step(self, scene, tmp_path):
     _, results = self.evaluate(scene, tmp_path, eval_save_output=False)
-    assert results['train_seconds'] is None
-    rows = ({'step': s, 'train_seconds': 2.0 * s} for s in (50, 70, 90))
+    assert results['train_seconds'] is results['train_peak_bytes'] is None
+    peaks = {50: 900, 70: 800, 90: 2000}  # A resumed run may need less.
+    rows = (
+      {'step': s, 'train_seconds': 2.0 * s, 'peak_bytes': float(peaks[s])} for s in (50, 70, 90)
+    )
     (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     _, results = self.evaluate(scene, tmp_path, eval_save_output=False)
-    assert results['train_seconds'] == 140
+    assert (results['train_seconds'], results['train_peak_bytes']) == (140, 900)
 
   def test_pictures_can_be_left_out(self, scene, tmp_path):
     folder, _ = self.evaluate(scene, tmp_path, eval_save_output=False)

@@ -28,13 +28,14 @@ from internal.training import checkpoints, run_folder, run_lock
 KILLS = int(os.environ.get('KILLS', 20))
 KILL_SEED = int(os.environ.get('KILL_SEED', 0))
 
-_TIMES = ('time', 'train_seconds', 'rays_per_sec', 'test_seconds')
+# What differs between two runs of one machine.
+_OF_THE_RUN = ('time', 'train_seconds', 'rays_per_sec', 'test_seconds', 'peak_bytes')
 
 
 def metrics(run):
-  """Returns the rows of metrics.jsonl without timings."""
+  """Returns the rows of metrics.jsonl without timings and memory."""
   rows = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
-  return [{k: v for k, v in row.items() if k not in _TIMES} for row in rows]
+  return [{k: v for k, v in row.items() if k not in _OF_THE_RUN} for row in rows]
 
 
 def same_state(a, b, step):
@@ -55,14 +56,14 @@ def same(a, b):
 
 
 def scalars(run):
-  """Returns the scalars that TensorBoard shows, {(tag, step): value}, without timings."""
+  """Returns the scalars that TensorBoard shows, {(tag, step): value}, without time and memory."""
   shown = {}
   for path in sorted((run / 'tensorboard').iterdir()):
     for event in events(path.read_bytes()):
       if event.session_log.status == event_pb2.SessionLog.START:
         shown = {(tag, step): v for (tag, step), v in shown.items() if step < event.step}
       for value in event.summary.value:
-        if not value.tag.endswith(('rays_per_sec', 'seconds')):
+        if not value.tag.endswith(('rays_per_sec', 'seconds', 'peak_bytes')):
           shown[value.tag, event.step] = value.simple_value
   return shown
 

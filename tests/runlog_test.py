@@ -22,10 +22,11 @@ def _stats(loss):
 
 def test_steps_are_averaged_timed_and_printed(tmp_path, capsys):
   log = runlog.RunLog(str(tmp_path), 0, 1000)
-  log.steps(100, [_stats(1.0), _stats(3.0)], 2, 4.0, 512)
+  log.steps(100, [_stats(1.0), _stats(3.0)], 2, 4.0, 512, 2**31)
   log.close()
   (row,) = _rows(tmp_path)
   assert (row['step'], row['loss'], row['rays_per_sec'], row['train_seconds']) == (100, 2.0, 256, 4)
+  assert row['peak_bytes'] == 2**31
   said = capsys.readouterr().out
   for part in ('100/1,000', 'loss 2.00000', 'psnr 20.00', '256 rays/s', '30m00s left'):
     assert part in said

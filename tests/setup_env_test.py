@@ -152,6 +152,18 @@ def test_second_set_up_is_skipped_until_something_changes(fake_tree):
   assert run(JAX_BACKEND='cuda13')[1] == ''
 
 
+def test_the_script_itself_makes_the_environment_and_says_what_is_next(fake_tree):
+  folder, _ = fake_tree
+  (folder / 'requirements.lock').write_text('jax==0.11.2\n')
+  variables = {'PYTHON': str(folder / 'python'), 'JAX_BACKEND': 'cpu', 'VENV': str(folder / 'v')}
+  got = subprocess.run(
+    [folder / 'scripts' / 'setup_env.sh'], env={**os.environ, **variables, 'PIP_BREAKS': ''},
+    capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  assert got.stdout.endswith(f'ready: source {folder}/v/bin/activate\n')
+  assert f'-r {folder}/requirements.lock' in (folder / 'log').read_text()
+
+
 def test_failed_install_is_shown_and_tried_again(fake_tree):
   _, run = fake_tree
   got, _ = run(PIP_BREAKS='1')

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from .. import cli, configs, datasets, models
-from ..devices import sharding
+from ..devices import memory, sharding
 from ..profiling import benchmark_tables as tables
 from ..profiling import costs, programs, regressions
 from ..system import files
@@ -108,7 +108,7 @@ class Benchmark:
       **timed,
       'tflops': tflops,
       'fraction_of_chip': tflops / (chip * self.mesh.size) if chip else None,
-      'peak_bytes': costs.peak_bytes(self.mesh.devices.flat),
+      'peak_bytes': memory.peak_bytes(self.mesh.devices.flat),
     }
     tables.print_row(row)
     if folder:

@@ -107,11 +107,12 @@ def load_lpips() -> tuple[Callable | None, str | None]:
     return None, str(reason)
 
 
-def train_seconds(run: str, step: int) -> float | None:
-  """Returns the training time up to `step` as logged by the run, None if unknown."""
+def train_costs(run: str, step: int) -> tuple[float | None, int | None]:
+  """Returns training time and peak memory up to `step` as logged by the run, None if unknown."""
   rows = runlog.read_metrics(os.path.join(run, 'metrics.jsonl'))
-  seconds = [row.get('train_seconds') for row in rows if row['step'] <= step]
-  return seconds[-1] if seconds else None
+  rows = [row for row in rows if row['step'] <= step]
+  peaks = [int(row['peak_bytes']) for row in rows if row.get('peak_bytes')]
+  return rows[-1].get('train_seconds') if rows else None, max(peaks, default=None)
 
 
 def evaluate(run: trained.TrainedRun, rows: Sequence[int], render_image: Callable) -> dict | None:
@@ -182,6 +183,7 @@ def make_results(
 ) -> dict:
   """Returns the content of results.json; arguments are those of `results.make`."""
   report = run.scene.report
+  seconds, peak_bytes = train_costs(run.folder, run.step)
   return results_lib.make(
     run.settings,
     results_lib.test_split(run.settings.config, run.scene),
@@ -189,10 +191,11 @@ def make_results(
     run.step,
     models.num_params(run.params),
     lpips_absent,
-    train_seconds(run.folder, run.step),
+    seconds,
     report.get('warnings', ()),
     report.get('reduction'),
     by_scale,
+    peak_bytes,
   )
 
 

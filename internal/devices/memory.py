@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -19,6 +20,19 @@ def free_memory(mesh: Mesh) -> int | None:
   if not all('bytes_limit' in s and 'bytes_in_use' in s for s in stats):
     return None
   return min(s['bytes_limit'] - s['bytes_in_use'] for s in stats)
+
+
+def peak_bytes(devices: Iterable[jax.Device]) -> int:
+  """Returns the highest peak memory of the devices in this process, in bytes.
+
+  CPUs do not report theirs; it is then the peak of the whole process.
+  """
+  peaks = [(device.memory_stats() or {}).get('peak_bytes_in_use') for device in devices]
+  known = [peak for peak in peaks if peak is not None]
+  if known:
+    return max(known)
+  unit = 1 if sys.platform == 'darwin' else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _needed_memory(compiled: jax.stages.Compiled) -> int | None:

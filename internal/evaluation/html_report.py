@@ -248,6 +248,8 @@ def _facts(
     facts['trained'] += f' in {progress.duration(found["train_seconds"])}'
   if speeds:
     facts['trained'] += f', {speeds[len(speeds) // 2]:,.0f} rays/s'
+  if found.get('train_peak_bytes'):  # Older files lack it.
+    facts['trained'] += f', {found["train_peak_bytes"] / 1e9:.1f} GB'
   if found['lpips']['absent']:
     facts['LPIPS'] = found['lpips']['absent']
   return facts

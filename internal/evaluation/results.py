@@ -264,6 +264,7 @@ def make(
   capture_warnings: Sequence[str] = (),
   reduction: str | None = None,
   by_scale: Mapping[int, Sequence[Mapping[str, Any]]] | None = None,
+  train_peak_bytes: int | None = None,
 ) -> dict[str, Any]:
   """Makes the content of results.json.
 
@@ -279,6 +280,7 @@ def make(
     capture_warnings: warnings of loading the capture for training.
     reduction: how the pictures were reduced (`pyramid.Pictures`); None if unknown.
     by_scale: of a multi-scale evaluation the `per_image` of each factor, instead of `per_image`.
+    train_peak_bytes: memory of training, if known.
   """
   config, devices = settings.config, jax.devices()
   packages = ('jax', 'jaxlib', 'flax', 'numpy')
@@ -304,6 +306,7 @@ def make(
     # The median, since the first image's time includes compilation.
     'seconds_per_image': float(np.median([row['seconds'] for row in rows])),
     'train_seconds': train_seconds,
+    'train_peak_bytes': train_peak_bytes,
     'num_params': num_params,
     'mlp_dtype': str(models.mlp_dtype(settings.model.mlp_dtype)),
     'device': {'kind': devices[0].device_kind, 'count': len(devices)},

@@ -141,12 +141,6 @@ def compile_first(function: Callable, *args) -> tuple[dict, str]:
   return facts, compiled.as_text() or ''
 
 
-def peak_bytes(devices) -> int | None:
-  """Returns the highest peak memory of the devices in this process, None if not reported."""
-  peaks = [(d.memory_stats() or {}).get('peak_bytes_in_use') for d in devices]
-  return max((p for p in peaks if p is not None), default=None)
-
-
 @dataclasses.dataclass(frozen=True)
 class Kernel:
   """The time and number of executions of a kernel per step."""

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from .. import configs, models, structs
 from ..datasets import scenes
-from ..devices import processes, sharding
+from ..devices import memory, processes, sharding
 from ..errors import UserError
 from ..system import bucket, progress, signals
 from . import (
@@ -249,7 +249,8 @@ def _log_steps(
 ) -> None:
   """Logs the steps since the last call, and ends a run that makes no progress."""
   run_lock.check()
-  log.steps(step, rows, timed, seconds, config.batch_size)
+  peak = memory.peak_bytes(jax.local_devices())
+  log.steps(step, rows, timed, seconds, config.batch_size, peak)
   for line in nonfinite.lines(step, rows):
     log.say(line)
   # Last, so that the log shows the steps that end the run.

@@ -173,7 +173,13 @@ class RunLog:
       self._board.picture(step, name, image)
 
   def steps(
-    self, step: int, rows: Sequence[Mapping], timed: int, elapsed: float, batch_size: int
+    self,
+    step: int,
+    rows: Sequence[Mapping],
+    timed: int,
+    elapsed: float,
+    batch_size: int,
+    peak_bytes: int | None = None,
   ) -> None:
     """Logs the steps since the last call: means of their finite stats, and rays per second.
 
@@ -185,6 +191,7 @@ class RunLog:
       timed: number of steps in `elapsed`; excludes the one that compiled and those before a resume.
       elapsed: seconds of the timed steps.
       batch_size: rays per step.
+      peak_bytes: highest memory use of a device so far.
     """
     self.train_seconds += elapsed
     if not self.enabled:
@@ -194,6 +201,8 @@ class RunLog:
       if name.startswith('skipped_'):
         values[name] = sum(row[name] > 0 for row in rows)
     width = len(f'{self.last_step:,}')
+    if peak_bytes is not None:
+      values['peak_bytes'] = peak_bytes
     text = (
       f'step {step:>{width},}/{self.last_step:,}  loss {values["loss"]:.5f}  '
       f'psnr {values["psnr"]:5.2f}'
