@@ -155,11 +155,11 @@ def _beside_others(table: reproduce.Table) -> str:
 
 
 def _summary(table: reproduce.Table) -> str:
-  """Returns the README's table."""
+  """Returns the README's table, of the rows that have been measured."""
   rows = []
   for row in table.rows.values():
-    if row.in_readme:
-      cells = _cells(row, table.measured.get(row.name))
+    if row.in_readme and row.name in table.measured:
+      cells = _cells(row, table.measured[row.name])
       rows.append([_name(row), row.scene, cells[0], cells[1], cells[2], cells[4], *cells[6:8]])
   heads = [_HEADS[k] for k in (0, 1, 2, 4, 6, 7)]
   return _table(['row', 'scene', *heads], rows)
