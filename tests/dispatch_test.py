@@ -200,7 +200,7 @@ class TestLoop:
     assert trained['one'][2] == trained['many'][2] == [10, 20, 30, 38]
 
   def test_logs_and_checkpoints_are_the_same_to_the_bit(self, trained):
-    times = 'time', 'train_seconds', 'rays_per_sec'
+    times = 'time', 'train_seconds', 'rays_per_sec', 'peak_bytes'
     logs, states = [], []
     for folder, settings, *_ in trained.values():
       lines = (folder / 'metrics.jsonl').read_text().splitlines()
