@@ -15,7 +15,7 @@ from internal import coord, models, paths, structs
 from internal.commands import export
 from internal.datasets import transforms
 from internal.export import mesh as mesh_lib
-from internal.export import points
+from internal.export import points, shapes, texture
 from internal.rendering import renderer, surface_points
 from internal.training import checkpoints, run_folder
 
@@ -138,15 +138,28 @@ def test_files_are_in_the_captures_frame(scene, views, tmp_path):
   vertices = points.to_capture(scene, mesh.vertices)
   np.testing.assert_allclose(vertices.mean(0), [-4, 2, -6], atol=0.02)  # Where (0, 0, 0) was.
   np.testing.assert_allclose(np.linalg.norm(vertices - [-4, 2, -6], axis=-1), 2 * RADIUS, atol=0.02)
+  outward = (vertices - [-4, 2, -6]) / np.linalg.norm(vertices - [-4, 2, -6], axis=-1)[:, None]
   up = np.array([0.6, 0, 0.8])
-  for name, faces in (('mesh', mesh.faces), ('points', None)):
-    for ending in ('ply', 'glb'):
-      mesh_lib.write(str(tmp_path / f'{name}.{ending}'), vertices, mesh.colors, faces, up)
+  cameras = points.to_capture(scene, np.asarray(views.cams.camtoworld)[:, :, 3])
+  written = {
+    'mesh': shapes.of_mesh(vertices, mesh.faces, mesh.colors),
+    'points': shapes.of_points(vertices, mesh.colors, cameras),
+  }
+  for name, given in written.items():
+    cosine = (given.normals * outward).sum(-1)
+    assert np.quantile(cosine, 0.02) > 0.95
+    shapes.write_ply(str(tmp_path / f'{name}.ply'), given)
+    shapes.write_glb(str(tmp_path / f'{name}.glb'), given, up)
     plain = trimesh.load(tmp_path / f'{name}.ply', process=False)
     np.testing.assert_array_equal(plain.vertices, vertices)
     place = trimesh.load(tmp_path / f'{name}.glb', process=False)
     (shape,) = place.geometry.values()
-    np.testing.assert_allclose(shape.vertices, vertices, rtol=1e-5)
+    if name == 'mesh':
+      np.testing.assert_allclose(shape.vertices, vertices, rtol=1e-5)
+      np.testing.assert_allclose(shape.vertex_normals, given.normals, atol=1e-5)
+    else:
+      middles = shape.vertices.reshape(-1, 4, 3).mean(1)
+      np.testing.assert_allclose(middles, vertices, rtol=1e-5)
     turn, _ = place.graph[place.graph.nodes_geometry[0]]
     np.testing.assert_allclose(turn[:3, :3] @ up, [0, 1, 0], atol=1e-6)
     np.testing.assert_allclose(turn[:3, :3] @ turn[:3, :3].T, np.eye(3), atol=1e-6)
@@ -154,19 +167,123 @@ def test_files_are_in_the_captures_frame(scene, views, tmp_path):
   np.testing.assert_array_equal(
     trimesh.load(tmp_path / 'mesh.ply', process=False).visual.vertex_colors[:, :3], mesh.colors
   )
-  np.testing.assert_array_equal(mesh_lib._linear(np.array([0, 188, 255])), [0, 128, 255])
+  np.testing.assert_array_equal(shapes._linear(np.array([0, 188, 255])), [0, 128, 255])
 
 
-@pytest.mark.parametrize('faces', [None, np.array([[0, 1, 2]])])
-def test_glb_shows_its_colours_without_lights(tmp_path, faces):
+@pytest.mark.parametrize('kind', ['points', 'mesh', 'textured'])
+def test_glb_shows_its_colours_without_lights(tmp_path, kind):
   path = tmp_path / 'a.glb'
-  mesh_lib.write(str(path), np.eye(3), np.full((3, 3), 128, np.uint8), faces, np.array([0, 0, 1.0]))
+  grey, faces = np.full((3, 3), 128, np.uint8), np.array([[0, 1, 2]])
+  shape = shapes.of_mesh(np.eye(3), faces, grey)
+  if kind == 'points':
+    shape = shapes.of_points(np.eye(3), grey, np.ones((1, 3)))
+  elif kind == 'textured':
+    picture = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    shape = dataclasses.replace(shape, uv=np.eye(3)[:, :2], texture=picture)
+  shapes.write_glb(str(path), shape, np.array([0, 0, 1.0]))
   content = path.read_bytes()
   tree = json.loads(content[20 : 20 + int.from_bytes(content[12:16], 'little')])
   assert tree['extensionsUsed'] == ['KHR_materials_unlit']
   (material,) = tree['materials']
   assert material['extensions'] == {'KHR_materials_unlit': {}}
-  assert [p['material'] for m in tree['meshes'] for p in m['primitives']] == [0]
+  assert material['doubleSided']
+  (primitive,) = [p for m in tree['meshes'] for p in m['primitives']]
+  assert primitive['material'] == 0
+  assert primitive.get('mode', 4) == 4  # Triangles, also for points.
+  seen_by = 'TEXCOORD_0' if kind == 'textured' else 'COLOR_0'
+  assert set(primitive['attributes']) == {'POSITION', 'NORMAL', seen_by}
+  if kind == 'textured':
+    (loaded,) = trimesh.load(path, process=False).geometry.values()
+    np.testing.assert_array_equal(loaded.visual.material.baseColorTexture, picture)
+    np.testing.assert_allclose(loaded.visual.uv, shape.uv)
+
+
+def test_squares_cover_a_plane_without_growing_over_its_edge():
+  grid = np.stack(np.meshgrid(np.arange(20.0), np.arange(20.0)), -1).reshape(-1, 2)
+  xyz = np.concatenate([grid, np.zeros((400, 1))], -1)
+  xyz = np.concatenate([xyz, [[500.0, 0, 0]]])  # Alone: not larger than four others.
+  cloud = shapes.of_points(xyz, np.zeros((401, 3), np.uint8), np.array([[5.0, 5, 9]]))
+  made = shapes.squares(cloud)
+  np.testing.assert_allclose(made.vertices[:1600, 2], 0, atol=1e-9)
+  np.testing.assert_allclose(made.normals[:1600], np.tile([0, 0, 1.0], (1600, 1)), atol=1e-9)
+  corners = made.vertices[made.faces]
+  normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+  assert (normal[:800, 2] > 0).all()  # Anticlockwise seen from the camera.
+  side = np.sqrt(np.linalg.norm(normal, axis=-1).reshape(-1, 2).sum(-1) / 2)
+  np.testing.assert_allclose(side[:400], 1.4, rtol=0.2)
+  assert side[400] < 6
+
+
+def test_few_points_are_no_error():
+  for n in (1, 2):
+    cloud = shapes.of_points(np.zeros((n, 3)), np.zeros((n, 3), np.uint8), np.array([[0, 0, 2.0]]))
+    np.testing.assert_allclose(cloud.normals, np.tile([0, 0, 1.0], (n, 1)))
+    assert np.isfinite(shapes.squares(cloud).vertices).all()
+
+
+def test_a_simplified_mesh_is_still_the_ball(views):
+  space = coord.contract, coord.inv_contract
+  full = extract(views)
+  mesh = mesh_lib.extract(ball_field, None, space, CUBE, 64, views, 50.0, most_faces=1000)
+  assert 900 < len(mesh.faces) <= 1000 < len(full.faces) / 4
+  np.testing.assert_allclose(np.linalg.norm(mesh.vertices, axis=-1), RADIUS, atol=0.01)
+  np.testing.assert_allclose(mesh.colors, 255 * (0.5 + mesh.vertices), atol=14)
+  shape = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
+  assert np.mean((shape.face_normals * shape.triangles_center).sum(-1) > 0) > 0.999
+  area = trimesh.Trimesh(full.vertices, full.faces, process=False).area
+  assert shape.area == pytest.approx(area, rel=0.03)
+
+
+def test_texels_of_a_face_are_those_with_their_centres_inside():
+  uv = np.array([[1.2, 0.7], [9.4, 2.1], [3.3, 8.8], [9.0, 9.5]])
+  faces = np.array([[0, 1, 2], [1, 2, 3], [0, 0, 1]])  # The last has no area.
+  at, face, weights = texture.texels(uv, faces)
+  found = {(x, y, f) for (x, y), f in zip(at.tolist(), face.tolist())}
+  expected = set()
+  for f, corners in enumerate(uv[faces[:2]]):
+    for x in range(11):
+      for y in range(11):
+        p = np.array([x + 0.5, y + 0.5])
+        sides = [
+          np.linalg.det(np.stack([corners[(k + 1) % 3] - corners[k], p - corners[k]]))
+          for k in range(3)
+        ]
+        if min(sides) > 0 or max(sides) < 0:
+          expected.add((x, y, f))
+  assert found == expected
+  np.testing.assert_allclose(np.einsum('kc,kcj->kj', weights, uv[faces[face]]), at + 0.5)
+  np.testing.assert_allclose(weights.sum(-1), 1)
+
+
+def test_a_texture_shows_what_vertices_are_too_few_for(views):
+  # The ball with stripes finer than the faces of a mesh with few of them.
+  def striped(xyz):
+    return np.where(np.sin(60 * xyz[..., 2:]) > 0, [1.0, 0.6, 0], [0, 0.2, 0.8])
+
+  images = []
+  for k, image in enumerate(views.images):
+    origins, directions = surface_points.pixel_rays(views.cams, k)
+    xyz = origins + directions * image['distance_median'][..., None]
+    images.append({**image, 'rgb': striped(xyz)})
+  seen = points.Views(views.cams, images)
+  space = coord.contract, coord.inv_contract
+  mesh = mesh_lib.extract(ball_field, None, space, CUBE, 64, seen, 50.0, most_faces=600)
+  plain = shapes.of_mesh(mesh.vertices, mesh.faces, mesh.colors)
+  shape = texture.textured(plain, mesh, space, seen, 256)
+  assert len(shape.faces) == len(mesh.faces)
+  corners = shape.vertices[shape.faces]
+  np.testing.assert_array_equal(corners, mesh.vertices[mesh.faces])
+  # Colours at the middles of faces, looked up as glTF does: v down from the upper edge.
+  height, width = shape.texture.shape[:2]
+  u, v = shape.uv[shape.faces].mean(1).T
+  looked = shape.texture[((1 - v) * height).astype(int), (u * width).astype(int)]
+  at = corners.mean(1)
+  at *= RADIUS / np.linalg.norm(at, axis=-1, keepdims=True)
+  away = np.abs(np.sin(60 * at[:, 2])) > 0.5  # From the edges of the stripes.
+  wrong = np.abs(looked - 255 * striped(at)).max(-1) > 60
+  assert wrong[away].mean() < 0.05
+  by_vertex = np.abs(mesh.colors[mesh.faces].mean(1) - 255 * striped(at)).max(-1) > 60
+  assert by_vertex[away].mean() > 0.3
 
 
 def test_captures_in_geographic_coordinates_keep_millimetres(tmp_path, monkeypatch):
@@ -188,9 +305,10 @@ def test_captures_in_geographic_coordinates_keep_millimetres(tmp_path, monkeypat
   clouds = {'ply': trimesh.load(folder / 'points.ply', process=False).vertices}
   glb = trimesh.load(folder / 'points.glb', process=False)
   (shape,) = glb.geometry.values()
-  clouds['glb'] = shape.vertices + offset
+  middles = shape.vertices.reshape(-1, 4, 3).mean(1)  # Of the points' squares.
+  clouds['glb'] = middles + offset
   node = glb.graph[glb.graph.nodes_geometry[0]][0]
-  clouds['node'] = trimesh.transform_points(shape.vertices, node) @ node[:3, :3]
+  clouds['node'] = trimesh.transform_points(middles, node) @ node[:3, :3]
   for name, vertices in clouds.items():
     np.testing.assert_allclose(
       np.linalg.norm(vertices - centre, axis=-1), unit * RADIUS, atol=1e-3, err_msg=name
@@ -205,7 +323,8 @@ def test_captures_in_geographic_coordinates_keep_millimetres(tmp_path, monkeypat
 def test_the_loaded_mesh_looks_like_the_ball(scene, views, tmp_path):
   mesh = extract(views)
   path = str(tmp_path / 'mesh.ply')
-  mesh_lib.write(path, points.to_capture(scene, mesh.vertices), mesh.colors, mesh.faces)
+  vertices = points.to_capture(scene, mesh.vertices)
+  shapes.write_ply(path, shapes.of_mesh(vertices, mesh.faces, mesh.colors))
   shape = trimesh.load(path, process=False)
   inverse = np.linalg.inv(scene.world_transform)
   pose = paths.transform_poses(inverse, np.asarray(views.cams.camtoworld, np.float64))[4]
@@ -291,3 +410,12 @@ def test_the_command(scene, tmp_path, monkeypatch, capsys):
   assert len(json.loads((tmp_path / 'export/depth/transforms.json').read_text())['frames']) == 8
   with pytest.raises(points.ExportError, match='X0 < X1'):
     export.main([*arguments, '--box', '1', '0', '0', '0', '1', '1'])
+  export.main([*arguments, *box, '--what', 'mesh', '--simplify', '300', '--texture', '128'])
+  assert 'mesh.glb' in capsys.readouterr().out
+  (shape,) = trimesh.load(tmp_path / 'export' / 'mesh.glb', process=False).geometry.values()
+  assert 200 < len(shape.faces) <= 300
+  assert np.asarray(shape.visual.material.baseColorTexture).shape[1] > 64
+  with pytest.raises(points.ExportError, match='--texture must be at least 64, got 5'):
+    export.main([*arguments, '--texture', '5'])
+  with pytest.raises(points.ExportError, match='--simplify is for meshes: add mesh to --what'):
+    export.main([*arguments, '--what', 'points', '--simplify', '500'])

@@ -167,6 +167,17 @@ def test_videos_where_they_are_and_small_enough(run, tmp_path, monkeypatch):
   assert any('color.mp4 is too large' in text for text in page.text)
 
 
+def test_the_exported_page_is_embedded_where_it_is_small_enough(run, tmp_path, monkeypatch):
+  (tmp_path / 'export').mkdir()
+  (tmp_path / 'export' / 'page.html').write_text(f'<p title="{NASTY}">')
+  for embedded in (True, False):
+    _, page = run()
+    assert [a['srcdoc'] for a in page.all('iframe')] == [f'<p title="{NASTY}">'] * embedded
+    assert [a['href'] for a in page.all('a')] == ['../export/page.html']
+    assert len(page.all('script')) == 1
+    monkeypatch.setattr(html_report, '_PAGE_BYTES', 3)
+
+
 def test_published_numbers_stand_beside_ours_only_where_they_may(run, tmp_path):
   path, page = run()
   assert not any('published' in text for text in page.text)

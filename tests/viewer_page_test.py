@@ -1,6 +1,7 @@
 """Tests of the viewer's page with a fake viser client, in a real browser, and during training."""
 
 import contextlib
+import functools
 import json
 import re
 import signal
@@ -25,11 +26,12 @@ import websockets.sync.client
 from PIL import Image
 
 from internal import configs, datasets, paths
+from internal.splats import formats, gaussians, rasterizer
 from internal.training import checkpoints, loop, run_folder
+from internal.viewer import additions, session
 from internal.viewer import admission as admission_lib
 from internal.viewer import page as page_lib
 from internal.viewer import server as server_lib
-from internal.viewer import session
 
 STEPS = 24
 WALK = np.linspace(0, 1, 1000)
@@ -199,7 +201,16 @@ class FakeRenderer:
 
 
 @pytest.fixture
-def page(tmp_path):
+def page(make_page):
+  return make_page()
+
+
+@pytest.fixture
+def make_page(tmp_path):
+  return functools.partial(_make_page, tmp_path)
+
+
+def _make_page(tmp_path, **more):
   """A page, its fake client and renderer, and a function that renders all requests."""
   pytest.importorskip('viser', reason='requirements-viewer.txt is not installed')
   cams, _ = tiny.capture()
@@ -209,7 +220,7 @@ def page(tmp_path):
   )
   renderer, client = FakeRenderer(), Client()
   viewer = session.Session(renderer)
-  capture = page_lib.Capture(str(tmp_path), scene, None, 50)
+  capture = page_lib.Capture(str(tmp_path), scene, None, 50, **more)
   made = page_lib.Page(client, capture, viewer)
 
   def work():
@@ -245,6 +256,29 @@ class TestPage:
     page.gui['Field of view'].set(30)
     page.work()
     assert page.renderer.wanted[-1].fov == pytest.approx(np.radians(30))
+
+  def test_gaussians_are_seen_while_the_view_moves_in_colour(self, make_page):
+    page = make_page(has_splats=True)
+    time.sleep(1.1 * session.REST_SECONDS)
+    page.work()
+    assert page.renderer.wanted[-1].sketched
+    assert page.client.sent[-1][0].shape == (256, 512, 3)
+    page.page._request_view()
+    assert page.client.sent[-1][0] is None  # No picture covers them.
+    count = len(page.client.sent)
+    page.page._request_view()
+    page.work()
+    assert len(page.client.sent) == count
+    for label, value in (('Show', 'depth'), ('Gaussians while moving', False)):
+      page.gui[label].set(value)
+      page.work()
+      assert not page.renderer.wanted[-1].sketched
+      assert page.client.sent[-1][0] is not None
+      page.gui['Show'].set('colour')
+    page.gui['Gaussians while moving'].set(True)
+    page.gui['Clip by distance'].set(True)
+    page.work()
+    assert not page.renderer.wanted[-1].sketched
 
   def test_goes_to_a_photograph(self, page):
     page.gui['Go to photograph'].set('1: <b>')
@@ -404,14 +438,43 @@ class TestOpening:
 
 
 @pytest.fixture(scope='module')
-def served():
-  """A server's port and token; it admits two more origins."""
+def opened():
+  """A server and its admission, which admits two more origins."""
   pytest.importorskip('viser', reason='requirements-viewer.txt is not installed')
   server, admission = open_server(
     port=free_port(), origins=['https://proxy.example.org/', 'http://localhost:9000']
   )
-  yield server.get_port(), admission.token
+  yield server, admission
   server.stop()
+
+
+@pytest.fixture(scope='module')
+def served(opened):
+  """The server's port and token."""
+  server, admission = opened
+  return server.get_port(), admission.token
+
+
+def test_additions_reach_the_page_and_nothing_else(opened, served):
+  (_, admission), (port, token) = opened, served
+  admission.additions = additions.Additions('const a = "first";', {'b.bin': b'123'})
+  try:
+    at = f'http://localhost:{port}/{token}'
+    for path in ('', '/', '/index.html', '/?c=d'):
+      request = urllib.request.Request(at + path, headers={'Accept-Encoding': 'gzip'})
+      with urllib.request.urlopen(request, timeout=30) as answer:
+        text = answer.read().decode()
+        assert answer.headers['Content-Type'].startswith('text/html')
+      assert text.count('const a = "first";') == 1
+      assert text.index('const a') == text.index('<script') + 19
+    with urllib.request.urlopen(f'{at}/b.bin', timeout=30) as answer:
+      assert answer.read() == b'123'
+    for wrong in (f'{at}/c.bin', f'http://localhost:{port}/b.bin'):
+      with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(wrong, timeout=30)
+    assert TestAdmission().status(port, f'/{token}/', f'http://localhost:{port}') == 101
+  finally:
+    admission.additions = None
 
 
 class TestAdmission:
@@ -518,6 +581,7 @@ _CENTRE_OF = """(() => {
 def test_in_a_browser(trained, tmp_path):
   pytest.importorskip('viser', reason='requirements-viewer.txt is not installed')
   run, port = trained[0] / 'watched', free_port()
+  splats = _write_splats(run)
   said = (tmp_path / 'stderr.txt').open('w')
   program = subprocess.Popen(
     [sys.executable, 'scripts/view.py', str(run), '--port', str(port), '--gin_bindings',
@@ -529,6 +593,8 @@ def test_in_a_browser(trained, tmp_path):
     with devtools.page(address, tmp_path, size=(1000, 700)) as shown:
       text = 'document.body?.innerText'
       shown.until(f"{text}?.includes('step {STEPS} of {STEPS}')")
+
+      _check_gaussians(shown, tmp_path / 'gaussians.png', run, splats)
 
       def centre(label, field=True):
         return shown.settled(_CENTRE_OF % (label, str(field).lower()))
@@ -568,6 +634,47 @@ def test_in_a_browser(trained, tmp_path):
   ]
   _check_picture(tmp_path / 'shot.png', run)
   _check_path(run)
+
+
+def _write_splats(run):
+  """Writes Gaussians in front of the first test camera; returns them in the normalised world."""
+  _, scene = run_folder.open_run(str(run))
+  pose, rng, n = np.asarray(scene.cameras.camtoworld[scene.test[0]]), np.random.default_rng(0), 300
+  splats = gaussians.Splats(
+    means=pose[:, 3] + rng.normal(0, [0.6, 0.6, 0.2], (n, 3)) @ pose[:, :3].T - 1.5 * pose[:, 2],
+    log_scales=rng.normal(-2.5, 0.4, (n, 3)),
+    quaternions=rng.normal(size=(n, 4)),
+    opacity_logits=rng.normal(1, 2, n),
+    sh=rng.normal(0, 0.2, (n, 16, 3)),
+  )
+  (run / 'export').mkdir()
+  own = formats.moved(splats, np.linalg.inv(scene.world_transform))
+  formats.write_ply(str(run / 'export' / 'splats.ply'), own)
+  return splats
+
+
+def _check_gaussians(shown, path, run, splats):
+  """Compares what the browser draws under viser's canvas, from the first camera, with ours."""
+  shown.until("[...document.querySelectorAll('canvas')].some(c => c.dataset.pictures)")
+  shown.run("document.querySelector('canvas[data-engine]').style.visibility = 'hidden'")
+  shown.settled("[...document.querySelectorAll('canvas')].map(c => c.dataset.pictures).join()")
+  shown.screenshot(path)
+  shown.run("document.querySelector('canvas[data-engine]').style.visibility = ''")
+  page = np.asarray(Image.open(path).convert('RGB')) / 255
+  height, width = page.shape[:2]
+  _, scene = run_folder.open_run(str(run))
+  row = scene.test[0]
+  pose = np.asarray(scene.cameras.camtoworld[row], np.float64)
+  view = session.View(pose, page_lib.vertical_fov(scene.cameras, row), (width, height))
+  camera = gaussians.pinhole(session.camera(view, view.size), 0)
+  drawn = rasterizer.render(
+    jax.tree.map(np.float32, splats), camera, np.zeros(3, np.float32), 2**17
+  )
+  assert drawn.overflow == 0
+  place = np.s_[350:690, 20:600]  # Left of viser's controls and below its notices.
+  expected = np.clip(drawn.rgb, 0, 1)[place]
+  assert expected.std() > 0.1
+  assert -10 * np.log10(np.mean((page[place] - expected) ** 2)) > 35
 
 
 def _check_picture(screenshot, run):

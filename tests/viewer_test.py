@@ -35,7 +35,10 @@ class FakeDisplay:
   """Records what is shown."""
 
   def __init__(self):
-    self.shown, self.compilations, self.failures = [], 0, []
+    self.shown, self.compilations, self.failures, self.hidden = [], 0, [], 0
+
+  def hide(self):
+    self.hidden += 1
 
   def show(self, picture, step, seconds, finest):
     self.shown.append((picture, step, finest))
@@ -158,6 +161,54 @@ class TestLoop:
     assert fake.calls[-1][0] is other
     assert display.sizes[-1] == display.sizes[0]
     assert not display.failures
+
+  def test_a_view_that_the_browser_draws_is_rendered_finely_when_it_rests(self, viewer, fake):
+    display = FakeDisplay()
+    visitor = viewer.join(display)
+    drawn = dataclasses.replace(view(size=(640, 360)), sketched=True)
+    for _ in range(3):
+      visitor.set_view(drawn)
+      assert not viewer.work('params', 1, 0.5)
+      assert 0 < visitor.unrest() <= session.REST_SECONDS
+      fake.now += 0.9 * session.REST_SECONDS
+    assert (fake.calls, display.hidden) == ([], 3)
+    fake.now += 0.2 * session.REST_SECONDS
+    assert work_all(viewer) == 1
+    assert display.sizes == [(640, 360)]
+    assert [finest for *_, finest in display.shown] == [True]
+    # New parameters do not wait.
+    assert work_all(viewer, step=2) == 1
+    assert display.hidden == 3
+
+  def test_a_picture_is_not_shown_over_what_the_browser_draws_of_another_view(self, viewer, fake):
+    display = FakeDisplay()
+    visitor = viewer.join(display)
+    drawn = dataclasses.replace(view(size=(640, 360)), sketched=True)
+    for moment in (300, 640 * 360 - 100):  # While it is rendered, and after the last check.
+      fake.now += 1
+
+      def move(done, moment=moment):
+        if done >= moment:
+          fake.during = None
+          visitor.set_view(drawn)
+
+      visitor.set_view(drawn)
+      fake.now += 1
+      fake.during = move
+      assert viewer.work('params', 1, 0.5)
+      assert not display.shown
+      assert not viewer.work('params', 1, 0.5)
+    fake.now += 1
+    work_all(viewer)
+    assert len(display.shown) == 1
+    assert not display.failures
+
+  def test_serving_goes_on_when_a_view_comes_to_rest(self, viewer):
+    display, real = FakeDisplay(), session.Session(FakeRenderer())
+    display.show = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    real.join(display).set_view(dataclasses.replace(view(), sketched=True))
+    with pytest.raises(KeyboardInterrupt):
+      real.serve('params', 1, 0.5)
 
   def test_the_visitor_who_moved_comes_first(self, viewer, fake):
     first, second = FakeDisplay(), FakeDisplay()

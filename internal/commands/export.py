@@ -4,6 +4,7 @@
     python scripts/export.py runs/garden --what page
     python scripts/export.py runs/garden --what splats --max_splats 300000
     python scripts/export.py runs/garden --what mesh --resolution 512 --box -1 -1 -0.5 1 1 0.8
+    python scripts/export.py runs/garden --what mesh --simplify 100000 --texture 4096
     python scripts/export.py runs/garden --box_units capture --box -3 -3 -3 3 3 3
 
 Writes points.ply and .glb, mesh.ply and .glb, and depth/ (transforms.json, images/, depths/) to
@@ -27,8 +28,9 @@ import time
 import numpy as np
 
 from .. import cli, paths
+from ..evaluation import html_report
 from ..export import mesh as mesh_lib
-from ..export import points
+from ..export import points, shapes, texture
 from ..rendering import orbits, trained
 from ..splats import distil, formats, page
 from ..system import files, progress
@@ -37,6 +39,7 @@ from ..training import run_folder
 _KINDS = ('points', 'mesh', 'depth')
 _SPLAT_KINDS = ('splats', 'page')
 _SPLAT_FILES = ('splats.ply', 'splats.spz', 'page.html')
+_TEXTURED_FACES = 50_000  # Of a mesh with a texture, unless --simplify says otherwise.
 _LEVEL_QUANTILE = 0.1  # The mesh's default level, among the densities at the views' surfaces.
 
 
@@ -57,6 +60,9 @@ def parse(argv: list[str] | None):
   add('--box_units', choices=('normalized', 'capture'), default='normalized', help=units)
   add('--resolution', type=int, default=256, help='mesh cells along the longest side of the box')
   add('--density', type=float, help="density of the mesh's surface (default: from the views)")
+  add('--simplify', type=int, metavar='FACES', help='merge faces until about so many are left')
+  text = f'side of a texture for mesh.glb, e.g. 2048; keeps {_TEXTURED_FACES:,} faces by default'
+  add('--texture', type=int, metavar='TEXELS', help=text)
   splats = distil.Options()
   add('--max_splats', type=int, default=splats.max_splats, help='maximum number of Gaussians')
   add('--splat_steps', type=int, default=splats.steps, help='steps of fitting the Gaussians')
@@ -77,7 +83,8 @@ def read_box(args, scene) -> np.ndarray:
   return np.stack([corners.min(0), corners.max(0)])
 
 
-def export_mesh_files(args, settings, params, scene, views, box, write) -> None:
+def make_mesh(args, settings, params, scene, views, box) -> tuple[shapes.Shape, shapes.Shape]:
+  """Returns the mesh in the capture's frame, and the same with a texture if there is to be one."""
   field, space = mesh_lib.make_field(settings), mesh_lib.warps(settings)
   level = args.density
   if level is None:
@@ -86,8 +93,12 @@ def export_mesh_files(args, settings, params, scene, views, box, write) -> None:
     width = mesh_lib.grid_of(box, space[0], args.resolution)[1]
     level = float(np.quantile(field(params, z, width), _LEVEL_QUANTILE))
     progress.say(f'Extracting the surface of density {level:.3g}; --density sets another.')
-  mesh = mesh_lib.extract(field, params, space, box, args.resolution, views, level)
-  write('mesh', mesh.vertices, mesh.colors, mesh.faces)
+  most = args.simplify or (_TEXTURED_FACES if args.texture else None)
+  mesh = mesh_lib.extract(field, params, space, box, args.resolution, views, level, most_faces=most)
+  shape = shapes.of_mesh(points.to_capture(scene, mesh.vertices), mesh.faces, mesh.colors)
+  if not args.texture:
+    return shape, shape
+  return shape, texture.textured(shape, mesh, space, views, args.texture)
 
 
 def splat_options(args) -> distil.Options:
@@ -110,17 +121,23 @@ def export_views(args, run: trained.TrainedRun, box, out: str, offset) -> dict[s
   train = np.asarray(scene.cameras.camtoworld, np.float64)[list(scene.train)]
   up = orbits.mean_up(paths.transform_poses(np.linalg.inv(scene.world_transform), train))
 
-  def write(name, xyz, rgb, faces=None):
-    for ending in ('ply', 'glb'):
-      path = os.path.join(out, f'{name}.{ending}')
-      mesh_lib.write(path, points.to_capture(scene, xyz), rgb, faces, up, offset)
-      what = f'{len(xyz):,} {"points" if faces is None else "vertices"}'
-      written[f'{name}.{ending}'] = f'{path}  ({what})'
+  def write(name, plain, shown):
+    paths = [os.path.join(out, f'{name}.{ending}') for ending in ('ply', 'glb')]
+    shapes.write_ply(paths[0], plain)
+    shapes.write_glb(paths[1], shown, up, offset)
+    faces = plain.faces
+    what = f'{len(plain.vertices):,} points' if faces is None else f'{len(faces):,} faces'
+    for path in paths:
+      note = f'{what}, {os.path.getsize(path) / 1e6:.1f} MB'
+      written[os.path.basename(path)] = f'{path}  ({note})'
 
   if 'points' in args.what:
-    write('points', *points.point_cloud(views, box, args.points))
+    xyz, rgb = points.point_cloud(views, box, args.points)
+    positions = points.to_capture(scene, np.asarray(cams.camtoworld, np.float64)[:, :, 3])
+    cloud = shapes.of_points(points.to_capture(scene, xyz), rgb, positions)
+    write('points', cloud, cloud)
   if 'mesh' in args.what:
-    export_mesh_files(args, run.settings, run.params, scene, views, box, write)
+    write('mesh', *make_mesh(args, run.settings, run.params, scene, views, box))
   if 'depth' in args.what:
     folder = os.path.join(out, 'depth')
     points.write_depth_folder(folder, scene, views)
@@ -135,7 +152,7 @@ def export_splats(args, run: trained.TrainedRun, out: str, offset: np.ndarray) -
   to_file[:3, 3] -= offset
   began = time.monotonic()
   splats = distil.distil(run, options)
-  about = {'splats': len(splats.means), 'seconds': time.monotonic() - began}
+  about = {'splats': len(splats.means), 'step': run.step, 'seconds': time.monotonic() - began}
   about |= dataclasses.asdict(options) | distil.measure(splats, run)
   splats = formats.moved(splats, to_file)
   path = {name: os.path.join(out, name) for name in _SPLAT_FILES}
@@ -158,16 +175,31 @@ def export_splats(args, run: trained.TrainedRun, out: str, offset: np.ndarray) -
   return written
 
 
+def check_shape_options(args) -> None:
+  """Raises ExportError if an option is out of range, has no use, or lacks its package."""
+  for name, least in (('simplify', 4), ('texture', 64)):
+    value = getattr(args, name)
+    if value is not None and value < least:
+      raise points.ExportError(f'--{name} must be at least {least}, got {value}.')
+    if value is not None and 'mesh' not in args.what:
+      raise points.ExportError(f'--{name} is for meshes: add mesh to --what.')
+  if set(args.what) & {'points', 'mesh'}:
+    mesh_lib.library('trimesh')
+  if 'mesh' in args.what:
+    mesh_lib.library('skimage.measure')
+  if args.simplify or args.texture:
+    mesh_lib.library('fast_simplification')
+  if args.texture:
+    mesh_lib.library('xatlas')
+
+
 def main(argv: list[str] | None = None) -> None:
   args = parse(argv)
   for name in ('views', 'width', 'points', 'resolution'):
     if getattr(args, name) < 2:
       raise points.ExportError(f'--{name} must be at least 2, got {getattr(args, name)}.')
   splat_options(args)  # Checked before the slow part.
-  if set(args.what) & {'points', 'mesh'}:
-    mesh_lib.library('trimesh')
-  if 'mesh' in args.what:
-    mesh_lib.library('skimage.measure')
+  check_shape_options(args)
   settings, scene = run_folder.open_run(args.run)
   box, out = read_box(args, scene), args.out or os.path.join(args.run, 'export')
   offset, written = points.offset(scene), {}
@@ -179,4 +211,6 @@ def main(argv: list[str] | None = None) -> None:
     written |= export_views(args, run, box, out, offset)
   if set(args.what) & set(_SPLAT_KINDS):
     written |= export_splats(args, run, out, offset)
+    if not args.out and os.path.exists(os.path.join(args.run, 'eval', html_report.NAME)):
+      written['report'] = html_report.write(args.run, settings, scene)  # It shows the page.
   progress.summary(written)

@@ -4,8 +4,9 @@
     python scripts/view.py runs/bonsai --port 9000 --gin_bindings Config.far=100
 
 The page saves camera paths for render.py to camera_paths/ in the run's folder, and pictures to
-snapshots/. Only this machine can open it unless --host allows others. It needs an optional package:
-pip install -r requirements-viewer.txt
+snapshots/. If the run has Gaussians (scripts/export.py RUN --what splats), the browser draws them
+while the camera moves. Only this machine can open it unless --host allows others. It needs an
+optional package: pip install -r requirements-viewer.txt
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 
 from .. import cli
 from ..rendering import trained
+from ..splats import sketch
 from ..viewer import server
 
 
@@ -28,5 +30,6 @@ def main(argv=None) -> None:
   run = trained.open_trained(cli.run_folder(args), cli.bindings(args))
   cli.show_notices(run.settings, args)
   cli.show_warnings(run.scene.report)
-  page = server.open_page(args, run.settings, run.scene, run.mesh)
+  drawn = sketch.find(run.folder, run.scene)
+  page = server.open_page(args, run.settings, run.scene, run.mesh, drawn)
   page.serve(run.params, run.step, run.train_fraction)

@@ -28,6 +28,8 @@ MAPS = ('depth', 'error', 'opacity', 'normals')  # Optional pictures beside trut
 _WIDTHS = (960, 640, 480, 320)  # Candidate widths of pictures; the largest that fits is used.
 _PICTURE_BYTES = 16_000_000  # Limit on all pictures together, before base64 adds a third.
 _VIDEO_BYTES = 10_000_000
+_PAGE = os.path.join('export', 'page.html')  # In the run's folder.
+_PAGE_BYTES = 10_000_000
 _TEMPLATE = 'html_report.html.jinja'
 _LABELS = {
   'psnr': 'PSNR',
@@ -60,13 +62,14 @@ def write(run: str, settings: configs.Settings, scene: scenes.Scene) -> str:
   rows = runlog.read_metrics(os.path.join(run, 'metrics.jsonl'))
   images, notes = _read_images(folder, found['per_image'], scene)
   videos, video_notes = _read_videos(os.path.join(run, 'render'))
+  page, link = _read_page(run)
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(os.path.dirname(os.path.abspath(__file__))),
     autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
   )  # fmt: skip
   environment.filters['metric'] = _number
   shown = [name for name, value in found['mean'].items() if value is not None]
-  page = environment.get_template(_TEMPLATE).render(
+  text = environment.get_template(_TEMPLATE).render(
     found=found,
     scene=found['scene'] or 'scene',
     labels=_LABELS,
@@ -74,6 +77,8 @@ def write(run: str, settings: configs.Settings, scene: scenes.Scene) -> str:
     images=images,
     maps=MAPS,
     videos=videos,
+    page=page,
+    link=link,
     notes=[*(f'Warning: {w}' for w in found.get('capture_warnings', ())), *notes, *video_notes],
     charts=_make_charts(rows),
     facts=_facts(found, rows, scene),
@@ -81,7 +86,7 @@ def write(run: str, settings: configs.Settings, scene: scenes.Scene) -> str:
     config=settings.text,
   )
   path = os.path.join(folder, NAME)
-  files.write_text(path, page)
+  files.write_text(path, text)
   return path
 
 
@@ -203,6 +208,18 @@ def _read_videos(folder: str) -> tuple[dict[str, str], list[str]]:
     with open(path, 'rb') as f:
       videos[name.removesuffix('.mp4')] = _data('video/mp4', f.read())
   return videos, notes
+
+
+def _read_page(run: str) -> tuple[str, str]:
+  """Reads the exported page that shows the scene if it is small enough, and its relative address.
+
+  The address is '' if there is no page.
+  """
+  path = os.path.join(run, _PAGE)
+  if not os.path.exists(path):
+    return '', ''
+  small = os.path.getsize(path) <= _PAGE_BYTES
+  return files.read_text(path) if small else '', f'../{_PAGE}'.replace(os.sep, '/')
 
 
 def _make_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

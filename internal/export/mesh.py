@@ -1,7 +1,8 @@
 """Extracts a mesh of a trained density by marching cubes in contracted space.
 
 In contracted space, cells are small near the cameras and grow with distance, as does the model's
-own resolution. scikit-image extracts the surface and trimesh writes it; both are optional packages.
+own resolution. scikit-image extracts the surface, and fast_simplification thins it out; both are
+optional packages.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import spatial
 
 from .. import configs, coord, models, structs
-from ..system import files, installation, progress
+from ..system import installation, progress
 from . import points
 
 _CHUNK = 65536  # Points per batch.
@@ -120,6 +122,7 @@ def extract(
   views: points.Views,
   level: float,
   min_faces: int = 50,
+  most_faces: int | None = None,
 ) -> Mesh:
   """Extracts the surface by marching cubes, and removes what no view sees and small parts.
 
@@ -134,6 +137,7 @@ def extract(
     views: a face is kept if at least one view sees a surface at each of its vertices.
     level: density of the surface.
     min_faces: connected parts with fewer faces are removed.
+    most_faces: merges edges until about so many faces are left; None: keeps all.
 
   Raises:
     ExportError: the box has no surface of this density.
@@ -162,7 +166,23 @@ def extract(
   if not len(faces):
     raise no_surface
   used, faces = np.unique(faces, return_inverse=True)
-  return Mesh(xyz[used], faces.reshape(-1, 3), votes.colors[used])
+  mesh = Mesh(xyz[used], faces.reshape(-1, 3), votes.colors[used])
+  if most_faces is None or len(mesh.faces) <= most_faces:
+    return mesh
+  return _simplified(mesh, z[used], to_world, most_faces)
+
+
+def _simplified(mesh: Mesh, z: np.ndarray, to_world: Callable, most_faces: int) -> Mesh:
+  """Merges edges by quadric errors (Garland and Heckbert 1997) in mesh space, at z [m, 3].
+
+  There an error is as visible far away as near the cameras. A vertex has the colour of the nearest
+  one before.
+  """
+  simplify = library('fast_simplification').simplify
+  merged, faces = simplify(np.float32(z), np.int32(mesh.faces), target_count=most_faces)
+  xyz = np.asarray(to_world(jnp.asarray(merged, jnp.float32)), np.float64)
+  nearest = spatial.cKDTree(z).query(merged)[1]
+  return Mesh(xyz, faces.astype(np.int64), mesh.colors[nearest])
 
 
 def _large_parts(faces: np.ndarray, count: int, min_faces: int) -> np.ndarray:
@@ -173,81 +193,3 @@ def _large_parts(faces: np.ndarray, count: int, min_faces: int) -> np.ndarray:
   graph = sparse.coo_matrix((np.ones(len(edges), bool), tuple(edges.T)), (count, count))
   part = sparse.csgraph.connected_components(graph, directed=False)[1][faces[:, 0]]  # [f]
   return faces[np.bincount(part, minlength=1)[part] >= min_faces]
-
-
-def write(path: str, vertices, colors, faces=None, up=None, offset=(0, 0, 0)) -> None:
-  """Writes points or, with faces, a mesh, as .ply (float64) or .glb (float32).
-
-  Args:
-    path: the file.
-    vertices: [m, 3] float64.
-    colors: [m, 3] uint8 sRGB; linear in a .glb, as glTF specifies.
-    faces: [f, 3] indices of vertices.
-    up: [3] unit vector, which the node of a .glb rotates to y, as glTF requires.
-    offset: [3], subtracted from the vertices of a .glb and added by its node, whose numbers are
-      float64. It keeps the detail of vertices far from the origin; see `points.offset`.
-  """
-  with files.whole(path) as temporary:
-    if path.endswith('.ply'):
-      with open(temporary, 'wb') as f:
-        f.write(_ply(vertices, colors, faces))
-      return
-    trimesh = library('trimesh')
-    rgba = np.concatenate([_linear(colors), np.full((len(colors), 1), 255, np.uint8)], -1)
-    if faces is None:
-      shape = trimesh.PointCloud(vertices - offset, rgba)
-    else:
-      shape = trimesh.Trimesh(vertices - offset, faces, vertex_colors=rgba, process=False)
-    shift = np.eye(4)
-    shift[:3, 3] = offset
-    scene = trimesh.Scene()
-    scene.add_geometry(shape, node_name='capture', transform=_y_up(up) @ shift)
-    scene.export(temporary, tree_postprocessor=_unlit)
-
-
-def _unlit(tree: dict) -> None:
-  """Makes all shapes of a glTF tree show their colours as they are, without lights.
-
-  Without a material glTF has bare metal, which is black where nothing is reflected.
-  """
-  material = {'extensions': {'KHR_materials_unlit': {}}}
-  # For programs that do not know the extension: no metal, rough.
-  material['pbrMetallicRoughness'] = {'metallicFactor': 0, 'roughnessFactor': 1}
-  tree['materials'] = [material]
-  tree['extensionsUsed'] = ['KHR_materials_unlit']
-  for shape in tree['meshes']:
-    for primitive in shape['primitives']:
-      primitive['material'] = 0
-
-
-def _ply(vertices: np.ndarray, colors: np.ndarray, faces: np.ndarray | None) -> bytes:
-  """Encodes points or a mesh as binary PLY; trimesh would round the vertices to float32."""
-  table = np.empty(len(vertices), [('xyz', '<f8', 3), ('rgb', 'u1', 3)])
-  table['xyz'], table['rgb'] = vertices, colors
-  header = ['ply', 'format binary_little_endian 1.0', f'element vertex {len(table)}']
-  header += [f'property double {name}' for name in 'xyz']
-  header += [f'property uchar {name}' for name in ('red', 'green', 'blue')]
-  content = table.tobytes()
-  if faces is not None:
-    triangles = np.empty(len(faces), [('count', 'u1'), ('rows', '<i4', 3)])
-    triangles['count'], triangles['rows'] = 3, faces
-    header += [f'element face {len(faces)}', 'property list uchar int vertex_indices']
-    content += triangles.tobytes()
-  return '\n'.join([*header, 'end_header', '']).encode() + content
-
-
-def _linear(colors: np.ndarray) -> np.ndarray:
-  """Converts sRGB to linear light, both uint8 (IEC 61966-2-1)."""
-  c = np.asarray(colors) / 255
-  light = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
-  return np.round(255 * light).astype(np.uint8)
-
-
-def _y_up(up: np.ndarray) -> np.ndarray:
-  """Returns a rotation [4, 4] that turns the unit vector `up` to y."""
-  side = np.eye(3)[np.argmin(np.abs(up))]  # The axis farthest from up.
-  x = np.cross(up, side)
-  x /= np.linalg.norm(x)
-  rotation = np.eye(4)
-  rotation[:3, :3] = [x, up, np.cross(x, up)]
-  return rotation

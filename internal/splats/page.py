@@ -1,8 +1,9 @@
 """One HTML file that shows Gaussians in any browser with WebGL 2, from disk and without a network.
 
-The file holds the Gaussians as a .spz and a small viewer (page.js). The client of the viser package
-can embed a static scene too, but its colours do not depend on the direction, it keeps covariances
-in half precision, and it has neither the anti-aliasing filter nor the capture's cameras as stops.
+The file holds the Gaussians as a .spz and a small viewer: splats.js draws, page.js moves. The client
+of the viser package can embed a static scene too, but its colours do not depend on the direction,
+it keeps covariances in half precision, and it has neither the anti-aliasing filter nor the
+capture's cameras as stops.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..system import files
 from . import formats, gaussians
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
-_TEMPLATE, _SCRIPT = 'page.html.jinja', 'page.js'
+_TEMPLATE, _SCRIPTS = 'page.html.jinja', ('splats.js', 'page.js')
 # The page's axes are those of the .spz: y and z of the capture's frame with the other sign.
 _FLIP = np.array([1.0, -1, -1])
 
@@ -49,9 +50,23 @@ def write(
     # In a script element only `</` could end it.
     scene=json.dumps(describe(scene, offset)).replace('</', '<\\/'),
     splats=base64.b64encode(packed).decode(),
-    script=files.read_text(os.path.join(_HERE, _SCRIPT)),
+    script=read_scripts(*_SCRIPTS),
   )
   files.write_text(path, text)
+
+
+def read_scripts(*names: str) -> str:
+  """Returns JavaScript files of this folder, one after the other."""
+  return '\n'.join(files.read_text(os.path.join(_HERE, name)) for name in names)
+
+
+def look(scene: scenes.Scene, unit: float = 1.0) -> dict:
+  """Returns how splats.js draws, in axes where `unit` is as long as 1 in the normalised world."""
+  return {
+    'background': [1.0] * 3 if scene.background == 'white' else [0.0] * 3,
+    'low_pass': gaussians.LOW_PASS,
+    'near': gaussians.NEAR * unit,
+  }
 
 
 def _escaped(text: str) -> str:
@@ -66,9 +81,7 @@ def describe(scene: scenes.Scene, offset: np.ndarray) -> dict:
   train = poses[list(scene.train)]
   unit = 1 / np.cbrt(np.linalg.det(scene.world_transform[:3, :3]))  # Of the normalised world.
   return {
-    'background': [1.0] * 3 if scene.background == 'white' else [0.0] * 3,
-    'low_pass': gaussians.LOW_PASS,
-    'near': gaussians.NEAR * unit,
+    **look(scene, unit),
     'radius': unit,
     'up': (_FLIP * orbits.mean_up(train)).tolist(),
     'focus': (_FLIP * paths.focus_point(train)).tolist(),

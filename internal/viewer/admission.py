@@ -62,6 +62,7 @@ class Admission:
   Attributes:
     token: the first segment of every address that the server answers.
     is_installed: whether a server has been started that checks its requests here.
+    additions: an `additions.Additions` to viser's page, or None.
   """
 
   def __init__(self, host: str, origins: Sequence[str] = ()):
@@ -71,6 +72,7 @@ class Admission:
       ViewerError: an origin is malformed.
     """
     self.token, self.is_installed = secrets.token_urlsafe(16), False
+    self.additions = None
     self._host, self._reported = host, set()
     self._names = {*LOCAL, host.lower()}
     if host not in LOCAL:
@@ -118,9 +120,9 @@ class Admission:
         return connection.respond(
           http.HTTPStatus.FORBIDDEN, 'This page may not use the viewer; see --origin.\n'
         )
-    return following(
-      connection, dataclasses.replace(request, path=f'/{"".join(rest)}{query}{more}')
-    )
+    following = functools.partial(following, connection)
+    request = dataclasses.replace(request, path=f'/{"".join(rest)}{query}{more}')
+    return self.additions.answer(request, following) if self.additions else following(request)
 
   def _is_admitted(self, origin: str, local_address: tuple) -> bool:
     """Returns whether an Origin is the server's own or one of --origin.

@@ -40,6 +40,7 @@ class Capture:
   scene: scenes.Scene
   points: tuple[np.ndarray, np.ndarray] | None  # [n, 3] and colours; None: made by rendering.
   last_step: int
+  has_splats: bool = False  # The browser draws 3D Gaussians where no picture is shown.
 
   @property
   def is_ndc(self) -> bool:
@@ -93,6 +94,7 @@ class Page:
     self._points = None
     self._saved = None  # The last path that was saved: (document, its file).
     self._stop_video = None  # Stops the video that is being rendered.
+    self._has_picture = False
     self._compiling = None  # The notice that a program is being compiled.
     self._visitor = session.join(self)
     self._build()
@@ -124,7 +126,10 @@ class Page:
     config_far = self._session.renderer.far
     self._near = gui.add_number('Near', 0.3, min=0.001, max=config_far, step=0.01, visible=False)
     self._far = gui.add_number('Far', 5.0, min=0.002, max=config_far, step=0.1, visible=False)
-    for handle in (self._mode, self._side, self._near, self._far):
+    self._sketches = gui.add_checkbox(
+      'Gaussians while moving', self._capture.has_splats, visible=self._capture.has_splats
+    )
+    for handle in (self._sketches, self._mode, self._side, self._near, self._far):
       handle.on_update(lambda _: self._request_view())
 
     @self._fov.on_update
@@ -176,7 +181,8 @@ class Page:
       near = float(self._near.value)
       clip = near, max(float(self._far.value), near * 1.001)
     pose = _pose(camera.wxyz, camera.position)
-    return session_lib.View(pose, float(camera.fov), size, self._mode.value, clip)
+    sketched = self._sketches.value and self._mode.value == session_lib.MODES[0] and not clip
+    return session_lib.View(pose, float(camera.fov), size, self._mode.value, clip, sketched)
 
   def _request_view(self) -> None:
     size = _fitted(self._client.camera.aspect, int(self._side.value))
@@ -188,6 +194,7 @@ class Page:
     depth = _DEPTH_MARGIN * picture.depth if has_overlay and picture.depth is not None else None
     width, height = picture.size or picture.image.shape[1::-1]
     self._end_compiling()
+    self._has_picture = True
     with self._client.atomic():
       self._client.scene.set_background_image(
         picture.image, format='jpeg', jpeg_quality=92 if finest else 75, depth=depth
@@ -198,6 +205,14 @@ class Page:
         f'step {step:,} of {self._capture.last_step:,}  \n'
         f'{width} x {height} in {seconds:.2f} s{refining}{legend}'
       )
+
+  def hide(self) -> None:
+    """Removes the picture; see `session.Display`."""
+    if self._has_picture:
+      self._has_picture = False
+      with contextlib.suppress(RuntimeError):  # If the browser has disconnected.
+        self._client.scene.set_background_image(None)
+        self._status.content = '*Gaussians; the field follows when the view rests*'
 
   def show_compiling(self) -> None:
     """Shows that a program is being compiled; see `session.Display`."""

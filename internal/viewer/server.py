@@ -18,6 +18,7 @@ from ..datasets import scenes, sparse_points
 from ..rendering import orbits
 from ..system import installation, progress
 from ..training import train_step
+from . import additions as additions_lib
 from . import page as page_lib
 from . import session as session_lib
 from .admission import LOCAL, Admission, ViewerError
@@ -39,9 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_page(
-  args: argparse.Namespace, settings: configs.Settings, scene: scenes.Scene, mesh
+  args: argparse.Namespace,
+  settings: configs.Settings,
+  scene: scenes.Scene,
+  mesh,
+  sketch: additions_lib.Additions | None = None,
 ) -> session_lib.Session:
   """Starts the server of a run and prints its address.
+
+  With `sketch`, which draws the scene in the browser, the field is rendered when a view rests.
 
   Returns:
     The session, which renders when the caller's thread calls `work` or `serve`.
@@ -56,9 +63,12 @@ def open_page(
     )
   config = settings.config
   points = sparse_points.read(config.data_dir, scene.world_transform, scene.loader)
-  capture = page_lib.Capture(config.checkpoint_dir, scene, points, config.last_step)
+  capture = page_lib.Capture(
+    config.checkpoint_dir, scene, points, config.last_step, sketch is not None
+  )
   session = session_lib.Session(session_lib.Renderer(settings, scene, mesh))
   admission = Admission(args.host, args.origin)
+  admission.additions = sketch
   server = _open_server(args.host, args.port, admission)
   server.gui.configure_theme(control_width='medium', show_logo=False, show_share_button=False)
   server.gui.set_panel_label('mip-NeRF 360')

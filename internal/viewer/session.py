@@ -26,6 +26,7 @@ from . import reprojection
 MODES = ('colour', 'depth', 'opacity', 'normals', 'spread of distance')
 SPREAD_MAX = 4.0  # The ratio drawn at full brightness; fixed, so that pictures are comparable.
 FIRST_SECONDS = 0.12  # Target time of the first picture of a view.
+REST_SECONDS = 0.2  # A view that the browser draws is rendered when it has not moved for so long.
 SHARE = 0.5  # Of the training time, the most that rendering may take.
 _MIN_SIDE = 32  # Pixels; a picture whose longer side is shorter is not worth showing.
 _CHUNK_ON_CPU = 1024  # Rays; rendering can be cancelled after each chunk.
@@ -44,6 +45,7 @@ class View:
   size: tuple[int, int]  # Width and height of the finest picture, in pixels.
   mode: str = MODES[0]
   clip: tuple[float, float] | None = None  # Distances of the near and far planes; None: no planes.
+  sketched: bool = False  # The browser draws it by itself until its finest picture is there.
 
 
 _ANY_VIEW = View(np.eye(3, 4), 1.0, (1, 1))  # In colour, without planes.
@@ -216,6 +218,9 @@ class Display(Protocol):
   def show(self, picture: Picture, step: int, seconds: float, finest: bool) -> None:
     """Shows a picture of the model at a training step, which took `seconds` to render."""
 
+  def hide(self) -> None:
+    """Shows no picture, so that what the browser draws is seen; any thread may call this."""
+
   def show_compiling(self) -> None:
     """Shows that a program must be compiled first."""
 
@@ -226,19 +231,29 @@ class Display(Protocol):
 class Visitor:
   """A visitor and the view it wants. Any thread may call the methods; `wake` wakes the renderer."""
 
-  def __init__(self, display: Display, wake: Callable[[], None]):
-    self.display, self._wake = display, wake
+  def __init__(self, display: Display, wake: Callable[[], None], clock: Callable[[], float]):
+    self.display, self._wake, self._clock = display, wake, clock
+    self.lock = threading.RLock()  # Held while the view changes, and while its picture is shown.
     self.jobs = collections.deque()
-    self.view, self.version = None, 0
+    self.view, self.version, self.moved = None, 0, 0.0
     # For the rendering thread: what was drawn last, how often its sides were halved, and when.
     self.drawn_version, self.drawn_step, self.level, self.served = 0, -1, 0.0, 0.0
     self.sharpest = None  # (what must stay the same, the picture as a Reference).
 
   def set_view(self, view: View) -> None:
     """Requests a view, which replaces the one before."""
-    self.view = view
-    self.version += 1
+    with self.lock:
+      self.view, self.moved = view, self._clock()
+      self.version += 1
+      if view.sketched:
+        self.display.hide()
     self._wake()
+
+  def unrest(self) -> float:
+    """Returns the seconds until the view may be rendered; 0 if the browser does not draw it."""
+    if self.view is None or not self.view.sketched or self.drawn_version == self.version:
+      return 0.0
+    return max(0.0, self.moved + REST_SECONDS - self._clock())
 
   def submit(self, job: Callable) -> None:
     """Makes the rendering thread call `job(renderer, params, train_frac, step)`."""
@@ -267,7 +282,7 @@ class Visitor:
 
   def priority(self, step: int) -> int | None:
     """Returns 0 for a new view, 1 to refine it, 2 for new parameters, None if all is drawn."""
-    if self.view is None:
+    if self.view is None or self.unrest():
       return None
     if self.drawn_version != self.version:
       return 0
@@ -288,7 +303,7 @@ class Session:
 
   def join(self, display: Display) -> Visitor:
     """Adds a visitor; any thread may call this."""
-    visitor = Visitor(display, self.has_work.set)
+    visitor = Visitor(display, self.has_work.set, self._clock)
     self.visitors = [*self.visitors, visitor]
     return visitor
 
@@ -370,7 +385,9 @@ class Session:
     """Renders the next picture of a visitor's view."""
     version, view = visitor.version, visitor.view
     first = visitor.drawn_version != version
-    if first:
+    if view.sketched:
+      level = 0.0
+    elif first:
       chunk = self.renderer.chunk
       rays = chunk if self._rate is None else FIRST_SECONDS * self._rate
       level = level_within(view.size, max(rays // chunk, 1) * chunk)  # A part costs as a whole.
@@ -387,20 +404,26 @@ class Session:
     if not compiled:
       visitor.display.show_compiling()
     start = self._clock()
-    # First pictures are never cancelled: while the camera moves, they are all that is shown.
-    picture = self.renderer(params, train_frac, view, size, None if first else check_view)
+    # While the camera moves, first pictures are all that is shown, unless the browser draws.
+    check = None if first and not view.sketched else check_view
+    picture = self.renderer(params, train_frac, view, size, check)
     seconds = self._clock() - start
     if compiled:
       parts = -(-int(np.prod(size)) // self.renderer.chunk)
       self._rate = parts * self.renderer.chunk / max(seconds, 1e-6)
-    visitor.display.show(visitor.sharpen(view, picture, level == 0), step, seconds, level == 0)
+    picture = visitor.sharpen(view, picture, level == 0)
+    with visitor.lock:
+      if view.sketched:
+        check_view()
+      visitor.display.show(picture, step, seconds, level == 0)
 
   def serve(self, params, step: int, train_frac: float) -> None:
     """Renders until an exception, such as `signals.Stopped`, ends the loop."""
     while True:
       self.has_work.clear()
       if not self.work(params, step, train_frac):
-        self.has_work.wait()
+        left = [seconds for v in self.visitors if (seconds := v.unrest())]
+        self.has_work.wait(min(left, default=None))
 
 
 class Live:

@@ -1,0 +1,284 @@
+// Draws Gaussians: WebGL2, no libraries. Shared by the exported page and the viewer's.
+//
+// A camera has eye, right, down and forward (unit vectors) in the axes of the .spz file, and focal
+// and centre in pixels of the canvas. A look has background, low_pass and near, see page.py.
+'use strict';
+
+const TEXTURE_WIDTH = 1024, TEXELS = 5;  // 80 bytes a Gaussian: position, shape, 48 of colour.
+
+// --- The .spz file -----------------------------------------------------------------------------
+
+async function unzip(bytes) {
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('gzip'));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+// Returns the number of Gaussians, their positions, and the content of the texture.
+function unpack(data) {
+  const view = new DataView(data.buffer);
+  const n = view.getUint32(8, true), unit = 2 ** -data[13];
+  const at = [16];
+  for (const size of [9, 1, 3, 3, 4]) at.push(at[at.length - 1] + size * n);
+  const [positions, alphas, colors, scales, turns, sh] = at;
+  const rows = Math.max(1, Math.ceil(n * TEXELS / (TEXTURE_WIDTH * TEXELS)));
+  const words = new Uint32Array(rows * TEXTURE_WIDTH * TEXELS * 4);
+  const floats = new Float32Array(words.buffer), bytes = new Uint8Array(words.buffer);
+  const xyz = new Float32Array(3 * n);
+  for (let i = 0; i < n; i++) {
+    const word = i * TEXELS * 4, byte = word * 4;
+    for (let k = 0; k < 3; k++) {
+      const p = positions + 9 * i + 3 * k;
+      const fixed = (data[p] << 8 | data[p + 1] << 16 | data[p + 2] << 24) >> 8;
+      xyz[3 * i + k] = floats[word + k] = fixed * unit;
+      bytes[byte + 16 + k] = data[scales + 3 * i + k];
+      bytes[byte + 32 + k] = data[colors + 3 * i + k];
+    }
+    bytes[byte + 19] = data[alphas + i];
+    words[word + 5] = view.getUint32(turns + 4 * i, true);
+    bytes.set(data.subarray(sh + 45 * i, sh + 45 * i + 45), byte + 35);
+  }
+  return { n, xyz, words, rows };
+}
+
+// --- Sorting by depth, in a worker ---------------------------------------------------------------
+
+function sorter() {
+  let xyz, n, depth, keys, first, second;
+  const count = new Uint32Array(65536);
+  // One pass of a radix sort by 16 of the 32 bits of positive floats, which sort like integers.
+  function pass(from, to, m, shift) {
+    count.fill(0);
+    for (let i = 0; i < m; i++) count[keys[from[i]] >>> shift & 65535]++;
+    for (let b = 0, sum = 0; b < 65536; b++) { const c = count[b]; count[b] = sum; sum += c; }
+    for (let i = 0; i < m; i++) to[count[keys[from[i]] >>> shift & 65535]++] = from[i];
+  }
+  onmessage = ({ data }) => {
+    if (data.xyz) {
+      xyz = data.xyz; n = xyz.length / 3;
+      depth = new Float32Array(n); keys = new Uint32Array(depth.buffer);
+      first = new Uint32Array(n); second = new Uint32Array(n);
+      return;
+    }
+    const [x, y, z, offset] = data.plane;  // Depth along the viewing direction.
+    let m = 0;
+    for (let i = 0; i < n; i++) {
+      depth[i] = x * xyz[3 * i] + y * xyz[3 * i + 1] + z * xyz[3 * i + 2] + offset;
+      if (depth[i] > data.near) first[m++] = i;
+    }
+    pass(first, second, m, 0);
+    pass(second, first, m, 16);
+    const order = first.slice(0, m).reverse();  // The farthest first.
+    postMessage({ order }, [order.buffer]);
+  };
+}
+
+// --- Drawing -----------------------------------------------------------------------------------
+
+const VERTEX = `#version 300 es
+precision highp float; precision highp int; precision highp usampler2D;
+uniform usampler2D table;
+uniform mat3 turn;         // World to camera: x right, y down, z forward.
+uniform vec3 eye;
+uniform vec2 focal, centre, size;  // Pixels.
+uniform float lowPass;
+in vec2 corner; in uint row;
+out vec2 at; out vec4 color;
+
+uvec4 texel(uint k) {
+  uint w = ${TEXTURE_WIDTH}u;
+  return texelFetch(table, ivec2(int(row % w) * ${TEXELS} + int(k), int(row / w)), 0);
+}
+float byteOf(uvec4 a, uvec4 b, uvec4 c, int k) {
+  uint word = k < 16 ? a[k / 4] : k < 32 ? b[k / 4 - 4] : c[k / 4 - 8];
+  return float(word >> uint(8 * (k % 4)) & 255u);
+}
+mat3 rotation(uint packed) {  // The three smaller components in x, y, z, w order; see formats.py.
+  uint largest = packed >> 30; float q[4]; float sum = 0.0;
+  for (int k = 3; k >= 0; k--) {
+    if (uint(k) == largest) continue;
+    float v = float(packed & 511u) / (511.0 * sqrt(2.0));
+    q[k] = (packed & 512u) != 0u ? -v : v; sum += v * v; packed >>= 10;
+  }
+  q[largest] = sqrt(max(1.0 - sum, 0.0));
+  float x = q[0], y = q[1], z = q[2], w = q[3];
+  return mat3(1.0 - 2.0 * (y*y + z*z), 2.0 * (x*y + w*z), 2.0 * (x*z - w*y),
+              2.0 * (x*y - w*z), 1.0 - 2.0 * (x*x + z*z), 2.0 * (y*z + w*x),
+              2.0 * (x*z + w*y), 2.0 * (y*z - w*x), 1.0 - 2.0 * (x*x + y*y));
+}
+vec3 harmonics(vec3 d) {
+  uvec4 a = texel(2u), b = texel(3u), c = texel(4u);
+  float x = d.x, y = d.y, z = d.z, xx = x*x, yy = y*y, zz = z*z;
+  float basis[15] = float[15](
+    -0.48860251*y, 0.48860251*z, -0.48860251*x,
+    1.09254843*x*y, -1.09254843*y*z, 0.31539157*(2.0*zz - xx - yy), -1.09254843*x*z, 0.54627422*(xx - yy),
+    -0.59004359*y*(3.0*xx - yy), 2.89061144*x*y*z, -0.45704580*y*(4.0*zz - xx - yy),
+    0.37317633*z*(2.0*zz - 3.0*xx - 3.0*yy), -0.45704580*x*(4.0*zz - xx - yy),
+    1.44530572*z*(xx - yy), -0.59004359*x*(xx - 3.0*yy));
+  vec3 rgb;
+  for (int c3 = 0; c3 < 3; c3++) {
+    float v = 0.5 + 0.28209479 * (byteOf(a, b, c, c3) / 255.0 - 0.5) / 0.15;
+    for (int k = 0; k < 15; k++) v += basis[k] * (byteOf(a, b, c, 3 + 3*k + c3) - 128.0) / 128.0;
+    rgb[c3] = max(v, 0.0);
+  }
+  return rgb;
+}
+void main() {
+  gl_Position = vec4(0.0, 0.0, 2.0, 1.0);  // Outside, unless it is drawn.
+  uvec4 shape = texel(1u);
+  vec3 mean = uintBitsToFloat(texel(0u).xyz), local = turn * (mean - eye);
+  vec2 plane = local.xy / local.z;
+  vec3 scale = exp(vec3(shape.x & 255u, shape.x >> 8 & 255u, shape.x >> 16 & 255u) / 16.0 - 10.0);
+  mat3 own = turn * rotation(shape.y);
+  own[0] *= scale.x; own[1] *= scale.y; own[2] *= scale.z;
+  // The perspective is linearised at most a little outside the picture, as in gaussians.py.
+  vec2 low = -centre / focal, high = (size - centre) / focal, half_ = 0.65 * (high - low);
+  vec2 p = clamp(plane, 0.5 * (low + high) - half_, 0.5 * (low + high) + half_);
+  vec3 u = vec3(own[0].x, own[1].x, own[2].x) - p.x * vec3(own[0].z, own[1].z, own[2].z);
+  vec3 v = vec3(own[0].y, own[1].y, own[2].y) - p.y * vec3(own[0].z, own[1].z, own[2].z);
+  u *= focal.x / local.z; v *= focal.y / local.z;
+  float area = length(cross(u, v)), a = dot(u, u), b = dot(u, v), c = dot(v, v);
+  float full = area * area + lowPass * (a + c) + lowPass * lowPass;
+  float alpha = float(shape.x >> 24) / 255.0 * area / sqrt(full);
+  if (alpha < 1.0 / 255.0) return;
+  a += lowPass; c += lowPass;
+  float middle = 0.5 * (a + c), root = sqrt(max(0.25 * (a - c) * (a - c) + b * b, 0.0));
+  vec2 axis = abs(b) > 1e-6 * middle ? normalize(vec2(b, middle + root - a)) : a >= c ? vec2(1, 0) : vec2(0, 1);
+  float reach = sqrt(2.0 * log(255.0 * alpha));
+  vec2 radii = reach * sqrt(vec2(middle + root, max(middle - root, 1e-6)));
+  at = corner * reach;
+  vec2 pixel = focal * plane + centre + corner.x * radii.x * axis + corner.y * radii.y * vec2(-axis.y, axis.x);
+  gl_Position = vec4(2.0 * pixel.x / size.x - 1.0, 1.0 - 2.0 * pixel.y / size.y, 0.0, 1.0);
+  color = vec4(harmonics(normalize(mean - eye)), alpha);
+}`;
+const FRAGMENT = `#version 300 es
+precision highp float;
+in vec2 at; in vec4 color; out vec4 result;
+void main() {
+  float alpha = min(color.a * exp(-0.5 * dot(at, at)), 0.99);
+  if (alpha < 1.0 / 255.0) discard;
+  result = vec4(color.rgb * alpha, alpha);
+}`;
+const COPY_VERTEX = `#version 300 es
+in vec2 corner;
+void main() { gl_Position = vec4(corner, 0.0, 1.0); }`;
+const COPY_FRAGMENT = `#version 300 es
+precision highp float;
+uniform sampler2D picture; out vec4 result;
+void main() { result = vec4(texelFetch(picture, ivec2(gl_FragCoord.xy), 0).rgb, 1.0); }`;
+
+function makeRenderer(canvas, splats, look) {
+  const gl = canvas.getContext('webgl2', { antialias: false, alpha: false });
+  if (!gl) throw new Error('This browser has no WebGL 2, which the page needs.');
+  function program(vertex, fragment) {
+    const result = gl.createProgram();
+    for (const [kind, text] of [[gl.VERTEX_SHADER, vertex], [gl.FRAGMENT_SHADER, fragment]]) {
+      const shader = gl.createShader(kind);
+      gl.shaderSource(shader, text); gl.compileShader(shader);
+      if (!gl.getShaderParameter(shader, gl.COMPILE_STATUS)) throw new Error(gl.getShaderInfoLog(shader));
+      gl.attachShader(result, shader);
+    }
+    gl.bindAttribLocation(result, 0, 'corner'); gl.bindAttribLocation(result, 1, 'row');
+    gl.linkProgram(result);
+    if (!gl.getProgramParameter(result, gl.LINK_STATUS)) throw new Error(gl.getProgramInfoLog(result));
+    const uniforms = new Proxy({}, { get: (cache, name) => cache[name] ??= gl.getUniformLocation(result, name) });
+    return { program: result, uniforms };
+  }
+  const draw = program(VERTEX, FRAGMENT), copy = program(COPY_VERTEX, COPY_FRAGMENT);
+  if (splats.rows > gl.getParameter(gl.MAX_TEXTURE_SIZE)) throw new Error('This device cannot hold so many Gaussians.');
+  const table = gl.createTexture();
+  gl.bindTexture(gl.TEXTURE_2D, table);
+  gl.texStorage2D(gl.TEXTURE_2D, 1, gl.RGBA32UI, TEXTURE_WIDTH * TEXELS, splats.rows);
+  gl.texSubImage2D(gl.TEXTURE_2D, 0, 0, 0, TEXTURE_WIDTH * TEXELS, splats.rows, gl.RGBA_INTEGER, gl.UNSIGNED_INT, splats.words);
+  for (const side of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) gl.texParameteri(gl.TEXTURE_2D, side, gl.NEAREST);
+  gl.bindBuffer(gl.ARRAY_BUFFER, gl.createBuffer());
+  gl.bufferData(gl.ARRAY_BUFFER, new Float32Array([-1, -1, 1, -1, -1, 1, 1, 1]), gl.STATIC_DRAW);
+  gl.enableVertexAttribArray(0); gl.vertexAttribPointer(0, 2, gl.FLOAT, false, 0, 0);
+  const orderBuffer = gl.createBuffer();
+  gl.bindBuffer(gl.ARRAY_BUFFER, orderBuffer);
+  gl.bufferData(gl.ARRAY_BUFFER, 4 * Math.max(splats.n, 1), gl.DYNAMIC_DRAW);
+  gl.enableVertexAttribArray(1); gl.vertexAttribIPointer(1, 1, gl.UNSIGNED_INT, 0, 0); gl.vertexAttribDivisor(1, 1);
+  // Many faint layers add up in 16 bits a channel; 8 would round each of them.
+  const fine = gl.getExtension('EXT_color_buffer_float') || gl.getExtension('EXT_color_buffer_half_float');
+  const frame = gl.createFramebuffer(); let target = null, count = 0;
+
+  function resize() {
+    if (!fine) return;
+    if (target) gl.deleteTexture(target);
+    target = gl.createTexture();
+    gl.bindTexture(gl.TEXTURE_2D, target);
+    gl.texStorage2D(gl.TEXTURE_2D, 1, gl.RGBA16F, canvas.width, canvas.height);
+    for (const side of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) gl.texParameteri(gl.TEXTURE_2D, side, gl.NEAREST);
+    gl.bindFramebuffer(gl.FRAMEBUFFER, frame);
+    gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, target, 0);
+  }
+  return {
+    resize,
+    order(rows) {
+      gl.bindBuffer(gl.ARRAY_BUFFER, orderBuffer); gl.bufferSubData(gl.ARRAY_BUFFER, 0, rows); count = rows.length;
+    },
+    draw(camera) {
+      gl.bindFramebuffer(gl.FRAMEBUFFER, fine ? frame : null);
+      gl.viewport(0, 0, canvas.width, canvas.height);
+      gl.clearColor(...look.background, 1); gl.clear(gl.COLOR_BUFFER_BIT);
+      gl.useProgram(draw.program); gl.bindTexture(gl.TEXTURE_2D, table);
+      const { right, down, forward } = camera, u = draw.uniforms;
+      gl.uniformMatrix3fv(u.turn, false, [0, 1, 2].flatMap((k) => [right[k], down[k], forward[k]]));
+      gl.uniform3fv(u.eye, camera.eye);
+      gl.uniform2fv(u.focal, camera.focal); gl.uniform2fv(u.centre, camera.centre);
+      gl.uniform2f(u.size, canvas.width, canvas.height); gl.uniform1f(u.lowPass, look.low_pass);
+      gl.enable(gl.BLEND); gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
+      gl.vertexAttribDivisor(1, 1); gl.enableVertexAttribArray(1);
+      gl.drawArraysInstanced(gl.TRIANGLE_STRIP, 0, 4, count);
+      if (!fine) return;
+      gl.bindFramebuffer(gl.FRAMEBUFFER, null);
+      gl.disable(gl.BLEND); gl.useProgram(copy.program); gl.bindTexture(gl.TEXTURE_2D, target);
+      gl.disableVertexAttribArray(1);
+      gl.drawArrays(gl.TRIANGLE_STRIP, 0, 4);
+    },
+  };
+}
+
+// Draws into a canvas and sorts meanwhile; `woken` is called when there is something new to draw,
+// and `failed` with an error of the worker that sorts.
+function makeView(canvas, splats, look, woken, failed) {
+  const renderer = makeRenderer(canvas, splats, look);
+  const source = URL.createObjectURL(new Blob([`(${sorter})()`], { type: 'text/javascript' }));
+  const worker = new Worker(source);
+  worker.postMessage({ xyz: splats.xyz }, [splats.xyz.buffer]);
+  let sorting = false, sorted = '', stale = true, ready = false;
+  worker.onmessage = ({ data }) => { renderer.order(data.order); sorting = false; stale = ready = true; woken(); };
+  worker.onerror = failed;
+  return {
+    // Makes the canvas as fine as the screen. To be called before the camera's lens is computed.
+    fit() {
+      const width = Math.round(canvas.clientWidth * devicePixelRatio), height = Math.round(canvas.clientHeight * devicePixelRatio);
+      if (width === canvas.width && height === canvas.height) return;
+      canvas.width = width; canvas.height = height; renderer.resize(); stale = true;
+    },
+    change() { stale = true; },  // The camera has changed.
+    // Draws if anything has changed; returns whether it did. Sorts for the camera if that is due.
+    draw(camera) {
+      const plane = [...camera.forward, -dot(camera.forward, camera.eye)], key = plane.join();
+      if (!sorting && key !== sorted) {
+        sorting = true; sorted = key;
+        worker.postMessage({ plane, near: look.near });
+      }
+      if (!stale || !ready) return false;
+      renderer.draw(camera); stale = false;
+      return true;
+    },
+    order() { return sorting ? '' : sorted; },  // The plane for which the drawn order is right.
+  };
+}
+
+// --- Vectors -----------------------------------------------------------------------------------
+
+const add = (a, b, s = 1) => a.map((x, k) => x + s * b[k]);
+const dot = (a, b) => a[0] * b[0] + a[1] * b[1] + a[2] * b[2];
+const cross = (a, b) => [a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]];
+const unit = (a) => { const s = Math.hypot(...a) || 1; return a.map((x) => x / s); };
+function turned(v, axis, angle) {  // Rodrigues' rotation.
+  const c = Math.cos(angle), s = Math.sin(angle), side = cross(axis, v), along = dot(axis, v) * (1 - c);
+  return v.map((x, k) => c * x + s * side[k] + along * axis[k]);
+}
+
