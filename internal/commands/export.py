@@ -32,7 +32,7 @@ from ..evaluation import html_report
 from ..export import mesh as mesh_lib
 from ..export import points, shapes, texture
 from ..rendering import orbits, trained
-from ..splats import distil, formats, page
+from ..splats import backdrop, distil, formats, gaussians, page
 from ..system import files, progress
 from ..training import run_folder
 
@@ -145,13 +145,22 @@ def export_views(args, run: trained.TrainedRun, box, out: str, offset) -> dict[s
   return written
 
 
+def closed_splats(run: trained.TrainedRun, options: distil.Options) -> gaussians.Splats:
+  """Distils Gaussians and closes the background where no camera looked."""
+  train = run.scene.cameras.take(np.array(run.scene.train))
+  gaps = backdrop.unseen(train, options.max_splats)
+  fitted = dataclasses.replace(options, max_splats=options.max_splats - int(gaps.sum()))
+  centre = np.asarray(train.camtoworld, np.float64)[:, :, 3].mean(0)
+  return backdrop.closed(distil.distil(run, fitted), gaps, centre)
+
+
 def export_splats(args, run: trained.TrainedRun, out: str, offset: np.ndarray) -> dict[str, str]:
   """Makes Gaussians and writes their files; returns what to print of each file."""
   options = splat_options(args)
   to_file = np.linalg.inv(run.scene.world_transform)
   to_file[:3, 3] -= offset
   began = time.monotonic()
-  splats = distil.distil(run, options)
+  splats = closed_splats(run, options)
   about = {'splats': len(splats.means), 'step': run.step, 'seconds': time.monotonic() - began}
   about |= dataclasses.asdict(options) | distil.measure(splats, run)
   splats = formats.moved(splats, to_file)
