@@ -71,8 +71,10 @@ def squares(points: Shape) -> Shape:
   four times the median of all.
   """
   xyz, n = points.vertices, len(points.vertices)
-  near = spatial.cKDTree(xyz).query(xyz, min(4, n), workers=-1)[0][:, 1:]
-  reach = near.mean(-1) if near.size else np.ones(n)
+  reach = np.ones(n)
+  if n > 1:
+    others = np.arange(2, min(4, n) + 1)  # The nearest is the point itself.
+    reach = spatial.cKDTree(xyz).query(xyz, others, workers=-1)[0].mean(-1)
   reach = _SIDE / np.sqrt(2) * np.minimum(reach, 4 * np.median(reach))[:, None]
   # Any two directions across the normal: from the axis that is farthest from it.
   first = _unit(np.cross(points.normals, np.eye(3)[np.abs(points.normals).argmin(-1)]))

@@ -1,9 +1,9 @@
 """One HTML file that shows Gaussians in any browser with WebGL 2, from disk and without a network.
 
 The file holds the Gaussians as a .spz and a small viewer: splats.js draws, page.js moves. The
-client of the viser package can embed a static scene too, but its colours do not depend on the direction,
-it keeps covariances in half precision, and it has neither the anti-aliasing filter nor the
-capture's cameras as stops.
+client of the viser package can embed a static scene too, but its colours do not depend on the
+direction, it keeps covariances in half precision, and it has neither the anti-aliasing filter nor
+the capture's cameras as stops.
 """
 
 from __future__ import annotations
