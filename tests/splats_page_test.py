@@ -49,14 +49,10 @@ def scene():
 
 @pytest.fixture(scope='module')
 def written(scene, tmp_path_factory):
-  """The page, and its Gaussians in the normalised world as the file holds them."""
+  """The page, and its Gaussians as the file holds them."""
   path = str(tmp_path_factory.mktemp('page') / 'page.html')
-  offset = np.array([10.0, 0, -3])
-  to_page = np.linalg.inv(scene.world_transform)
-  to_page[:3, 3] -= offset
-  splats = formats.moved(make_splats(), to_page)
-  page.write(path, splats, scene, offset, '</script> "a" & <b>')
-  return path, formats.moved(formats.unpack_spz(formats.pack_spz(splats)), np.linalg.inv(to_page))
+  page.write(path, make_splats(), scene, '</script> "a" & <b>')
+  return path, formats.unpack_spz(formats.pack_spz(make_splats()))
 
 
 def test_the_page_loads_nothing_and_is_one_file(written):

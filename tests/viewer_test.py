@@ -265,7 +265,8 @@ class TestLoop:
     class FakeEvent:
       set, clear = staticmethod(lambda: None), staticmethod(lambda: None)
 
-      def wait(self):
+      def wait(self, timeout):
+        assert timeout is None  # No view comes to rest.
         naps.append(len(display.shown))
         if len(naps) == 2:
           raise End

@@ -38,7 +38,7 @@ from ..training import run_folder
 
 _KINDS = ('points', 'mesh', 'depth')
 _SPLAT_KINDS = ('splats', 'page')
-_SPLAT_FILES = ('splats.ply', 'splats.spz', 'page.html')
+_SPLAT_FILES, _PAGE = ('splats.ply', 'splats.spz'), 'page.html'
 _TEXTURED_FACES = 50_000  # Of a mesh with a texture, unless --simplify says otherwise.
 _LEVEL_QUANTILE = 0.1  # The mesh's default level, among the densities at the views' surfaces.
 
@@ -163,15 +163,15 @@ def export_splats(args, run: trained.TrainedRun, out: str, offset: np.ndarray) -
   splats = closed_splats(run, options)
   about = {'splats': len(splats.means), 'step': run.step, 'seconds': time.monotonic() - began}
   about |= dataclasses.asdict(options) | distil.measure(splats, run)
-  splats = formats.moved(splats, to_file)
-  path = {name: os.path.join(out, name) for name in _SPLAT_FILES}
-  formats.write_ply(path['splats.ply'], splats)
-  formats.write_spz(path['splats.spz'], splats)
   if 'page' in args.what:
     title = os.path.basename(os.path.abspath(args.run))
-    page.write(path['page.html'], splats, run.scene, offset, title)
-  else:
-    del path['page.html']
+    page.write(os.path.join(out, _PAGE), splats, run.scene, title)
+  splats = formats.moved(splats, to_file)
+  path = {name: os.path.join(out, name) for name in _SPLAT_FILES}
+  if 'page' in args.what:
+    path[_PAGE] = os.path.join(out, _PAGE)
+  formats.write_ply(path['splats.ply'], splats)
+  formats.write_spz(path['splats.spz'], splats)
   files.write_text(os.path.join(out, 'splats.json'), json.dumps(about, indent=1))
   note = f'{len(splats.means):,} Gaussians'
   written = {k: f'{v}  ({note}, {os.path.getsize(v) / 1e6:.1f} MB)' for k, v in path.items()}

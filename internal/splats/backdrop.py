@@ -15,10 +15,11 @@ from .. import cameras, structs
 from . import gaussians
 from .surfaces import SHELL
 
+_DISTANCE = 2 * SHELL  # So that they lie behind all others, whose depth is at most SHELL.
 _COUNT = 500  # Directions on the whole sphere: 9 degrees apart.
 _SHARE = 0.1  # At most this part of all Gaussians closes the background.
-_RAYS = 33  # Along each side of a camera's picture, to find what it covers.
-_MOST_CAMERAS = 200
+_RAYS = 65  # Along each side of a camera's picture, to find what it covers.
+_MOST_CAMERAS = 100
 _NEIGHBOURS = 6
 _STEPS = 2000  # Of Jacobi's method; colours then spread over the whole sphere.
 _WIDTH = 0.8  # Deviation of a Gaussian in distances between neighbours, so that they overlap.
@@ -55,7 +56,7 @@ def unseen(cams: structs.Cameras, most_splats: int) -> np.ndarray:
   )
   seen = np.asarray(rays.directions, np.float64).reshape(-1, 3)
   seen /= np.linalg.norm(seen, axis=-1, keepdims=True)
-  return spatial.cKDTree(seen).query(directions)[0] > 0.5 * _spacing(len(directions))
+  return spatial.cKDTree(seen).query(directions)[0] > 0.6 * _spacing(len(directions))
 
 
 def _spacing(count: int) -> float:
@@ -78,8 +79,8 @@ def closed(splats: gaussians.Splats, gaps: np.ndarray, centre: np.ndarray) -> ga
   sh = np.zeros((count, gaussians.SH_COEFFICIENTS, 3))
   sh[:, 0] = (colors - 0.5) / gaussians.SH_0
   added = gaussians.Splats(
-    means=centre + SHELL * directions[gaps],
-    log_scales=np.full((count, 3), np.log(_WIDTH * SHELL * _spacing(len(gaps)))),
+    means=centre + _DISTANCE * directions[gaps],
+    log_scales=np.full((count, 3), np.log(_WIDTH * _DISTANCE * _spacing(len(gaps)))),
     quaternions=np.tile([1.0, 0, 0, 0], (count, 1)),
     opacity_logits=np.full(count, np.log(_OPACITY / (1 - _OPACITY))),
     sh=sh,

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.spatial import transform as rotation_lib
 
 from ..errors import UserError
-from ..system import files
+from ..system import files, progress
 from . import gaussians
 
 _REST = gaussians.SH_COEFFICIENTS - 1
@@ -38,6 +38,7 @@ _SPZ_COLOR = 0.15  # A byte of colour is 255 (0.15 f_dc + 0.5).
 # Of the 256 steps of a harmonic only multiples of these are used: 7 and 6 of 8 bits. The usual 5
 # and 4 bits cost over 1 dB on the demo; all 8 make the file a third larger.
 _SPZ_SH_STEPS = np.repeat([2, 4], [3, 12])  # Degree 1, degrees 2 and 3.
+_SPZ_LARGEST = 255 / 16 - 10  # Log-scale.
 _SPZ_ROTATION = 511 * np.sqrt(2)  # Of a component that is at most sqrt(1/2), in 9 bits and a sign.
 
 
@@ -205,7 +206,10 @@ def unpack_spz(content: bytes, name: str = '.spz') -> gaussians.Splats:
 
 
 def write_spz(path: str, splats: gaussians.Splats) -> None:
-  """Writes `pack_spz`, atomically."""
+  """Writes `pack_spz`, atomically; tells how many Gaussians are too large for it."""
+  large = int(np.sum(np.max(splats.log_scales, -1, initial=0) > _SPZ_LARGEST))
+  if large:
+    progress.say(f'{large:,} Gaussians are larger than a .spz can say. Prefer the .ply.')
   with files.whole(path) as temporary, open(temporary, 'wb') as f:
     f.write(pack_spz(splats))
 

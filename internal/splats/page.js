@@ -49,7 +49,7 @@ function main(splats) {
     requestAnimationFrame(tick);
   }
   function fly(seconds) {
-    const { right, down, forward } = camera.axes(), speed = seconds * scene.radius;
+    const { right, down, forward } = camera.axes(), speed = seconds;  // As the cameras are within 1 of the origin.
     const ways = { w: [forward, 1], s: [forward, -1], d: [right, 1], a: [right, -1], e: [down, -1], q: [down, 1] };
     for (const key of held) { const [way, sign] = ways[key]; camera.move(way.map((x) => x * sign * speed)); }
     view.change();
@@ -68,7 +68,7 @@ function main(splats) {
       const between = (a, b) => a.map((x, i) => x + s * (b[i] - x));
       camera.place(between(from.eye, stop.eye), between(from.right, stop.right), between(from.forward, stop.forward));
       if (t >= 0.5) camera.stop = stop;
-      if (t === 1) { flight = null; camera.pivot = add(camera.eye, camera.forward, Math.max(dot(add(scene.focus, camera.eye, -1), camera.forward), 0.1 * scene.radius)); }
+      if (t === 1) { flight = null; camera.pivot = add(camera.eye, camera.forward, Math.max(dot(add(scene.focus, camera.eye, -1), camera.forward), 0.1)); }
       view.change();
     };
   }

@@ -23,20 +23,17 @@ from . import formats, gaussians
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _TEMPLATE, _SCRIPTS = 'page.html.jinja', ('splats.js', 'page.js')
-# The page's axes are those of the .spz: y and z of the capture's frame with the other sign.
+# The page's axes are those of the .spz: y and z with the other sign.
 _FLIP = np.array([1.0, -1, -1])
 
 
-def write(
-  path: str, splats: gaussians.Splats, scene: scenes.Scene, offset: np.ndarray, title: str
-) -> None:
+def write(path: str, splats: gaussians.Splats, scene: scenes.Scene, title: str) -> None:
   """Writes the page, atomically.
 
   Args:
     path: the .html file.
-    splats: Gaussians in the capture's frame, relative to `offset` [3].
+    splats: Gaussians in the normalised world, whose units suit the range of numbers of a .spz.
     scene: the capture, for its cameras.
-    offset: see `points.offset`.
     title: the window's title.
   """
   packed = formats.pack_spz(splats)
@@ -48,7 +45,7 @@ def write(
     title=_escaped(title),
     about=f'{len(splats.means):,} Gaussians, {size:.1f} MB',
     # In a script element only `</` could end it.
-    scene=json.dumps(describe(scene, offset)).replace('</', '<\\/'),
+    scene=json.dumps(describe(scene)).replace('</', '<\\/'),
     splats=base64.b64encode(packed).decode(),
     script=read_scripts(*_SCRIPTS),
   )
@@ -60,12 +57,12 @@ def read_scripts(*names: str) -> str:
   return '\n'.join(files.read_text(os.path.join(_HERE, name)) for name in names)
 
 
-def look(scene: scenes.Scene, unit: float = 1.0) -> dict:
-  """Returns how splats.js draws, in axes where `unit` is as long as 1 in the normalised world."""
+def look(scene: scenes.Scene) -> dict:
+  """Returns how splats.js draws."""
   return {
     'background': [1.0] * 3 if scene.background == 'white' else [0.0] * 3,
     'low_pass': gaussians.LOW_PASS,
-    'near': gaussians.NEAR * unit,
+    'near': gaussians.NEAR,
   }
 
 
@@ -73,16 +70,12 @@ def _escaped(text: str) -> str:
   return str(jinja2.filters.do_forceescape(text))
 
 
-def describe(scene: scenes.Scene, offset: np.ndarray) -> dict:
+def describe(scene: scenes.Scene) -> dict:
   """Returns what the page knows besides the Gaussians: cameras, up, focus, ..., in its axes."""
   poses = np.asarray(scene.cameras.camtoworld, np.float64)
-  poses = paths.transform_poses(np.linalg.inv(scene.world_transform), poses)
-  poses[:, :, 3] -= offset
   train = poses[list(scene.train)]
-  unit = 1 / np.cbrt(np.linalg.det(scene.world_transform[:3, :3]))  # Of the normalised world.
   return {
-    **look(scene, unit),
-    'radius': unit,
+    **look(scene),
     'up': (_FLIP * orbits.mean_up(train)).tolist(),
     'focus': (_FLIP * paths.focus_point(train)).tolist(),
     'stops': [_stop(scene, row, poses[row]) for row in range(len(scene.names))],

@@ -231,7 +231,7 @@ class Display(Protocol):
 class Visitor:
   """A visitor and the view it wants. Any thread may call the methods; `wake` wakes the renderer."""
 
-  def __init__(self, display: Display, wake: Callable[[], None], clock: Callable[[], float]):
+  def __init__(self, display: Display, wake: Callable[[], None], clock=time.monotonic):
     self.display, self._wake, self._clock = display, wake, clock
     self.lock = threading.RLock()  # Held while the view changes, and while its picture is shown.
     self.jobs = collections.deque()
