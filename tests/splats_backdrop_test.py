@@ -82,9 +82,9 @@ def test_unseen_is_what_lies_outside_all_pictures(most):
   gaps = backdrop.unseen(make_cams(), most)
   assert len(gaps) == min(500, most // 10)
   elevation = np.degrees(np.arcsin(backdrop.sphere(len(gaps))[:, 2]))
-  # Pictures reach 26.6 degrees up and down in the middle, less at the corners.
+  # Pictures reach about 26.6 degrees up and down.
   margin = np.degrees(backdrop._spacing(len(gaps)))
-  assert gaps[np.abs(elevation) > 26.6 + margin].all()
+  assert gaps[np.abs(elevation) > 26.6 + 1.5 * margin].all()
   assert not gaps[np.abs(elevation) < 18].any()
   assert not backdrop.unseen(make_cams(), 9).any()
 
