@@ -40,7 +40,6 @@ _KINDS = ('points', 'mesh', 'depth')
 _SPLAT_KINDS = ('splats', 'page')
 _SPLAT_FILES, _PAGE = ('splats.ply', 'splats.spz'), 'page.html'
 _TEXTURED_FACES = 50_000  # Of a mesh with a texture, unless --simplify says otherwise.
-_LEVEL_QUANTILE = 0.1  # The mesh's default level, among the densities at the views' surfaces.
 
 
 def parse(argv: list[str] | None):
@@ -59,7 +58,6 @@ def parse(argv: list[str] | None):
   units = "units of the box: normalized (training cameras fill [-1, 1]) or the capture's own"
   add('--box_units', choices=('normalized', 'capture'), default='normalized', help=units)
   add('--resolution', type=int, default=256, help='mesh cells along the longest side of the box')
-  add('--density', type=float, help="density of the mesh's surface (default: from the views)")
   add('--simplify', type=int, metavar='FACES', help='merge faces until about so many are left')
   text = f'side of a texture for mesh.glb, e.g. 2048; keeps {_TEXTURED_FACES:,} faces by default'
   add('--texture', type=int, metavar='TEXELS', help=text)
@@ -83,18 +81,11 @@ def read_box(args, scene) -> np.ndarray:
   return np.stack([corners.min(0), corners.max(0)])
 
 
-def make_mesh(args, settings, params, scene, views, box) -> tuple[shapes.Shape, shapes.Shape]:
+def make_mesh(args, settings, scene, views, box) -> tuple[shapes.Shape, shapes.Shape]:
   """Returns the mesh in the capture's frame, and the same with a texture if there is to be one."""
-  field, space = mesh_lib.make_field(settings), mesh_lib.warps(settings)
-  level = args.density
-  if level is None:
-    xyz, _ = points.point_cloud(views, box, 20_000)
-    z = np.asarray(space[0](xyz.astype(np.float32)))
-    width = mesh_lib.grid_of(box, space[0], args.resolution)[1]
-    level = float(np.quantile(field(params, z, width), _LEVEL_QUANTILE))
-    progress.say(f'Extracting the surface of density {level:.3g}; --density sets another.')
+  space = mesh_lib.warps(settings)
   most = args.simplify or (_TEXTURED_FACES if args.texture else None)
-  mesh = mesh_lib.extract(field, params, space, box, args.resolution, views, level, most_faces=most)
+  mesh = mesh_lib.extract(space, box, args.resolution, views, most_faces=most)
   shape = shapes.of_mesh(points.to_capture(scene, mesh.vertices), mesh.faces, mesh.colors)
   if not args.texture:
     return shape, shape
@@ -137,7 +128,7 @@ def export_views(args, run: trained.TrainedRun, box, out: str, offset) -> dict[s
     cloud = shapes.of_points(points.to_capture(scene, xyz), rgb, positions)
     write('points', cloud, cloud)
   if 'mesh' in args.what:
-    write('mesh', *make_mesh(args, run.settings, run.params, scene, views, box))
+    write('mesh', *make_mesh(args, run.settings, scene, views, box))
   if 'depth' in args.what:
     folder = os.path.join(out, 'depth')
     points.write_depth_folder(folder, scene, views)

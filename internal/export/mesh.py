@@ -1,4 +1,4 @@
-"""Extracts a mesh of a trained density by marching cubes in contracted space.
+"""Extracts a mesh of what rendered views show, by marching cubes in contracted space.
 
 In contracted space, cells are small near the cameras and grow with distance, as does the model's
 own resolution. scikit-image extracts the surface, and fast_simplification thins it out; both are
@@ -11,16 +11,13 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import spatial
 
-from .. import configs, coord, models, structs
-from ..system import installation, progress
-from . import points
-
-_CHUNK = 65536  # Points per batch.
+from .. import configs, coord
+from ..system import installation
+from . import fusion, points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,36 +41,6 @@ def library(name: str):
     raise points.ExportError(
       f'{name.split(".")[0]} is not installed: {installation.install_text("export")}.'
     ) from None
-
-
-def make_field(settings: configs.Settings) -> Callable:
-  """Returns a function `field(params, z, width) -> density [m]`.
-
-  `z`, [m, 3], are points in mesh space (see `warps`), and `width` is the width of their cells.
-  """
-  model, to_world = models.build(settings), warps(settings)[1]
-
-  @jax.jit
-  def query(params, z, width):
-    # The variance of a uniform distribution over the cell.
-    cov = jnp.broadcast_to(width**2 / 12 * jnp.eye(3), (len(z), 3, 3))
-    mean, cov = coord.linearize(to_world, z, cov)
-    direction = jnp.broadcast_to(jnp.array([0.0, 0, -1]), mean.shape)  # Density ignores it.
-    one = jnp.ones((len(z), 1))
-    rays = structs.Rays(mean, direction, direction, one, jnp.zeros(len(z), jnp.int32))
-    gaussians = structs.Gaussians(mean[:, None], cov[:, None])  # [m, 1, 3], [m, 1, 3, 3]
-    return model.apply({'params': params}, rays, gaussians, method='field')[0][:, 0]
-
-  def field(params, z, width):
-    parts = []
-    for start in range(0, len(z), _CHUNK):
-      part = np.asarray(z[start : start + _CHUNK], np.float32)
-      # All batches have the same shape, so that only one program is compiled.
-      padded = np.pad(part, ((0, _CHUNK - len(part)), (0, 0)), 'edge')
-      parts.append(np.asarray(query(params, padded, np.float32(width)))[: len(part)])
-    return np.concatenate(parts)
-
-  return field
 
 
 def warps(settings: configs.Settings) -> tuple[Callable, Callable]:
@@ -114,59 +81,53 @@ def grid_of(box: np.ndarray, contract: Callable, resolution: int) -> tuple[np.nd
 
 
 def extract(
-  field: Callable,
-  params,
   space: tuple[Callable, Callable],
   box: np.ndarray,
   resolution: int,
   views: points.Views,
-  level: float,
   min_faces: int = 50,
   most_faces: int | None = None,
 ) -> Mesh:
-  """Extracts the surface by marching cubes, and removes what no view sees and small parts.
-
-  Colours come from the views, since the model's own are arbitrary for directions without cameras.
+  """Extracts the surface by marching cubes; removes what no view sees, and small parts.
 
   Args:
-    field: density, from `make_field`.
-    params: the model's parameters.
     space: functions to mesh space and back, from `warps`.
     box: [2, 3] world; the mesh is cropped to it.
     resolution: number of cells along the longest side.
-    views: a face is kept if at least one view sees a surface at each of its vertices.
-    level: density of the surface.
+    views: v rendered views, whose surfaces are fused; see `fusion.distances`.
     min_faces: connected parts with fewer faces are removed.
     most_faces: merges edges until about so many faces are left; None: keeps all.
 
   Raises:
-    ExportError: the box has no surface of this density.
+    ExportError: the box has no surface.
   """
   measure = library('skimage.measure')
   contract, to_world = space
   bounds, width = grid_of(box, contract, resolution)
   axes = [np.arange(low, high + width, width) for low, high in bounds]  # Each is [cells + 1].
-  volume = np.empty([len(axis) for axis in axes], np.float32)
-  for i, x in enumerate(progress.track(axes[0], 'density')):
-    z = np.stack(np.meshgrid([x], axes[1], axes[2], indexing='ij'), -1).reshape(-1, 3)
-    volume[i] = field(params, z, width).reshape(volume.shape[1:])
+  volume, known = fusion.distances(views, axes, to_world, box, width)
   no_surface = points.ExportError(
-    f'No view shows a surface of density {level:g} in the box {np.round(box, 3).tolist()} '
-    '(normalised units). Choose a larger --box or a lower --density.'
+    f'No view shows a surface in the box {np.round(box, 3).tolist()} (normalised units). '
+    'Choose a larger --box, or train longer.'
   )
-  if not volume.min() < level < volume.max():
+  if not known.any() or not volume[known].min() < 0 < volume[known].max():
     raise no_surface
-  index, faces, _, _ = measure.marching_cubes(volume, level)
-  faces = faces[:, ::-1]  # scikit-image orders them clockwise, seen from low density.
+  # A vertex between a corner that is known and one that is not has no place, and is removed below.
+  index, faces, _, _ = measure.marching_cubes(np.where(known, -volume, np.nan), 0)
+  faces = faces[:, ::-1]  # scikit-image orders them clockwise, seen from the outside.
   z = bounds[:, 0] + width * index  # [m, 3]
-  xyz = np.asarray(to_world(jnp.asarray(z, jnp.float32)), np.float64)
-  votes = points.support(xyz, views, 0.05)
+  xyz = np.asarray(to_world(jnp.asarray(z, jnp.float32)), np.float64)  # nan stays nan.
+  slack = 2 * fusion.TRUNCATION * width * fusion.stretch(z, to_world)
+  votes = points.support(xyz, views, 0.05, slack)
   kept = points.in_box(xyz, box) & (votes.seen > 0)  # [m]
   faces = _large_parts(faces[kept[faces].all(-1)], len(xyz), min_faces)
   if not len(faces):
     raise no_surface
   used, faces = np.unique(faces, return_inverse=True)
-  mesh = Mesh(xyz[used], faces.reshape(-1, 3), votes.colors[used])
+  # Where views agree closely, only their colours count.
+  close = points.support(xyz[used], views, 0.05)
+  colors = np.where(close.seen[:, None] > 0, close.colors, votes.colors[used])
+  mesh = Mesh(xyz[used], faces.reshape(-1, 3), colors)
   if most_faces is None or len(mesh.faces) <= most_faces:
     return mesh
   return _simplified(mesh, z[used], to_world, most_faces)

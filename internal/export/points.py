@@ -84,31 +84,49 @@ class Support:
   colors: np.ndarray  # [m, 3] uint8, mean colour in the `seen` views, weighted by 1 / depth^2.
 
 
-def support(xyz: np.ndarray, views: Views, tolerance: float = 0.03) -> Support:
+def seen_at(
+  cams: structs.Cameras, k: int, xyz: np.ndarray
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], np.ndarray]:
+  """Projects points [m, 3] into the pinhole camera k.
+
+  Returns:
+    The rows of the n points in its picture [n], their pixels (rows [n], columns [n]), and their
+    depths along the optical axis [n].
+  """
+  pose = np.asarray(cams.camtoworld, np.float64)[k]
+  x, y, back = ((xyz - pose[:, 3]) @ pose[:, :3]).T  # Each is [m].
+  focal_x, focal_y = 1 / np.asarray(cams.pixtocam, np.float64)[k, [0, 1], [0, 1]]
+  width, height = np.asarray(cams.size)[k]
+  with np.errstate(all='ignore'):
+    u, v = width / 2 - focal_x * x / back, height / 2 + focal_y * y / back
+    inside = (back < 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)  # [m]
+  rows = np.flatnonzero(inside)
+  return rows, (v[rows].astype(int), u[rows].astype(int)), -back[rows]
+
+
+def support(xyz: np.ndarray, views: Views, tolerance: float = 0.03, slack=0.0) -> Support:
   """Compares the depths of points with the depth maps of all views.
 
   Args:
     xyz: [m, 3] world.
     views: v views.
     tolerance: relative difference of depths up to which a point is on a view's surface.
+    slack: difference of depths that is always allowed, for all points or [m].
   """
   seen, through = np.zeros((2, len(xyz)), np.int32)
   colors, weights = np.zeros((len(xyz), 3)), np.full((len(xyz), 1), 1e-30)
-  for k, pose in enumerate(np.asarray(views.cams.camtoworld, np.float64)):
-    x, y, back = ((xyz - pose[:, 3]) @ pose[:, :3]).T  # Each is [m].
-    focal_x, focal_y = 1 / np.asarray(views.cams.pixtocam, np.float64)[k, [0, 1], [0, 1]]
-    width, height = np.asarray(views.cams.size)[k]
-    with np.errstate(all='ignore'):
-      u, v = width / 2 - focal_x * x / back, height / 2 + focal_y * y / back
-      inside = (back < 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)  # [m]
-    rows = np.flatnonzero(inside)
-    pixel = v[rows].astype(int), u[rows].astype(int)
-    difference = -back[rows] / views.depth(k)[pixel] - 1  # [inside]
-    through[rows] += difference < -tolerance
-    hit = np.abs(difference) <= tolerance
+  slack = np.broadcast_to(slack, len(xyz))
+  for k in range(len(views.images)):
+    rows, pixel, ahead = seen_at(views.cams, k, xyz)
+    depth = views.depth(k)[pixel]  # [inside]
+    allowed = np.maximum(tolerance * depth, slack[rows])
+    with np.errstate(invalid='ignore'):  # Without a surface, the depth is infinite.
+      behind = ahead - depth
+      hit = np.abs(behind) <= allowed * np.isfinite(depth)
+    through[rows] += (behind < 0) & ~hit
     rows = rows[hit]
     seen[rows] += 1
-    weight = back[rows, None] ** -2.0  # [hit, 1]
+    weight = ahead[hit, None] ** -2.0  # [hit, 1]
     weights[rows] += weight
     colors[rows] += weight * views.images[k]['rgb'][pixel][hit]
   return Support(seen, through, np.round(255 * np.clip(colors / weights, 0, 1)).astype(np.uint8))
