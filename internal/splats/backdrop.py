@@ -15,8 +15,8 @@ from .. import cameras, structs
 from . import gaussians
 from .surfaces import SHELL
 
-_DISTANCE = 2 * SHELL  # So that they lie behind all others, whose depth is at most SHELL.
-_COUNT = 500  # Directions on the whole sphere: 9 degrees apart.
+_DISTANCE = 1.5 * SHELL  # So that they lie behind all others, whose depth is at most SHELL.
+_COUNT = 700  # Directions on the whole sphere: 8 degrees apart.
 _SHARE = 0.1  # At most this part of all Gaussians closes the background.
 _RAYS = 65  # Along each side of a camera's picture, to find what it covers.
 _MOST_CAMERAS = 100
