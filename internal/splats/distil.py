@@ -18,7 +18,7 @@ _FIRST = 0.6  # Part of the Gaussians that the first ones are; the fit adds the 
 _RELOCATIONS = 30  # Over the fit, all before the last fifth of its steps.
 _REST = 10  # Steps between relocations, at least.
 _REPORTS = 10  # Progress lines.
-_SPARE = 1.3  # Room in the lists of pairs over the most that a picture needed so far.
+_SPARE = 1.6  # Room in the lists of pairs over the most that a picture needed; more is compiled.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Options:
   """How to distil."""
 
   max_splats: int = 1_000_000
-  steps: int = 7000  # One picture each.
+  steps: int = 10_000  # One picture each.
   views: int = 400  # Pictures of the field, from which a step draws one.
   photo_share: float = 0.5  # Part of the steps that take a training photograph instead.
   seed: int = 0
@@ -116,7 +116,8 @@ def optimise(
   state, rng = fit.start(splats), np.random.default_rng(options.seed)
   capacity = _capacity(needed_pairs(state.splats, field.cameras))
   relocate_every = max(_REST, round(0.8 * options.steps / _RELOCATIONS))
-  say_every, errors, began = max(1, options.steps // _REPORTS), [], time.monotonic()
+  say_every, began = max(1, options.steps // _REPORTS), time.monotonic()
+  total = jnp.zeros(())  # Of squared errors since the last report.
   for k in range(options.steps):
     source = photos if photos.cameras and rng.uniform() < options.photo_share else field
     row = rng.integers(len(source.cameras))
@@ -124,19 +125,19 @@ def optimise(
     state, error = fit.step(
       state, source.cameras[row], source.colors[row], background, done, capacity
     )
-    errors.append(error)
+    total += error
     last = k + 1 == options.steps
     if (k + 1) % relocate_every == 0 and k < 0.8 * options.steps:
       capacity, state = _grown(capacity, state)
       state = fit.relocate(state, jax.random.key(k))
     if (k + 1) % say_every == 0 or last:
       capacity, state = _grown(capacity, state)
-      psnr = -10 * np.log10(np.mean(np.asarray(jnp.stack(errors))))
+      psnr = -10 * np.log10(float(total) / ((k % say_every) + 1))
+      total = jnp.zeros(())
       alive = int(jnp.sum(jax.nn.sigmoid(state.splats.opacity_logits) >= fit.DEAD))
       left = (time.monotonic() - began) / (k + 1) * (options.steps - k - 1)
       text = f'step {k + 1:,}/{options.steps:,}  PSNR {psnr:.2f}  {alive:,} Gaussians'
       progress.say(f'{text}  {progress.duration(left)} left')
-      errors.clear()
   return state.splats
 
 
