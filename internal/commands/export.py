@@ -153,16 +153,15 @@ def export_splats(args, run: trained.TrainedRun, out: str, offset: np.ndarray) -
   began = time.monotonic()
   splats = closed_splats(run, options)
   about = {'splats': len(splats.means), 'step': run.step, 'seconds': time.monotonic() - began}
-  about |= dataclasses.asdict(options) | distil.measure(splats, run)
-  if 'page' in args.what:
-    title = os.path.basename(os.path.abspath(args.run))
-    page.write(os.path.join(out, _PAGE), splats, run.scene, title)
-  splats = formats.moved(splats, to_file)
   path = {name: os.path.join(out, name) for name in _SPLAT_FILES}
+  in_capture = formats.moved(splats, to_file)
+  formats.write_ply(path['splats.ply'], in_capture)
+  formats.write_spz(path['splats.spz'], in_capture)
   if 'page' in args.what:
     path[_PAGE] = os.path.join(out, _PAGE)
-  formats.write_ply(path['splats.ply'], splats)
-  formats.write_spz(path['splats.spz'], splats)
+    page.write(path[_PAGE], splats, run.scene, os.path.basename(os.path.abspath(args.run)))
+  # Last, since it renders the test images with the field too.
+  about |= dataclasses.asdict(options) | distil.measure(splats, run)
   files.write_text(os.path.join(out, 'splats.json'), json.dumps(about, indent=1))
   note = f'{len(splats.means):,} Gaussians'
   written = {k: f'{v}  ({note}, {os.path.getsize(v) / 1e6:.1f} MB)' for k, v in path.items()}
