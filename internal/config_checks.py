@@ -31,16 +31,21 @@ _RANGES = {
       'factor', 'micro_batches', 'checkpoint_keep', 'max_skipped_updates', 'gc_every',
       'train_render_every', 'train_render_images', 'eval_dataset_limit', 'eval_crop_borders',
       'vis_num_rays', 'bottleneck_width', 'net_depth_viewdirs', 'deg_view', 'num_glo_features',
-      'steps_per_dispatch',
+      'steps_per_dispatch', 'skip_layer_dir', 'gradient_scaling',
     ),
     (0, None),
   ),
   'dtu_light_cond': (0, 7),
+  'grid_coarse_to_fine': (0, 1),
+  'depth_loss_rays': (0, 1),
   'min_images_fraction': (0, 1),
   'render_video_crf': (0, 51),
 }  # fmt: skip
 _MAX_FAR = 1e8  # The square of a much larger distance overflows float32.
-_POSITIVE = ('charb_padding', 'interlevel_blur', 'lr_init', 'lr_final', 'near_anneal_rate')
+_POSITIVE = (
+  'charb_padding', 'interlevel_blur', 'lr_init', 'lr_final', 'near_anneal_rate',
+  'grid_decay_growth', 'grid_init', 'grid_gain', 'depth_loss_rays',
+)  # fmt: skip
 
 
 def problem(settings: Any, plugged: Mapping[str, Collection[str]]) -> str | None:
@@ -183,6 +188,9 @@ def _config_conflict(config: Any) -> str | None:
       f'Config.far must be at most {_MAX_FAR:g}, got {config.far:g}: the square of a larger '
       'distance overflows float32. Use 1e6, which is far enough for any sky.'
     )
+  power = config.distortion_power
+  if power is not None and not (len(power) == 2 and power[1] > 0):
+    return f'Config.distortion_power must be (lambda, scale) with scale > 0, got {power}.'
   return None
 
 

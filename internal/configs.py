@@ -91,9 +91,17 @@ class Config(Checked):
   interlevel_loss_type: Literal['bound', 'blur'] = 'bound'  # Eq. 13, or Zip-NeRF's smooth one.
   interlevel_blur: Sequence[float] = (0.03, 0.003)  # 'blur': half-width in s per proposal level.
   distortion_loss_mult: float = 0.01  # Multiplier of the distortion loss, Eq. 15 (0: none).
+  # (lambda, scale): the distortion loss is of P(scale t, lambda), the power ladder of metric
+  # distance t; Zip-NeRF has (-0.25, 1e4). None: of s.
+  distortion_power: Sequence[float] | None = None
+  # Multiplier of the mean distance in s from COLMAP's points to the weights of rays that see them
+  # (0: none). Points with a large reprojection error count less.
+  depth_loss_mult: float = 0.0
+  depth_loss_rays: float = 0.1  # Fraction of a step's rays that see such points.
   # Multiplier of the squared norm for each named part: {'nerf_mlp': 0.1, 'prop_mlp/trunk_0': 1}.
   weight_decay_mults: dict[str, float] = dataclasses.field(default_factory=dict)
   grid_decay_mult: float = 0.0  # Multiplier of the hash tables' mean squares, summed over levels.
+  grid_decay_growth: float = 1.0  # Factor on grid_decay_mult from a level to the next finer one.
   # Multiplier of each plugged-in loss by name; those without one are not computed.
   loss_mults: dict[str, float] = dataclasses.field(default_factory=dict)
   lr_init: float = 0.002  # Learning rate at step 0, before warm-up.
@@ -162,6 +170,7 @@ class MLP(Checked):
   net_depth_viewdirs: int = 1  # Number of view-dependent layers (0: none).
   net_width_viewdirs: int = 128  # Width of each view-dependent layer.
   skip_layer: int = 4  # k: the outputs of layers k + 1, 2k + 1, ... get the encoding appended.
+  skip_layer_dir: int = 0  # Likewise for view-dependent layers and their input (0: none).
   encoding: Literal['ipe', 'grid'] = 'ipe'  # Integrated positional encoding, or hash grid.
   # Constructor arguments of the encoding, which override those from the settings below.
   encoding_options: dict[str, object] = dataclasses.field(default_factory=dict, hash=False)
@@ -178,9 +187,18 @@ class MLP(Checked):
   grid_max_resolution: int | Sequence[int] = 8192  # Cells per side, finest level.
   grid_log2_size: int | Sequence[int] = 21  # Maximum number of rows of a level's table, as log2.
   grid_features: int | Sequence[int] = 4  # Features per row of a table.
+  grid_init: float | Sequence[float] = 1e-4  # Tables start uniform in [-grid_init, grid_init].
+  grid_gain: float | Sequence[float] = 1.0  # Factor on the tables' features.
+  # Append 2 w - 1 times a learned scale for each level, where w is its weight for the Gaussian's
+  # size: the MLP can tell features near 0 from faded ones.
+  grid_fading_features: bool | Sequence[bool] = False
+  # Fraction of training over which levels come in, coarse to fine (0: all from the start).
+  grid_coarse_to_fine: float | Sequence[float] = 0.0
   # Contraction of space before encoding (None: none).
   warp_fn: Literal['contract', 'donerf', 'inverted_sphere'] | Callable | None = None
-  density_bias: float = -1.0  # Added to raw density before the softplus.
+  # Density as a function of raw density; the gradient of 'exp' is bounded above exp(15).
+  density_activation: Literal['softplus', 'exp'] = 'softplus'
+  density_bias: float = -1.0  # Added to raw density before density_activation.
   density_noise: float = 0.0  # Standard deviation of noise on raw density in training.
   rgb_padding: float = 0.001  # Colours are in [-padding, 1 + padding].
   rgb_bias: float = 0.0  # Added to raw colour before the sigmoid, after rgb_premultiplier.
@@ -237,6 +255,8 @@ class Model(Checked):
   num_levels: int = 3  # Number of levels: proposal levels, then the last one.
   # Function g of Eq. 11: intervals are spaced evenly in g(distance) (None: identity).
   raydist_fn: _RayDistance | Callable | None = None
+  # Arguments of raydist_fn. 'power' has {'lam': -1.5, 'scale': 1.0}: P(scale t, lam).
+  raydist_options: dict[str, object] = dataclasses.field(default_factory=dict, hash=False)
   ray_shape: Literal['cone', 'cylinder'] = 'cone'  # Shape of a pixel's ray; 'cylinder' for NDC.
   num_multisamples: Literal[0, 6] = 0  # Gaussians per interval: one (0), or Zip-NeRF's six.
   multisample_proposals: bool = True  # False: proposal levels have one Gaussian per interval.
@@ -246,6 +266,9 @@ class Model(Checked):
   dilation_bias: float = 0.0025  # Added to that dilation, in s.
   single_jitter: bool = True  # One random offset per ray (False: one per interval).
   stop_level_grad: bool = True  # Block gradients from a level's intervals to the level before.
+  # Closer to the camera than this, in world units, gradients of density and colour are scaled by
+  # (distance / this)^2, against floaters near cameras (0: off).
+  gradient_scaling: float = 0.0
   single_mlp: bool = False  # The NeRF MLP serves all levels; there is no proposal MLP.
   separate_prop_mlps: bool = False  # One PropMLP per proposal level; hash grids need this.
   outside_mlps: bool = False  # NeRF++: separate MLPs for positions outside the unit sphere.

@@ -4,7 +4,8 @@ Notation: points `x` [..., 3]; Gaussians `mean` [..., 3] and `cov` [..., 3, 3]; 
 distance `t` and normalised distance `s` in [0, 1]. `...` is any batch shape.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -95,9 +96,48 @@ def linearize(fn: Callable[[Array], Array], mean: Array, cov: Array) -> tuple[Ar
   return warped, columns(jnp.swapaxes(half, -1, -2))  # [..., c, c], J (J cov)^T
 
 
-# Pairs (g, inverse of g) for Eq. 11. 'power' is the family of arXiv:2304.06706 at lambda = -1.5.
-_POWER = -1.5
-_POWER_SCALE = abs(_POWER - 1)
+def power_ladder(lam: float = -1.5, scale: float = 1.0) -> tuple[Callable, Callable]:
+  """Returns the power ladder g(t) = P(scale t, lam) and its inverse (arXiv:2304.06706).
+
+  P(x, lam) = |lam - 1| / lam ((x / |lam - 1| + 1)^lam - 1), for x >= 0 (arXiv:2502.12140). It is x
+  at lam = 1, and in the limits log(1 + x) at 0, exp(x) - 1 at infinity and 1 - exp(-x) at minus
+  infinity. Its slope at x = 0 is 1; with lam below 1 it flattens with x.
+
+  Both functions are elementwise. Rounding costs 1e-7 / |lam|: instead of |lam| < 0.01, use 0.
+
+  Args:
+    lam: the exponent lambda.
+    scale: factor on distances, positive.
+
+  Raises:
+    UserError: scale is not positive, or lam is not a number.
+  """
+  if not scale > 0 or lam != lam:
+    raise UserError(f'The power ladder needs scale > 0 and a number lam, got {scale} and {lam}.')
+  limits = {
+    1: (lambda t: scale * t, lambda y: y / scale),
+    0: (lambda t: jnp.log1p(scale * t), lambda y: jnp.expm1(y) / scale),
+    np.inf: (lambda t: jnp.expm1(scale * t), lambda y: jnp.log1p(y) / scale),
+    # Rounding can take y to 1 at the far plane, where the logarithm would be infinite.
+    -np.inf: (
+      lambda t: -jnp.expm1(-scale * t),
+      lambda y: -jnp.log1p(-jnp.minimum(y, 1 - math.EPS)) / scale,
+    ),
+  }
+  if lam in limits:
+    return limits[lam]
+  size = abs(lam - 1)
+  unit = size / scale
+  # Rounding can take the base below 0 at the far plane, where the power would be NaN. This bound is
+  # passed where the distance is beyond 1e13 units.
+  least = 10 ** min(0, max(-20, 40 / 3 * lam))
+  return (
+    lambda t: size / lam * ((t / unit + 1) ** lam - 1),
+    lambda y: unit * (jnp.maximum(y * lam / size + 1, least) ** (1 / lam) - 1),
+  )
+
+
+# Pairs (g, inverse of g) for Eq. 11.
 for _name, _curve in {
   'identity': (lambda x: x, lambda x: x),
   'reciprocal': (lambda x: 1 / x, lambda x: 1 / x),
@@ -106,19 +146,16 @@ for _name, _curve in {
     lambda x: jnp.where(x < 1, 0.5 * x, 1 - 0.5 / jnp.maximum(x, 1)),
     lambda y: jnp.where(y < 0.5, 2 * y, 0.5 / jnp.maximum(1 - y, math.TINY)),
   ),
-  'power': (
-    lambda x: _POWER_SCALE / _POWER * ((x / _POWER_SCALE + 1) ** _POWER - 1),
-    # Rounding can take the base below 0 at the far plane, where the power would be NaN.
-    lambda y: (
-      _POWER_SCALE * (jnp.maximum(y * _POWER / _POWER_SCALE + 1, 1e-20) ** (1 / _POWER) - 1)
-    ),
-  ),
 }.items():
-  plugins.ray_distance(_name)(lambda curve=_curve: curve)
+  plugins.ray_distance(_name)(functools.partial(tuple, _curve))
+plugins.ray_distance('power')(power_ladder)
 
 
 def ray_warps(
-  name: str | None, near: float | Array, far: float | Array
+  name: str | None,
+  near: float | Array,
+  far: float | Array,
+  options: Mapping[str, object] | None = None,
 ) -> tuple[Callable, Callable]:
   """Returns the maps between metric and normalised ray distance (Eq. 11 of arXiv:2111.12077).
 
@@ -126,16 +163,18 @@ def ray_warps(
 
   Args:
     name: 'reciprocal' (linear in disparity), 'log', 'identity' (or None), 'piecewise' (linear up
-      to t = 1, then in disparity), 'power' (arXiv:2304.06706), or another in plugins.ray_distance.
+      to t = 1, then in disparity), 'power' (`power_ladder`), or another in plugins.ray_distance.
     near: metric distance at s = 0.
     far: metric distance at s = 1. The bounds are checked only if neither is a JAX array.
+    options: arguments of the curve, such as `power_ladder`'s.
 
   Returns:
     (t_to_s, s_to_t), elementwise functions of arrays of any shape. s_to_t is clipped to
     [near, far].
 
   Raises:
-    UserError: the name is unknown, not 0 <= near < far, or near is 0 with 'reciprocal' or 'log'.
+    UserError: the name is unknown, the curve has no such options, not 0 <= near < far, or near is 0
+      with 'reciprocal' or 'log'.
   """
   name = name or 'identity'
   if name not in plugins.ray_distance:
@@ -146,7 +185,12 @@ def ray_warps(
     raise UserError(f'Ray warps require 0 <= near < far, got near {near} and far {far}.')
   if known and near == 0 and name in ('reciprocal', 'log'):
     raise UserError(f'Ray warp {name!r} requires near > 0; set Config.near, for example to 0.1.')
-  fwd, inv = plugins.ray_distance[name]()
+  try:
+    fwd, inv = plugins.ray_distance[name](**(options or {}))
+  except TypeError as e:
+    raise UserError(
+      f'Model.raydist_options must be arguments of the ray distance {name!r}, got {options} ({e}).'
+    ) from None
   g_near, g_far = fwd(jnp.float32(near)), fwd(jnp.float32(far))
 
   def t_to_s(t):

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import configs, plugins, stepfun, structs
+from . import configs, coord, math, plugins, stepfun, structs
 from .errors import UserError
 
 Array = jax.Array
@@ -81,9 +81,45 @@ def interlevel_blur(history: Sequence[structs.RayHistory], half_widths: Sequence
   return sum(losses, jnp.zeros(()))
 
 
-def distortion(history: Sequence[structs.RayHistory]) -> Array:
-  """Computes the distortion loss of the last level (Eq. 15), averaged over rays."""
-  return jnp.mean(stepfun.lossfun_distortion(history[-1].sdist, history[-1].weights))
+def distortion(
+  history: Sequence[structs.RayHistory], power: Sequence[float] | None = None
+) -> Array:
+  """Computes the distortion loss of the last level (Eq. 15), averaged over rays.
+
+  Args:
+    history: all levels, the last one last.
+    power: (lambda, scale) of the `coord.power_ladder` of metric distances, on which the loss is
+      computed as in arXiv:2304.06706; None for normalised distances.
+  """
+  last = history[-1]
+  t = last.sdist if power is None else coord.power_ladder(*power)[0](last.tdist)
+  return jnp.mean(stepfun.lossfun_distortion(t, last.weights))
+
+
+def depth(history: Sequence[structs.RayHistory], distance: Array, certainty: Array) -> Array:
+  """Computes the mean distance in s from known points to the last level's weights.
+
+  For a ray that sees a point at s', the integral of w(s) |s - s'|, where light that passes all
+  intervals counts as weight at s = 1. It is linear in |s - s'|, so that wrong points pull no
+  harder than others, and 0 for a surface at the point.
+
+  Args:
+    history: all levels, the last one last.
+    distance: [...] metric distance t of each ray's point.
+    certainty: [...] factor on each ray's term, 0 for rays without a point.
+
+  Returns:
+    The mean over all rays.
+  """
+  last = history[-1]
+  a, b = last.sdist[..., :-1], last.sdist[..., 1:]
+  s = math.sorted_interp(distance[..., None], last.tdist, last.sdist)  # [..., 1]
+  inside = jnp.clip(s, a, b)
+  within = ((inside - a) ** 2 + (b - inside) ** 2) / (2 * jnp.maximum(b - a, math.SMALL))
+  gap = within + jnp.abs(s - inside)  # Mean of |u - s| over an interval, [..., n].
+  passed = jnp.maximum(0, 1 - jnp.sum(last.weights, -1))
+  per_ray = jnp.sum(last.weights * gap, -1) + passed * (1 - s[..., 0])
+  return jnp.mean(certainty * per_ray)
 
 
 def weight_decay(params, mults: dict[str, float]) -> Array:
@@ -110,15 +146,25 @@ def weight_decay(params, mults: dict[str, float]) -> Array:
   return total_decay
 
 
-def grid_decay(params) -> Array:
+def grid_decay(params, growth: float = 1.0) -> Array:
   """Computes the mean square of each hash table, summed over all levels and MLPs.
 
   With a sum, coarse levels would hardly count, as their tables have few entries; with the mean all
   levels count alike (normalised weight decay, arXiv:2304.06706). Dense layers are not included.
+
+  Args:
+    params: nested dict of parameters.
+    growth: factor on a level's term for each coarser level below it.
   """
-  # Only MLPs with encoding = 'grid' have this entry; it holds a table [size, f] per level.
+  # Only MLPs with encoding = 'grid' have this entry; it holds table_0 [size, f], the coarsest, ...
   fields = [part['grid'] for part in params.values() if 'grid' in part]
-  return sum((jnp.mean(x**2) for x in jax.tree.leaves(fields)), jnp.zeros(()))
+  total_decay = jnp.zeros(())
+  for field in fields:
+    for name in sorted(field):
+      if name.startswith('table_'):
+        mean, factor = jnp.mean(field[name] ** 2), growth ** int(name.removeprefix('table_'))
+        total_decay += mean if factor == 1 else factor * mean
+  return total_decay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +210,19 @@ def _interlevel(inputs: Inputs) -> Array:
   return interlevel(inputs.history)
 
 
-plugins.loss('distortion')(lambda inputs: distortion(inputs.history))
+plugins.loss('distortion')(lambda i: distortion(i.history, i.config.distortion_power))
+
+
+@plugins.loss('depth')
+def _depth(inputs: Inputs) -> Array:
+  batch = inputs.batch
+  if batch.distance is None:
+    raise UserError('Config.depth_loss_mult needs a capture with sparse points; set it to 0.')
+  return depth(inputs.history, batch.distance, batch.certainty)
+
+
 plugins.loss('weight_decay')(lambda i: weight_decay(i.params, i.config.weight_decay_mults))
-plugins.loss('grid_decay')(lambda inputs: grid_decay(inputs.params))
+plugins.loss('grid_decay')(lambda i: grid_decay(i.params, i.config.grid_decay_growth))
 
 
 def _multipliers(config: configs.Config) -> dict[str, float]:
@@ -178,6 +234,7 @@ def _multipliers(config: configs.Config) -> dict[str, float]:
     'data_coarse': config.data_coarse_loss_mult,
     'interlevel': config.interlevel_loss_mult,
     'distortion': config.distortion_loss_mult,
+    'depth': config.depth_loss_mult,
     'weight_decay': 1.0 if config.weight_decay_mults else 0.0,  # It has its own multipliers.
     'grid_decay': config.grid_decay_mult,
   }

@@ -33,6 +33,36 @@ def _safe_exp_jvp(primals, tangents):
   return y, y * tangents[0]
 
 
+_MAX_SLOPE_EXP = 15.0  # exp(15) is 3e6.
+
+
+@jax.custom_jvp
+def truncated_exp(x: Array) -> Array:
+  """Computes exp(min(x, 88)) with the derivative exp(min(x, 15)), which cannot overflow a product.
+
+  Gradients are exact up to x = 15 and too small beyond, but of the right sign.
+  """
+  return safe_exp(x)
+
+
+@truncated_exp.defjvp
+def _truncated_exp_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  return truncated_exp(x), jnp.exp(jnp.minimum(x, _MAX_SLOPE_EXP)) * dx
+
+
+@jax.custom_jvp
+def scale_gradient(x: Array, factor: Array) -> Array:
+  """Returns x, bit for bit; its gradient is multiplied by `factor`, which gets none itself."""
+  return x
+
+
+@scale_gradient.defjvp
+def _scale_gradient_jvp(primals, tangents):
+  x, factor = primals
+  return x, factor * tangents[0]
+
+
 def safe_log(x: Array) -> Array:
   """Computes log(max(x, smallest normal float32)), so that log(0) is about -87."""
   # `where`, because the gradient of `maximum` would multiply 0 by an overflowed 1 / TINY.

@@ -68,7 +68,7 @@ class Model(nn.Module):
       A Rendering (None if the level has no colour) and a RayHistory for each level.
     """
     cfg = self.config
-    _, s_to_t = coord.ray_warps(cfg.raydist_fn, self.near, self.far)
+    _, s_to_t = coord.ray_warps(cfg.raydist_fn, self.near, self.far, cfg.raydist_options)
     glo = self._appearance(rays, use_glo)
     start = jnp.zeros_like(rays.radii) + self._first_endpoint(train_frac)  # [..., 1]
     one = jnp.ones_like(start)
@@ -79,7 +79,12 @@ class Model(nn.Module):
       sdist = self._resample(sample_key, level, sdist, weights, train_frac)  # [..., n + 1]
       tdist = s_to_t(sdist)  # [..., n + 1]
       gaussians = self._cast(sample_key, level, rays, tdist)  # [..., n]
-      density, rgb = self._query(mlp_key, level, rays, gaussians, glo)  # [..., n], [..., n, 3]
+      # [..., n], [..., n, 3]
+      density, rgb = self._query(mlp_key, level, rays, gaussians, glo, train_frac)
+      if cfg.gradient_scaling > 0:
+        scale = render.gradient_scale(tdist, rays.directions, cfg.gradient_scaling)  # [..., n]
+        density = math.scale_gradient(density, scale)
+        rgb = None if rgb is None else math.scale_gradient(rgb, scale[..., None])
       weights = render.compute_alpha_weights(density, tdist, rays.directions, cfg.opaque_background)
       history.append(structs.RayHistory(sdist, tdist, weights, rgb))
       background = self._background(bg_key, rays)
@@ -89,31 +94,37 @@ class Model(nn.Module):
       )  # fmt: skip
     return renderings, history
 
-  def last_density(self, rays: structs.Rays, tdist: Array, shift: Array) -> Array:
+  def last_density(
+    self, rays: structs.Rays, tdist: Array, shift: Array, train_frac: float | Array = 1.0
+  ) -> Array:
     """Returns density [..., n] of the last level at shifted positions.
 
     Args:
       rays: rays with leading axes [...].
       tdist: [..., n + 1] endpoints of the intervals.
       shift: [..., n, 3] added to the means of the intervals' Gaussians.
+      train_frac: fraction of training completed, in [0, 1].
     """
     level = self.config.num_levels - 1
     gaussians = self._cast(None, level, rays, tdist)
     extra_axes = gaussians.mean.ndim - shift.ndim  # 1 if multisampled: [..., n, k, 3].
     shift = shift.reshape(*shift.shape[:-1], *(1,) * extra_axes, 3)
     gaussians = gaussians.replace(mean=gaussians.mean + shift)
-    return self._query(None, level, rays, gaussians, self._appearance(rays, False))[0]
+    return self._query(None, level, rays, gaussians, self._appearance(rays, False), train_frac)[0]
 
-  def field(self, rays: structs.Rays, gaussians: structs.Gaussians) -> tuple[Array, Array | None]:
+  def field(
+    self, rays: structs.Rays, gaussians: structs.Gaussians, train_frac: float | Array = 1.0
+  ) -> tuple[Array, Array | None]:
     """Returns density [..., n] and colour [..., n, 3] of the last level at any Gaussians [..., n].
 
-    Only the view directions of `rays` [...] are used. The appearance vector is zero.
+    Only the view directions of `rays` [...] are used. The appearance vector is zero. `train_frac`
+    is the fraction of training completed, in [0, 1].
     """
     level = self.config.num_levels - 1
     if self.config.multisampled(last=True):  # [..., n, 1, 3]: one Gaussian per interval.
       gaussians = jax.tree.map(lambda x, axes: jnp.expand_dims(x, -axes - 1), gaussians,
                                structs.Gaussians(1, 2))  # fmt: skip
-    return self._query(None, level, rays, gaussians, self._appearance(rays, False))
+    return self._query(None, level, rays, gaussians, self._appearance(rays, False), train_frac)
 
   def _num_samples(self, level: int) -> int:
     """Returns the number of intervals n at a level."""
@@ -165,10 +176,12 @@ class Model(nn.Module):
       gaussians = gaussians.replace(cov=jnp.zeros_like(gaussians.cov))
     return gaussians
 
-  def _query(self, key, level: int, rays: structs.Rays, gaussians: structs.Gaussians, glo):
+  def _query(
+    self, key, level: int, rays: structs.Rays, gaussians: structs.Gaussians, glo, train_frac
+  ):
     """Evaluates the level's MLP: density [..., n], and colour [..., n, 3] or None."""
     cfg = self.config
-    args = key, gaussians, rays.viewdirs if cfg.use_viewdirs else None, glo
+    args = key, gaussians, rays.viewdirs if cfg.use_viewdirs else None, glo, train_frac
     nerf = level == cfg.num_levels - 1 or cfg.single_mlp
     if cfg.separate_prop_mlps and not nerf:
       return self.prop_mlp[level](*args)

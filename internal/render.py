@@ -141,6 +141,25 @@ def _unit(x: Array) -> Array:
   return x / jnp.sqrt(jnp.where(norm_sq > 0, norm_sq, 1))
 
 
+def gradient_scale(tdist: Array, directions: Array, reach: float) -> Array:
+  """Computes the factor on gradients of samples near the camera, min(1, (d / reach)^2).
+
+  At a distance d from a camera, the number of its rays through a volume is as 1 / d^2. The factor
+  makes up for that, so that density does not grow first next to the cameras (arXiv:2305.02756).
+
+  Args:
+    tdist: [..., n + 1] endpoints of the intervals.
+    directions: [..., 3] ray directions; their norm converts t to length.
+    reach: distance in world units from which on gradients are unchanged, positive.
+
+  Returns:
+    [..., n] factors in [0, 1].
+  """
+  middle = (tdist[..., 1:] + tdist[..., :-1]) / 2
+  distance = middle * jnp.linalg.norm(directions, axis=-1, keepdims=True)
+  return jnp.minimum(1, (distance / reach) ** 2)
+
+
 def compute_alpha_weights(
   density: Array, tdist: Array, directions: Array, opaque_background: bool = False
 ) -> Array:

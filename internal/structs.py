@@ -19,6 +19,17 @@ LENS_NAMES = ('perspective', 'fisheye', 'panorama')
 
 
 @flax.struct.dataclass
+class Tracks:
+  """Pixels of training images that see a point whose distance is known, m of them."""
+
+  cam_idx: Array  # [m] int32, row among the training images.
+  x: Array  # [m] int32, column.
+  y: Array  # [m] int32, row.
+  distance: Array  # [m] metric distance, the ray's t at the point.
+  certainty: Array  # [m] in (0, 1].
+
+
+@flax.struct.dataclass
 class Supervision:
   """Training pixels of n images, and their weights.
 
@@ -31,6 +42,8 @@ class Supervision:
   pixels_before: Array | None = None  # [r] int32, pixels in earlier runs of the same image.
   pixels: Array | None = None  # [n] int32, training pixels of each image, at least one.
   first_run: Array | None = None  # [n + 1] int32, index of each image's first run.
+  tracks: Tracks | None = None
+  track_rays: int = flax.struct.field(pytree_node=False, default=0)  # Of a batch, from `tracks`.
 
 
 @flax.struct.dataclass
@@ -76,6 +89,8 @@ class Batch:
   rays: Rays
   rgb: Array  # [..., 3] in [0, 1].
   weight: Array | None = None  # [...] weights in the loss with mean 1; None: 1 each.
+  distance: Array | None = None  # [...] known distance t of what the ray sees; None: of none.
+  certainty: Array | None = None  # [...] of that distance, 0 where it is not known.
 
 
 @flax.struct.dataclass

@@ -455,3 +455,19 @@ def test_the_demo_ladder_is_that_of_the_paper():
       assert getattr(getattr(made[label], part), key) == value
       assert getattr(getattr(full, part), key) != value
   assert made['small NeRF MLP'].nerf_mlp.net_width < full.nerf_mlp.net_width
+
+
+@pytest.mark.parametrize(('config', 'file'), [('fast', 'zip'), ('grid', 'zip_grid')])
+def test_rows_of_zip_nerf_load_and_differ(config, file):
+  paths = [str(ROOT / 'configs' / f'360_{config}.gin')]
+  rows = ablations.choose(rows_file=str(ROOT / 'configs' / 'ablations' / f'{file}.txt'))
+  made = [ablations.make_runs(row, 'd', 'o', paths, [])[0].settings for row in rows]
+  hashes = {results_lib.config_hash(settings) for settings in made}
+  assert len(hashes) == len(rows) > 3
+  if config == 'grid':  # The last row is the config, at another length.
+    zipped = configs.load_config([str(ROOT / 'configs' / '360_zip.gin')])
+    parts = [(s.model, s.nerf_mlp, s.prop_mlp) for s in (made[-1], zipped)]
+    assert parts[0] == parts[1]
+    names = 'near', 'distortion_power', 'distortion_loss_mult', 'lr_init', 'grid_decay_mult'
+    for name in names:
+      assert getattr(made[-1].config, name) == getattr(zipped.config, name)

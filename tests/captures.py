@@ -93,6 +93,16 @@ def write_colmap(root, n=9, names=None, ext='.bin', camera=PINHOLE, size=SIZE, p
   return names, poses
 
 
+def write_tracks(root, xyz, error, seen_by) -> None:
+  """Writes points with tracks into the text model of `write_colmap`; ids of images start at 1."""
+  lines = [
+    ' '.join(map(str, (i, *point, 128, 128, 128, e, *(v for k in views for v in (k, 0)))))
+    for i, (point, e, views) in enumerate(zip(xyz, error, seen_by), 1)
+  ]
+  with open(os.path.join(root, 'sparse', '0', 'points3D.txt'), 'w') as f:
+    f.write('\n'.join([*lines, '']))
+
+
 def png_16(values: np.ndarray) -> bytes:
   """A PNG of uint16 [h, w, 1 to 4]: Pillow can write no colours of 16 bits."""
   height, width, channels = values.shape

@@ -96,6 +96,32 @@ def test_2d_points_and_tracks_are_skipped(tmp_path):
   np.testing.assert_array_equal(model.points.xyz, np.outer([1, 2, 3], [1, 2, 3]))
   np.testing.assert_array_equal(model.points.rgb[:, 0], [1, 2, 3])
   np.testing.assert_array_equal(model.points.error, [0.5, 1, 1.5])
+  assert model.points.seen_by.size == model.points.views.sum() == 0
+
+
+@pytest.mark.parametrize('ext', ['.bin', '.txt'])
+def test_tracks_are_read_if_asked_for(tmp_path, ext):
+  tracks = ((7, 4_000_000_000), (), (9,))
+  points = struct.pack('<Q', 3)
+  for i, track in enumerate(tracks):
+    points += struct.pack('<Q3d3BdQ', i, i, 0, 0, 9, 9, 9, 0.5, len(track))
+    points += b''.join(struct.pack('<II', image, 5) for image in track)
+  lines = [f'{i} {i} 0 0 9 9 9 0.5 {" ".join(f"{k} 5" for k in t)}' for i, t in enumerate(tracks)]
+  colmap.write_model(str(tmp_path), sample_model(), ext)
+  content = points if ext == '.bin' else '\n'.join(lines).encode()
+  (tmp_path / f'points3D{ext}').write_bytes(content)
+  points = colmap.read_model(str(tmp_path), with_tracks=True).points
+  assert points.seen_by.tolist() == [7, 4_000_000_000, 9]
+  assert points.views.tolist() == [2, 0, 1]
+  assert points.xyz[:, 0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize('track', ['1 0 x 0', '-1 0', '4294967296 0'])
+def test_damaged_tracks_are_refused(tmp_path, track):
+  colmap.write_model(str(tmp_path), sample_model(), '.txt')
+  (tmp_path / 'points3D.txt').write_text(f'5 1 2 3 255 0 9 0.25 {track}\n')
+  with pytest.raises(colmap.ModelError, match=r'points3D\.txt'):
+    colmap.read_model(str(tmp_path), with_tracks=True)
 
 
 def test_text_as_colmap_writes_it(tmp_path):

@@ -20,7 +20,8 @@ def shipped(name: str) -> configs.Settings:
 def test_all_configs_are_present():
   names = {os.path.splitext(os.path.basename(path))[0] for path in SHIPPED}
   assert names >= {'360', '360_glo4', 'blender_256', 'blender_512', 'llff_256', 'llff_512', 'tat',
-                   'demo', 'debug', '360_grid', '360_fast', 'blender_grid'}  # fmt: skip
+                   'demo', 'debug', '360_grid', '360_fast', 'blender_grid',
+                   '360_zip'}  # fmt: skip
 
 
 @pytest.mark.parametrize('path', SHIPPED, ids=os.path.basename)
@@ -56,6 +57,7 @@ def test_shipped_config_loads_from_any_folder(path, tmp_path, monkeypatch):
     ('360_grid', 77_550_072),  # No published count: ours, as in the headers.
     ('360_fast', 66_647_198),
     ('blender_grid', 60_800_694),
+    ('360_zip', 77_690_721),
     ('cpu', 2_695_086),
   ],
 )
@@ -193,6 +195,13 @@ def test_unknown_name_lists_the_nearest_known(binding, suggestion):
     ('PropMLP.grid_levels = (5, 6.5)', 'PropMLP.grid_levels must be int | Sequence[int]'),
     ("Config.interlevel_loss_type = 'spline'", "'bound', 'blur'"),
     ('Config.interlevel_blur = (0.03, 0)', 'Config.interlevel_blur must be positive'),
+    ('Config.distortion_power = (-0.25,)', 'Config.distortion_power must be (lambda, scale)'),
+    ('Config.distortion_power = (-0.25, 0.0)', 'scale > 0'),
+    ('Config.grid_decay_growth = 0.0', 'Config.grid_decay_growth must be positive'),
+    ('NerfMLP.grid_init = 0.0', 'NerfMLP.grid_init must be positive'),
+    ('NerfMLP.grid_coarse_to_fine = 1.5', 'NerfMLP.grid_coarse_to_fine must be 0 to 1'),
+    ("NerfMLP.density_activation = 'relu'", "'softplus', 'exp'"),
+    ('Model.gradient_scaling = -1.0', 'Model.gradient_scaling must be at least 0'),
     ('Model.raydist_fn = @jnp.sqrt', 'jnp.sqrt'),
     ("NerfMLP.warp_fn = 'fold'", "'contract'"),
     ("NerfMLP.weight_init = 'zeros'", "'he_uniform', 'he_normal'"),

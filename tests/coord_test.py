@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from finite import assert_finite
 
-from internal import coord, geopoly
+from internal import coord, geopoly, plugins
+from internal.errors import UserError
 
 BASIS = geopoly.generate_basis('icosahedron', 2)
 
@@ -173,6 +174,88 @@ class TestRayWarps:
       coord.ray_warps(None, 3.0, 2.0)
     with pytest.raises(ValueError, match='near > 0'):
       coord.ray_warps('reciprocal', 0.0, 1.0)
+
+
+def _ladder64(x, lam):
+  """The power ladder's definition in float64, for lambda away from its limits."""
+  size = abs(np.float64(lam) - 1)
+  return size / lam * ((np.float64(x) / size + 1) ** lam - 1)
+
+
+LADDER = [-np.inf, -3.0, -1.5, -0.25, 0.0, 0.5, 1.0, 2.0, np.inf]
+
+
+class TestPowerLadder:
+  @pytest.mark.parametrize('lam', LADDER)
+  def test_starts_at_0_with_slope_1_and_ascends(self, lam):
+    g, _ = coord.power_ladder(lam, 2.0)
+    value, slope = jax.value_and_grad(g)(jnp.float32(0))
+    assert (value, slope) == (0, 2)
+    y = np.asarray(g(jnp.linspace(0, 3, 50)))
+    assert np.all(np.diff(y) > 0)
+    bends = np.diff(y, 2)  # Down below lambda = 1, up above.
+    assert np.all(np.sign(np.where(abs(bends) < 2e-6, 0, bends)) == np.sign(lam - 1))
+
+  @pytest.mark.parametrize('lam', [-1.5, -0.25, 0.5, 2.0])
+  def test_matches_the_definition_of_scaled_distances(self, lam):
+    t = np.float32([0, 1e-3, 0.2, 1, 30, 1e3])
+    g, _ = coord.power_ladder(lam, 100.0)
+    np.testing.assert_allclose(g(t), _ladder64(100.0 * t, lam), rtol=2e-5)
+
+  @pytest.mark.parametrize(
+    ('limit', 'near'),
+    [(0, 1e-6), (0, -1e-6), (1, 1 + 1e-6), (1, 1 - 1e-6), (np.inf, 1e7), (-np.inf, -1e7)],
+  )
+  def test_limits(self, limit, near):
+    x = np.float32([0, 0.01, 0.5, 1, 4])
+    g, _ = coord.power_ladder(limit)
+    np.testing.assert_allclose(g(x), _ladder64(x, near), rtol=1e-4)
+
+  @pytest.mark.parametrize('lam', LADDER)
+  def test_inverse(self, lam):
+    g, inverse = coord.power_ladder(lam, 1.5)
+    x = np.float32([0, 0.01, 0.5, 1, 3])
+    np.testing.assert_allclose(inverse(g(x)), x, rtol=2e-4, atol=1e-6)
+
+  def test_the_default_is_the_curve_of_published_runs_bit_for_bit(self):
+    g, inverse = plugins.ray_distance['power']()
+    t = jnp.float32(np.logspace(-3, 6, 200))
+    y = 2.5 / -1.5 * ((t / 2.5 + 1) ** -1.5 - 1)
+    np.testing.assert_array_equal(g(t), y)
+    back = 2.5 * (jnp.maximum(y * -1.5 / 2.5 + 1, 1e-20) ** (1 / -1.5) - 1)
+    np.testing.assert_array_equal(inverse(y), back)
+
+  def test_rays_may_start_at_the_camera(self):
+    options = {'lam': -1.5, 'scale': 2.0}
+    t_to_s, s_to_t = coord.ray_warps('power', 0.0, 1e6, options)
+    t = np.asarray(s_to_t(jnp.linspace(0, 1, 101)))
+    assert t[0] == 0
+    np.testing.assert_allclose(t[-1], 1e6)
+    assert np.all(np.diff(t) > 0)
+    # Half of s is where 1 - (2 t / 2.5 + 1)^-1.5 is 1/2.
+    np.testing.assert_allclose(t[50], 1.25 * (2 ** (2 / 3) - 1), rtol=1e-4)
+    assert_finite(s_to_t, [0.0, 1e-7, 0.5, 1 - 1e-7, 1.0])
+    assert_finite(t_to_s, [0.0, 1e-7, 1.0, 1e6])
+
+  @pytest.mark.parametrize('lam', LADDER)
+  def test_finite(self, lam):
+    g, _ = coord.power_ladder(lam, 1e4 if lam <= 0 else 1.0)
+    assert_finite(g, [0.0, 1e-6, 1.0, 40.0] + [1e6] * (lam < 1))
+    _, s_to_t = coord.ray_warps('power', 0.0, 1e6, {'lam': min(lam, 2.0)})
+    assert_finite(s_to_t, [0.0, 1e-7, 0.5, 1 - 1e-7, 1.0])
+
+  @pytest.mark.parametrize(
+    ('name', 'options', 'message'),
+    [
+      ('power', {'scale': 0.0}, 'scale > 0'),
+      ('power', {'lam': np.nan}, 'a number lam'),
+      ('power', {'lamda': 1.0}, r"Model\.raydist_options .* 'power', got {'lamda'"),
+      ('log', {'lam': 1.0}, r"Model\.raydist_options .* 'log', got {'lam'"),
+    ],
+  )
+  def test_bad_options_are_named(self, name, options, message):
+    with pytest.raises(UserError, match=message):
+      coord.ray_warps(name, 0.2, 1e6, options)
 
 
 class TestProjection:

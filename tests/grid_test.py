@@ -351,6 +351,47 @@ class TestHashGrid:
     np.testing.assert_allclose(out, (one + other) / 2, atol=1e-5)
     assert np.abs(other).max() < 0.3 * np.abs(one).max()
 
+  def test_start_and_gain_of_the_tables(self):
+    gaussians = _gaussians((9,))
+    plain, start = _grid().init_with_output(KEY, gaussians)
+    more, other = _grid(init_bound=1e-5, gain=10.0).init_with_output(KEY, gaussians)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, 0.1 * a, atol=1e-10), start, other)
+    np.testing.assert_allclose(more, plain, atol=1e-9)  # A tenth, times ten.
+    params = _params()
+    wanted = 10 * _grid().apply(params, gaussians)
+    np.testing.assert_allclose(_grid(gain=10.0).apply(params, gaussians), wanted, rtol=1e-5)
+
+  @pytest.mark.parametrize('multisampled', [False, True])
+  def test_fading_features_follow_each_levels_features(self, multisampled):
+    params = _params(fading_features=True)
+    scales = params['params']['fading_scale']
+    assert scales.shape == (3,)
+    encoding = _grid(fading_features=True, multisampled=multisampled)
+    near, wide = _gaussians((4, 1), 0.01), _gaussians((4, 1), 0.2)
+    gaussians = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), near, wide)
+    out = np.asarray(encoding.apply(params, gaussians))
+    assert out.shape[-1] == encoding.num_features == 9
+    out = out.reshape(*out.shape[:-1], 3, 3)  # [..., level, feature]
+    tables = {'params': {k: v for k, v in params['params'].items() if k != 'fading_scale'}}
+    plain = np.asarray(_grid(multisampled=multisampled).apply(tables, gaussians))
+    np.testing.assert_allclose(out[..., :2].reshape(plain.shape), plain, atol=1e-6)
+    for i, n in enumerate((4, 16, 64)):
+      weight = np.array([math.erf(1 / (8**0.5 * n * s / 4)) for s in (0.01, 0.2)])
+      weight = weight.mean() if multisampled else weight[None]
+      np.testing.assert_allclose(out[..., i, 2] - (2 * weight - 1) * scales[i], 0, atol=1e-5)
+
+  def test_fading_features_start_as_large_as_the_tables(self):
+    variables = _grid(fading_features=True, init_bound=1e-5, gain=10.0).init(KEY, _gaussians((2,)))
+    np.testing.assert_allclose(variables['params']['fading_scale'], 1e-4, rtol=1e-6)
+
+  def test_levels_come_in_one_after_the_other(self):
+    grid_ = _grid(coarse_to_fine=0.4, fading_features=True)
+    wanted = {0.0: [1, 0, 0], 0.1: [1, 0.5, 0], 0.2: [1, 1, 0], 0.3: [1, 1, 0.5], 0.4: [1] * 3}
+    for frac, levels in {**wanted, 1.0: [1] * 3}.items():
+      np.testing.assert_allclose(grid_.detail(frac), np.repeat(levels, 3), atol=1e-6)
+    assert grid_.detail(0.1).shape == (grid_.num_features,)
+    assert _grid().detail(0.1) is None
+
   def test_large_gaussians_have_no_features(self):
     out = _grid().apply(_params(), _gaussians((9,), 1e5))
     assert np.abs(out).max() < 1e-3

@@ -105,8 +105,9 @@ def loss(settings, _):
     t = jnp.linspace(0.0, 1, 5)[None]
     history = [structs.RayHistory(t, t, w, None)] * 2
     rendering = structs.Rendering(rgb, w[:, 0], w[:, 0], w[:, :3])
-    params = {'nerf_mlp': {'grid': {'table_0': w}, 'a': w}}
-    return losses.total(config, params, [rendering] * 2, history, structs.Batch(None, rgb / 2))
+    params = {'nerf_mlp': {'grid': {'table_0': w, 'table_1': w}, 'a': w}}
+    batch = structs.Batch(None, rgb / 2, None, w[:, 0], w[:, 1])
+    return losses.total(config, params, [rendering] * 2, history, batch)
 
   return text_of(jax.make_jaxpr(total)(jnp.ones((1, 4)), jnp.ones((1, 3))))
 
@@ -172,6 +173,15 @@ def data(settings, folder):
   config = dataclasses.replace(settings.config, data_dir=os.path.join(folder, name))
   scene = datasets.load_dataset(config)
   return scene.loader, folder + name, scene.files, scene.test, scene.bounds, scene.cameras.size
+
+
+def tracked(settings, folder):
+  """How many of a batch's rays see a known point."""
+  captures.write_colmap(folder, ext='.txt')
+  captures.write_tracks(folder, [[0, 0, 0]], [0.5], [range(1, 10)])
+  config = dataclasses.replace(settings.config, data_dir=folder)
+  scene = datasets.load_dataset(config)
+  return pixel_store.training_cameras(config, scene).supervision.track_rays
 
 
 def which_light(settings, folder):
@@ -405,8 +415,12 @@ KNOBS = {
       "Config.interlevel_loss_type = 'blur'",
     ),
     'distortion_loss_mult': (loss, '0.5'),
+    'distortion_power': (loss, '(-0.25, 100.0)'),
     'weight_decay_mults': (loss, "{'nerf_mlp/a': 0.1}"),
+    'depth_loss_mult': (loss, '0.1'),
+    'depth_loss_rays': (tracked, '0.5', 'Config.depth_loss_mult = 0.1'),
     'grid_decay_mult': (loss, '0.1'),
+    'grid_decay_growth': (loss, '2.0', 'Config.grid_decay_mult = 0.1'),
     'loss_mults': (loss, "{'knob': 0.5}"),
     'lr_init': (optimizer, '0.1'),
     'lr_final': (optimizer, '0.001'),
@@ -456,6 +470,7 @@ KNOBS = {
     'num_nerf_samples': (model, '9'),
     'num_levels': (model, '3'),
     'raydist_fn': (model, "'log'"),
+    'raydist_options': (model, "{'scale': 2.0}", "Model.raydist_fn = 'power'"),
     'ray_shape': (model, "'cylinder'"),
     'num_multisamples': (model, '6'),
     'multisample_proposals': (model, 'False', 'Model.num_multisamples = 6'),
@@ -465,6 +480,7 @@ KNOBS = {
     'dilation_bias': (model, '0.1'),
     'single_jitter': (model, 'False'),
     'stop_level_grad': (model, 'False'),
+    'gradient_scaling': (model, '0.5'),
     'single_mlp': (model, 'True'),
     'separate_prop_mlps': (model, 'True'),
     'outside_mlps': (model, 'True'),
@@ -488,6 +504,7 @@ KNOBS = {
     'net_depth_viewdirs': (field, '2'),
     'net_width_viewdirs': (field, '9'),
     'skip_layer': (field, '1', '{}.net_depth = 3'),
+    'skip_layer_dir': (field, '1', '{}.net_depth_viewdirs = 3'),
     'encoding': (field, "'grid'"),
     'encoding_options': (field, "{'max_deg': 9}"),
     'min_deg_point': (field, '1'),
@@ -500,7 +517,12 @@ KNOBS = {
     'grid_max_resolution': (field, '99', *GRID),
     'grid_log2_size': (field, '9', *GRID),
     'grid_features': (field, '3', *GRID),
+    'grid_init': (field, '1e-5', *GRID),
+    'grid_gain': (field, '10.0', *GRID),
+    'grid_fading_features': (field, 'True', *GRID),
+    'grid_coarse_to_fine': (field, '0.5', *GRID),
     'warp_fn': (field, 'None'),
+    'density_activation': (field, "'exp'"),
     'density_bias': (field, '0.5'),
     'density_noise': (field, '0.5'),
     'rgb_padding': (field, '0.5'),
@@ -547,6 +569,7 @@ ABOUT_FILES = (
   data,
   incomplete,
   wide,
+  tracked,
   which_light,
   training,
   evaluating,

@@ -118,10 +118,72 @@ class TestDistortion:
     )
     np.testing.assert_allclose(losses.distortion([HISTORY[0], level]), 0.2 / 3, rtol=1e-5)
 
+  def test_on_the_power_ladder_of_metric_distance(self):
+    # log(1 + scale t) of an interval from t = 0.1 to 0.4 with scale 10: from log 2 to log 5.
+    level = structs.RayHistory(
+      jnp.array([[0.9, 1.0]]), jnp.array([[0.1, 0.4]]), jnp.ones((1, 1)), None
+    )
+    np.testing.assert_allclose(losses.distortion([level], (0, 10.0)), np.log(2.5) / 3, rtol=1e-5)
+    config = dataclasses.replace(CONFIG, distortion_power=(0.0, 10.0))
+    _, terms = losses.total(config, None, RENDERINGS, [HISTORY[0], level], _batch(TARGET))
+    np.testing.assert_allclose(terms['distortion'], 0.01 * np.log(2.5) / 3, rtol=1e-5)
+
+  def test_finite_from_the_camera_to_the_far_plane(self):
+    t = [[0.0, 0.0, 1e-6, 0.2, 1e6]]
+
+    def loss(t, w):
+      return losses.distortion([structs.RayHistory(t, t, w, None)], (-0.25, 1e4))
+
+    assert_finite(loss, t, [[0.0, 0.2, 0.3, 0.5]])
+
   def test_gradient_lowers_all_weights(self):
     level = HISTORY[-1]
     slope = jax.grad(lambda w: losses.distortion([level.replace(weights=w)]))(level.weights)
     assert np.all(slope > 0)
+
+
+class TestDepth:
+  def test_is_the_mean_distance_in_s(self):
+    # Weights 0.2 and 0.5 on s from 0 to 0.4 and to 0.5, t = 10 s, and 0.3 of the light passes.
+    level = structs.RayHistory(
+      jnp.array([[0, 0.4, 0.5]]), jnp.array([[0, 4.0, 5]]), jnp.array([[0.2, 0.5]]), None
+    )
+    u = np.linspace(0, 1, 100_001)[:-1] + 5e-6
+    density = np.where(u < 0.4, 0.2 / 0.4, np.where(u < 0.5, 0.5 / 0.1, 0))
+    for t in (0.0, 1.0, 4.2, 5.0):
+      expected = np.mean(density * abs(u - t / 10)) + 0.3 * (1 - t / 10)
+      value = losses.depth([HISTORY[0], level], jnp.array([t]), jnp.array([0.5]))
+      np.testing.assert_allclose(value, 0.5 * expected, rtol=1e-4)
+
+  def test_is_zero_for_a_surface_at_the_point_and_for_rays_without_one(self):
+    t = jnp.array([[0.0, 0.3, 0.3, 1.0]])
+    level = structs.RayHistory(t, t, jnp.array([[0.0, 1.0, 0.0]]), None)
+    assert losses.depth([level], jnp.array([0.3]), jnp.ones(1)) == 0
+    assert losses.depth([level], jnp.array([0.9]), jnp.zeros(1)) == 0
+
+  def test_gradient_favours_the_interval_of_the_point(self):
+    level = _level(6, rays=1)
+    point = (level.tdist[:, 2] + level.tdist[:, 3]) / 2
+    slope = jax.grad(lambda w: losses.depth([level.replace(weights=w)], point, jnp.ones(1)))
+    assert np.argmin(slope(level.weights)) == 2
+
+  def test_finite(self):
+    t = [[0.0, 0.0, 0.5, 0.5, 1.0]]
+
+    def loss(t, w, distance):
+      return losses.depth([structs.RayHistory(t, 1e6 * t, w, None)], distance, jnp.ones(1))
+
+    for distance in (0.0, 5e5, 1e6, 1e8):
+      assert_finite(loss, t, [[0.0, 0.2, 0.3, 0.5]], [distance])
+
+  def test_needs_known_distances(self):
+    config = dataclasses.replace(CONFIG, depth_loss_mult=0.1)
+    with pytest.raises(ValueError, match='a capture with sparse points'):
+      losses.total(config, None, RENDERINGS, HISTORY, _batch(TARGET))
+    batch = structs.Batch(None, TARGET, None, jnp.full((5,), 1.5), jnp.ones(5))
+    _, terms = losses.total(config, None, RENDERINGS, HISTORY, batch)
+    expected = 0.1 * losses.depth(HISTORY, batch.distance, batch.certainty)
+    np.testing.assert_allclose(terms['depth'], expected, rtol=1e-6)
 
 
 PARAMS = {
@@ -157,6 +219,16 @@ class TestGridDecay:
   def test_is_the_sum_of_the_tables_means(self):
     np.testing.assert_allclose(losses.grid_decay(GRID_PARAMS), 9 + 1 + 0.5, rtol=1e-6)
     assert losses.grid_decay(PARAMS) == 0
+
+  def test_grows_with_the_level(self):
+    np.testing.assert_allclose(losses.grid_decay(GRID_PARAMS, 3.0), 9 + 3 * 1 + 0.5, rtol=1e-6)
+    config = dataclasses.replace(CONFIG, grid_decay_mult=0.1, grid_decay_growth=3.0)
+    _, terms = losses.total(config, GRID_PARAMS, RENDERINGS, HISTORY, _batch(TARGET))
+    np.testing.assert_allclose(terms['grid_decay'], 1.25, rtol=1e-6)
+
+  def test_leaves_the_scales_of_fading_features_alone(self):
+    field = {**GRID_PARAMS['nerf_mlp']['grid'], 'fading_scale': jnp.full((2,), 100.0)}
+    np.testing.assert_allclose(losses.grid_decay({'a': {'grid': field}}), 9 + 1, rtol=1e-6)
 
   def test_touches_tables_alone(self):
     slopes = jax.grad(losses.grid_decay)(GRID_PARAMS)

@@ -28,6 +28,23 @@ def test_exp_is_clipped_but_its_gradient_never_vanishes():
   assert dy[-1] > 1e38
 
 
+def test_truncated_exp_has_a_bounded_gradient():
+  x = jnp.array([-200.0, -1.0, 0.0, 3.0, 15.0, 16.0, 80.0, 1e10])
+  y, dy = jax.vmap(jax.value_and_grad(math.truncated_exp))(x)
+  exact = np.exp(np.minimum(np.asarray(x, np.float64), 88))
+  np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-38)
+  np.testing.assert_allclose(dy, np.minimum(exact, np.exp(15)), rtol=1e-5, atol=1e-38)
+
+
+def test_scale_gradient_changes_no_bit_of_the_value():
+  x, factor = jnp.float32([0.1, -3e38, 0.0, 7.0]), jnp.float32([0, 0.5, 0.25, 1])
+  y, back = jax.vjp(math.scale_gradient, x, factor)
+  np.testing.assert_array_equal(y, x)
+  dx, d_factor = back(jnp.float32([1, 2, 4, 8]))
+  np.testing.assert_array_equal(dx, [0, 1, 1, 8])
+  np.testing.assert_array_equal(d_factor, 0)
+
+
 def test_log_is_exact_for_normal_numbers_and_finite_below():
   x = np.array([1e-37, 1e-3, 1.0, 1e30], np.float32)
   np.testing.assert_allclose(math.safe_log(x), np.log(x.astype(np.float64)), rtol=1e-6)

@@ -510,7 +510,8 @@ def _field_twin(cfg, params, features, viewdirs=None, glo=None):
     x = jax.nn.relu(linear(f'trunk_{i}', x))
     if i > 0 and i % cfg.skip_layer == 0:  # After layers skip_layer + 1, 2 skip_layer + 1, ...
       x = jnp.concatenate([x, features], -1)
-  density = jax.nn.softplus(linear('density', x)[..., 0] + cfg.density_bias)
+  raw = linear('density', x)[..., 0] + cfg.density_bias
+  density = jnp.exp(raw) if cfg.density_activation == 'exp' else jax.nn.softplus(raw)
   if cfg.disable_rgb:
     return density, None
   parts = [x]
@@ -523,6 +524,8 @@ def _field_twin(cfg, params, features, viewdirs=None, glo=None):
   x = jnp.concatenate(parts, -1)
   for i in range(cfg.net_depth_viewdirs):
     x = jax.nn.relu(linear(f'view_{i}', x))
+    if cfg.skip_layer_dir and i > 0 and i % cfg.skip_layer_dir == 0:
+      x = jnp.concatenate([x, *parts], -1)
   return density, 1.002 * jax.nn.sigmoid(linear('rgb', x)) - 0.001
 
 
@@ -537,6 +540,9 @@ FIELDS = {
   'no_bottleneck_no_view_layers': {'bottleneck_width': 0, 'net_depth_viewdirs': 0, 'glo': True},
   'no_view_layers': {'net_depth': 2, 'net_depth_viewdirs': 0},
   'three_view_layers': {'net_depth': 1, 'net_depth_viewdirs': 3, 'glo': True},
+  'a_view_join_inside': {'net_depth': 1, 'net_depth_viewdirs': 4, 'skip_layer_dir': 2, 'glo': True},
+  'view_joins_to_the_end': {'net_depth': 1, 'net_depth_viewdirs': 3, 'skip_layer_dir': 1},
+  'exponential_density': {'net_depth': 1, 'density_activation': 'exp', 'density_bias': -0.5},
 }
 
 
@@ -686,6 +692,57 @@ GRID = (
 )
 
 
+def _with_tables(params, change):
+  """Returns the parameters with `change(level, table)` for each table."""
+  return {
+    name: {
+      **part,
+      'grid': {key: change(int(key.split('_')[1]), table) for key, table in part['grid'].items()},
+    }
+    for name, part in params.items()
+  }
+
+
+def _colour_slopes(*bindings):
+  """Returns the gradient of the colours' squares, and the rendering. Not jitted; see `_make`."""
+  _, params, apply = _make(*bindings)
+
+  def loss(params):
+    out = apply(params, None, RAYS)[0][-1]
+    return jnp.sum(out.rgb**2), out
+
+  return jax.grad(loss, has_aux=True)(params)
+
+
+def test_gradients_near_cameras_are_scaled_and_values_are_not():
+  # A single level: its samples do not depend on the parameters.
+  base = 'Config.far = 3.0', 'Model.num_levels = 1'
+  plain, value = _colour_slopes(*base)
+  reaches = 0.01, 50.0, 100.0
+  near, far, further = (_colour_slopes(*base, f'Model.gradient_scaling = {r}') for r in reaches)
+  for _, other in (near, far, further):
+    jax.tree.map(np.testing.assert_array_equal, value, other)
+  jax.tree.map(np.testing.assert_array_equal, plain, near[0])  # No sample is so near.
+  assert 0 < _norms(far[0])['nerf_mlp'] < 0.1 * _norms(plain)['nerf_mlp']
+  # Beyond all samples the factor is d^2 / reach^2: a quarter for twice the reach.
+  quarter = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-9)
+  jax.tree.map(lambda a, b: quarter(b, a / 4), far[0], further[0])
+
+
+def test_rays_may_start_at_the_camera():
+  grads, out = _colour_slopes(
+    *GRID,
+    'Model.num_levels = 1',
+    'Config.near = 0.0',
+    "Model.raydist_fn = 'power'",
+    "Model.raydist_options = {'lam': -1.5, 'scale': 2.0}",
+    "NerfMLP.density_activation = 'exp'",
+    'NerfMLP.grid_fading_features = True',
+  )
+  assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((grads, out)))
+  assert all(norm > 0 for norm in _norms(grads['nerf_mlp']['grid']).values())
+
+
 class TestGrid:
   def test_parameters_are_a_dict_with_an_mlp_per_level(self):
     _, params, _ = _make(*GRID)
@@ -753,6 +810,28 @@ class TestGrid:
     a, b = slopes(), slopes('Model.deterministic_grid = True')
     assert _norms(a)['table_2'] > 1e-3
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), a, b)
+
+  def test_levels_come_in_over_the_training(self):
+    bindings = 'NerfMLP.grid_coarse_to_fine = 0.5', 'PropMLP.grid_coarse_to_fine = (0.5, 0.2)'
+    _, params, apply = _make(*GRID)
+    _, _, grown = _make(*GRID, *bindings)
+    full, done = (f(params, None, RAYS, 0.5) for f in (apply, grown))
+    jax.tree.map(np.testing.assert_array_equal, full, done)
+    assert _differs(full[0][-1].rgb, grown(params, None, RAYS, 0.4)[0][-1].rgb)
+    changed = _with_tables(params, lambda i, table: table if i == 0 else table + 1)
+    start = [grown(p, None, RAYS, 0.0) for p in (params, changed)]  # Level 0 alone.
+    jax.tree.map(np.testing.assert_array_equal, *start)
+    assert _differs(apply(changed, None, RAYS, 0.0)[0][-1].rgb, start[0][0][-1].rgb)
+
+  def test_density_elsewhere_is_that_of_the_same_moment(self):
+    settings, params, _ = _make(*GRID, 'NerfMLP.grid_coarse_to_fine = 0.5')
+    model, tdist = models.build(settings), jnp.tile(jnp.linspace(0.3, 1.1, 5), (6, 1))
+    shift, variables = jnp.zeros((6, 4, 3)), {'params': params}
+    density = lambda *frac: model.apply(  # noqa: E731
+      variables, RAYS, tdist, shift, *frac, method='last_density'
+    )
+    assert _differs(density(0.1), density())
+    np.testing.assert_array_equal(density(0.5), density())
 
   def test_every_table_trains(self):
     params, slopes = _slopes(*GRID, "Config.interlevel_loss_type = 'blur'")

@@ -60,7 +60,7 @@ def test_a_balls_normals_point_outwards(monkeypatch):
   """However little its density changes far away."""
 
   class Ball:
-    def apply(self, _, rays, tdist, shift, method):
+    def apply(self, _, rays, tdist, shift, train_frac, method):
       middle = (tdist[..., 1:] + tdist[..., :-1])[..., None] / 2
       x = rays.origins[..., None, :] + middle * rays.directions[..., None, :] + shift
       return 1e-25 / (1 + jnp.sum(x**2, -1))

@@ -117,6 +117,15 @@ AWKWARD_DENSITY = [[0.0] * 4, [1e10] * 4, [1e30] * 4, [0, 1e30, 0, 0], [1e-30] *
 AWKWARD_TDIST = [[0.2, 0.2, 1.0, 1e6, 1e6], [0, 0, 0, 0, 0], [0.0, 1.0, 2.0, 3.0, 1e6]]
 
 
+def test_the_gradient_scale_is_the_square_of_the_distance_up_to_1():
+  tdist = jnp.float32([[0, 0.2, 0.4, 1.6, 1e6], [0, 0, 1, 2, 3]])
+  directions = jnp.float32([[0, 3, 4], [0, 0, 0]])
+  scale = render.gradient_scale(tdist, directions, 2.0)
+  # Distances 0.5, 1.5, 5 and 2.5e6; and nothing along a ray without a direction.
+  np.testing.assert_allclose(scale, [[0.25**2, 0.75**2, 1, 1], [0] * 4], rtol=1e-6)
+  assert_finite(lambda *a: render.gradient_scale(*a, 2.0), tdist[:1], directions[:1])
+
+
 class TestAlphaWeights:
   def test_a_zero_direction_has_zero_weights_and_gradient(self):
     def total(directions):

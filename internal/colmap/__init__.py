@@ -1,6 +1,6 @@
 """Reads and writes COLMAP sparse models: cameras, images and points3D, as .bin or as .txt.
 
-Keeps intrinsics, poses, names, and the points without their tracks. Poses are
+Keeps intrinsics, poses, names, the points and, if asked for, which images see them. Poses are
 COLMAP's: world to camera, OpenCV axes (x right, y down, z forward), a quaternion
 (w, x, y, z) and a translation. `n` is the number of 3D points.
 The layout is that of https://colmap.github.io/format.html.
@@ -74,11 +74,11 @@ def image_names(folder: str) -> list[str] | None:
   return [image.name for image in images.values()]
 
 
-def read_model(folder: str) -> Model:
+def read_model(folder: str, with_tracks: bool = False) -> Model:
   """Reads cameras, images and points3D (.bin, or else .txt) from a folder.
 
-  Without a points3D file the point cloud is empty. Memory use is at most a small multiple of the
-  file sizes, even for damaged files.
+  Without a points3D file the point cloud is empty. `with_tracks` also reads which images see each
+  point. Memory use is at most a small multiple of the file sizes, even for damaged files.
 
   Raises:
     ModelNotFoundError: the folder does not exist or has no sparse model.
@@ -107,8 +107,9 @@ def read_model(folder: str) -> Model:
         f'{images_file}: images {id_of[image.name]} and {image.id} have the same '
         f'name, {image.name!r}; {REDO}.'
       )
-  points = reader.read_points(points_file) if files.is_file(points_file) else make_points()
-  return Model(cameras, images, points)
+  if not files.is_file(points_file):
+    return Model(cameras, images, make_points())
+  return Model(cameras, images, reader.read_points(points_file, with_tracks))
 
 
 def encode(model: Model, ext: str) -> dict[str, bytes]:

@@ -94,22 +94,30 @@ _POINT = np.dtype(
 )
 
 
-def read_points(path: str) -> Points:
+def read_points(path: str, with_tracks: bool = False) -> Points:
   data = _Bytes(path)
   n = data.count(_POINT.itemsize, 'points')
   track_length = struct.Struct('<Q').unpack_from
-  starts = np.empty(n, np.int64)
+  starts, views = np.empty(n, np.int64), np.zeros(n, np.int64)
   # Tracks vary in length: find the start of each record, then read all at once.
   for i in range(n):
     starts[i] = data.at
     data.skip(_POINT.itemsize, f'point {i + 1} of {n}')
     (length,) = track_length(data.data, data.at - 8)
     data.skip(8 * length, f'the track of point {i + 1} of {n}')
+    views[i] = length
   data.finish()
   raw = np.frombuffer(data.data, np.uint8)
   table = raw[starts[:, None] + np.arange(_POINT.itemsize)]  # [n, 51]
   table = np.ascontiguousarray(table).view(_POINT)[:, 0]
-  return model_lib.make_points(table['xyz'], table['rgb'], table['error'], table['id'])
+  points = table['xyz'], table['rgb'], table['error'], table['id']
+  if not with_tracks:
+    return model_lib.make_points(*points)
+  # An entry of a track is an image's id and the index of a 2D point, four bytes each.
+  nth = np.arange(views.sum()) - np.repeat(np.cumsum(views) - views, views)  # In its track.
+  entries = np.repeat(starts + _POINT.itemsize, views) + 8 * nth
+  seen_by = np.ascontiguousarray(raw[entries[:, None] + np.arange(4)]).view('<u4')[:, 0]
+  return model_lib.make_points(*points, seen_by, views)
 
 
 def encode(model: model_lib.Model) -> tuple[bytes, bytes, bytes]:

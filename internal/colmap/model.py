@@ -88,6 +88,9 @@ class Points:
   xyz: np.ndarray  # [n, 3] float64, world
   rgb: np.ndarray  # [n, 3] uint8
   error: np.ndarray  # [n] float64, mean reprojection error in pixels
+  # Images that see each point, point after point; empty unless they were asked for.
+  seen_by: np.ndarray  # [k] uint32, ids of images.
+  views: np.ndarray  # [n] int64, how many of them are of each point.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +151,8 @@ def camera_to_world(image: Image) -> np.ndarray:
   return np.concatenate([rotation * [1, -1, -1], position[:, None]], axis=1)
 
 
-def make_points(xyz=(), rgb=None, error=None, ids=None) -> Points:
-  """Makes a point cloud from positions [n, 3]; default: grey, no error, ids from 1."""
+def make_points(xyz=(), rgb=None, error=None, ids=None, seen_by=(), views=None) -> Points:
+  """Makes a point cloud from positions [n, 3]; default: grey, no error, ids from 1, no tracks."""
   xyz = np.asarray(xyz, np.float64).reshape(-1, 3)
   n = len(xyz)
   return Points(
@@ -157,6 +160,8 @@ def make_points(xyz=(), rgb=None, error=None, ids=None) -> Points:
     xyz=xyz,
     rgb=np.full((n, 3), 128, np.uint8) if rgb is None else np.asarray(rgb, np.uint8),
     error=np.zeros(n) if error is None else np.asarray(error, np.float64),
+    seen_by=np.asarray(seen_by, np.uint32),
+    views=np.zeros(n, np.int64) if views is None else np.asarray(views, np.int64),
   )
 
 

@@ -94,20 +94,26 @@ def _numbers_in(line: str) -> list[float] | None:
     return None
 
 
-def read_points(path: str) -> Points:
-  ids, values = [], []
+def read_points(path: str, with_tracks: bool = False) -> Points:
+  ids, values, tracks = [], [], []
   for number, line, _ in _records(path):
     words = line.split(maxsplit=8)
     try:
       ids.append(int(words[0]))
       values.append([float(word) for word in words[1:8]])
-    except (ValueError, IndexError):
+      if with_tracks:
+        entries = words[8].split() if len(words) > 8 else []  # IMAGE_ID POINT2D_IDX ...
+        tracks.append(np.array([int(word) for word in entries[::2]], np.uint32))
+    except (ValueError, IndexError, OverflowError):
       raise _bad_line(path, number, 'POINT3D_ID X Y Z R G B ERROR', line) from None
     colors = values[-1][3:6]
     if len(values[-1]) != 7 or not all(0 <= c <= 255 for c in colors) or not 0 <= ids[-1] < 2**64:
       raise _bad_line(path, number, 'POINT3D_ID X Y Z R G B ERROR', line)
   table = np.array(values, np.float64).reshape(-1, 7)
-  return model_lib.make_points(table[:, :3], table[:, 3:6].astype(np.uint8), table[:, 6], ids)
+  points = table[:, :3], table[:, 3:6].astype(np.uint8), table[:, 6], ids
+  if not tracks:
+    return model_lib.make_points(*points)
+  return model_lib.make_points(*points, np.concatenate(tracks), [len(track) for track in tracks])
 
 
 def encode(model: model_lib.Model) -> tuple[bytes, bytes, bytes]:

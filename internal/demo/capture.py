@@ -134,8 +134,7 @@ def _write_capture(folder: pathlib.Path, width: int, height: int, count: int, se
     for i, (pose, name) in enumerate(zip(poses, names), 1)
   }
   xyz, rgb = _surface_points(poses, images, depths, focal, seed)
-  ids = np.arange(1, len(xyz) + 1, dtype=np.uint64)
-  points = colmap.Points(ids, xyz, rgb, np.full(len(xyz), 0.5))
+  points = colmap.make_points(xyz, rgb, np.full(len(xyz), 0.5))
   sparse = folder / 'sparse' / '0'
   colmap.write_model(str(sparse), colmap.Model({1: camera}, registered, points), '.bin')
 

@@ -24,8 +24,8 @@ class TestRenders:
     self.config, self.scene = settings.config, scene
     self.render_image = renderer.make_image_renderer(settings, mesh)
     self.probe_rays = renderer.make_ray_probe(settings, mesh)
-    near_far = self.config.near, self.config.far
-    _, self.s_to_t = coord.ray_warps(settings.model.raydist_fn, *near_far)
+    near_far, model = (self.config.near, self.config.far), settings.model
+    _, self.s_to_t = coord.ray_warps(model.raydist_fn, *near_far, model.raydist_options)
     count = min(self.config.train_render_images, len(scene.test))
     spread = np.linspace(0, len(scene.test) - 1, count).round().astype(int)
     self.rows = [scene.test[k] for k in spread]

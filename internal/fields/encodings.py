@@ -6,6 +6,7 @@ kernel that multiplies them.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -40,6 +41,10 @@ class Encoding(nn.Module):
   def arrange(self, rows: Array) -> Array:
     """Reorders and pads kernel rows [num_features, ...] to match the features."""
     return rows
+
+  def detail(self, train_frac: float | Array) -> Array | None:
+    """Returns factors [f] on the features after a fraction of training; None for 1 each."""
+    return None
 
 
 @plugins.encoding('ipe')
@@ -151,8 +156,9 @@ _packed.defvjp(_packed_forward, _packed_backward)
 class HashGrid(Encoding):
   """Multi-resolution hash grid (arXiv:2201.05989) with downweighting (arXiv:2304.06706).
 
-  num_features = levels * features. The parameters are one table per level, coarse to fine.
-  Positions must be in [-2, 2]^3, like contracted space.
+  num_features = levels * features, and levels more with `fading_features`. The parameters are one
+  table per level, coarse to fine, and the fading features' scales. Positions must be in [-2, 2]^3,
+  like contracted space.
 
   Attributes:
     levels: number of resolution levels.
@@ -161,6 +167,12 @@ class HashGrid(Encoding):
     features: features per level.
     multisampled: average over k Gaussians per interval.
     deterministic: bitwise reproducible gradients, slower; see `grid.lookup`.
+    init_bound: tables start uniform in [-init_bound, init_bound].
+    gain: factor on the tables' features.
+    fading_features: append 2 w - 1 times a learned scale to each level's features, where w is its
+      downweighting (`grid.fading`): the network can tell features near 0 from faded ones.
+    coarse_to_fine: fraction of training over which levels come in, coarse to fine; 0 for all from
+      the start. See `detail`.
   """
 
   levels: int
@@ -170,10 +182,14 @@ class HashGrid(Encoding):
   features: int
   multisampled: bool = False
   deterministic: bool = False
+  init_bound: float = 1e-4  # As in arXiv:2201.05989, section 4.
+  gain: float = 1.0
+  fading_features: bool = False
+  coarse_to_fine: float = 0.0
 
   @property
   def num_features(self) -> int:
-    return self.levels * self.features
+    return self.levels * (self.features + self.fading_features)
 
   @classmethod
   def arguments(cls, field: Any) -> dict[str, Any]:
@@ -186,23 +202,47 @@ class HashGrid(Encoding):
       'features': cfg.grid_features,
       'multisampled': field.multisampled,
       'deterministic': field.deterministic,
+      'init_bound': cfg.grid_init,
+      'gain': cfg.grid_gain,
+      'fading_features': cfg.grid_fading_features,
+      'coarse_to_fine': cfg.grid_coarse_to_fine,
       'name': 'grid',
     }
 
   @nn.compact
   def __call__(self, gaussians: structs.Gaussians) -> Array:
     x, scale = grid.in_cube(gaussians.mean, gaussians.cov)  # [..., 3], [...]
+    if self.fading_features:  # They start as large as the tables' features.
+      start = nn.initializers.constant(self.init_bound * self.gain)
+      fading_scale = self.param('fading_scale', start, (self.levels,))
     by_level, features = [], None
     for i, n in enumerate(grid.resolutions(self.levels, self.min_resolution, self.max_resolution)):
       shape = grid.table_size(n, self.log2_size), self.features  # A row per vertex or hash value.
-      table = self.param(f'table_{i}', _small_uniform, shape)
+      table = self.param(f'table_{i}', _uniform(self.init_bound), shape)
       features = grid.lookup(table, x, n, self.deterministic, features)  # [..., features]
-      faded = features * grid.fading(scale, n)[..., None]  # [..., features], or [..., k, features]
+      weight = grid.fading(scale, n)[..., None]  # [..., 1], or [..., k, 1]
+      faded = features * weight  # [..., features], or [..., k, features]
+      if self.gain != 1:
+        faded *= self.gain
+      if self.fading_features:
+        faded = jnp.concatenate([faded, (2 * weight - 1) * fading_scale[i]], -1)
       # Fused into the concatenation, neighbouring GPU threads would work on different levels.
       by_level.append(grid.apart(jnp.mean(faded, -2) if self.multisampled else faded))
-    return jnp.concatenate(by_level, -1)  # [..., levels * features]
+    return jnp.concatenate(by_level, -1)  # [..., num_features]
+
+  def detail(self, train_frac: float | Array) -> Array | None:
+    """Returns factors [num_features] that bring in one level after the other, or None.
+
+    Level 0 has factor 1. The factor of level i rises linearly from 0 to 1 between fractions
+    (i - 1) c / (levels - 1) and i c / (levels - 1) of training, where c is `coarse_to_fine`.
+    """
+    if not self.coarse_to_fine:
+      return None
+    level = jnp.arange(self.levels, dtype=jnp.float32)
+    factors = jnp.clip(train_frac / self.coarse_to_fine * (self.levels - 1) - level + 1, 0, 1)
+    return jnp.repeat(factors, self.features + self.fading_features)
 
 
-def _small_uniform(key: Array, shape: tuple[int, ...]) -> Array:
-  """Draws uniformly from [-1e-4, 1e-4] (arXiv:2201.05989, section 4)."""
-  return jax.random.uniform(key, shape, jnp.float32, -1e-4, 1e-4)
+def _uniform(bound: float) -> Callable[[Array, tuple[int, ...]], Array]:
+  """Returns an initializer that draws uniformly from [-bound, bound]."""
+  return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)

@@ -19,6 +19,7 @@ _WARPS = {
   'donerf': coord.donerf,
   'inverted_sphere': coord.inverted_sphere,
 }
+_DENSITIES = {'softplus': nn.softplus, 'exp': math.truncated_exp}
 
 
 class _Linear(nn.Module):
@@ -63,6 +64,7 @@ class MLP(nn.Module):
     gaussians: structs.Gaussians,
     viewdirs: Array | None = None,
     glo: Array | None = None,
+    train_frac: float | Array = 1.0,
   ) -> tuple[Array, Array | None]:
     """Evaluates the field.
 
@@ -72,15 +74,16 @@ class MLP(nn.Module):
         `multisampled`.
       viewdirs: [..., 3] unit vectors, or None for view-independent colour.
       glo: [..., g] appearance vectors, or None.
+      train_frac: fraction of training completed, in [0, 1], for encodings that grow in detail.
 
     Returns:
       Density [..., n], and rgb [..., n, 3] (None if `config.disable_rgb`).
     """
     cfg = self.config
     density_key, bottleneck_key = math.split_keys(key, 2)
-    raw, x = self._trunk(gaussians, viewdirs is not None)  # [..., n], [..., n, c]
+    raw, x = self._trunk(gaussians, viewdirs is not None, train_frac)  # [..., n], [..., n, c]
     raw = _add_noise(density_key, raw, cfg.density_noise)
-    density = nn.softplus(raw + cfg.density_bias)
+    density = _DENSITIES[cfg.density_activation](raw + cfg.density_bias)
     if cfg.disable_rgb:
       return density, None
     if viewdirs is not None and x is not None:  # x is the bottleneck.
@@ -92,7 +95,7 @@ class MLP(nn.Module):
     # Padding lets a sigmoid reach 0 and 1 at finite inputs.
     return density, rgb * (1 + 2 * cfg.rgb_padding) - cfg.rgb_padding
 
-  def _encode(self, gaussians: structs.Gaussians) -> tuple[Array, encodings.Encoding]:
+  def _encode(self, gaussians: structs.Gaussians, train_frac) -> tuple[Array, encodings.Encoding]:
     """Returns features [..., n, f] of the warped Gaussians in `dtype`, and the encoding."""
     cfg = self.config
     warp = _WARPS[cfg.warp_fn]
@@ -102,6 +105,9 @@ class MLP(nn.Module):
     features = encoding(gaussians)
     if self.multisampled and features.ndim == gaussians.mean.ndim:
       features = jnp.mean(features, -2)  # A plug-in's features are of each Gaussian [..., n, k, f].
+    detail = encoding.detail(train_frac)
+    if detail is not None:
+      features *= _as_row(detail, features.ndim)
     return features.astype(self.dtype), encoding
 
   def _encoding(self) -> encodings.Encoding:
@@ -120,7 +126,9 @@ class MLP(nn.Module):
         f'{cfg.encoding!r}, got {cfg.encoding_options} ({e}).'
       ) from None
 
-  def _trunk(self, gaussians: structs.Gaussians, by_view: bool) -> tuple[Array, Array | None]:
+  def _trunk(
+    self, gaussians: structs.Gaussians, by_view: bool, train_frac
+  ) -> tuple[Array, Array | None]:
     """Evaluates the hidden layers and the heads.
 
     Returns:
@@ -128,7 +136,7 @@ class MLP(nn.Module):
       if colour depends on the view, else the last hidden layer; None if neither is configured.
     """
     cfg = self.config
-    encoded, encoding = self._encode(gaussians)
+    encoded, encoding = self._encode(gaussians, train_frac)
     bins = encoded.shape[:-1]
     encoded = encoded.reshape(-1, encoded.shape[-1])  # [m, f]
     bottleneck_width = cfg.bottleneck_width if by_view and not cfg.disable_rgb else 0
@@ -179,9 +187,7 @@ class MLP(nn.Module):
     per_ray = [] if viewdirs is None else [coord.pos_enc(viewdirs, 0, cfg.deg_view)]
     per_ray += [] if glo is None else [glo]
     per_ray = [v.astype(self.dtype)[..., None, :] for v in per_ray]  # [..., 1, c]
-    parts = [v for v in (x, *per_ray) if v is not None]
-    if cfg.net_depth_viewdirs == 0:
-      return jnp.concatenate([jnp.broadcast_to(v, (*bins, v.shape[-1])) for v in parts], -1)
+    parts = inputs = [v for v in (x, *per_ray) if v is not None]
     for i in range(cfg.net_depth_viewdirs):
       fan_in = sum(v.shape[-1] for v in parts)
       kernel, bias = self._linear(f'view_{i}', fan_in, cfg.net_width_viewdirs)
@@ -192,8 +198,10 @@ class MLP(nn.Module):
         x += v @ kernel[row : row + v.shape[-1]].astype(self.dtype)
         row += v.shape[-1]
       x = nn.relu(jnp.broadcast_to(x, (*bins, x.shape[-1])))  # [..., n, c]
-      parts = [x]
-    return x
+      skip = cfg.skip_layer_dir > 0 and i > 0 and i % cfg.skip_layer_dir == 0
+      parts = [x, *inputs] if skip else [x]
+    parts = [jnp.broadcast_to(v, (*bins, v.shape[-1])) for v in parts]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
 
 
 def _as_row(x: Array, ndim: int) -> Array:

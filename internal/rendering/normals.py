@@ -18,7 +18,7 @@ Array = jax.Array
 
 
 def make_normals(settings: configs.Settings) -> Callable:
-  """Makes `normals(params, rays, history) -> [..., 3]`, the pixels' normals in world axes.
+  """Makes `normals(params, rays, history, train_frac) -> [..., 3]`, pixels' normals in world axes.
 
   `history` is that of the last level. The normal of an interval is the unit vector of steepest
   density decrease when its Gaussian is translated. A pixel's normal is the sum of its intervals'
@@ -29,9 +29,12 @@ def make_normals(settings: configs.Settings) -> Callable:
   exact = dataclasses.replace(settings.model, mlp_dtype='float32', use_gpu_kernels=False)
   model = models.build(dataclasses.replace(settings, model=exact))
 
-  def normals(params, rays: structs.Rays, history: structs.RayHistory) -> Array:
+  def normals(
+    params, rays: structs.Rays, history: structs.RayHistory, train_frac: float | Array = 1.0
+  ) -> Array:
     def total_density(shift):
-      density = model.apply({'params': params}, rays, history.tdist, shift, method='last_density')
+      at = rays, history.tdist, shift, train_frac
+      density = model.apply({'params': params}, *at, method='last_density')
       # The gradient of the sum holds those of all intervals: each depends on its own shift only.
       return jnp.sum(density)
 

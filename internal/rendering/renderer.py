@@ -54,7 +54,7 @@ def make_chunk_renderer(
       'acc': final.acc,
       'distance_mean': final.distance_mean,
       'distance_percentiles': final.distance_percentiles,
-      **{name: function(params, rays, history[-1]) for name, function in extras.items()},
+      **{name: fn(params, rays, history[-1], train_frac) for name, fn in extras.items()},
     }
 
   def variant(chunk):

@@ -82,11 +82,43 @@ def draw_pixels(
     size: [n, 2] widths and heights of the images.
     batch_size: number of pixels.
     batching: 'all_images' or 'single_image'.
-    supervision: masks and weights of the images; masked pixels are never drawn.
+    supervision: masks and weights of the images; masked pixels are never drawn. The first
+      `track_rays` pixels are among those of its tracks.
 
   Returns:
     (cam_idx, x, y), each [batch_size] int32.
   """
+  pixels = _draw_anywhere(key, size, batch_size, batching, supervision)
+  if supervision is None or supervision.tracks is None:
+    return pixels
+  rows, tracks = _draw_tracks(key, supervision), supervision.tracks
+  tracked = (jnp.asarray(v)[rows] for v in (tracks.cam_idx, tracks.x, tracks.y))
+  return tuple(jnp.concatenate([new, v[len(rows) :]]) for new, v in zip(tracked, pixels))
+
+
+def _draw_tracks(key: Array, supervision: structs.Supervision) -> Array:
+  """Draws rows [track_rays] of the tracks uniformly."""
+  shape, key = (supervision.track_rays,), jax.random.fold_in(key, 1)
+  return jax.random.randint(key, shape, 0, len(supervision.tracks.x))
+
+
+def known_distances(
+  key: Array, batch_size: int, supervision: structs.Supervision | None
+) -> tuple[Array | None, Array | None]:
+  """Returns the known distances of the pixels that `draw_pixels` draws with the same key.
+
+  Returns:
+    Distances and their certainties, [batch_size] each, both 0 where there is none; or None twice.
+  """
+  if supervision is None or supervision.tracks is None:
+    return None, None
+  rows, tracks = _draw_tracks(key, supervision), supervision.tracks
+  known = (jnp.asarray(v)[rows] for v in (tracks.distance, tracks.certainty))
+  return tuple(jnp.pad(v, (0, batch_size - len(rows))) for v in known)
+
+
+def _draw_anywhere(key: Array, size: Array, batch_size: int, batching: str, supervision):
+  """Computes `draw_pixels` without regard to tracks."""
   image_key, x_key, y_key = jax.random.split(key, 3)
   masked = supervision is not None and supervision.run_start is not None
   # First an image, by its share of all pixels, then a pixel in it: indices stay below 2^31.
@@ -133,9 +165,12 @@ def lookup(store: PixelStore, size: Array, cam_idx, x, y):
   return xp.stack([plane[index] for plane in store.rgb], -1)
 
 
-def make_batch(cams: structs.Cameras, cam_idx, x, y, rgb: Array) -> structs.Batch:
-  """Casts the pixels' rays and pairs them with their [..., 3] uint8 colours and their weights.
+def make_batch(
+  cams: structs.Cameras, cam_idx, x, y, rgb: Array, distance=None, certainty=None
+) -> structs.Batch:
+  """Casts the pixels' rays and pairs them with what is known of them.
 
+  That is their [..., 3] uint8 colours, their weights, and what `known_distances` returns.
   Weights are normalized to mean 1 over the batch, so that means over rays are weighted means,
   independent of sharding.
   """
@@ -144,4 +179,4 @@ def make_batch(cams: structs.Cameras, cam_idx, x, y, rgb: Array) -> structs.Batc
   if cams.supervision is not None and cams.supervision.weight is not None:
     weight = jnp.asarray(cams.supervision.weight)[cam_idx]
     weight /= jnp.mean(weight)
-  return structs.Batch(rays, rgb.astype(jnp.float32) / 255, weight)
+  return structs.Batch(rays, rgb.astype(jnp.float32) / 255, weight, distance, certainty)

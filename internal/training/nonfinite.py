@@ -88,10 +88,12 @@ def _make_probe(settings: configs.Settings, mesh: Mesh) -> Callable:
     ids = batches.draw_pixels(
       batch_key, cams.size, config.batch_size, config.batching, cams.supervision
     )
+    known = batches.known_distances(batch_key, config.batch_size, cams.supervision)
     frac = train_step.train_fraction(step, config.max_steps)
 
     def probe_group(row):
-      batch = batches.make_batch(cams, *(a[row] for a in ids), rgb[row])  # [r, ...]
+      of_rays = jax.tree.map(lambda a: a[row], (*ids, rgb, *known))
+      batch = batches.make_batch(cams, *of_rays)  # [r, ...]
       keys = ray_keys[row] if config.randomized else None
       grads, aux = loss_gradient(params, keys, batch, frac)
       return aux, {name: optax.tree.norm(part) for name, part in grads.items()}

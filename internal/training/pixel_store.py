@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from .. import configs, structs
-from ..datasets import images, scenes
+from ..datasets import images, scenes, tracks
 from ..devices import processes, sharding
 from ..errors import UserError
 from ..system import files
@@ -257,8 +257,14 @@ def load(
 
 
 def training_cameras(config: configs.Config, scene: scenes.Scene) -> structs.Cameras:
-  """Returns the cameras of the training images, with their masks and weights."""
+  """Returns the cameras of the training images, with their masks, weights and tracks."""
   cams = scene.cameras.take(np.array(scene.train))
   masks = scenes.read_masks(config.data_dir, scene, scene.train, processes.is_main())
   weights = [scene.weights[row] for row in scene.train] if scene.weights else None
-  return cams.replace(supervision=batches.make_supervision(cams.size, masks, weights))
+  supervision = batches.make_supervision(cams.size, masks, weights)
+  if config.depth_loss_mult > 0:
+    rays = max(1, round(config.depth_loss_rays * config.batch_size))
+    supervision = (supervision or structs.Supervision()).replace(
+      tracks=tracks.read(config.data_dir, scene, masks), track_rays=rays
+    )
+  return cams.replace(supervision=supervision)

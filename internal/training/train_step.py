@@ -298,10 +298,12 @@ def make_train_step(
       ids = batches.draw_pixels(
         batch_key, cams.size, config.batch_size, config.batching, cams.supervision
       )  # (cam_idx, x, y), each [batch_size]
-      ids = sharding.shard_rays(ids, mesh)  # Each device looks up and casts its own rays.
+      known = batches.known_distances(batch_key, config.batch_size, cams.supervision)
+      # Each device looks up and casts its own rays.
+      ids, known = sharding.shard_rays((ids, known), mesh)
       stored = isinstance(pixels, batches.PixelStore)
       rgb = batches.lookup(pixels, cams.size, *ids) if stored else pixels  # [batch_size, 3]
-      batch = batches.make_batch(cams, *ids, rgb)
+      batch = batches.make_batch(cams, *ids, rgb, *known)
       keys = ray_keys if config.randomized else None
       frac = train_fraction(state.step, config.max_steps)
       # Gathered once a step: the state is sharded between steps to save memory.
