@@ -37,10 +37,15 @@ _RANGES = {
   ),
   'dtu_light_cond': (0, 7),
   'min_images_fraction': (0, 1),
+  'camera_start': (0, 1),
+  'camera_prior': (0, None),
   'render_video_crf': (0, 51),
 }  # fmt: skip
 _MAX_FAR = 1e8  # The square of a much larger distance overflows float32.
-_POSITIVE = ('charb_padding', 'interlevel_blur', 'lr_init', 'lr_final', 'near_anneal_rate')
+_POSITIVE = (
+  'charb_padding', 'interlevel_blur', 'lr_init', 'lr_final', 'camera_lr_init', 'camera_lr_final',
+  'near_anneal_rate',
+)  # fmt: skip
 
 
 def problem(settings: Any, plugged: Mapping[str, Collection[str]]) -> str | None:

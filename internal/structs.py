@@ -20,7 +20,7 @@ LENS_NAMES = ('perspective', 'fisheye', 'panorama')
 
 @flax.struct.dataclass
 class Supervision:
-  """Training pixels of n images, and their weights.
+  """Training pixels of n images, their weights, and scales of their cameras' changes.
 
   The pixels are run-length encoded: r runs of neighbours in row-major order, image after image.
   Without runs all pixels are used.
@@ -31,6 +31,7 @@ class Supervision:
   pixels_before: Array | None = None  # [r] int32, pixels in earlier runs of the same image.
   pixels: Array | None = None  # [n] int32, training pixels of each image, at least one.
   first_run: Array | None = None  # [n + 1] int32, index of each image's first run.
+  preconditioner: Array | None = None  # [n, k, k] of camera refinement; None: cameras are fixed.
 
 
 @flax.struct.dataclass
@@ -76,6 +77,7 @@ class Batch:
   rays: Rays
   rgb: Array  # [..., 3] in [0, 1].
   weight: Array | None = None  # [...] weights in the loss with mean 1; None: 1 each.
+  pixel: tuple[Array, Array] | None = None  # [...] x and y, if cameras are refined.
 
 
 @flax.struct.dataclass

@@ -136,6 +136,8 @@ def lookup(store: PixelStore, size: Array, cam_idx, x, y):
 def make_batch(cams: structs.Cameras, cam_idx, x, y, rgb: Array) -> structs.Batch:
   """Casts the pixels' rays and pairs them with their [..., 3] uint8 colours and their weights.
 
+  If the cameras are refined, the batch keeps the pixels, to cast them again.
+
   Weights are normalized to mean 1 over the batch, so that means over rays are weighted means,
   independent of sharding.
   """
@@ -144,4 +146,5 @@ def make_batch(cams: structs.Cameras, cam_idx, x, y, rgb: Array) -> structs.Batc
   if cams.supervision is not None and cams.supervision.weight is not None:
     weight = jnp.asarray(cams.supervision.weight)[cam_idx]
     weight /= jnp.mean(weight)
-  return structs.Batch(rays, rgb.astype(jnp.float32) / 255, weight)
+  refined = cams.supervision is not None and cams.supervision.preconditioner is not None
+  return structs.Batch(rays, rgb.astype(jnp.float32) / 255, weight, (x, y) if refined else None)

@@ -213,7 +213,7 @@ def _load_data(
 ) -> tuple[structs.Cameras, Callable, str]:
   """Returns the replicated cameras, `load_pixels(step)` for the step function, and the place."""
   pixels, place = pixel_store.load(settings, scene, mesh)
-  cams = pixel_store.training_cameras(settings.config, scene)
+  cams = pixel_store.training_cameras(settings, scene)
   replicated = sharding.replicate(cams, mesh)
   if place == 'device':
     return replicated, lambda _: pixels, place  # The step function looks up its own pixels.

@@ -27,7 +27,7 @@ from ..datasets import images, scenes
 from ..devices import processes, sharding
 from ..errors import UserError
 from ..system import files
-from . import batches, run_seal
+from . import batches, camera_refinement, run_seal
 
 _FOLDER = '.pixels'  # In the capture, unless Config.pixel_cache_dir is set.
 _SHARE = 0.5  # Maximum part of the free memory.
@@ -256,9 +256,14 @@ def load(
   return batches.PixelStore(on_device, sharding.replicate(store.first, mesh)), 'device'
 
 
-def training_cameras(config: configs.Config, scene: scenes.Scene) -> structs.Cameras:
-  """Returns the cameras of the training images, with their masks and weights."""
+def training_cameras(settings: configs.Settings, scene: scenes.Scene) -> structs.Cameras:
+  """Returns the cameras of the training images, with what training needs of each image."""
   cams = scene.cameras.take(np.array(scene.train))
-  masks = scenes.read_masks(config.data_dir, scene, scene.train, processes.is_main())
+  masks = scenes.read_masks(settings.config.data_dir, scene, scene.train, processes.is_main())
   weights = [scene.weights[row] for row in scene.train] if scene.weights else None
-  return cams.replace(supervision=batches.make_supervision(cams.size, masks, weights))
+  supervision = batches.make_supervision(cams.size, masks, weights)
+  if settings.config.refine_cameras:
+    supervision = (supervision or structs.Supervision()).replace(
+      preconditioner=camera_refinement.preconditioners(cams, settings)
+    )
+  return cams.replace(supervision=supervision)
