@@ -119,6 +119,8 @@ class Config(Checked):
   eval_dataset_limit: int | None = None  # Maximum number of test images (None: all).
   eval_quantize_metrics: bool = True  # Round renderings to 8 bits before computing metrics.
   eval_crop_borders: int = 0  # Pixels to ignore at each side of an image in metrics.
+  # Refine each test camera on the left half of its picture, and measure the right half.
+  eval_refine_cameras: bool = False
 
   vis_normals: bool = False  # Evaluation and rendering also write normal maps of the density.
 

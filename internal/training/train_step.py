@@ -201,7 +201,9 @@ def make_loss_gradient(settings: configs.Settings) -> Callable:
     rays, own_terms = batch.rays, {}
     if config.refine_cameras:  # Rays are cast here, so that gradients reach the cameras.
       rows = params[camera_refinement.PART]['rows']
-      rays, own_terms['camera_prior'] = camera_refinement.cast(config, cams, rows, batch)
+      rays, own_terms['camera_prior'] = camera_refinement.cast(
+        config, cams, rows, rays.cam_idx, *batch.pixel
+      )
     renderings, history = model.apply({'params': params}, keys, rays, frac)
     # rgb: [rays, 3] of each level; only the last level's is the image.
     loss, terms = losses.total(config, params, renderings, history, batch)
