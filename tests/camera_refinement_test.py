@@ -130,8 +130,7 @@ def test_gradients_reach_the_cameras(field):
   )
   settings = tiny.settings(*ON, *field, *bindings)
   cams, (_, images) = mixed_cameras(), tiny.capture(4)
-  preconditioner = camera_refinement.preconditioners(cams, settings)
-  cams = cams.replace(supervision=structs.Supervision(preconditioner=preconditioner))
+  cams = camera_refinement.add_tables(settings, cams)
   params = train_step.create_state(settings).params
   # Tables begin so close to 0 that positions hardly matter.
   params['nerf_mlp'] = {
@@ -162,8 +161,7 @@ def test_gradients_reach_the_cameras(field):
 def run(settings, steps, devices=1):
   """Trains a tiny capture for some steps; returns the state and its stats."""
   cams, images = tiny.capture()
-  preconditioner = camera_refinement.preconditioners(cams, settings)
-  cams = cams.replace(supervision=structs.Supervision(preconditioner=preconditioner))
+  cams = camera_refinement.add_tables(settings, cams)
   mesh = tiny.mesh(devices)
   step_fn = train_step.make_train_step(settings, mesh)
   state = sharding.place(train_step.create_state(settings), mesh)

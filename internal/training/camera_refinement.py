@@ -157,6 +157,15 @@ def preconditioners(cams: structs.Cameras, settings: configs.Settings) -> np.nda
   return np.float32((vectors / np.sqrt(values)[:, None]) @ vectors.swapaxes(-1, -2))
 
 
+def add_tables(settings: configs.Settings, cams: structs.Cameras) -> structs.Cameras:
+  """Returns the training cameras with their preconditioners, if the settings ask for refinement."""
+  if not settings.config.refine_cameras:
+    return cams
+  supervision = cams.supervision or structs.Supervision()
+  table = preconditioners(cams, settings)
+  return cams.replace(supervision=supervision.replace(preconditioner=table))
+
+
 def _sigma(cams: structs.Cameras, settings: configs.Settings) -> np.ndarray:
   """Returns the mean of J^T J [n, k, k], float64."""
   config, unit = settings.config, np.random.default_rng(0).random((3, _POINTS))

@@ -262,8 +262,4 @@ def training_cameras(settings: configs.Settings, scene: scenes.Scene) -> structs
   masks = scenes.read_masks(settings.config.data_dir, scene, scene.train, processes.is_main())
   weights = [scene.weights[row] for row in scene.train] if scene.weights else None
   supervision = batches.make_supervision(cams.size, masks, weights)
-  if settings.config.refine_cameras:
-    supervision = (supervision or structs.Supervision()).replace(
-      preconditioner=camera_refinement.preconditioners(cams, settings)
-    )
-  return cams.replace(supervision=supervision)
+  return camera_refinement.add_tables(settings, cams.replace(supervision=supervision))
