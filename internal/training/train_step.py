@@ -204,6 +204,7 @@ def make_loss_gradient(settings: configs.Settings) -> Callable:
       rays, own_terms['camera_prior'] = camera_refinement.cast(
         config, cams, rows, rays.cam_idx, *batch.pixel
       )
+      batch = batch.replace(rays=rays)
     renderings, history = model.apply({'params': params}, keys, rays, frac)
     # rgb: [rays, 3] of each level; only the last level's is the image.
     loss, terms = losses.total(config, params, renderings, history, batch)
