@@ -139,7 +139,7 @@ def refining(settings, _):
   cams = cams.replace(supervision=structs.Supervision(preconditioner=eye))
   traced = train_step.make_train_step(settings, tiny.mesh(1))
   args = train_step.abstract_state(settings), cams, batches.make_store(images)
-  return text_of(traced.variant(traced.choices[0]).trace(*args).jaxpr)
+  return text_of(traced.variant(traced.choices[0]).trace(*args, 1).jaxpr)
 
 
 def protocol(settings, _):
