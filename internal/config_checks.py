@@ -39,12 +39,14 @@ _RANGES = {
   'grid_coarse_to_fine': (0, 1),
   'depth_loss_rays': (0, 1),
   'min_images_fraction': (0, 1),
+  'camera_start': (0, 1),
+  'camera_prior': (0, None),
   'render_video_crf': (0, 51),
 }  # fmt: skip
 _MAX_FAR = 1e8  # The square of a much larger distance overflows float32.
 _POSITIVE = (
-  'charb_padding', 'interlevel_blur', 'lr_init', 'lr_final', 'near_anneal_rate',
-  'grid_decay_growth', 'grid_init', 'grid_gain', 'depth_loss_rays',
+  'charb_padding', 'interlevel_blur', 'lr_init', 'lr_final', 'camera_lr_init', 'camera_lr_final',
+  'near_anneal_rate', 'grid_decay_growth', 'grid_init', 'grid_gain', 'depth_loss_rays',
 )  # fmt: skip
 
 

@@ -113,6 +113,11 @@ class Config(Checked):
   adam_eps: float = 1e-6  # Adam: added to the root of that mean.
   grad_max_norm: float = 0.001  # Clip each MLP's gradient to this norm (0: off).
   grad_max_val: float = 0.0  # Clip each gradient entry to this magnitude (0: off).
+  refine_cameras: bool = False  # Also train the training cameras; docs/poses.md.
+  camera_start: float = 0.05  # Fraction of the training after which cameras move (0 to 1).
+  camera_lr_init: float = 1e-4  # Cameras' learning rate at step 0, in focal lengths per step.
+  camera_lr_final: float = 1e-5  # Cameras' learning rate at max_steps; log-linear in between.
+  camera_prior: float = 10.0  # Multiplier of the squared changes of the cameras' intrinsics.
 
   # Evaluation.
   eval_only_once: bool = True  # False: evaluate new checkpoints as they appear, until max_steps.
@@ -122,6 +127,8 @@ class Config(Checked):
   eval_dataset_limit: int | None = None  # Maximum number of test images (None: all).
   eval_quantize_metrics: bool = True  # Round renderings to 8 bits before computing metrics.
   eval_crop_borders: int = 0  # Pixels to ignore at each side of an image in metrics.
+  # Refine each test camera on the left half of its picture, and measure the right half.
+  eval_refine_cameras: bool = False
 
   vis_normals: bool = False  # Evaluation and rendering also write normal maps of the density.
 
@@ -276,7 +283,8 @@ class Model(Checked):
   use_viewdirs: bool = True  # Colour depends on the view direction.
   bg_intensity_range: Sequence[float] = (1.0, 1.0)  # (low, high): random grey in training.
   num_glo_features: int = 0  # Size of the per-image appearance vector (0: none).
-  num_glo_embeddings: int = 1000  # Number of appearance vectors; at least the training images.
+  # Rows of tables with one per image: appearance vectors, cameras. At least the training images.
+  num_glo_embeddings: int = 1000
   # Fraction of training in which the start of rays moves from near_anneal_init to 0 (None: off).
   near_anneal_rate: float | None = None
   near_anneal_init: float = 0.95  # Start of rays in s, 0 to 1, at the first step.

@@ -69,12 +69,14 @@ class Model(nn.Module):
     """
     cfg = self.config
     _, s_to_t = coord.ray_warps(cfg.raydist_fn, self.near, self.far, cfg.raydist_options)
+    last_rays, rays = rays, jax.lax.stop_gradient(rays)  # The last level alone moves cameras.
     glo = self._appearance(rays, use_glo)
     start = jnp.zeros_like(rays.radii) + self._first_endpoint(train_frac)  # [..., 1]
     one = jnp.ones_like(start)
     sdist, weights = jnp.concatenate([start, one], -1), one  # [..., 2], [..., 1]: a single bin.
     renderings, history = [], []
     for level in range(cfg.num_levels):
+      rays = last_rays if level == cfg.num_levels - 1 else rays
       key, sample_key, mlp_key, bg_key = math.split_keys(key, 4)
       sdist = self._resample(sample_key, level, sdist, weights, train_frac)  # [..., n + 1]
       tdist = s_to_t(sdist)  # [..., n + 1]

@@ -31,7 +31,7 @@ class Tracks:
 
 @flax.struct.dataclass
 class Supervision:
-  """Training pixels of n images, and their weights.
+  """Training pixels of n images, their weights, and scales of their cameras' changes.
 
   The pixels are run-length encoded: r runs of neighbours in row-major order, image after image.
   Without runs all pixels are used.
@@ -44,6 +44,7 @@ class Supervision:
   first_run: Array | None = None  # [n + 1] int32, index of each image's first run.
   tracks: Tracks | None = None
   track_rays: int = flax.struct.field(pytree_node=False, default=0)  # Of a batch, from `tracks`.
+  preconditioner: Array | None = None  # [n, k, k] of camera refinement; None: cameras are fixed.
 
 
 @flax.struct.dataclass
@@ -91,6 +92,7 @@ class Batch:
   weight: Array | None = None  # [...] weights in the loss with mean 1; None: 1 each.
   distance: Array | None = None  # [...] known distance t of what the ray sees; None: of none.
   certainty: Array | None = None  # [...] of that distance, 0 where it is not known.
+  pixel: tuple[Array, Array] | None = None  # [...] x and y, if cameras are refined.
 
 
 @flax.struct.dataclass

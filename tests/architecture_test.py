@@ -12,7 +12,7 @@ INTERNAL = ROOT / 'internal'
 FLOORS = (
   ('config_checks', 'errors', 'math', 'structs'),
   ('bindings', 'plugins', 'system'),
-  ('cameras', 'colmap', 'configs', 'coord', 'devices', 'geopoly', 'image', 'paths',
+  ('alignment', 'cameras', 'colmap', 'configs', 'coord', 'devices', 'geopoly', 'image', 'paths',
    'stepfun', 'vis'),
   ('demo', 'fields', 'knobs', 'render'),
   ('cli', 'datasets', 'losses', 'models'),

@@ -142,7 +142,7 @@ def test_quaternion_equals_the_rotation_matrix():
     rotation = pose[:, :3]
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-12)
     assert np.linalg.det(rotation) == pytest.approx(1)
-    w, x, y, z = capture.qvec(rotation)
+    w, x, y, z = colmap.quaternion(rotation)
     again = [
       [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
       [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],

@@ -27,11 +27,12 @@ from internal import cli, configs, datasets, losses, models, plugins, structs
 from internal.commands import eval as eval_program
 from internal.datasets import images, scenes
 from internal.evaluation import metrics as metrics_lib
-from internal.evaluation import train_renders
+from internal.evaluation import results, train_renders
 from internal.fields import encodings, mlp
 from internal.rendering import renderer, trained, trajectory
 from internal.training import (
   batches,
+  camera_refinement,
   checkpoints,
   loop,
   nonfinite,  # fmt: skip
@@ -132,6 +133,20 @@ def step(settings, _):
   return text_of(traced.variant(traced.choices[0]).trace(state, cams, store, 1).jaxpr)
 
 
+def refining(settings, _):
+  """The training step of cameras that may be refined."""
+  cams, images = tiny.capture()
+  eye = np.broadcast_to(np.eye(camera_refinement.WIDTH, dtype=np.float32), (3, 11, 11))
+  cams = cams.replace(supervision=structs.Supervision(preconditioner=eye))
+  traced = train_step.make_train_step(settings, tiny.mesh(1))
+  args = train_step.abstract_state(settings), cams, batches.make_store(images)
+  return text_of(traced.variant(traced.choices[0]).trace(*args, 1).jaxpr)
+
+
+def protocol(settings, _):
+  return results.protocol(settings.config, results.OWN_SPLIT)
+
+
 def draw(settings, _):
   """The step's keys and the pixels drawn by them."""
   pixels = train_step.make_draw(settings.config, tiny.mesh(1))(3, np.array([[9, 9]] * 9))
@@ -181,7 +196,8 @@ def tracked(settings, folder):
   captures.write_tracks(folder, [[0, 0, 0]], [0.5], [range(1, 10)])
   config = dataclasses.replace(settings.config, data_dir=folder)
   scene = datasets.load_dataset(config)
-  return pixel_store.training_cameras(config, scene).supervision.track_rays
+  settings = dataclasses.replace(settings, config=config)
+  return pixel_store.training_cameras(settings, scene).supervision.track_rays
 
 
 def which_light(settings, folder):
@@ -431,6 +447,16 @@ KNOBS = {
     'adam_eps': (optimizer, '0.1'),
     'grad_max_norm': (optimizer, '0.0'),
     'grad_max_val': (optimizer, '0.1', 'Config.grad_max_norm = 0.0'),
+    'refine_cameras': (refining, 'True'),
+    **{
+      name: (refining, value, 'Config.refine_cameras = True')
+      for name, value in (
+        ('camera_start', '0.5'),
+        ('camera_lr_init', '0.01'),
+        ('camera_lr_final', '1e-6'),
+        ('camera_prior', '3.0'),
+      )
+    },
     'eval_only_once': (evaluating, 'False'),
     'eval_save_output': (evaluating, 'False'),
     'eval_report': (evaluating, 'False'),
@@ -438,6 +464,7 @@ KNOBS = {
     'eval_dataset_limit': (evaluating, '1'),
     'eval_quantize_metrics': (metrics, 'False'),
     'eval_crop_borders': (metrics, '3'),
+    'eval_refine_cameras': (protocol, 'True'),
     'vis_normals': (video, 'True'),
     'render_chunk_size': (chunk, '16'),
     'render_dir': (video, "'there'"),

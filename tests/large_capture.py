@@ -44,7 +44,7 @@ def make(folder: pathlib.Path, count: int, width: int, height: int) -> None:
       os.link(folder / 'images' / names[i % DISTINCT], path)
   poses = capture.camera_poses(count, seed=0)
   images = {
-    i: colmap.Image(i, capture.qvec(p[:, :3]), tuple(map(float, p[:, 3])), 1, name)
+    i: colmap.Image(i, colmap.quaternion(p[:, :3]), tuple(map(float, p[:, 3])), 1, name)
     for i, (p, name) in enumerate(zip(poses, names), 1)
   }
   camera = colmap.Camera(1, 'PINHOLE', width, height, (width, width, width / 2, height / 2))

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from textured_corner import FOCAL, SIZE, VIEWS, render_room, room_pose, turns
 
-from internal import colmap
+from internal import alignment, colmap
 from internal.commands import poses as command
 from internal.datasets import images
 from internal.sfm import agreement, given, moved, pipeline, refine
@@ -36,7 +36,7 @@ def perturbed(poses, degrees=1.0, share=0.02, seed=0):
   for pose in poses:
     axis, shift = rng.normal(size=(2, 3))
     pose = turned(pose, axis, degrees)
-    pose[:, 3] += share * moved.radius(poses) * shift / np.linalg.norm(shift)
+    pose[:, 3] += share * alignment.radius(poses) * shift / np.linalg.norm(shift)
     result.append(pose)
   return np.stack(result)
 
@@ -82,8 +82,8 @@ def read_poses(scene):
 
 def errors(poses, truth):
   """Degrees and shares of the radius after alignment, both [n]."""
-  aligned = moved.transform(poses, *moved.align(poses, truth))
-  rotation, position = moved.differences(*aligned, truth)
+  aligned = alignment.transform(poses, *alignment.align(poses, truth))
+  rotation, position = alignment.differences(*aligned, truth)
   return np.degrees(rotation), position
 
 
@@ -104,10 +104,10 @@ def test_the_given_world_and_scale_are_kept(refined):
   scene, poses, report = refined
   found, _ = read_poses(scene)
   last = np.stack([found[name] for name in NAMES])
-  scale, rotation, shift = moved.align(last, poses)
+  scale, rotation, shift = alignment.align(last, poses)
   assert abs(scale - 1) < 0.01
   np.testing.assert_allclose(rotation, np.eye(3), atol=0.01)
-  np.testing.assert_allclose(shift, 0, atol=0.02 * moved.radius(poses))
+  np.testing.assert_allclose(shift, 0, atol=0.02 * alignment.radius(poses))
   assert report['capture']['images_registered'] == VIEWS + 2
 
 
@@ -279,7 +279,7 @@ def test_cameras_on_a_line_are_aligned_by_their_axes_too():
   pose = turned(line[0], [1, 2, 3], 50)
   turn = pose[:, :3]
   target = np.concatenate([turn @ line[:, :, :3], 2 * turn @ line[:, :, 3:]], 2)
-  scale, rotation, shift = moved.align(line, target)
+  scale, rotation, shift = alignment.align(line, target)
   assert abs(scale - 2) < 1e-9
   np.testing.assert_allclose(rotation, turn, atol=1e-9)
   np.testing.assert_allclose(shift, 0, atol=1e-9)

@@ -78,20 +78,24 @@ def test_masked_pixels_do_not_count(tmp_path):
   assert len(found.x) == len(every.x) - gone.sum() < len(every.x)
 
 
+def training_cameras(config, scene):
+  return pixel_store.training_cameras(dataclasses.replace(tiny.settings(), config=config), scene)
+
+
 def test_captures_without_tracks_are_refused(tmp_path):
   captures.write_colmap(str(tmp_path), points=XYZ)
   config = dataclasses.replace(CONFIG, data_dir=str(tmp_path))
   scene = datasets.load_dataset(config)
   with pytest.raises(images.DataError, match=r'three or more images see.*depth_loss_mult = 0'):
-    pixel_store.training_cameras(config, scene)
+    training_cameras(config, scene)
   flat = dataclasses.replace(scene, cameras=scene.cameras.replace(pixtocam_ndc=np.eye(3)))
   with pytest.raises(images.DataError, match=r'without Config\.forward_facing'):
-    pixel_store.training_cameras(config, flat)
+    training_cameras(config, flat)
 
 
 def test_batches_begin_with_tracked_pixels(tmp_path):
   config, scene = write(tmp_path)
-  cams = pixel_store.training_cameras(config, scene)
+  cams = training_cameras(config, scene)
   key, supervision = jax.random.key(3), cams.supervision
   assert supervision.track_rays == 10
   draw = (key, jnp.asarray(cams.size), 40, 'all_images')
@@ -109,7 +113,7 @@ def test_batches_begin_with_tracked_pixels(tmp_path):
   batch = batches.make_batch(cams, *ids, jnp.zeros((40, 3), jnp.uint8), distance, certainty)
   np.testing.assert_array_equal(batch.distance, distance)
   off = dataclasses.replace(config, depth_loss_mult=0.0)
-  assert pixel_store.training_cameras(off, scene).supervision is None
+  assert training_cameras(off, scene).supervision is None
   assert batches.known_distances(key, 40, None) == (None, None)
 
 

@@ -27,6 +27,8 @@ from .model import (
   camera_to_world,
   intrinsics,
   make_points,
+  posed_image,
+  quaternion,
 )
 
 __all__ = [
@@ -46,6 +48,8 @@ __all__ = [
   'image_names',
   'intrinsics',
   'make_points',
+  'posed_image',
+  'quaternion',
   'read_model',
   'warn_of_contradictions',
   'write_model',

@@ -151,6 +151,29 @@ def camera_to_world(image: Image) -> np.ndarray:
   return np.concatenate([rotation * [1, -1, -1], position[:, None]], axis=1)
 
 
+def quaternion(rotation: np.ndarray) -> tuple[float, ...]:
+  """Returns the unit quaternion (w, x, y, z) of a rotation [3, 3].
+
+  It is the eigenvector of the largest eigenvalue of Bar-Itzhack's symmetric matrix K.
+  """
+  m = rotation
+  k = np.array([
+    [m[0, 0] + m[1, 1] + m[2, 2], m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]],
+    [0, m[0, 0] - m[1, 1] - m[2, 2], m[0, 1] + m[1, 0], m[0, 2] + m[2, 0]],
+    [0, 0, m[1, 1] - m[0, 0] - m[2, 2], m[1, 2] + m[2, 1]],
+    [0, 0, 0, m[2, 2] - m[0, 0] - m[1, 1]],
+  ])  # fmt: skip
+  q = np.linalg.eigh(k, UPLO='U')[1][:, -1]
+  return tuple(map(float, q if q[0] >= 0 else -q))
+
+
+def posed_image(id: int, pose: np.ndarray, camera_id: int, name: str) -> Image:
+  """Returns the image of a pose [3, 4], OpenGL camera axes to world: inverts `camera_to_world`."""
+  rotation = (pose[:, :3] * [1, -1, -1]).T
+  shift = -rotation @ pose[:, 3]
+  return Image(id, quaternion(rotation), tuple(map(float, shift)), camera_id, name)
+
+
 def make_points(xyz=(), rgb=None, error=None, ids=None, seen_by=(), views=None) -> Points:
   """Makes a point cloud from positions [n, 3]; default: grey, no error, ids from 1, no tracks."""
   xyz = np.asarray(xyz, np.float64).reshape(-1, 3)

@@ -25,7 +25,7 @@ from .. import cli, configs, models
 from ..datasets import scenes
 from ..devices import processes
 from ..errors import UserError
-from ..evaluation import html_report, lpips, multiscale
+from ..evaluation import html_report, left_halves, lpips, multiscale
 from ..evaluation import metrics as metrics_lib
 from ..evaluation import results as results_lib
 from ..rendering import trained
@@ -123,9 +123,13 @@ def evaluate(run: trained.TrainedRun, rows: Sequence[int], render_image: Callabl
   """
   compute_lpips, lpips_absent = load_lpips() if processes.is_main() else (None, None)
   per_image, pairs = [], []
+  refine = left_halves.make_refiner(run) if run.settings.config.eval_refine_cameras else None
   for k, row in enumerate(progress.track(rows, 'evaluating', processes.is_main())):
+    cams, at = run.scene.cameras, row
+    if refine:
+      cams, at = refine(row), 0
     began = time.monotonic()
-    rendering = render_image(run.params, run.scene.cameras, row, run.train_fraction)
+    rendering = render_image(run.params, cams, at, run.train_fraction)
     seconds = time.monotonic() - began
     if processes.is_main():
       scores, truth = score_image(run, row, rendering, compute_lpips)
@@ -146,8 +150,15 @@ def score_image(run: trained.TrainedRun, row: int, rendering: dict, compute_lpip
   data_dir = run.settings.config.data_dir
   truth = scenes.read_image(data_dir, run.scene, row)
   mask = scenes.read_mask(data_dir, run.scene, row)
+  counted = slice(None)
+  if run.settings.config.eval_refine_cameras:
+    counted = left_halves.measured(truth)
   metrics = metrics_lib.image_metrics(
-    rendering['rgb'], truth, run.settings.config, mask, compute_lpips
+    rendering['rgb'][:, counted],
+    truth[:, counted],
+    run.settings.config,
+    None if mask is None else mask[:, counted],
+    compute_lpips,
   )
   height, width = truth.shape[:2]
   about = {'width': width, 'height': height, 'masked': mask is not None}
@@ -249,6 +260,11 @@ def main(argv: list[str] | None = None) -> None:
   rows = select_images(settings.config, scene)
   if args.multiscale:
     multiscale.check_sizes(scene, rows)
+    if settings.config.eval_refine_cameras:
+      raise EvalError(
+        'Config.eval_refine_cameras measures halves of pictures, --multiscale whole ones; choose '
+        'one of them.'
+      )
   render_image = mesh = None
   for _ in steps_to_evaluate(folder, settings.config):
     # The newest checkpoint now: training may already have replaced the one that was found.

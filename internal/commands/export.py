@@ -1,4 +1,4 @@
-"""Exports a trained scene as points, a mesh, depth maps, 3D Gaussians, or a web page.
+"""Exports a trained scene as points, a mesh, depth maps, 3D Gaussians, a web page, or cameras.
 
     python scripts/export.py runs/garden
     python scripts/export.py runs/garden --what page
@@ -15,7 +15,8 @@ requirements-export.txt.
 `splats` fits 3D Gaussians to the trained field and writes splats.ply and .spz for splat programs;
 `page` does the same and also writes page.html, one file that shows the scene in any browser. They
 are made only when named: the fit takes minutes on a GPU. splats.json has the number of Gaussians
-and their PSNR on the test photographs. docs/export.md explains the files.
+and their PSNR on the test photographs. `cameras` writes the cameras to sparse/0 as a COLMAP model,
+as training has refined them (Config.refine_cameras). docs/export.md explains the files.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ import time
 
 import numpy as np
 
-from .. import cli, paths
+from .. import cli, colmap, paths
 from ..evaluation import html_report
+from ..export import cameras, points, shapes, texture
 from ..export import mesh as mesh_lib
-from ..export import points, shapes, texture
 from ..rendering import orbits, trained
 from ..splats import backdrop, distil, formats, gaussians, page
 from ..system import files, progress
@@ -39,6 +40,7 @@ from ..training import run_folder
 _KINDS = ('points', 'mesh', 'depth')
 _SPLAT_KINDS = ('splats', 'page')
 _SPLAT_FILES, _PAGE = ('splats.ply', 'splats.spz'), 'page.html'
+_CAMERAS = 'cameras'
 _TEXTURED_FACES = 50_000  # Of a mesh with a texture, unless --simplify says otherwise.
 
 
@@ -48,7 +50,14 @@ def parse(argv: list[str] | None):
   add('run', metavar='RUN', help="the training run's folder")
   add('--out', metavar='DIR', help='output folder (default: RUN/export)')
   what = 'what to export (default: points mesh depth)'
-  add('--what', '--only', nargs='+', choices=_KINDS + _SPLAT_KINDS, default=_KINDS, help=what)
+  add(
+    '--what',
+    '--only',
+    nargs='+',
+    choices=(*_KINDS, *_SPLAT_KINDS, _CAMERAS),
+    default=_KINDS,
+    help=what,
+  )
   add('--views', type=int, default=48, help='maximum number of training poses to render')
   add('--width', type=int, default=400, help='width of the rendered views in pixels')
   add('--points', type=int, default=1_000_000, help='maximum number of points')
@@ -200,9 +209,10 @@ def main(argv: list[str] | None = None) -> None:
   splat_options(args)  # Checked before the slow part.
   check_shape_options(args)
   settings, scene = run_folder.open_run(args.run)
-  box, out = read_box(args, scene), args.out or os.path.join(args.run, 'export')
-  offset, written = points.offset(scene), {}
+  out = args.out or os.path.join(args.run, 'export')
+  read_box(args, scene)  # Checked before the slow part.
   run = trained.restore(args.run, settings, scene)
+  box, offset, written = read_box(args, run.scene), points.offset(run.scene), {}
   if offset.any() or set(args.what) & {'points', 'mesh'}:
     path = written['offset.json'] = os.path.join(out, 'offset.json')
     files.write_text(path, json.dumps({'offset': offset.tolist()}))
@@ -212,4 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     written |= export_splats(args, run, out, offset)
     if not args.out and os.path.exists(os.path.join(args.run, 'eval', html_report.NAME)):
       written['report'] = html_report.write(args.run, settings, scene)  # It shows the page.
+  if _CAMERAS in args.what:
+    written['cameras'] = os.path.join(out, 'sparse', '0')
+    colmap.write_model(written['cameras'], cameras.model(run.scene, settings.config.factor))
   progress.summary(written)

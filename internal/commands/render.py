@@ -81,6 +81,9 @@ def main(argv: list[str] | None = None) -> None:
   cli.show_warnings(scene.report)
   cli.show_warnings({'warnings': path_warnings})
   run = trained.restore(folder, settings, scene)
+  if run.scene is not scene:  # The path goes along the refined cameras.
+    with warnings.collect():  # These have been shown.
+      cams, fps = trajectory.make_path(config, run.scene)
   kinds = videos.KINDS if config.vis_normals else videos.KINDS[:2]
   try:
     out = render_frames(run, cams, kinds, path_warnings)

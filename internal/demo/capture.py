@@ -65,22 +65,6 @@ def render_view(pose, width: int, height: int, focal: float, seed: int):
   return image.reshape(height, width, 3), middle.reshape(height, width)
 
 
-def qvec(rotation: np.ndarray) -> tuple[float, ...]:
-  """Returns the unit quaternion (w, x, y, z) of a rotation [3, 3].
-
-  It is the eigenvector of the largest eigenvalue of Bar-Itzhack's symmetric matrix K.
-  """
-  m = rotation
-  k = np.array([
-    [m[0, 0] + m[1, 1] + m[2, 2], m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]],
-    [0, m[0, 0] - m[1, 1] - m[2, 2], m[0, 1] + m[1, 0], m[0, 2] + m[2, 0]],
-    [0, 0, m[1, 1] - m[0, 0] - m[2, 2], m[1, 2] + m[2, 1]],
-    [0, 0, 0, m[2, 2] - m[0, 0] - m[1, 1]],
-  ])  # fmt: skip
-  q = np.linalg.eigh(k, UPLO='U')[1][:, -1]
-  return tuple(map(float, q if q[0] >= 0 else -q))
-
-
 def _surface_points(poses, images, depths, focal, seed, count=600):
   """Returns exact surface points under random pixels, at most 30 away: xyz, rgb [count, 3]."""
   rng = np.random.default_rng(seed + 3)
@@ -130,7 +114,7 @@ def _write_capture(folder: pathlib.Path, width: int, height: int, count: int, se
       depths.append(depth)
   camera = colmap.Camera(1, 'PINHOLE', width, height, (focal, focal, width / 2, height / 2))
   registered = {
-    i: colmap.Image(i, qvec(pose[:, :3]), tuple(map(float, pose[:, 3])), 1, name)
+    i: colmap.Image(i, colmap.quaternion(pose[:, :3]), tuple(map(float, pose[:, 3])), 1, name)
     for i, (pose, name) in enumerate(zip(poses, names), 1)
   }
   xyz, rgb = _surface_points(poses, images, depths, focal, seed)

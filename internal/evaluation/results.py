@@ -167,6 +167,8 @@ def protocol(
     departures.append('predictions are not quantised')
   if config.eval_crop_borders:
     departures.append(f'{config.eval_crop_borders} pixels are cropped off each side')
+  if config.eval_refine_cameras:
+    departures.append('test cameras are refined on left halves, metrics are of right halves')
   if config.eval_render_interval > 1:
     departures.append(f'one in {config.eval_render_interval} test images')
   if config.eval_dataset_limit is not None:

@@ -12,7 +12,7 @@ from .. import configs, coord
 from ..datasets import scenes
 from ..devices import processes
 from ..rendering import renderer
-from ..training import runlog, train_step
+from ..training import camera_refinement, runlog, train_step
 from ..vis import pictures
 from . import metrics as metrics_lib
 
@@ -21,7 +21,7 @@ class TestRenders:
   """Renders a few test images during training: a sheet on disk, metrics in the log."""
 
   def __init__(self, settings: configs.Settings, scene: scenes.Scene, mesh: Mesh):
-    self.config, self.scene = settings.config, scene
+    self.settings, self.config, self.scene = settings, settings.config, scene
     self.render_image = renderer.make_image_renderer(settings, mesh)
     self.probe_rays = renderer.make_ray_probe(settings, mesh)
     near_far, model = (self.config.near, self.config.far), settings.model
@@ -33,10 +33,11 @@ class TestRenders:
 
   def __call__(self, params: dict, step: int, log: runlog.RunLog) -> None:
     frac = float(train_step.train_fraction(step, self.config.max_steps))
+    cams = camera_refinement.refined_scene(self.settings, self.scene, params).cameras
     scores = []
     for row in self.rows:
       began = time.monotonic()
-      out = self.render_image(params, self.scene.cameras, row, frac)
+      out = self.render_image(params, cams, row, frac)
       seconds = time.monotonic() - began
       if not processes.is_main():
         continue
@@ -49,7 +50,7 @@ class TestRenders:
       pictures.write_png(os.path.join(self.folder, f'{name}_step{step:07d}.png'), sheet)
       log.picture(step, f'test/{name}', sheet)
     if self.rows and self.config.vis_num_rays > 0:
-      history = self.probe_rays(params, self.scene.cameras, self.rows[0], frac)
+      history = self.probe_rays(params, cams, self.rows[0], frac)
       picture = pictures.ray_picture(
         *history, max_rays=self.config.vis_num_rays, s_to_t=self.s_to_t
       )

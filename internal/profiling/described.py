@@ -25,7 +25,7 @@ from ..devices import memory, sharding
 from ..errors import UserError
 from ..rendering import renderer
 from ..system import installation
-from ..training import batches, train_step
+from ..training import batches, camera_refinement, train_step
 from . import hlo, programs
 
 
@@ -96,9 +96,9 @@ def _replicated(tree, mesh: Mesh):
   return _abstract(tree, jax.tree.map(lambda _: sharding.replicated(mesh), tree))
 
 
-def _capture(mesh: Mesh, images: int, width: int, height: int):
+def _capture(settings: configs.Settings, mesh: Mesh, images: int, width: int, height: int):
   """Returns replicated cameras and pixels of a capture of this size, as shapes."""
-  cams = programs.ring(images, width, height)
+  cams = camera_refinement.add_tables(settings, programs.ring(images, width, height))
   plane = jax.ShapeDtypeStruct((images * width * height,), np.uint8)
   store = batches.PixelStore((plane,) * 3, batches.first_pixels(np.asarray(cams.size)))
   return _replicated(cams, mesh), _replicated(store, mesh)
@@ -107,13 +107,13 @@ def _capture(mesh: Mesh, images: int, width: int, height: int):
 def train_arguments(settings: configs.Settings, mesh: Mesh, capture: tuple[int, int, int]):
   """Returns the training step's arguments as shapes: state, cameras, pixels."""
   state = train_step.abstract_state(settings)
-  return (_abstract(state, sharding.placement(state, mesh)), *_capture(mesh, *capture))
+  return (_abstract(state, sharding.placement(state, mesh)), *_capture(settings, mesh, *capture))
 
 
 def render_arguments(settings: configs.Settings, mesh: Mesh, capture: tuple[int, int, int]):
   """Returns the chunk renderer's arguments as shapes."""
   params = _replicated(train_step.abstract_state(settings).params, mesh)
-  cams, _ = _capture(mesh, *capture)
+  cams, _ = _capture(settings, mesh, *capture)
   return params, cams, np.int32(0), np.int32(0), np.float32(1)
 
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from .. import configs
 from ..datasets import scenes
 from ..devices import sharding
-from ..training import checkpoints, run_folder, train_step
+from ..training import camera_refinement, checkpoints, run_folder, train_step
 from . import renderer
 
 
@@ -20,7 +20,7 @@ class TrainedRun:
 
   folder: str
   settings: configs.Settings
-  scene: scenes.Scene
+  scene: scenes.Scene  # With the refined cameras, if there are any.
   mesh: Mesh
   params: dict  # The model's parameters, on the mesh.
   step: int  # The checkpoint's training step.
@@ -66,4 +66,5 @@ def restore(
   """
   mesh = mesh or sharding.make_mesh()
   params, step = checkpoints.restore_params(run, settings, step, mesh)
+  scene = camera_refinement.refined_scene(settings, scene, params)
   return TrainedRun(run, settings, scene, mesh, params, step)

@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .. import colmap
+from .. import alignment, colmap
 from ..datasets import frames as frames_lib
 from ..datasets import images, llff, transforms
 from ..system import files, warnings
-from . import moved, photo_files, reconstruction
+from . import photo_files, reconstruction
 from .photos import FOLDER, Photo, PosesError, list_photos
 
 _TRANSFORMS = 'transforms.json'
@@ -252,9 +252,7 @@ def near_pairs(names: Sequence[str], given: Given, count: int = 20) -> set[tuple
   """
   rows = [k for k, name in enumerate(names) if name in given.poses]
   poses = np.stack([given.poses[names[k]] for k in rows])  # [n, 3, 4]
-  centres, ahead = poses[:, :, 3], -poses[:, :, 2]
-  distance = np.linalg.norm(centres[:, None] - centres, axis=-1) / max(moved.radius(poses), 1e-9)
-  apart = np.linalg.norm(ahead[:, None] - ahead, axis=-1)  # [n, n]
+  distance, apart = alignment.distances(poses, poses)  # [n, n]
   cost = np.where(apart < np.sqrt(2), distance + apart, np.inf)
   np.fill_diagonal(cost, np.inf)
   nearest = np.argsort(cost, axis=1, kind='stable')[:, :count]  # [n, count]

@@ -1,8 +1,4 @@
-"""How far `refine` moved given poses: aligns them, and judges and lists the differences.
-
-Poses are [n, 3, 4], camera to world, OpenGL axes. The radius of cameras is their median distance
-from their mean.
-"""
+"""How far `refine` moved given poses: judges and lists the differences."""
 
 from __future__ import annotations
 
@@ -16,58 +12,6 @@ from ..system import files, warnings
 FILE = 'sparse/refinement.json'
 _MOST_MOVED = 8
 _FAR_DEGREES, _FAR_SHARE = 3.0, 0.1  # Median movements of poses that were far off.
-
-
-def radius(poses: np.ndarray) -> float:
-  """Returns the median distance of cameras [n, 3, 4] from their mean."""
-  centres = poses[:, :, 3]
-  return float(np.median(np.linalg.norm(centres - centres.mean(0), axis=-1)))
-
-
-def align(source: np.ndarray, target: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-  """Fits the similarity that brings the centres and axes of poses to those of others.
-
-  The centres alone would leave the rotation of an arc about its chord to chance. The third of the
-  cameras that differ most does not count.
-
-  Args:
-    source: [n, 3, 4], n >= 3.
-    target: [n, 3, 4].
-
-  Returns:
-    Scale, rotation [3, 3] and shift [3]: x -> scale * rotation @ x + shift (Umeyama, IEEE TPAMI
-    13(4), 1991).
-  """
-  kept = np.arange(len(source))
-  for _ in range(3):
-    found = _similarity(source[kept], target[kept])
-    turned, moved = differences(*transform(source, *found), target)  # [n]
-    kept = np.argsort(turned + moved, kind='stable')[: max(3, -(-2 * len(moved) // 3))]
-  return found
-
-
-def transform(poses, scale: float, rotation: np.ndarray, shift: np.ndarray):
-  """Applies a similarity to poses [n, 3, 4]; returns rotations [n, 3, 3] and centres [n, 3]."""
-  return rotation @ poses[:, :, :3], scale * poses[:, :, 3] @ rotation.T + shift
-
-
-def differences(rotations: np.ndarray, centres: np.ndarray, target: np.ndarray):
-  """Returns how far cameras are from the target [n, 3, 4]: radians, and shares of its radius."""
-  chord = np.linalg.norm(rotations - target[:, :, :3], axis=(-2, -1))  # [n]
-  moved = np.linalg.norm(centres - target[:, :, 3], axis=-1)  # [n]
-  # Accurate for small angles, unlike the arc cosine.
-  return 2 * np.arcsin(np.clip(chord / np.sqrt(8), 0, 1)), moved / max(radius(target), 1e-9)
-
-
-def _similarity(source, target) -> tuple[float, np.ndarray, np.ndarray]:
-  a, b = (poses[:, :, 3] - poses[:, :, 3].mean(0) for poses in (source, target))  # [n, 3]
-  axes = np.einsum('nij,nkj->ik', target[:, :, :3], source[:, :, :3])
-  spread = np.sqrt((a**2).mean() * (b**2).mean())  # Axes as long as the cameras are far apart.
-  u, _, vt = np.linalg.svd(b.T @ a + max(spread, 1e-12) * axes)
-  rotation = (u * [1, 1, np.sign(np.linalg.det(u @ vt))]) @ vt  # No reflection.
-  variance = (a**2).sum()
-  scale = float((a @ rotation.T * b).sum() / variance) if variance > 1e-18 else 1.0
-  return scale, rotation, target[:, :, 3].mean(0) - scale * rotation @ source[:, :, 3].mean(0)
 
 
 def summary(values: np.ndarray) -> dict[str, float]:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from .. import alignment
 from ..system import files, progress
 from . import agreement as agreement_lib
 from . import moved as moved_lib
@@ -184,10 +185,10 @@ def _finish(model, given: Given, before, verified: set[str], camera_ids, constan
   poses = {image.name: opengl_from_camera(image.cam_from_world()) for image in _registered(model)}
   names = sorted(verified & set(before))
   first, last = (np.stack([table[name] for name in names]) for table in (given.poses, poses))
-  scale, rotation, shift = moved_lib.align(last, first)
+  scale, rotation, shift = alignment.align(last, first)
   model.transform(pycolmap.Sim3d(scale, pycolmap.Rotation3d(rotation), shift))
-  turned, moved = moved_lib.differences(
-    *moved_lib.transform(last, scale, rotation, shift), first
+  turned, moved = alignment.differences(
+    *alignment.transform(last, scale, rotation, shift), first
   )  # [n]
   turned = np.degrees(turned)
   errors = _errors_before(model, given, before, set(names), camera_ids)

@@ -170,7 +170,9 @@ def make_batch(
 ) -> structs.Batch:
   """Casts the pixels' rays and pairs them with what is known of them.
 
-  That is their [..., 3] uint8 colours, their weights, and what `known_distances` returns.
+  That is their [..., 3] uint8 colours, their weights, and what `known_distances` returns. If the
+  cameras are refined, the batch keeps the pixels, to cast them again.
+
   Weights are normalized to mean 1 over the batch, so that means over rays are weighted means,
   independent of sharding.
   """
@@ -179,4 +181,6 @@ def make_batch(
   if cams.supervision is not None and cams.supervision.weight is not None:
     weight = jnp.asarray(cams.supervision.weight)[cam_idx]
     weight /= jnp.mean(weight)
-  return structs.Batch(rays, rgb.astype(jnp.float32) / 255, weight, distance, certainty)
+  refined = cams.supervision is not None and cams.supervision.preconditioner is not None
+  colors, pixel = rgb.astype(jnp.float32) / 255, (x, y) if refined else None
+  return structs.Batch(rays, colors, weight, distance, certainty, pixel)

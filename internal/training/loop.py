@@ -16,9 +16,11 @@ from ..devices import memory, processes, sharding
 from ..errors import UserError
 from ..system import bucket, progress, signals
 from . import (
+  camera_refinement,
   checkpoints,
   dispatch,
   nonfinite,
+  per_camera,
   pixel_store,
   run_folder,
   run_lock,
@@ -57,8 +59,11 @@ def check_settings(settings: configs.Settings, scene: scenes.Scene) -> None:
   """Raises ConfigError unless the settings name a run folder and suit the scene."""
   if not settings.config.checkpoint_dir:
     raise configs.ConfigError("Config.checkpoint_dir is not set; set it to the run's folder.")
+  if settings.config.refine_cameras:
+    camera_refinement.check(scene)
+  tables = settings.model.num_glo_features or per_camera.parts(settings.config)
   # nn.Embed returns NaN for an image beyond its table.
-  if settings.model.num_glo_features and settings.model.num_glo_embeddings < len(scene.train):
+  if tables and settings.model.num_glo_embeddings < len(scene.train):
     raise configs.ConfigError(
       f'Model.num_glo_embeddings is {settings.model.num_glo_embeddings}, fewer than the '
       f'{len(scene.train)} training images; raise it.'
@@ -213,7 +218,7 @@ def _load_data(
 ) -> tuple[structs.Cameras, Callable, str]:
   """Returns the replicated cameras, `load_pixels(step)` for the step function, and the place."""
   pixels, place = pixel_store.load(settings, scene, mesh)
-  cams = pixel_store.training_cameras(settings.config, scene)
+  cams = pixel_store.training_cameras(settings, scene)
   replicated = sharding.replicate(cams, mesh)
   if place == 'device':
     return replicated, lambda _: pixels, place  # The step function looks up its own pixels.

@@ -95,7 +95,7 @@ def _make_probe(settings: configs.Settings, mesh: Mesh) -> Callable:
       of_rays = jax.tree.map(lambda a: a[row], (*ids, rgb, *known))
       batch = batches.make_batch(cams, *of_rays)  # [r, ...]
       keys = ray_keys[row] if config.randomized else None
-      grads, aux = loss_gradient(params, keys, batch, frac)
+      grads, aux = loss_gradient(params, keys, batch, frac, cams)
       return aux, {name: optax.tree.norm(part) for name, part in grads.items()}
 
     return jax.lax.map(probe_group, rows)  # One at a time: each gradient is as large as the model.
@@ -159,7 +159,7 @@ def replay(settings: configs.Settings, scene: scenes.Scene, mesh: Mesh, step: in
   state, _, micro_batches = run_folder.start_run(settings, mesh, start)
   step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches)
   store = pixel_store.read(config, scene, progress=processes.is_main())
-  cams = pixel_store.training_cameras(config, scene)
+  cams = pixel_store.training_cameras(settings, scene)
   cams_on_device = sharding.replicate(cams, mesh)
   draw = train_step.make_draw(config, mesh, cams_on_device.supervision)
   for done in range(start, step - 1):

@@ -27,7 +27,7 @@ from ..datasets import images, scenes, tracks
 from ..devices import processes, sharding
 from ..errors import UserError
 from ..system import files
-from . import batches, run_seal
+from . import batches, camera_refinement, run_seal
 
 _FOLDER = '.pixels'  # In the capture, unless Config.pixel_cache_dir is set.
 _SHARE = 0.5  # Maximum part of the free memory.
@@ -256,8 +256,9 @@ def load(
   return batches.PixelStore(on_device, sharding.replicate(store.first, mesh)), 'device'
 
 
-def training_cameras(config: configs.Config, scene: scenes.Scene) -> structs.Cameras:
-  """Returns the cameras of the training images, with their masks, weights and tracks."""
+def training_cameras(settings: configs.Settings, scene: scenes.Scene) -> structs.Cameras:
+  """Returns the cameras of the training images, with what training needs of each image."""
+  config = settings.config
   cams = scene.cameras.take(np.array(scene.train))
   masks = scenes.read_masks(config.data_dir, scene, scene.train, processes.is_main())
   weights = [scene.weights[row] for row in scene.train] if scene.weights else None
@@ -267,4 +268,4 @@ def training_cameras(config: configs.Config, scene: scenes.Scene) -> structs.Cam
     supervision = (supervision or structs.Supervision()).replace(
       tracks=tracks.read(config.data_dir, scene, masks), track_rays=rays
     )
-  return cams.replace(supervision=supervision)
+  return camera_refinement.add_tables(settings, cams.replace(supervision=supervision))

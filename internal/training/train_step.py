@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from .. import configs, image, losses, math, models, structs
 from ..devices import memory, sharding
-from . import batches
+from . import batches, camera_refinement, per_camera
 
 Array = jax.Array
 
@@ -62,7 +62,12 @@ def make_optimizer(config: configs.Config) -> optax.GradientTransformation:
 
 
 def update_finite(
-  optimizer: optax.GradientTransformation, rate: Array, state: structs.TrainState, grads, loss
+  optimizer: optax.GradientTransformation,
+  rate: Array,
+  state: structs.TrainState,
+  grads,
+  loss,
+  own: Mapping[str, per_camera.Part] | None = None,
 ) -> structs.TrainState:
   """Updates the state, skipping parts whose gradient is non-finite.
 
@@ -75,6 +80,7 @@ def update_finite(
     state: the state before the step.
     grads: gradients of each part, by name.
     loss: scalar loss.
+    own: the parts that have an optimizer and a learning rate of their own, by name.
 
   Returns:
     The state after the step.
@@ -86,9 +92,12 @@ def update_finite(
   for name, part in grads.items():
     apply = finite[name] & (jnp.isfinite(loss) | any_non_finite)
     old = state.params[name], state.opt_state[name]
+    optimizer_of, rate_of = optimizer, rate
+    if own and name in own:
+      optimizer_of, rate_of = own[name].optimizer, own[name].rate(state.step)
     # Always computed and then selected: a branch would keep XLA from fusing the update.
-    steps, opt_after = optimizer.update(part, old[1], old[0])
-    new = jax.tree.map(lambda p, s: p - rate * s, old[0], steps), opt_after
+    steps, opt_after = optimizer_of.update(part, old[1], old[0])
+    new = jax.tree.map(lambda p, s, rate=rate_of: p - rate * s, old[0], steps), opt_after
     select = functools.partial(jnp.where, apply)
     params[name], opt_state[name] = jax.tree.map(select, new, old)
     skipped[name] = jnp.where(apply, 0, state.skipped[name] + 1)  # Counts consecutive steps.
@@ -102,6 +111,9 @@ def create_state(settings: configs.Settings) -> structs.TrainState:
   optimizer = make_optimizer(settings.config)
   # One optimizer state per part, so that each is clipped by its own norm and skipped alone.
   opt_state = {name: optimizer.init(part) for name, part in params.items()}
+  for name, part in per_camera.parts(settings.config).items():
+    params[name] = {'rows': jnp.zeros((settings.model.num_glo_embeddings, part.width))}
+    opt_state[name] = part.optimizer.init(params[name])
   skipped = {name: jnp.zeros((), jnp.int32) for name in params}
   return structs.TrainState(jnp.zeros((), jnp.int32), params, opt_state, skipped)
 
@@ -178,17 +190,26 @@ def _mean_of_parts(fn: Callable, parts: int, tree):
 
 
 def make_loss_gradient(settings: configs.Settings) -> Callable:
-  """Returns `loss_gradient(params, keys, batch, frac) -> (grads, aux)` of the mean loss of rays.
+  """Returns `loss_gradient(params, keys, batch, frac, cams) -> (grads, aux)` of the mean loss.
 
-  `keys` are the rays' keys, None for no randomness. `aux` holds the loss, its terms and the mean
-  squared error.
+  `keys` are the rays' keys, None for no randomness. `cams` are the training cameras. `aux` holds
+  the loss, its terms and the mean squared error.
   """
   config, model = settings.config, models.build(settings)
 
-  def loss_fn(params, keys, batch, frac):
-    renderings, history = model.apply({'params': params}, keys, batch.rays, frac)
+  def loss_fn(params, keys, batch, frac, cams):
+    rays, own_terms = batch.rays, {}
+    if config.refine_cameras:  # Rays are cast here, so that gradients reach the cameras.
+      rows = params[camera_refinement.PART]['rows']
+      rays, own_terms['camera_prior'] = camera_refinement.cast(
+        config, cams, rows, rays.cam_idx, *batch.pixel
+      )
+      batch = batch.replace(rays=rays)
+    renderings, history = model.apply({'params': params}, keys, rays, frac)
     # rgb: [rays, 3] of each level; only the last level's is the image.
     loss, terms = losses.total(config, params, renderings, history, batch)
+    for name, term in own_terms.items():
+      loss, terms[name] = loss + term, term
     mse = losses.squared_error(renderings[-1].rgb, batch.rgb)
     return loss, {'loss': loss, 'mse': mse, 'terms': terms}
 
@@ -203,17 +224,17 @@ def _make_gradient(settings: configs.Settings, mesh: Mesh, micro_batches: int) -
   """
   loss_gradient = make_loss_gradient(settings)
 
-  def gradient(params, keys, batch, frac):
+  def gradient(params, keys, batch, frac, cams):
     # keys [rays / devices], batch.rgb [rays / devices, 3]
     own = _mean_of_parts(
-      lambda part: loss_gradient(params, *part, frac), micro_batches, (keys, batch)
+      lambda part: loss_gradient(params, *part, frac, cams), micro_batches, (keys, batch)
     )
     return sharding.mean_over_devices(own)
 
-  # Parameters and the training fraction are replicated; keys and batch are split by rays.
+  # Parameters, training fraction and cameras are replicated; keys and batch are split by rays.
   whole, split = sharding.WHOLE, sharding.SPLIT
   grads = sharding.specs(abstract_state(settings).params, mesh)
-  return sharding.per_device(gradient, mesh, (whole, split, split, whole), (grads, whole))
+  return sharding.per_device(gradient, mesh, (whole, split, split, whole, whole), (grads, whole))
 
 
 class TrainStep(memory.FirstFit):
@@ -286,7 +307,7 @@ def make_train_step(
   config = settings.config
   sharding.check_divisible('Config.batch_size', config.batch_size, mesh)
   optimizer = make_optimizer(config)
-  schedule = learning_rate(config)
+  schedule, own = learning_rate(config), per_camera.parts(config)
   placement = sharding.placement(abstract_state(settings), mesh)
 
   def variant(micro_batches):
@@ -307,9 +328,11 @@ def make_train_step(
       keys = ray_keys if config.randomized else None
       frac = train_fraction(state.step, config.max_steps)
       # Gathered once a step: the state is sharded between steps to save memory.
-      grads, aux = gradient(sharding.whole(state.params, mesh), keys, batch, frac)
+      # Without refinement, the cameras' work is done once the rays are cast.
+      table = cams if config.refine_cameras else None
+      grads, aux = gradient(sharding.whole(state.params, mesh), keys, batch, frac, table)
       rate = schedule(state.step)
-      after = update_finite(optimizer, rate, state, grads, aux['loss'])
+      after = update_finite(optimizer, rate, state, grads, aux['loss'], own)
       stats = {
         'loss': aux['loss'],
         'psnr': image.mse_to_psnr(aux['mse']),
