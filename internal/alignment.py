@@ -8,6 +8,7 @@ their mean.
 from __future__ import annotations
 
 import numpy as np
+from scipy.spatial import transform as transforms
 
 Similarity = tuple[float | np.ndarray, np.ndarray, np.ndarray]
 
@@ -91,7 +92,9 @@ def follow(source: np.ndarray, target: np.ndarray, others: np.ndarray) -> tuple[
 
   Where cameras have moved together, as after a drift that has been closed, a camera follows its
   nearest neighbours; where each has moved on its own, it follows all cameras. The number of
-  neighbours is the one with which the moved cameras predict each other best.
+  neighbours is the one with which the moved cameras predict each other best. What cameras then
+  still have in common in their own axes, moves the others too: where a principal point has moved,
+  all cameras turn, and pictures hardly change.
 
   Args:
     source: [n, 3, 4] cameras before they moved, n >= 3.
@@ -102,18 +105,57 @@ def follow(source: np.ndarray, target: np.ndarray, others: np.ndarray) -> tuple[
     The other cameras' poses [m, 3, 4] in the world of `target`, and the number of neighbours that
     they follow; n if they follow the similarity of all (`align`).
   """
-  whole = align(source, target)
-  error, count = _mean_difference(transform(source, *whole), target), len(source)
+  turn, shift = _in_common(*transform(source, *align(source, target)), target)
+  bare = _without(target, turn, shift)
+  whole = align(source, bare)
+  error, count = _mean_difference(transform(source, *whole), bare), len(source)
   nearest = _nearest(source, source)[:, 1:]  # [n, n - 1], without the camera itself.
   for k in (k for k in _NEIGHBOURS if k < len(source)):
-    found = _local(source, target, nearest[:, :k], source)
-    if (local := _mean_difference(found, target)) < error:
+    found = _local(source, bare, nearest[:, :k], source)
+    if (local := _mean_difference(found, bare)) < error:
       error, count = local, k
   if count == len(source):
     rotations, centres = transform(others, *whole)
   else:
-    rotations, centres = _local(source, target, _nearest(others, source)[:, :count], others)
-  return np.concatenate([rotations, centres[..., None]], -1), count
+    rotations, centres = _local(source, bare, _nearest(others, source)[:, :count], others)
+  return np.concatenate([rotations @ turn, (centres + rotations @ shift)[..., None]], -1), count
+
+
+def _in_common(rotations: np.ndarray, centres: np.ndarray, target: np.ndarray):
+  """Returns the rotation [3, 3] and shift [3], in camera axes, that most cameras have in common.
+
+  They are fitted together with a similarity of the world, which takes its own part of the
+  differences: all are small, so this is a linear problem.
+
+  Args:
+    rotations: [n, 3, 3], close to those of the target.
+    centres: [n, 3]
+    target: [n, 3, 4]
+  """
+  n, size = len(target), max(radius(target), 1e-9)
+  inverse = rotations.swapaxes(-1, -2)
+  turned = transforms.Rotation.from_matrix(inverse @ target[:, :, :3]).as_rotvec()
+  moved = inverse @ (target[:, :, 3] - centres)[..., None] / size
+  at = (centres - centres.mean(0)) / size
+  # The world turns and grows about the mean of the cameras, and moves; then the cameras' own axes.
+  arm = inverse @ np.cross(np.eye(3)[None], at[:, None]).swapaxes(-1, -2)
+  eye, zero = np.broadcast_to(np.eye(3), (n, 3, 3)), np.zeros((n, 3, 3))
+  about_turns = np.concatenate([inverse, zero[..., :1], zero, eye, zero], -1)  # [n, 3, 13]
+  about_moves = np.concatenate([arm, inverse @ at[..., None], inverse, zero, eye], -1)
+  rows = np.stack([about_turns, about_moves], 1)  # [n, 2, 3, 13]
+  values = np.stack([turned, moved[..., 0]], 1)  # [n, 2, 3]
+  kept = np.arange(n)
+  for _ in range(3):
+    found = np.linalg.lstsq(rows[kept].reshape(-1, 13), values[kept].ravel(), rcond=1e-6)[0]
+    error = np.linalg.norm(rows @ found - values, axis=-1).sum(-1)
+    kept = np.argsort(error, kind='stable')[: max(5, -(-2 * n // 3))]
+  return transforms.Rotation.from_rotvec(found[7:10]).as_matrix(), size * found[10:]
+
+
+def _without(poses: np.ndarray, turn: np.ndarray, shift: np.ndarray) -> np.ndarray:
+  """Undoes a rotation and a shift in camera axes."""
+  rotations = poses[:, :, :3] @ turn.T
+  return np.concatenate([rotations, poses[:, :, 3:] - rotations @ shift[:, None]], -1)
 
 
 def _mean_difference(found: tuple[np.ndarray, np.ndarray], target: np.ndarray) -> float:

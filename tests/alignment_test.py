@@ -2,6 +2,7 @@
 
 import numpy as np
 import perturb_poses
+from scipy.spatial import transform
 
 from internal import alignment, paths
 
@@ -37,6 +38,19 @@ class TestFollow:
     whole = alignment.transform(others, *alignment.align(source, torn(source)))[1]
     before = np.linalg.norm(whole - torn(others)[:, :, 3], axis=-1)
     assert np.median(error) < 0.1 * np.median(before)
+
+  def test_cameras_that_turned_in_their_own_axes_are_followed(self):
+    """As where a principal point has moved: no similarity of the world does this to a ring."""
+    turn = transform.Rotation.from_rotvec([0.004, 0.01, 0.002]).as_matrix()
+
+    def turned(poses):
+      centres = poses[:, :, 3:] + poses[:, :, :3] @ [[0.01], [0.02], [-0.01]]
+      return np.concatenate([poses[:, :, :3] @ turn, centres], -1)
+
+    moved, _ = alignment.follow(ring(60), turned(ring(60)), ring(60, 0.5))
+    np.testing.assert_allclose(moved, turned(ring(60, 0.5)), atol=1e-3)
+    whole = alignment.transform(ring(60, 0.5), *alignment.align(ring(60), turned(ring(60))))
+    assert np.abs(whole[0] - turned(ring(60, 0.5))[:, :, :3]).max() > 5e-3
 
 
 def test_perturbed_poses_are_off_by_what_was_asked_and_not_as_a_whole():
