@@ -18,11 +18,11 @@ _RANGES = {
   **dict.fromkeys(
     (
       'batch_size', 'max_steps', 'early_exit_steps', 'llffhold', 'render_chunk_size', 'print_every',
-      'checkpoint_every', 'eval_render_interval', 'render_path_frames', 'render_video_fps',
-      'render_spline_n_interp', 'render_spline_degree', 'net_depth', 'net_width', 'skip_layer',
-      'net_width_viewdirs', 'num_levels', 'num_prop_samples', 'num_nerf_samples',
-      'num_glo_embeddings', 'grid_levels', 'grid_min_resolution', 'grid_max_resolution',
-      'grid_log2_size', 'grid_features',
+      'patch_size', 'checkpoint_every', 'eval_render_interval', 'render_path_frames',
+      'render_video_fps', 'render_spline_n_interp', 'render_spline_degree', 'net_depth',
+      'net_width', 'skip_layer', 'net_width_viewdirs', 'num_levels', 'num_prop_samples',
+      'num_nerf_samples', 'num_glo_embeddings', 'grid_levels', 'grid_min_resolution',
+      'grid_max_resolution', 'grid_log2_size', 'grid_features',
     ),
     (1, None),
   ),
@@ -39,6 +39,7 @@ _RANGES = {
   'grid_coarse_to_fine': (0, 1),
   'depth_loss_rays': (0, 1),
   'min_images_fraction': (0, 1),
+  'robust_quantile': (0, 1),
   'camera_start': (0, 1),
   'camera_prior': (0, None),
   'render_video_crf': (0, 51),
@@ -46,7 +47,8 @@ _RANGES = {
 _MAX_FAR = 1e8  # The square of a much larger distance overflows float32.
 _POSITIVE = (
   'charb_padding', 'interlevel_blur', 'lr_init', 'lr_final', 'camera_lr_init', 'camera_lr_final',
-  'near_anneal_rate', 'grid_decay_growth', 'grid_init', 'grid_gain', 'depth_loss_rays',
+  'exposure_lr_init', 'exposure_lr_final', 'near_anneal_rate', 'grid_decay_growth', 'grid_init',
+  'grid_gain', 'depth_loss_rays',
 )  # fmt: skip
 
 
@@ -193,6 +195,26 @@ def _config_conflict(config: Any) -> str | None:
   power = config.distortion_power
   if power is not None and not (len(power) == 2 and power[1] > 0):
     return f'Config.distortion_power must be (lambda, scale) with scale > 0, got {power}.'
+  return _patch_conflict(config)
+
+
+def _patch_conflict(config: Any) -> str | None:
+  size = config.patch_size
+  if config.batch_size % size**2:
+    return (
+      f'Config.batch_size must be a multiple of the pixels of a patch, {size**2} '
+      f'(Config.patch_size {size}), got {config.batch_size}.'
+    )
+  if size > 1 and config.depth_loss_mult > 0:
+    return (
+      'Config.depth_loss_mult draws single pixels, which patches do not have: set '
+      f'Config.patch_size = 1, got {size}.'
+    )
+  if config.robust_quantile > 0 and (size < 4 or size % 2):
+    return (
+      'Config.robust_quantile needs an even Config.patch_size of at least 4, for pixels with '
+      f'neighbours, got {size}. Use 8.'
+    )
   return None
 
 

@@ -71,6 +71,7 @@ class Config(Checked):
   seed: int = 20220618  # Seed of the initial parameters and of all random draws.
   batching: Literal['all_images', 'single_image'] = 'all_images'  # Where a batch's rays come from.
   batch_size: int = 16384  # Rays per step, over all devices of all hosts.
+  patch_size: int = 1  # Rays of a batch come in patches of this many pixels squared.
   max_skipped_updates: int = 100  # Stop after this many non-finite updates in a row (0: never).
   micro_batches: int = 0  # Sequential parts of a device's batch (0: as few as fit in memory).
   max_steps: int = 250000  # Length of the training and of its schedules, in steps.
@@ -98,6 +99,9 @@ class Config(Checked):
   # (0: none). Points with a large reprojection error count less.
   depth_loss_mult: float = 0.0
   depth_loss_rays: float = 0.1  # Fraction of a step's rays that see such points.
+  # Fraction of the pixels whose residuals are taken as normal; the data loss leaves out patches of
+  # larger ones, such as people who walk through (0: none are left out). Needs patches.
+  robust_quantile: float = 0.0
   # Multiplier of the squared norm for each named part: {'nerf_mlp': 0.1, 'prop_mlp/trunk_0': 1}.
   weight_decay_mults: dict[str, float] = dataclasses.field(default_factory=dict)
   grid_decay_mult: float = 0.0  # Multiplier of the hash tables' mean squares, summed over levels.
@@ -118,6 +122,11 @@ class Config(Checked):
   camera_lr_init: float = 1e-4  # Cameras' learning rate at step 0, in focal lengths per step.
   camera_lr_final: float = 1e-5  # Cameras' learning rate at max_steps; log-linear in between.
   camera_prior: float = 10.0  # Multiplier of the squared changes of the cameras' intrinsics.
+  # What is learned of each photograph's exposure: nothing, a gain per channel, or also the matrix
+  # in which its camera balances colours and its vignette. New views show the mean.
+  exposure: Literal['none', 'gain', 'gain_colour'] = 'none'
+  exposure_lr_init: float = 5e-3  # Exposures' learning rate at step 0, in log units per step.
+  exposure_lr_final: float = 1e-4  # Exposures' learning rate at max_steps; log-linear in between.
 
   # Evaluation.
   eval_only_once: bool = True  # False: evaluate new checkpoints as they appear, until max_steps.
@@ -283,7 +292,8 @@ class Model(Checked):
   use_viewdirs: bool = True  # Colour depends on the view direction.
   bg_intensity_range: Sequence[float] = (1.0, 1.0)  # (low, high): random grey in training.
   num_glo_features: int = 0  # Size of the per-image appearance vector (0: none).
-  # Rows of tables with one per image: appearance vectors, cameras. At least the training images.
+  # Rows of tables with one per image: appearance vectors, cameras, exposures. At least the
+  # training images.
   num_glo_embeddings: int = 1000
   # Fraction of training in which the start of rays moves from near_anneal_init to 0 (None: off).
   near_anneal_rate: float | None = None

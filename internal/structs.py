@@ -31,7 +31,7 @@ class Tracks:
 
 @flax.struct.dataclass
 class Supervision:
-  """Training pixels of n images, their weights, and scales of their cameras' changes.
+  """Training pixels of n images, their weights, and what their learned parameters need.
 
   The pixels are run-length encoded: r runs of neighbours in row-major order, image after image.
   Without runs all pixels are used.
@@ -45,6 +45,8 @@ class Supervision:
   tracks: Tracks | None = None
   track_rays: int = flax.struct.field(pytree_node=False, default=0)  # Of a batch, from `tracks`.
   preconditioner: Array | None = None  # [n, k, k] of camera refinement; None: cameras are fixed.
+  log_gain: Array | None = None  # [n] start of the logs of exposures; None: none are learned.
+  camera: Array | None = None  # [n] int32, first image of the same camera, to learn its colours.
 
 
 @flax.struct.dataclass
@@ -92,7 +94,8 @@ class Batch:
   weight: Array | None = None  # [...] weights in the loss with mean 1; None: 1 each.
   distance: Array | None = None  # [...] known distance t of what the ray sees; None: of none.
   certainty: Array | None = None  # [...] of that distance, 0 where it is not known.
-  pixel: tuple[Array, Array] | None = None  # [...] x and y, if cameras are refined.
+  # [...] x and y, if cameras are refined or their colours learned.
+  pixel: tuple[Array, Array] | None = None
 
 
 @flax.struct.dataclass

@@ -217,6 +217,16 @@ def test_a_second_run_is_skipped_and_new_settings_replace_the_scene(scene_folder
   assert os.listdir(tmp_path) == ['scene']  # No temporary folder is left.
 
 
+def test_people_walk_into_training_photographs_only(scene_folder, tmp_path):
+  demo_scene.main([str(tmp_path / 'scene'), *SETTINGS, '--passers_by', '1'])
+  for i in range(9):
+    a, b = (
+      np.asarray(PIL.Image.open(folder / 'images' / f'view_{i:03d}.png'))
+      for folder in (scene_folder, tmp_path / 'scene')
+    )
+    assert (a != b).any() == (i % 8 != 0)
+
+
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
   def fail(*args):
     raise RuntimeError('disk full')
@@ -229,6 +239,8 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('wrong', [{'width': 7}, {'height': 7}, {'images': 2}, {'seed': -1}])
 def test_arguments_out_of_range_are_errors(tmp_path, wrong):
+  with pytest.raises(capture.DemoSceneError, match=r'must be 0 to 1, got 1\.5'):
+    capture.make_demo_scene(tmp_path / 'scene', passers_by=1.5)
   with pytest.raises(capture.DemoSceneError, match='at least 3 images of at least 8x8'):
     capture.make_demo_scene(tmp_path / 'scene', **wrong)
   assert os.listdir(tmp_path) == []

@@ -34,6 +34,7 @@ from internal.training import (
   batches,
   camera_refinement,
   checkpoints,
+  exposure,
   loop,
   nonfinite,  # fmt: skip
   pixel_store,
@@ -127,6 +128,7 @@ def optimizer(settings, _):
 def step(settings, _):
   """The training step as a whole."""
   cams, images = tiny.capture()
+  cams = exposure.add_tables(settings.config, cams)
   traced = train_step.make_train_step(settings, tiny.mesh(1))
   state = train_step.abstract_state(settings)
   store = batches.make_store(images)
@@ -139,8 +141,8 @@ def refining(settings, _):
   eye = np.broadcast_to(np.eye(camera_refinement.WIDTH, dtype=np.float32), (3, 11, 11))
   cams = cams.replace(supervision=structs.Supervision(preconditioner=eye))
   traced = train_step.make_train_step(settings, tiny.mesh(1))
-  args = train_step.abstract_state(settings), cams, batches.make_store(images)
-  return text_of(traced.variant(traced.choices[0]).trace(*args, 1).jaxpr)
+  args = train_step.abstract_state(settings), cams, batches.make_store(images), 1
+  return text_of(traced.variant(traced.choices[0]).trace(*args).jaxpr)
 
 
 def protocol(settings, _):
@@ -406,6 +408,7 @@ KNOBS = {
     'seed': (draw, '3'),
     'batching': (draw, "'single_image'"),
     'batch_size': (draw, '8'),
+    'patch_size': (draw, '2'),
     'max_skipped_updates': (patience, '5'),
     'micro_batches': (choices, '2'),
     'max_steps': (optimizer, '50'),
@@ -457,6 +460,10 @@ KNOBS = {
         ('camera_prior', '3.0'),
       )
     },
+    'exposure': (step, "'gain'"),
+    'exposure_lr_init': (step, '0.1', "Config.exposure = 'gain'"),
+    'exposure_lr_final': (step, '0.1', "Config.exposure = 'gain'"),
+    'robust_quantile': (step, '0.5', 'Config.patch_size = 4'),
     'eval_only_once': (evaluating, 'False'),
     'eval_save_output': (evaluating, 'False'),
     'eval_report': (evaluating, 'False'),

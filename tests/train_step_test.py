@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from internal import configs
 from internal.devices import sharding
 from internal.rendering import renderer
-from internal.training import batches, train_step
+from internal.training import batches, exposure, train_step
 
 
 def _run(settings, mesh, steps, on_device=True):
@@ -22,7 +22,7 @@ def _run(settings, mesh, steps, on_device=True):
   step_fn = train_step.make_train_step(settings, mesh)
   state = sharding.place(train_step.create_state(settings), mesh)
   draw = train_step.make_draw(settings.config, mesh)
-  table = sharding.replicate(cams, mesh)
+  table = sharding.replicate(exposure.add_tables(settings.config, cams), mesh)
   pixels = sharding.replicate(store, mesh) if on_device else None
   history = []
   for k in range(steps):
@@ -63,18 +63,28 @@ def test_each_ray_of_each_step_has_its_own_key():
 def _first_gradient(*bindings, devices=1):
   """A first step's stats, and Adam's mean of gradients: a tenth of the clipped gradient."""
   state, (stats,) = _run(tiny.settings(*bindings), tiny.mesh(devices), 1)
-  return stats, {name: _adam(part).mu for name, part in state.opt_state.items()}
+  adams = {name: _adam(part) for name, part in state.opt_state.items()}
+  # A part without Adam was changed by a multiple of its gradient.
+  return stats, {n: state.params[n] if adam is None else adam.mu for n, adam in adams.items()}
 
 
 def _adam(opt_state):
   is_adam = lambda s: hasattr(s, 'mu')  # noqa: E731
-  return next(filter(is_adam, jax.tree.leaves(opt_state, is_leaf=is_adam)))
+  return next(filter(is_adam, jax.tree.leaves(opt_state, is_leaf=is_adam)), None)
 
 
 MANY_DRAWS = (
   'Model.single_jitter = False',
   'NerfMLP.density_noise = 1.0',
   "Config.weight_decay_mults = {'nerf_mlp': 0.1}",
+)
+
+
+OF_PHOTOGRAPHS = (
+  "Config.exposure = 'gain_colour'",
+  'Config.patch_size = 4',
+  'Config.robust_quantile = 0.8',
+  'Config.batch_size = 256',
 )
 
 
@@ -87,6 +97,7 @@ MANY_DRAWS = (
     (MANY_DRAWS, 2, 8),
     (MANY_DRAWS, 4, 8),
     (("Config.batching = 'single_image'",), 2, 8),
+    (OF_PHOTOGRAPHS, 2, 8),
   ],
 )
 def test_any_split_into_devices_and_micro_batches_has_the_same_gradient(
@@ -183,6 +194,9 @@ def test_stats_add_up():
 def test_a_batch_size_not_divisible_by_the_devices_is_refused():
   settings = tiny.settings('Config.batch_size = 60')
   with pytest.raises(ValueError, match=r'divisible by the number of devices \(8\), got 60; use 64'):
+    train_step.make_train_step(settings, tiny.mesh(8))
+  settings = tiny.settings('Config.batch_size = 96', 'Config.patch_size = 4')
+  with pytest.raises(ValueError, match=r'\(8\) times the 16 pixels of a patch, got 96; use 128'):
     train_step.make_train_step(settings, tiny.mesh(8))
 
 

@@ -2,7 +2,8 @@
 
     python scripts/make_demo_scene.py OUT_DIR [--width 160 --height 120 --images 72 --seed 0]
 
-Cameras circle the still life at two heights. OUT_DIR gets images/ and sparse/0/, and appears when
+Cameras circle the still life at two heights. With --passers_by 0.3, people walk through 30% of the
+photographs that are not held out for tests. OUT_DIR gets images/ and sparse/0/, and appears when
 it is complete. A second run with the same settings keeps it.
 """
 
@@ -25,10 +26,16 @@ def main(argv=None) -> None:
   parser.add_argument('--height', type=int, default=120, help='image height in pixels')
   parser.add_argument('--images', type=int, default=72, help='number of images')
   parser.add_argument('--seed', type=int, default=0, help='seed of the landscape')
+  parser.add_argument(
+    '--passers_by', type=float, default=0.0, metavar='FRACTION',
+    help='fraction of the training photographs that people walk into',
+  )  # fmt: skip
   args = parser.parse_args(argv)
   out = args.out_dir.resolve()
   try:
-    made = capture.make_demo_scene(out, args.width, args.height, args.images, args.seed)
+    made = capture.make_demo_scene(
+      out, args.width, args.height, args.images, args.seed, args.passers_by
+    )
   except capture.DemoSceneError as error:
     sys.exit(f'Error: {error}')
   if made:

@@ -17,6 +17,7 @@ import PIL.Image
 
 from ..errors import UserError
 from ..system import progress
+from . import passers_by as passers_by_lib
 from . import world
 
 _SUBSAMPLES = 3  # A pixel is the mean of 3 x 3 rays.
@@ -96,7 +97,9 @@ def _workers() -> Iterator[concurrent.futures.Executor]:
       os.environ[name] = before
 
 
-def _write_capture(folder: pathlib.Path, width: int, height: int, count: int, seed: int) -> None:
+def _write_capture(
+  folder: pathlib.Path, width: int, height: int, count: int, seed: int, passers_by: float
+) -> None:
   """Renders all views into `folder`/images and writes the COLMAP model into `folder`/sparse/0."""
   from .. import colmap  # Imports JAX, which the workers do not need.
 
@@ -105,11 +108,14 @@ def _write_capture(folder: pathlib.Path, width: int, height: int, count: int, se
   (folder / 'images').mkdir(parents=True)
   names = [f'view_{i:03d}.png' for i in range(count)]
   images, depths = [], []
+  rng = np.random.default_rng(seed + 4)
+  crowded = passers_by_lib.choose(count, passers_by, rng)
   with _workers() as pool:
     jobs = [pool.submit(render_view, pose, width, height, focal, seed) for pose in poses]
-    for job, name in zip(progress.track(jobs, 'rendering the demo scene'), names):
+    for i, job in enumerate(progress.track(jobs, 'rendering the demo scene')):
       image, depth = job.result()
-      PIL.Image.fromarray(image).save(folder / 'images' / name)
+      shown = passers_by_lib.paste(image, rng) if i in crowded else image
+      PIL.Image.fromarray(shown).save(folder / 'images' / names[i])
       images.append(image)
       depths.append(depth)
   camera = colmap.Camera(1, 'PINHOLE', width, height, (focal, focal, width / 2, height / 2))
@@ -125,12 +131,18 @@ def _write_capture(folder: pathlib.Path, width: int, height: int, count: int, se
 
 def _source_hash() -> str:
   """Returns a hash of the code behind the pixels, so that changed code renders a new scene."""
-  sources = [pathlib.Path(__file__), pathlib.Path(world.__file__)]
+  modules = [__file__, world.__file__, passers_by_lib.__file__]
+  sources = [pathlib.Path(module) for module in modules]
   return hashlib.sha256(b''.join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def make_demo_scene(
-  folder: str | os.PathLike, width: int = 160, height: int = 120, images: int = 72, seed: int = 0
+  folder: str | os.PathLike,
+  width: int = 160,
+  height: int = 120,
+  images: int = 72,
+  seed: int = 0,
+  passers_by: float = 0.0,
 ) -> bool:
   """Makes the demo capture, a COLMAP folder with images/ and sparse/0/.
 
@@ -143,6 +155,8 @@ def make_demo_scene(
     width, height: image size in pixels, at least 8x8.
     images: number of images, at least 3.
     seed: of the landscape, 0 or more.
+    passers_by: fraction, 0 to 1, of the photographs that are not held out for tests into which
+      people walk.
 
   Returns:
     True if the scene was rendered, False if it existed with these settings.
@@ -155,9 +169,11 @@ def make_demo_scene(
       'The demo scene needs at least 3 images of at least 8x8 pixels and a seed of 0 or more, got '
       f'{images} images of {width}x{height} and seed {seed}.'
     )
+  if not 0 <= passers_by <= 1:
+    raise DemoSceneError(f'The fraction of passers-by must be 0 to 1, got {passers_by}.')
   out = pathlib.Path(folder).resolve()
   settings = {'width': width, 'height': height, 'images': images, 'seed': seed}
-  settings['source'] = _source_hash()
+  settings |= {'passers_by': passers_by, 'source': _source_hash()}
   stamp = out / _STAMP
   if stamp.is_file() and json.loads(stamp.read_text()) == settings:
     return False
@@ -168,7 +184,7 @@ def make_demo_scene(
   out.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent) as temp:
     made = pathlib.Path(temp) / 'scene'
-    _write_capture(made, width, height, images, seed)
+    _write_capture(made, width, height, images, seed, passers_by)
     (made / stamp.name).write_text(json.dumps(settings, indent=2) + '\n')
     if out.exists():
       os.replace(out, pathlib.Path(temp) / 'old')  # Deleted with the temporary folder.

@@ -27,12 +27,14 @@ def make_mesh(devices=None) -> Mesh:
   return Mesh(np.array(jax.devices() if devices is None else devices), (AXIS,))
 
 
-def check_divisible(name: str, count: int, mesh: Mesh) -> None:
-  """Raises UserError unless `count` is divisible by the number of devices."""
-  if count % mesh.size:
-    nearest = max(mesh.size, round(count / mesh.size) * mesh.size)
+def check_divisible(name: str, count: int, mesh: Mesh, block: int = 1) -> None:
+  """Raises UserError unless `count` is so many blocks of rays that the devices divide them."""
+  unit = block * mesh.size
+  if count % unit:
+    nearest = max(unit, round(count / unit) * unit)
+    times = f' times the {block} pixels of a patch' if block > 1 else ''
     raise UserError(
-      f'{name} must be divisible by the number of devices ({mesh.size}), got {count}; '
+      f'{name} must be divisible by the number of devices ({mesh.size}){times}, got {count}; '
       f'use {nearest}.'
     )
 

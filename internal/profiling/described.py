@@ -25,7 +25,7 @@ from ..devices import memory, sharding
 from ..errors import UserError
 from ..rendering import renderer
 from ..system import installation
-from ..training import batches, camera_refinement, train_step
+from ..training import batches, per_camera, train_step
 from . import hlo, programs
 
 
@@ -98,7 +98,7 @@ def _replicated(tree, mesh: Mesh):
 
 def _capture(settings: configs.Settings, mesh: Mesh, images: int, width: int, height: int):
   """Returns replicated cameras and pixels of a capture of this size, as shapes."""
-  cams = camera_refinement.add_tables(settings, programs.ring(images, width, height))
+  cams = per_camera.add_tables(settings, programs.ring(images, width, height))
   plane = jax.ShapeDtypeStruct((images * width * height,), np.uint8)
   store = batches.PixelStore((plane,) * 3, batches.first_pixels(np.asarray(cams.size)))
   return _replicated(cams, mesh), _replicated(store, mesh)

@@ -23,7 +23,7 @@ import numpy as np
 from .. import cameras, configs, models, structs
 from ..devices import sharding
 from ..rendering import renderer
-from ..training import batches, camera_refinement, dispatch, train_step
+from ..training import batches, dispatch, per_camera, train_step
 from . import benchmark_tables, costs
 
 
@@ -180,7 +180,7 @@ def train_program(settings, mesh, cams, pixels, single: bool = False) -> Program
   most, fixed = dispatch.shape(settings, mesh, stops)
   step_fn = train_step.make_train_step(settings, mesh, most=most, fixed=fixed)
   state = sharding.place(train_step.create_state(settings), mesh)
-  table = sharding.replicate(camera_refinement.add_tables(settings, cams), mesh)
+  table = sharding.replicate(per_camera.add_tables(settings, cams), mesh)
   draw = train_step.make_draw(config, mesh)
 
   def load_pixels(step):

@@ -74,21 +74,28 @@ def draw_pixels(
   batch_size: int,
   batching: str,
   supervision: structs.Supervision | None = None,
+  patch_size: int = 1,
 ) -> tuple[Array, Array, Array]:
   """Draws pixels uniformly: from all images, or all from one image.
+
+  In patches, the pixels drawn are the middles of patches, which are moved into the image.
 
   Args:
     key: PRNG key.
     size: [n, 2] widths and heights of the images.
     batch_size: number of pixels.
     batching: 'all_images' or 'single_image'.
-    supervision: masks and weights of the images; masked pixels are never drawn. The first
-      `track_rays` pixels are among those of its tracks.
+    supervision: masks and weights of the images; masked pixels are never drawn, but may be in a
+      patch. The first `track_rays` pixels are among those of its tracks.
+    patch_size: width and height of a patch; its pixels are consecutive, row by row. Patches see no
+      tracks.
 
   Returns:
     (cam_idx, x, y), each [batch_size] int32.
   """
-  pixels = _draw_anywhere(key, size, batch_size, batching, supervision)
+  pixels = _draw_anywhere(key, size, batch_size // patch_size**2, batching, supervision)
+  if patch_size > 1:
+    return _patches_around(*pixels, size, patch_size)
   if supervision is None or supervision.tracks is None:
     return pixels
   rows, tracks = _draw_tracks(key, supervision), supervision.tracks
@@ -117,8 +124,19 @@ def known_distances(
   return tuple(jnp.pad(v, (0, batch_size - len(rows))) for v in known)
 
 
-def _draw_anywhere(key: Array, size: Array, batch_size: int, batching: str, supervision):
-  """Computes `draw_pixels` without regard to tracks."""
+def _patches_around(cam_idx: Array, x: Array, y: Array, size: Array, patch_size: int):
+  """Returns all pixels (cam_idx, x, y) of the patches around pixels [m], each [m * patch^2]."""
+  x, y = (
+    jnp.clip(middle - patch_size // 2, 0, size[cam_idx, axis] - patch_size)
+    for axis, middle in enumerate((x, y))
+  )  # [m]
+  down, right = jnp.divmod(jnp.arange(patch_size**2, dtype=jnp.int32), patch_size)
+  x, y = x[:, None] + right[None], y[:, None] + down[None]  # [m, patch^2]
+  return tuple(a.ravel() for a in (jnp.broadcast_to(cam_idx[:, None], x.shape), x, y))
+
+
+def _draw_anywhere(key, size, count, batching, supervision) -> tuple[Array, Array, Array]:
+  """Draws `count` pixels, without regard to patches and tracks; see `draw_pixels`."""
   image_key, x_key, y_key = jax.random.split(key, 3)
   masked = supervision is not None and supervision.run_start is not None
   # First an image, by its share of all pixels, then a pixel in it: indices stay below 2^31.
@@ -127,33 +145,51 @@ def _draw_anywhere(key: Array, size: Array, batch_size: int, batching: str, supe
     counts = jnp.asarray(supervision.pixels, jnp.float32)
   share = jnp.cumsum(counts)
   share /= share[-1]
-  draws = batch_size if batching == 'all_images' else 1
+  draws = count if batching == 'all_images' else 1
   u = jax.random.uniform(image_key, (draws,))
   cam_idx = jnp.minimum(jnp.searchsorted(share, u, side='right'), len(size) - 1)
-  cam_idx = jnp.broadcast_to(cam_idx, (batch_size,)).astype(jnp.int32)
+  cam_idx = jnp.broadcast_to(cam_idx, (count,)).astype(jnp.int32)
   if masked:
     pixel, width = _draw_in_runs(x_key, cam_idx, supervision), size[cam_idx, 0]
     return cam_idx, pixel % width, pixel // width
-  x = jax.random.randint(x_key, (batch_size,), 0, size[cam_idx, 0])
-  y = jax.random.randint(y_key, (batch_size,), 0, size[cam_idx, 1])
+  x = jax.random.randint(x_key, (count,), 0, size[cam_idx, 0])
+  y = jax.random.randint(y_key, (count,), 0, size[cam_idx, 1])
   return cam_idx, x, y
 
 
 def _draw_in_runs(key: Array, cam_idx: Array, supervision: structs.Supervision) -> Array:
   """Draws an allowed pixel of each image uniformly; returns its row-major index."""
   before = jnp.asarray(supervision.pixels_before)
-  first = jnp.asarray(supervision.first_run)
   k = jax.random.randint(key, cam_idx.shape, 0, jnp.asarray(supervision.pixels)[cam_idx])
+  run = _last_run(before, k, cam_idx, supervision)
+  return jnp.asarray(supervision.run_start)[run] + k - before[run]
+
+
+def _last_run(values: Array, limit: Array, cam_idx: Array, supervision: structs.Supervision):
+  """Returns the last run of each image whose value is at most the limit, or the image's first.
+
+  `values` [r] increase over the runs of an image; `limit` and `cam_idx` are [...].
+  """
+  first = jnp.asarray(supervision.first_run)
 
   def halve(_, bounds):
-    low, high = bounds  # Pixel k is in one of the runs low to high - 1.
+    low, high = bounds  # The run is one of low to high - 1.
     middle = (low + high) // 2
-    further = before[middle] <= k
+    further = values[middle] <= limit
     return jnp.where(further, middle, low), jnp.where(further, high, middle)
 
   bounds = first[cam_idx], first[cam_idx + 1]
-  run, _ = jax.lax.fori_loop(0, len(before).bit_length(), halve, bounds)
-  return jnp.asarray(supervision.run_start)[run] + k - before[run]
+  return jax.lax.fori_loop(0, len(values).bit_length(), halve, bounds)[0]
+
+
+def _is_allowed(cam_idx: Array, pixel: Array, supervision: structs.Supervision) -> Array:
+  """Returns whether pixels [...], as row-major indices, may be drawn."""
+  start, before = jnp.asarray(supervision.run_start), jnp.asarray(supervision.pixels_before)
+  run = _last_run(start, pixel, cam_idx, supervision)
+  is_last = run + 1 == jnp.asarray(supervision.first_run)[cam_idx + 1]
+  after = before[jnp.minimum(run + 1, len(before) - 1)]
+  after = jnp.where(is_last, jnp.asarray(supervision.pixels)[cam_idx], after)
+  return (pixel >= start[run]) & (pixel < start[run] + after - before[run])
 
 
 def lookup(store: PixelStore, size: Array, cam_idx, x, y):
@@ -166,21 +202,26 @@ def lookup(store: PixelStore, size: Array, cam_idx, x, y):
 
 
 def make_batch(
-  cams: structs.Cameras, cam_idx, x, y, rgb: Array, distance=None, certainty=None
+  cams: structs.Cameras, cam_idx, x, y, rgb: Array, distance=None, certainty=None, patches=False
 ) -> structs.Batch:
   """Casts the pixels' rays and pairs them with what is known of them.
 
   That is their [..., 3] uint8 colours, their weights, and what `known_distances` returns. If the
-  cameras are refined, the batch keeps the pixels, to cast them again.
+  cameras are refined or their colours learned, the batch keeps the pixels.
 
   Weights are normalized to mean 1 over the batch, so that means over rays are weighted means,
-  independent of sharding.
+  independent of sharding. In patches, masked pixels have weight 0.
   """
   rays = cameras.pixels_to_rays(cams, cam_idx, x, y)
+  told = cams.supervision or structs.Supervision()
   weight = None
-  if cams.supervision is not None and cams.supervision.weight is not None:
-    weight = jnp.asarray(cams.supervision.weight)[cam_idx]
+  if told.weight is not None:
+    weight = jnp.asarray(told.weight)[cam_idx]
+  if patches and told.run_start is not None:
+    allowed = _is_allowed(cam_idx, y * jnp.asarray(cams.size)[cam_idx, 0] + x, told)
+    weight = allowed * (jnp.ones(x.shape) if weight is None else weight)
+  if weight is not None:
     weight /= jnp.mean(weight)
-  refined = cams.supervision is not None and cams.supervision.preconditioner is not None
-  colors, pixel = rgb.astype(jnp.float32) / 255, (x, y) if refined else None
+  kept = told.preconditioner is not None or told.camera is not None
+  colors, pixel = rgb.astype(jnp.float32) / 255, (x, y) if kept else None
   return structs.Batch(rays, colors, weight, distance, certainty, pixel)

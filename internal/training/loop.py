@@ -61,12 +61,19 @@ def check_settings(settings: configs.Settings, scene: scenes.Scene) -> None:
     raise configs.ConfigError("Config.checkpoint_dir is not set; set it to the run's folder.")
   if settings.config.refine_cameras:
     camera_refinement.check(scene)
-  tables = settings.model.num_glo_features or per_camera.parts(settings.config)
+  parts = per_camera.parts(settings.config).values()
+  tables = settings.model.num_glo_features or any(part.rows is None for part in parts)
   # nn.Embed returns NaN for an image beyond its table.
   if tables and settings.model.num_glo_embeddings < len(scene.train):
     raise configs.ConfigError(
       f'Model.num_glo_embeddings is {settings.model.num_glo_embeddings}, fewer than the '
       f'{len(scene.train)} training images; raise it.'
+    )
+  smallest = int(scene.cameras.size[list(scene.train)].min())
+  if settings.config.patch_size > smallest:
+    raise configs.ConfigError(
+      f'Config.patch_size is {settings.config.patch_size}, more than the {smallest} pixels of a '
+      'training image; lower it.'
     )
 
 

@@ -6,6 +6,7 @@ stats of consecutive steps, as numpy scalars (`train_step.make_train_step`).
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,13 +82,14 @@ def _make_probe(settings: configs.Settings, mesh: Mesh) -> Callable:
   rays of each group. Results have a leading axis [g]: the loss's auxiliary outputs, and the
   gradient norm of each part.
   """
-  config, loss_gradient = settings.config, train_step.make_loss_gradient(settings)
+  config = settings.config
+  # Groups of rays are no patches, and a weight of 0 does not hide a non-finite loss.
+  single = dataclasses.replace(config, robust_quantile=0.0)
+  loss_gradient = train_step.make_loss_gradient(dataclasses.replace(settings, config=single))
 
   def probe(params, step, cams, rgb, rows):
     batch_key, ray_keys = train_step.step_keys(config, step)
-    ids = batches.draw_pixels(
-      batch_key, cams.size, config.batch_size, config.batching, cams.supervision
-    )
+    ids = train_step.draw_pixels(config, batch_key, cams.size, cams.supervision)
     known = batches.known_distances(batch_key, config.batch_size, cams.supervision)
     frac = train_step.train_fraction(step, config.max_steps)
 

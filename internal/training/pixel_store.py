@@ -23,11 +23,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from .. import configs, structs
-from ..datasets import images, scenes, tracks
+from ..datasets import exposures, images, scenes, tracks
 from ..devices import processes, sharding
 from ..errors import UserError
 from ..system import files
-from . import batches, camera_refinement, run_seal
+from . import batches, per_camera, run_seal
 
 _FOLDER = '.pixels'  # In the capture, unless Config.pixel_cache_dir is set.
 _SHARE = 0.5  # Maximum part of the free memory.
@@ -268,4 +268,7 @@ def training_cameras(settings: configs.Settings, scene: scenes.Scene) -> structs
     supervision = (supervision or structs.Supervision()).replace(
       tracks=tracks.read(config.data_dir, scene, masks), track_rays=rays
     )
-  return camera_refinement.add_tables(settings, cams.replace(supervision=supervision))
+  cams, start = cams.replace(supervision=supervision), None
+  if config.exposure != 'none':
+    start = exposures.log_exposures(config.data_dir, scene)
+  return per_camera.add_tables(settings, cams, start)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from .. import configs, image, losses, math, models, structs
 from ..devices import memory, sharding
-from . import batches, camera_refinement, per_camera
+from . import batches, camera_refinement, exposure, per_camera, robust
 
 Array = jax.Array
 
@@ -112,7 +112,8 @@ def create_state(settings: configs.Settings) -> structs.TrainState:
   # One optimizer state per part, so that each is clipped by its own norm and skipped alone.
   opt_state = {name: optimizer.init(part) for name, part in params.items()}
   for name, part in per_camera.parts(settings.config).items():
-    params[name] = {'rows': jnp.zeros((settings.model.num_glo_embeddings, part.width))}
+    rows = part.rows or settings.model.num_glo_embeddings
+    params[name] = {'rows': jnp.zeros((rows, part.width))}
     opt_state[name] = part.optimizer.init(params[name])
   skipped = {name: jnp.zeros((), jnp.int32) for name in params}
   return structs.TrainState(jnp.zeros((), jnp.int32), params, opt_state, skipped)
@@ -139,6 +140,15 @@ def step_keys(config: configs.Config, step: Array) -> tuple[Array, Array]:
   return batch_key, jax.random.split(model_key, config.batch_size)
 
 
+def draw_pixels(
+  config: configs.Config, key: Array, size: Array, supervision: structs.Supervision | None
+) -> tuple[Array, Array, Array]:
+  """Draws a batch as configured; see `batches.draw_pixels`."""
+  return batches.draw_pixels(
+    key, size, config.batch_size, config.batching, supervision, config.patch_size
+  )
+
+
 def make_draw(
   config: configs.Config, mesh: Mesh, supervision: structs.Supervision | None = None
 ) -> Callable:
@@ -150,7 +160,7 @@ def make_draw(
   # An argument of the jitted function, because a closure would compile the tables in as constants.
   def draw(step, size, supervision):
     batch_key, _ = step_keys(config, step)
-    return batches.draw_pixels(batch_key, size, config.batch_size, config.batching, supervision)
+    return draw_pixels(config, batch_key, size, supervision)
 
   draw = jax.jit(draw, out_shardings=sharding.replicated(mesh))
   return lambda step, size: draw(step, size, supervision)
@@ -160,17 +170,18 @@ def _micro_batch_choices(config: configs.Config, mesh: Mesh, fewest: int) -> lis
   """Returns candidate numbers of micro-batches: the configured one, or powers of two.
 
   Raises:
-    ConfigError: the rays of a device are not divisible by Config.micro_batches.
+    ConfigError: the rays, or patches, of a device are not divisible by Config.micro_batches.
   """
-  rays = config.batch_size // mesh.size
+  count = config.batch_size // config.patch_size**2 // mesh.size
+  what = 'patches' if config.patch_size > 1 else 'rays'
   if config.micro_batches == 0:
     # Powers of two halve the memory from one candidate to the next.
-    powers = [2**k for k in range(rays.bit_length()) if rays % 2**k == 0]
+    powers = [2**k for k in range(count.bit_length()) if count % 2**k == 0]
     return [n for n in powers if n >= fewest] or powers[-1:]
-  if rays % config.micro_batches:
+  if count % config.micro_batches:
     raise configs.ConfigError(
-      f'Config.micro_batches must divide the rays of a device, got {config.micro_batches} for '
-      f'{rays} (Config.batch_size {config.batch_size} on {mesh.size}); 0 chooses automatically.'
+      f'Config.micro_batches must divide the {what} of a device, got {config.micro_batches} for '
+      f'{count} (Config.batch_size {config.batch_size} on {mesh.size}); 0 chooses automatically.'
     )
   return [config.micro_batches]
 
@@ -206,8 +217,16 @@ def make_loss_gradient(settings: configs.Settings) -> Callable:
       )
       batch = batch.replace(rays=rays)
     renderings, history = model.apply({'params': params}, keys, rays, frac)
+    if config.exposure != 'none':
+      renderings = exposure.develop(cams, params[exposure.PART]['rows'], renderings, batch)
+    robustly = config.robust_quantile > 0 and renderings[-1] is not None
+    if robustly:
+      told = params[robust.PART]['rows'], config.robust_quantile, config.patch_size
+      batch, fit = robust.weigh(*told, renderings[-1].rgb, batch)
     # rgb: [rays, 3] of each level; only the last level's is the image.
     loss, terms = losses.total(config, params, renderings, history, batch)
+    if robustly:
+      loss += fit  # 0, so it is no term to log.
     for name, term in own_terms.items():
       loss, terms[name] = loss + term, term
     mse = losses.squared_error(renderings[-1].rgb, batch.rgb)
@@ -305,7 +324,7 @@ def make_train_step(
     UserError: the batch is not divisible by the devices, or a device's rays by the micro-batches.
   """
   config = settings.config
-  sharding.check_divisible('Config.batch_size', config.batch_size, mesh)
+  sharding.check_divisible('Config.batch_size', config.batch_size, mesh, config.patch_size**2)
   optimizer = make_optimizer(config)
   schedule, own = learning_rate(config), per_camera.parts(config)
   placement = sharding.placement(abstract_state(settings), mesh)
@@ -316,20 +335,18 @@ def make_train_step(
     @functools.partial(jax.jit, inline=True)  # Traced once for both uses in `train_steps`.
     def train_step(state, cams, pixels):
       batch_key, ray_keys = step_keys(config, state.step)
-      ids = batches.draw_pixels(
-        batch_key, cams.size, config.batch_size, config.batching, cams.supervision
-      )  # (cam_idx, x, y), each [batch_size]
+      ids = draw_pixels(config, batch_key, cams.size, cams.supervision)  # cam_idx, x, y
       known = batches.known_distances(batch_key, config.batch_size, cams.supervision)
       # Each device looks up and casts its own rays.
       ids, known = sharding.shard_rays((ids, known), mesh)
       stored = isinstance(pixels, batches.PixelStore)
       rgb = batches.lookup(pixels, cams.size, *ids) if stored else pixels  # [batch_size, 3]
-      batch = batches.make_batch(cams, *ids, rgb, *known)
+      batch = batches.make_batch(cams, *ids, rgb, *known, patches=config.patch_size > 1)
       keys = ray_keys if config.randomized else None
       frac = train_fraction(state.step, config.max_steps)
       # Gathered once a step: the state is sharded between steps to save memory.
-      # Without refinement, the cameras' work is done once the rays are cast.
-      table = cams if config.refine_cameras else None
+      # Without parameters of each image, the cameras' work is done once the rays are cast.
+      table = cams if own else None
       grads, aux = gradient(sharding.whole(state.params, mesh), keys, batch, frac, table)
       rate = schedule(state.step)
       after = update_finite(optimizer, rate, state, grads, aux['loss'], own)
