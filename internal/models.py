@@ -114,20 +114,6 @@ class Model(nn.Module):
     gaussians = gaussians.replace(mean=gaussians.mean + shift)
     return self._query(None, level, rays, gaussians, self._appearance(rays, False), train_frac)[0]
 
-  def field(
-    self, rays: structs.Rays, gaussians: structs.Gaussians, train_frac: float | Array = 1.0
-  ) -> tuple[Array, Array | None]:
-    """Returns density [..., n] and colour [..., n, 3] of the last level at any Gaussians [..., n].
-
-    Only the view directions of `rays` [...] are used. The appearance vector is zero. `train_frac`
-    is the fraction of training completed, in [0, 1].
-    """
-    level = self.config.num_levels - 1
-    if self.config.multisampled(last=True):  # [..., n, 1, 3]: one Gaussian per interval.
-      gaussians = jax.tree.map(lambda x, axes: jnp.expand_dims(x, -axes - 1), gaussians,
-                               structs.Gaussians(1, 2))  # fmt: skip
-    return self._query(None, level, rays, gaussians, self._appearance(rays, False), train_frac)
-
   def _num_samples(self, level: int) -> int:
     """Returns the number of intervals n at a level."""
     last = level == self.config.num_levels - 1
