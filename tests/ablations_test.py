@@ -196,7 +196,7 @@ def test_the_outer_mlps_see_only_samples_outside():
   @jax.jit
   def query(params):
     return model.apply(
-      {'params': params}, None, 2, rays, gaussians, None, method=models.Model._query
+      {'params': params}, None, 2, rays, gaussians, None, 1.0, method=models.Model._query
     )
 
   before = query(params)

@@ -183,13 +183,11 @@ def test_cameras_wait_then_move_with_their_own_rate_on_any_devices():
   # Steps 2 and 3 of 100 move, by about the rate each: Adam's steps have unit size.
   rate = 1e-4 * 0.1 ** (np.array([2, 3]) / 100)
   assert np.abs(rows).max() <= 1.1 * rate.sum()
-  still, _ = run(settings, 2)
-  assert (still.params['cameras']['rows'] == 0).all()
   other, _ = run(settings, 4)
   moved = np.abs(rows - other.params['cameras']['rows'])[:3]
   assert np.median(moved) < 1e-3 * rate.sum()
   assert {'loss_camera_prior', 'grad_norm_cameras', 'skipped_cameras'} <= set(history[0])
-  assert history[0]['loss_camera_prior'] == 0 < history[3]['loss_camera_prior']
+  assert history[2]['loss_camera_prior'] == 0 < history[3]['loss_camera_prior']
 
 
 def test_a_run_without_refinement_has_no_trace_of_it():
@@ -295,7 +293,7 @@ def test_test_cameras_find_their_place_by_the_left_halves(tmp_path, monkeypatch)
   picture[:, 30:] = 0  # What is measured must not be seen.
   captures.save_image(tmp_path / scene.files[0].replace('.jpg', '.png'), picture)
   scene = dataclasses.replace(scene, files=tuple(f.replace('.jpg', '.png') for f in scene.files))
-  turn = camera_refinement._cayley(jnp.float32([[0.02, -0.03, 0.01]]))[0]
+  turn = camera_refinement._cayley(jnp.float32([[0.006, -0.009, 0.003]]))[0]
   scene.cameras.camtoworld[0, :, :3] = scene.cameras.camtoworld[0, :, :3] @ np.asarray(turn)
   run = trained.TrainedRun(str(tmp_path), settings, scene, tiny.mesh(2), {}, 5)
   found = left_halves.make_refiner(run)(0)

@@ -62,10 +62,16 @@ class Page:
     assert 'exceptionDetails' not in done, done
     return done['result'].get('value')
 
-  def until(self, script: str, seconds: float = 150):
-    """Waits until an expression is truthy; returns its value."""
-    end = time.monotonic() + seconds
+  def until(self, script: str, seconds: float = 150, again=None):
+    """Waits until an expression is truthy; returns its value.
+
+    A slow page can miss a click, so `again` is called every twenty seconds.
+    """
+    end, next_try = time.monotonic() + seconds, time.monotonic() + 20
     while not (value := self.run(script)):
+      if again and time.monotonic() > next_try:
+        again()
+        next_try = time.monotonic() + 20
       assert time.monotonic() < end, (script, self.run('document.body?.innerText'), self.errors)
       time.sleep(0.2)
     return value

@@ -42,7 +42,7 @@ def shown(config, params, rgb, cam_idx, pixel=(5, 4), target=0.5, cams=None):
   rgb, cam_idx = jnp.asarray(rgb, jnp.float32), jnp.asarray(cam_idx)
   x, y = (jnp.full_like(cam_idx, p) for p in pixel)
   rays = structs.Rays(rgb, rgb, rgb, rgb[:, :1], cam_idx)
-  batch = structs.Batch(rays, jnp.full_like(rgb, target), None, (x, y))
+  batch = structs.Batch(rays, jnp.full_like(rgb, target), pixel=(x, y))
   rendering = structs.Rendering(rgb, rgb[:, 0], rgb[:, 0], rgb)
   nothing, last = exposure.develop(
     table(config) if cams is None else cams, params, [None, rendering], batch

@@ -1,6 +1,6 @@
 """Killed and signalled runs resume to the bits of an uninterrupted run.
 
-KILLS=200 kills that often, twenty times without it. KILL_SEED draws other moments.
+KILLS=200 kills that often, ten times without it. KILL_SEED draws other moments.
 """
 
 import collections
@@ -25,7 +25,7 @@ from tensorboardX.proto import event_pb2
 
 from internal.training import checkpoints, run_folder, run_lock
 
-KILLS = int(os.environ.get('KILLS', 20))
+KILLS = int(os.environ.get('KILLS', 10))
 KILL_SEED = int(os.environ.get('KILL_SEED', 0))
 
 # What differs between two runs of one machine.
