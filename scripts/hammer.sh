@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests that take too long for CI, about twenty minutes on two cores. Meant to run on a schedule.
+# Runs the tests that take too long for CI, about twenty-five minutes on two cores. Meant to run on a schedule.
 #
 #   scripts/hammer.sh                          # 12,000 damaged inputs, 200 killed training runs
 #   FUZZ_CASES=600 KILLS=20 scripts/hammer.sh  # a short one
@@ -28,6 +28,8 @@ run_tests() {
 failed=0
 echo "Killing training runs $KILLS times (KILL_SEED=$KILL_SEED)."
 run_tests tests/resume_test.py -k TestKills -rP -n0
+echo 'Several processes, killed and resumed; scaling measured over processes.'
+HAMMER=1 run_tests -m hammer -n0
 echo "Reading damaged inputs, FUZZ_CASES=$FUZZ_CASES."
 run_tests tests/fuzz_test.py -n logical --maxprocesses=4 --dist=load --hypothesis-show-statistics
 

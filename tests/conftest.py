@@ -25,6 +25,14 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 gc.set_threshold(50_000)  # Frequent collections take a third of the time of tracing.
 
 
+def pytest_collection_modifyitems(config, items):
+  """Leaves long tests to scripts/hammer.sh, which sets HAMMER=1."""
+  if not os.environ.get('HAMMER'):
+    long = [item for item in items if item.get_closest_marker('hammer')]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
+
+
 @pytest.fixture(scope='session')
 def runner():
   """Starts train.py, eval.py and render.py as short processes."""

@@ -114,6 +114,7 @@ def test_two_processes_one_signalled_then_one_killed(start_all, one_with_two, tm
   assert resume_test.same(run, one_with_two)
 
 
+@pytest.mark.hammer
 def test_two_processes_in_a_bucket_both_signalled_then_one_killed(
   start_all, one_with_two, stand_in, tmp_path
 ):
@@ -173,6 +174,7 @@ def test_four_processes_in_a_bucket_one_killed(start_all, stand_in, tmp_path):
   assert len(rows) == 4
 
 
+@pytest.mark.hammer
 def test_four_processes_one_killed(start_all, start_training, tmp_path):
   """Steps 31 to 60 run twice, before and after the kill."""
   run, aside = tmp_path / 'run', tmp_path / 'aside'

@@ -70,6 +70,7 @@ def test_losses_on_one_device_and_on_all_are_compared():
   assert scaling_tables.loss_difference(rows[:2]) is None
 
 
+@pytest.mark.hammer
 def test_a_small_run_that_is_interrupted_and_resumed(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(scaling, 'probe', lambda: ('cpu', 'cpu', 8))
   cams_and_pixels = programs.synthetic()
