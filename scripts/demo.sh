@@ -2,7 +2,7 @@
 # Runs the whole system on the demo scene: scripts/demo.sh [OUT_DIR]
 #
 # Sets up the environment (once), makes the scene, trains configs/demo.gin on it, evaluates, renders a
-# video and exports a web page. Takes 4 to 5 minutes on two CPU cores. A second run resumes the first.
+# video and exports a web page. Takes 5 to 6 minutes on two CPU cores. A second run resumes the first.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 setup_env requirements.lock
