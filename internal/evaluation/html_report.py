@@ -211,9 +211,9 @@ def _read_videos(folder: str) -> tuple[dict[str, str], list[str]]:
 
 
 def _read_page(run: str) -> tuple[str, str]:
-  """Reads the exported page that shows the scene if it is small enough, and its relative address.
+  """Returns the exported page's text, if it is small enough to embed, and its relative address.
 
-  The address is '' if there is no page.
+  Without a page, both are ''.
   """
   path = os.path.join(run, _PAGE)
   if not os.path.exists(path):

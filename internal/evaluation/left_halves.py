@@ -17,7 +17,7 @@ from .. import losses, math, models, structs
 from ..datasets import scenes
 from ..devices import sharding
 from ..rendering import trained
-from ..training import camera_refinement
+from ..training import camera_refinement, per_camera
 
 _STEPS, _RAYS = 200, 2048  # Of each picture.
 _RATES = 3e-4, 1e-5  # First and last learning rate, in focal lengths per step: under a pixel.
@@ -36,7 +36,7 @@ def make_refiner(run: trained.TrainedRun) -> Callable[[int], structs.Cameras]:
   """
   camera_refinement.check(run.scene)
   config, model = run.settings.config, models.build(run.settings)
-  optimizer = camera_refinement.make_optimizer()
+  optimizer = per_camera.make_adam()
 
   def fit(params, cams, x, y, rgb, frac):
     """Returns z [1, k] after steps on pixels x and y [steps, rays] of colours rgb [..., 3]."""

@@ -190,7 +190,9 @@ def fill(text: str, table: reproduce.Table) -> str:
 
   def place(match: re.Match) -> str:
     if match[2] not in PARTS:
-      raise reproduce.ReproduceError(f'There is no table {match[2]!r}; see result_tables.py.')
+      raise reproduce.ReproduceError(
+        f'No table is named {match[2]!r}; choose from {", ".join(PARTS)}.'
+      )
     return f'{match[1]}\n{PARTS[match[2]](table)}\n{match[3]}'
 
   return re.sub(r'(<!-- (\w+): [^>]*-->)\n.*?(<!-- end of \2 -->)', place, text, flags=re.DOTALL)

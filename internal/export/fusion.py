@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import coord
+from .. import coord, structs
 from ..rendering import surface_points
 from ..system import progress
 from . import points
@@ -46,8 +46,8 @@ def distances(
     Distances [n_0, n_1, n_2] in cells, between -TRUNCATION and TRUNCATION, and where they are known
     [n_0, n_1, n_2]: in the box, and not inside of things.
   """
-  sines = [_sines(views, k) for k in range(len(views.images))]
   depths = [views.depth(k) for k in range(len(views.images))]
+  sines = [_sines(views.cams, k, depth) for k, depth in enumerate(depths)]
   result = np.zeros([len(axis) for axis in axes], np.float32)
   known = np.zeros(result.shape, bool)
   for i, x in enumerate(progress.track(axes[0], 'surfaces')):
@@ -83,16 +83,15 @@ def _stretch(z, to_world):
   return jnp.abs(jnp.linalg.det(cov)) ** (1 / 6)
 
 
-def _sines(views: points.Views, k: int) -> np.ndarray:
-  """Returns what differences of depth [h, w] are multiplied by to be distances to the surface.
+def _sines(cams: structs.Cameras, k: int, depth: np.ndarray) -> np.ndarray:
+  """Returns the factors [h, w] from differences of camera k's depth [h, w] to distances.
 
-  That is the sine of the angle between ray and surface, for directions with z = -1 in camera axes,
-  and 1 at edges.
+  The distances are those to the surface. A factor is the sine of the angle between ray and surface,
+  for directions with z = -1 in camera axes, and 1 at edges.
   """
   origins, directions = (
-    a.astype(np.float64) for a in surface_points.pixel_rays(views.cams, k)
+    a.astype(np.float64) for a in surface_points.pixel_rays(cams, k)
   )  # [h, w, 3]
-  depth = views.depth(k)
   xyz = origins + np.where(np.isfinite(depth), depth, 0)[..., None] * directions
   normal = np.cross(np.gradient(xyz, axis=1), np.gradient(xyz, axis=0))
   length = np.linalg.norm(normal, axis=-1)

@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 from scipy import spatial
 
+from .. import image
 from ..system import files
 from .mesh import library
 
@@ -39,7 +40,7 @@ def of_mesh(vertices: np.ndarray, faces: np.ndarray, colors: np.ndarray) -> Shap
 
 
 def of_points(xyz: np.ndarray, colors: np.ndarray, cameras: np.ndarray) -> Shape:
-  """Makes points whose normals are those of the planes through them and their neighbours.
+  """Makes points; a point's normal is that of the plane through its nearest neighbours.
 
   Args:
     xyz: [m, 3].
@@ -155,9 +156,8 @@ def _unlit(tree: dict) -> None:
 
 
 def _linear(colors: np.ndarray) -> np.ndarray:
-  """Converts sRGB to linear light, both uint8 (IEC 61966-2-1)."""
-  c = np.asarray(colors) / 255
-  light = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+  """Converts sRGB to linear light, both uint8."""
+  light = np.asarray(image.srgb_to_linear(np.float32(colors) / 255))
   return np.round(255 * light).astype(np.uint8)
 
 

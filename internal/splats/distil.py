@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import image
+from ..evaluation import metrics
 from ..rendering import trained
 from ..system import progress
 from . import fit, gaussians, rasterizer, surfaces, views
@@ -64,7 +64,7 @@ def measure(splats: gaussians.Splats, run: trained.TrainedRun) -> dict:
 
   Returns:
     psnr in dB and ssim of the Gaussians, field_psnr and field_ssim of the field on the same pixels,
-    means over `images` pictures rounded to 8 bits (see `views.photographs`), and
+    means over `images` pictures (see `views.photographs`) as eval.py computes them, and
     pictures_per_second of the Gaussians, of which a picture is `size` pixels; {} if there is no
     photograph.
   """
@@ -78,25 +78,22 @@ def measure(splats: gaussians.Splats, run: trained.TrainedRun) -> dict:
   def draw(camera):
     return render(splats, camera, background, capacity).rgb
 
+  def score(picture, truth):  # truth: [h, w, 4] uint8
+    settings = run.settings.config
+    return metrics.image_metrics(picture, truth[..., :3], settings, truth[..., 3] > 0)
+
+  metric = ('psnr', 'ssim')
   field = views.render_teacher(run, views.without_distortion(run.scene.cameras.take(rows)))[1]
   scores = [
-    (*_score(draw(camera), truth), *_score(teacher['rgb'], truth))
+    [score(picture, truth)[name] for picture in (draw(camera), teacher['rgb']) for name in metric]
     for camera, truth, teacher in zip(tests.cameras, tests.colors, field)
   ]
-  names = ('psnr', 'ssim', 'field_psnr', 'field_ssim')
+  names = [prefix + name for prefix in ('', 'field_') for name in metric]
   found = dict(zip(names, np.mean(scores, 0).tolist())) | {'images': len(rows)}
   began = time.monotonic()
   jax.block_until_ready([draw(camera) for camera in tests.cameras])
   rate = len(rows) / (time.monotonic() - began)
   return found | {'size': tests.cameras[0].size, 'pictures_per_second': rate}
-
-
-def _score(picture: jax.Array, truth: np.ndarray) -> tuple[float, float]:
-  """Returns PSNR and SSIM of a picture [h, w, 3] where `truth`, [h, w, 4] uint8, counts."""
-  drawn, counts = image.quantize(jnp.asarray(picture)), truth[..., 3] > 0
-  truth = truth[..., :3].astype(np.float32) / 255
-  error = jnp.mean((drawn - truth)[counts] ** 2)
-  return float(image.mse_to_psnr(error)), float(image.ssim(drawn, truth, counts))
 
 
 def needed_pairs(splats: gaussians.Splats, cameras: list[gaussians.Pinhole]) -> int:

@@ -31,9 +31,6 @@ class Views:
   cameras: list[gaussians.Pinhole]  # [v]
   colors: list[np.ndarray]  # [v] of uint8 [h, w, 4]: r, g, b, and 255 where the pixel counts.
 
-  def __add__(self, other: Views) -> Views:
-    return Views(self.cameras + other.cameras, self.colors + other.colors)
-
 
 def teacher_cameras(scene: scenes.Scene, count: int, width: int, seed: int = 0) -> structs.Cameras:
   """Returns `count` pinhole cameras: at most half at training poses, the others between them.
@@ -85,9 +82,9 @@ def photographs(run: trained.TrainedRun, rows: Iterable[int]) -> tuple[list[int]
   """Returns the rows and pictures of photographs that can be drawn, as a pinhole sees them.
 
   These are the photographs of perspective cameras that have the size of the first training image.
-  The distortion of a lens is taken out by cubic splines. Masked pixels do not count, and neither do
-  those that the photograph does not show. How many photographs are left out is told; if they cannot
-  be read, there are none.
+  Lens distortion is removed by cubic splines. Masked pixels do not count, and neither do those that
+  the photograph does not show. Prints how many photographs are left out. If they cannot be read,
+  prints why and returns none.
   """
   scene, folder, rows = run.scene, run.settings.config.data_dir or '', list(rows)
   lens, size = np.asarray(scene.cameras.lens), np.asarray(scene.cameras.size)
@@ -148,8 +145,7 @@ class _Pinhole:
         :2
       ]
       # Where a lens folds, positions run backwards; there it is not defined.
-      folds = np.gradient(x, axis=1) * np.gradient(y, axis=0) <= 0
-      folds |= np.gradient(x, axis=1) <= 0
+      folds = (np.gradient(x, axis=1) <= 0) | (np.gradient(y, axis=0) <= 0)
       inside = (abs(x - width / 2) <= width / 2 - 0.5) & (abs(y - height / 2) <= height / 2 - 0.5)
       self._maps[key] = np.float32([y - 0.5, x - 0.5]), inside & ~folds
     return self._maps[key]

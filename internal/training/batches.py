@@ -213,15 +213,15 @@ def make_batch(
   independent of sharding. In patches, masked pixels have weight 0.
   """
   rays = cameras.pixels_to_rays(cams, cam_idx, x, y)
-  told = cams.supervision or structs.Supervision()
+  given = cams.supervision or structs.Supervision()
   weight = None
-  if told.weight is not None:
-    weight = jnp.asarray(told.weight)[cam_idx]
-  if patches and told.run_start is not None:
-    allowed = _is_allowed(cam_idx, y * jnp.asarray(cams.size)[cam_idx, 0] + x, told)
+  if given.weight is not None:
+    weight = jnp.asarray(given.weight)[cam_idx]
+  if patches and given.run_start is not None:
+    allowed = _is_allowed(cam_idx, y * jnp.asarray(cams.size)[cam_idx, 0] + x, given)
     weight = allowed * (jnp.ones(x.shape) if weight is None else weight)
   if weight is not None:
     weight /= jnp.mean(weight)
-  kept = told.preconditioner is not None or told.camera is not None
+  kept = given.preconditioner is not None or given.camera is not None
   colors, pixel = rgb.astype(jnp.float32) / 255, (x, y) if kept else None
   return structs.Batch(rays, colors, weight, distance, certainty, pixel)

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from .. import alignment, cameras, configs, coord, math, structs
 from ..datasets import scenes
@@ -35,11 +34,6 @@ _NEAREST, _FARTHEST = 0.1, 100.0  # Bounds of their distances, in the normalised
 _DAMPING, _LEAST = 0.1, 1e-8  # Added to the diagonal: this share of it, and at least this.
 _SIDEWAYS = 0.1  # Cosine of the angle to the optical axis.
 _CHUNK = 16  # Cameras whose Jacobians are computed at a time.
-
-
-def make_optimizer() -> optax.GradientTransformation:
-  """Returns the optimizer of the parameters: Adam, whose steps do not depend on their scale."""
-  return optax.scale_by_adam(0.9, 0.99, 1e-15)
 
 
 def learning_rate(config: configs.Config) -> Callable[[Array], Array]:

@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from .. import configs, image, math, structs
 
@@ -34,11 +33,6 @@ COLOUR_WIDTH = 3 + 9 + 2  # g; B - I; a and b. Those of a camera are its first p
 
 _SATURATED = 1 - 0.5 / 255  # A photograph's channel that is this bright may have been brighter.
 _MIN_DETERMINANT = 0.1  # Of B, which starts as the identity.
-
-
-def make_optimizer() -> optax.GradientTransformation:
-  """Returns the optimizer of the parameters: Adam, whose steps do not depend on their scale."""
-  return optax.scale_by_adam(0.9, 0.99, 1e-15)
 
 
 def learning_rate(config: configs.Config) -> Callable[[Array], Array]:

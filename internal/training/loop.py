@@ -165,7 +165,7 @@ def _train(
         _say_compiled(log, step_fn, clock.lap(state.params)[1])
       elif before == start + 1 and steps.is_adaptive:  # The first dispatch without compiling.
         _set_pace(steps, *clock.so_far(state.params))
-      render_now = render_test and _is_due(step, render_every)
+      render_now = _is_due(step, render_every)  # 0 without `render_test`.
       save_now = _is_due(step, config.checkpoint_every) or step == last
       # Logged before each pause, so that pauses do not count as time of the steps.
       if render_now or save_now or _is_due(step, config.print_every):

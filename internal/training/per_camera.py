@@ -27,19 +27,24 @@ class Part(NamedTuple):
   rows: int | None = None  # None: one per training image.
 
 
+def make_adam() -> optax.GradientTransformation:
+  """Returns Adam for cameras and exposures; its steps do not depend on the parameters' scale."""
+  return optax.scale_by_adam(0.9, 0.99, 1e-15)
+
+
 def parts(config: configs.Config) -> dict[str, Part]:
   """Returns the parts that the settings ask for, by their names in `TrainState.params`."""
   found = {}
   if config.refine_cameras:
     found[camera_refinement.PART] = Part(
       camera_refinement.WIDTH,
-      camera_refinement.make_optimizer(),
+      make_adam(),
       camera_refinement.learning_rate(config),
     )
   if config.exposure != 'none':
     found[exposure.PART] = Part(
       exposure.GAIN_WIDTH if config.exposure == 'gain' else exposure.COLOUR_WIDTH,
-      exposure.make_optimizer(),
+      make_adam(),
       exposure.learning_rate(config),
     )
   if config.robust_quantile > 0:

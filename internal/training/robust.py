@@ -27,7 +27,6 @@ Array = jax.Array
 
 PART = 'robust'  # Name in TrainState.params.
 WIDTH = 1  # The threshold's log, less its start.
-LEAST_SIZE = 4  # Of a patch, in pixels.
 
 _START = 0.3  # Threshold at the first step, when all residuals are large.
 _RATE = 0.05  # In log units per step, times at most 1.
@@ -53,7 +52,7 @@ def weigh(
   Args:
     params: [1, 1] the threshold's parameter.
     quantile: share of the residuals that are inliers.
-    size: width and height of a patch in pixels, even and at least LEAST_SIZE.
+    size: width and height of a patch in pixels, even and at least 4.
     rgb: [rays, 3] rendered colours; patches one after the other, their pixels row by row.
     batch: the rays and their photographs' colours. Weights that it has are multiplied.
 

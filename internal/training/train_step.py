@@ -221,8 +221,10 @@ def make_loss_gradient(settings: configs.Settings) -> Callable:
       renderings = exposure.develop(cams, params[exposure.PART]['rows'], renderings, batch)
     robustly = config.robust_quantile > 0 and renderings[-1] is not None
     if robustly:
-      told = params[robust.PART]['rows'], config.robust_quantile, config.patch_size
-      batch, fit = robust.weigh(*told, renderings[-1].rgb, batch)
+      rows = params[robust.PART]['rows']
+      batch, fit = robust.weigh(
+        rows, config.robust_quantile, config.patch_size, renderings[-1].rgb, batch
+      )
     # rgb: [rays, 3] of each level; only the last level's is the image.
     loss, terms = losses.total(config, params, renderings, history, batch)
     if robustly:
@@ -332,7 +334,7 @@ def make_train_step(
   def variant(micro_batches):
     gradient = _make_gradient(settings, mesh, micro_batches)
 
-    @functools.partial(jax.jit, inline=True)  # Traced once for both uses in `train_steps`.
+    @functools.partial(jax.jit, inline=True)  # Traced once for both uses in `_repeated`.
     def train_step(state, cams, pixels):
       batch_key, ray_keys = step_keys(config, state.step)
       ids = draw_pixels(config, batch_key, cams.size, cams.supervision)  # cam_idx, x, y
@@ -344,9 +346,9 @@ def make_train_step(
       batch = batches.make_batch(cams, *ids, rgb, *known, patches=config.patch_size > 1)
       keys = ray_keys if config.randomized else None
       frac = train_fraction(state.step, config.max_steps)
-      # Gathered once a step: the state is sharded between steps to save memory.
       # Without parameters of each image, the cameras' work is done once the rays are cast.
       table = cams if own else None
+      # Gathered once a step: the state is sharded between steps to save memory.
       grads, aux = gradient(sharding.whole(state.params, mesh), keys, batch, frac, table)
       rate = schedule(state.step)
       after = update_finite(optimizer, rate, state, grads, aux['loss'], own)
@@ -362,23 +364,8 @@ def make_train_step(
       # One array [k], because each transfer to the host has a latency.
       return after, structs.Stats(jnp.stack([*stats.values()], dtype=jnp.float32), tuple(stats))
 
-    def train_steps(state, cams, pixels, count):
-      shape = jax.eval_shape(train_step, state, cams, pixels)[1]  # [k]
-      length = most if isinstance(pixels, batches.PixelStore) else 1
-
-      def take(i, carry):
-        state, numbers = carry
-        after, stats = train_step(state, cams, pixels)
-        if fixed and length > 1:
-          after = jax.tree.map(functools.partial(jnp.where, i < count), after, state)
-        return after, jax.lax.dynamic_update_index_in_dim(numbers, stats.numbers, i, 0)
-
-      carry = state, jnp.zeros((length, *shape.numbers.shape))
-      state, numbers = jax.lax.fori_loop(0, length if fixed else count, take, carry)
-      return state, shape.replace(numbers=numbers)
-
     return jax.jit(
-      train_steps,
+      _repeated(train_step, most, fixed),
       donate_argnums=0,  # The new state reuses the buffers of the old one.
       in_shardings=(placement, None, None, None),
       out_shardings=(placement, sharding.replicated(mesh)),
@@ -386,6 +373,27 @@ def make_train_step(
 
   choices = _micro_batch_choices(config, mesh, fewest)
   return TrainStep(variant, choices, lambda: free_memory(mesh), most, fixed)
+
+
+def _repeated(train_step: Callable, most: int, fixed: bool) -> Callable:
+  """Returns `train_steps(state, cams, pixels, count)`, which repeats one step; see `TrainStep`."""
+
+  def train_steps(state, cams, pixels, count):
+    shape = jax.eval_shape(train_step, state, cams, pixels)[1]  # [k]
+    length = most if isinstance(pixels, batches.PixelStore) else 1
+
+    def take(i, carry):
+      state, numbers = carry
+      after, stats = train_step(state, cams, pixels)
+      if fixed and length > 1:
+        after = jax.tree.map(functools.partial(jnp.where, i < count), after, state)
+      return after, jax.lax.dynamic_update_index_in_dim(numbers, stats.numbers, i, 0)
+
+    carry = state, jnp.zeros((length, *shape.numbers.shape))
+    state, numbers = jax.lax.fori_loop(0, length if fixed else count, take, carry)
+    return state, shape.replace(numbers=numbers)
+
+  return train_steps
 
 
 def host_pixels(
