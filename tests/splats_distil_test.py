@@ -16,7 +16,7 @@ from internal import cameras
 from internal.commands import export
 from internal.export import points
 from internal.rendering import renderer, trained
-from internal.splats import distil, fit, formats, gaussians, rasterizer, surfaces, views
+from internal.splats import comparison, distil, fit, formats, gaussians, rasterizer, surfaces, views
 from internal.training import checkpoints, run_folder
 from internal.vis import pictures
 
@@ -284,14 +284,18 @@ def test_splats_are_scored_by_the_test_photographs(tmp_path, capsys, monkeypatch
   )
   scene = dataclasses.replace(scene, cameras=cams, test=(0, 2))
   run = run_of(tmp_path, scene)
-  assert distil.measure(splats, run) == {}
+  assert comparison.compare(splats, run) == ({}, None)
   assert 'without photographs' in capsys.readouterr().out
   for row in scene.test:
     noisy = np.uint8(np.clip(seen.colors[row][..., :3] + 10.0, 0, 255))
     pictures.write_png(str(tmp_path / 'dir' / f'img_{row}.jpg'), noisy)
   grey = {'rgb': np.full((16, 16, 3), 0.5), 'acc': np.ones((16, 16)), 'distance_median': None}
   monkeypatch.setattr(renderer, 'make_image_renderer', lambda *_, **__: lambda *_: grey)
-  found = distil.measure(splats, run)
+  shown = {}
+  monkeypatch.setattr(
+    pictures, 'sheet', lambda images, captions, **_: shown.update(images=images, captions=captions)
+  )
+  found = comparison.compare(splats, run)[0]
   expected, of_grey = [], []
   for row in scene.test:
     drawn = np.clip(draw(splats, seen.cameras[row], BLACK, 2**14).rgb, 0, 1)
@@ -304,3 +308,27 @@ def test_splats_are_scored_by_the_test_photographs(tmp_path, capsys, monkeypatch
   assert found['images'] == 2
   assert found['pictures_per_second'] > 0
   assert 0.5 < found['ssim'] < 1
+  # The worse photograph first: itself, the field, the Gaussians, and three pictures of errors.
+  worse = scene.test[int(np.argmin(expected))]
+  assert shown['captions'][0] == scene.names[worse]
+  assert f'{min(expected):.2f} dB' in shown['captions'][2]
+  assert len(shown['images']) == 12
+
+
+def test_what_is_lost_is_shown_as_errors_of_the_pixels_that_count(monkeypatch):
+  shown = []
+  monkeypatch.setattr(pictures, 'sheet', lambda images, *_, **__: shown.extend(images))
+  photo = np.full((4, 4, 4), 100, np.uint8)
+  photo[0, :, 3] = 0  # Outside a mask.
+  field, own = np.full((4, 4, 3), 100 / 255), np.full((4, 4, 3), 100 / 255)
+  own[:, 0], field[0, 1] = 1, 0
+  comparison.lost([('a', own, field, photo, [30.0, 0.9, 40.0, 0.9])])
+  truth, _, _, between, of_field, of_own = (image[::100, ::100] for image in shown)
+  assert (truth == 100).all()
+  none = pictures.apply_colormap(np.zeros(1))[0]
+  wrong = [(image != none).any(-1) for image in (between, of_field, of_own)]
+  column, corner = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
+  column[:, 0] = corner[0, 1] = True
+  np.testing.assert_array_equal(wrong[0], column | corner)
+  assert not wrong[1].any()
+  np.testing.assert_array_equal(wrong[2], column & (np.arange(4) > 0)[:, None])

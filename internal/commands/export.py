@@ -15,8 +15,9 @@ requirements-export.txt.
 `splats` fits 3D Gaussians to the trained field and writes splats.ply and .spz for splat programs;
 `page` does the same and also writes page.html, one file that shows the scene in any browser. They
 are made only when named: the fit takes minutes on a GPU. splats.json has the number of Gaussians
-and their PSNR on the test photographs. `cameras` writes the cameras to sparse/0 as a COLMAP model,
-as training has refined them (Config.refine_cameras). docs/export.md explains the files.
+and their PSNR on the test photographs; splats.png shows what they lose on two of these. `cameras`
+writes the cameras to sparse/0 as a COLMAP model, as training has refined them
+(Config.refine_cameras). docs/export.md explains the files.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from ..evaluation import html_report
 from ..export import cameras, points, shapes, texture
 from ..export import mesh as mesh_lib
 from ..rendering import orbits, trained
-from ..splats import backdrop, distil, formats, gaussians, page
+from ..splats import backdrop, comparison, distil, formats, gaussians, page
 from ..system import files, progress
 from ..training import run_folder
+from ..vis import pictures
 
 _KINDS = ('points', 'mesh', 'depth')
 _SPLAT_KINDS = ('splats', 'page')
@@ -170,7 +172,8 @@ def export_splats(args, run: trained.TrainedRun, out: str, offset: np.ndarray) -
     path[_PAGE] = os.path.join(out, _PAGE)
     page.write(path[_PAGE], splats, run.scene, os.path.basename(os.path.abspath(args.run)))
   # Last, since it renders the test images with the field too.
-  about |= dataclasses.asdict(options) | distil.measure(splats, run)
+  scores, lost = comparison.compare(splats, run)
+  about |= dataclasses.asdict(options) | scores
   files.write_text(os.path.join(out, 'splats.json'), json.dumps(about, indent=1))
   note = f'{len(splats.means):,} Gaussians'
   written = {k: f'{v}  ({note}, {os.path.getsize(v) / 1e6:.1f} MB)' for k, v in path.items()}
@@ -180,6 +183,8 @@ def export_splats(args, run: trained.TrainedRun, out: str, offset: np.ndarray) -
       '{pictures_per_second:.1f} pictures/s'
     )
     written['test images'] = text.format(**about)
+    written['what is lost'] = os.path.join(out, 'splats.png')
+    pictures.write_png(written['what is lost'], lost)
   return written
 
 

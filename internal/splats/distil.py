@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..evaluation import metrics
 from ..rendering import trained
 from ..system import progress
 from . import fit, gaussians, rasterizer, surfaces, views
@@ -59,43 +58,6 @@ def background_of(run: trained.TrainedRun) -> np.ndarray:
   return np.float32([1.0] * 3 if run.scene.background == 'white' else [0.0] * 3)
 
 
-def measure(splats: gaussians.Splats, run: trained.TrainedRun) -> dict:
-  """Compares drawn pictures, and those of the field, with the test photographs.
-
-  Returns:
-    psnr in dB and ssim of the Gaussians, field_psnr and field_ssim of the field on the same pixels,
-    means over `images` pictures (see `views.photographs`) as eval.py computes them, and
-    pictures_per_second of the Gaussians, of which a picture is `size` pixels; {} if there is no
-    photograph.
-  """
-  rows, tests = views.photographs(run, run.scene.test)
-  if not rows:
-    return {}
-  splats, background = jax.tree.map(jnp.asarray, splats), background_of(run)
-  capacity = _capacity(needed_pairs(splats, tests.cameras))
-  render = jax.jit(rasterizer.render, static_argnums=3)
-
-  def draw(camera):
-    return render(splats, camera, background, capacity).rgb
-
-  def score(picture, truth):  # truth: [h, w, 4] uint8
-    settings = run.settings.config
-    return metrics.image_metrics(picture, truth[..., :3], settings, truth[..., 3] > 0)
-
-  metric = ('psnr', 'ssim')
-  field = views.render_teacher(run, views.without_distortion(run.scene.cameras.take(rows)))[1]
-  scores = [
-    [score(picture, truth)[name] for picture in (draw(camera), teacher['rgb']) for name in metric]
-    for camera, truth, teacher in zip(tests.cameras, tests.colors, field)
-  ]
-  names = [prefix + name for prefix in ('', 'field_') for name in metric]
-  found = dict(zip(names, np.mean(scores, 0).tolist())) | {'images': len(rows)}
-  began = time.monotonic()
-  jax.block_until_ready([draw(camera) for camera in tests.cameras])
-  rate = len(rows) / (time.monotonic() - began)
-  return found | {'size': tests.cameras[0].size, 'pictures_per_second': rate}
-
-
 def needed_pairs(splats: gaussians.Splats, cameras: list[gaussians.Pinhole]) -> int:
   """Returns the most pairs of Gaussian and tile that one of the cameras' pictures needs."""
   project = jax.jit(gaussians.project)
@@ -111,7 +73,7 @@ def optimise(
 ) -> gaussians.Splats:
   """Fits Gaussians to pictures of the field and to photographs; prints progress."""
   state, rng = fit.start(splats), np.random.default_rng(options.seed)
-  capacity = _capacity(needed_pairs(state.splats, field.cameras))
+  capacity = capacity_for(needed_pairs(state.splats, field.cameras))
   relocate_every = max(_REST, round(0.8 * options.steps / _RELOCATIONS))
   say_every, began = max(1, options.steps // _REPORTS), time.monotonic()
   total = jnp.zeros(())  # Of squared errors since the last report.
@@ -138,8 +100,8 @@ def optimise(
   return state.splats
 
 
-def _capacity(pairs: int) -> int:
-  """Returns a capacity with room, rounded up so that few programs are compiled."""
+def capacity_for(pairs: int) -> int:
+  """Returns a capacity with room for more pairs, rounded so that few programs are compiled."""
   return int(np.ceil(max(pairs, 1) * _SPARE / 2**14)) * 2**14
 
 
@@ -147,6 +109,6 @@ def _grown(capacity: int, state: fit.State) -> tuple[int, fit.State]:
   """Returns a larger capacity if a picture has lost pairs since the last call."""
   lost = int(state.overflow)
   if lost:
-    capacity = _capacity(capacity + lost)
+    capacity = capacity_for(capacity + lost)
     progress.say(f'{lost:,} pairs of Gaussian and tile did not fit; making room for {capacity:,}.')
   return capacity, state.replace(overflow=jnp.int32(0))
