@@ -42,13 +42,13 @@ def compare(splats: gaussians.Splats, run: trained.TrainedRun) -> tuple[dict, np
   def draw(camera):
     return render(splats, camera, background, capacity).rgb
 
-  field = views.render_teacher(run, views.without_distortion(run.scene.cameras.take(rows)))[0]
-  drawn = [pictures.to_uint8(draw(camera)) for camera in tests.cameras]
+  cams = views.without_distortion(run.scene.cameras.take(rows))
+  field = [image['rgb'] for image in views.render_teacher(run, cams)[1]]
+  drawn = [np.asarray(draw(camera)) for camera in tests.cameras]
   scores = np.array(
     [
-      _scores(own, truth, run.settings.config)
-      + _scores(teacher[..., :3], truth, run.settings.config)
-      for own, teacher, truth in zip(drawn, field.colors, tests.colors)
+      [score for picture in pair for score in _scores(picture, truth, run.settings.config)]
+      for *pair, truth in zip(drawn, field, tests.colors)
     ]
   )  # [images, 4]
   names = [prefix + name for prefix in ('', 'field_') for name in _METRICS]
