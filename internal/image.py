@@ -61,6 +61,7 @@ def crop(img: Array, border: int) -> Array:
   return img[..., border : height - border, border : width - border, :]
 
 
+@jax.custom_vjp
 def _blur(img: Array) -> Array:
   """Applies the Gaussian window: [..., h, w, c] -> [..., h - 10, w - 10, c], no padding."""
   # Shifted sums, because a convolution on GPUs may round its inputs to TF32.
@@ -70,6 +71,15 @@ def _blur(img: Array) -> Array:
   height, width = (n - _SSIM_WINDOW + 1 for n in img.shape[-3:-1])
   img = sum(x * img[..., i : i + height, :, :] for i, x in enumerate(window))
   return sum(x * img[..., i : i + width, :] for i, x in enumerate(window))
+
+
+def _blur_backward(_, gradient: Array) -> tuple[Array]:
+  """The window is symmetric: the gradient is the blurred one. XLA's own is three times as slow."""
+  edge = (_SSIM_WINDOW - 1, _SSIM_WINDOW - 1)
+  return (_blur(jnp.pad(gradient, [(0, 0)] * (gradient.ndim - 3) + [edge, edge, (0, 0)])),)
+
+
+_blur.defvjp(lambda img: (_blur(img), None), _blur_backward)
 
 
 @jax.jit

@@ -34,8 +34,8 @@ step 'Rendering the video'
 "$python" "$ROOT/render.py" "${settings[@]}"
 
 step 'Making a web page of it'
-"$python" "$ROOT/scripts/export.py" "$run" --what page --max_splats 10000 --splat_steps 300 \
-  --splat_views 24
+"$python" "$ROOT/scripts/export.py" "$run" --what page --max_splats 10000 --splat_steps 400 \
+  --splat_views 12
 
 step "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
 "$python" - "$run/eval/results.json" <<'END'

@@ -272,7 +272,7 @@ def test_pixels_that_do_not_count_do_not_change_the_fit():
   for wrong in (0, 200):
     picture = half[0].astype(np.uint8)
     picture[:, 8:, :3] = wrong
-    states.append(fit.step(fit.start(truth), seen.cameras[0], picture, BLACK, np.float32(0), 2**14))
+    states.append(fit.step(fit.start(truth), seen.cameras[0], picture, BLACK, np.float32(1), 2**14))
   jax.tree.map(np.testing.assert_array_equal, *(s.splats for s, _ in states))
 
 

@@ -24,6 +24,7 @@ def image_metrics(
   config: configs.Config,
   mask: np.ndarray | None = None,
   measure_lpips: Callable[..., dict[str, float]] | None = None,
+  color_correct: bool = True,
 ) -> dict[str, float]:
   """Computes METRICS of a rendered image, and lpips.METRICS if `measure_lpips` is given.
 
@@ -36,6 +37,7 @@ def image_metrics(
     mask: [h, w] bool, the pixels that count. PSNR and the colour fit use these pixels, SSIM the
       windows that lie inside the mask, LPIPS as described in `lpips.load`.
     measure_lpips: the result of `lpips.load`.
+    color_correct: whether to compute the cc_ metrics too.
 
   Raises:
     UserError: the sizes differ, or the image is too small for SSIM or LPIPS.
@@ -48,7 +50,10 @@ def image_metrics(
   result, counted = {}, None
   if mask is not None:
     counted = np.asarray(image.crop(jnp.asarray(mask)[..., None], config.eval_crop_borders))[..., 0]
-  for prefix, shown in (('', img), ('cc_', image.color_correct(img, truth, mask))):
+  variants = {'': img}
+  if color_correct:
+    variants['cc_'] = image.color_correct(img, truth, mask)
+  for prefix, shown in variants.items():
     if config.eval_quantize_metrics:
       shown = image.quantize(shown)
     shown, wanted = (image.crop(x, config.eval_crop_borders) for x in (shown, truth))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 from jax.sharding import Mesh
@@ -29,6 +30,11 @@ class TrainedRun:
   def train_fraction(self) -> float:
     """Training progress at the checkpoint, in [0, 1]."""
     return float(train_step.train_fraction(self.step, self.settings.config.max_steps))
+
+  @functools.cached_property
+  def render_image(self) -> Callable:
+    """The result of `make_image_renderer()`, so that it is compiled once."""
+    return self.make_image_renderer()
 
   def make_image_renderer(self, with_normals: bool = False) -> Callable:
     """Returns `render_image(params, cams, i, train_fraction)`; see `renderer`."""

@@ -67,7 +67,8 @@ def compare(splats: gaussians.Splats, run: trained.TrainedRun) -> tuple[dict, np
 
 def _scores(picture: np.ndarray, truth: np.ndarray, config: configs.Config) -> list[float]:
   """Returns _METRICS of a picture [h, w, 3] against [h, w, 4], whose alpha is 0 outside a mask."""
-  found = metrics.image_metrics(picture, truth[..., :3], config, truth[..., 3] > 0)
+  counts = truth[..., 3] > 0
+  found = metrics.image_metrics(picture, truth[..., :3], config, counts, color_correct=False)
   return [found[name] for name in _METRICS]
 
 

@@ -27,7 +27,7 @@ class Options:
   max_splats: int = 1_000_000
   steps: int = 10_000  # One picture each.
   views: int = 400  # Pictures of the field, from which a step draws one.
-  photo_share: float = 0.5  # Part of the steps that take a training photograph instead.
+  photo_share: float = 0.5  # At least this part of the steps takes a training photograph instead.
   seed: int = 0
 
 
@@ -76,13 +76,16 @@ def optimise(
   capacity = capacity_for(needed_pairs(state.splats, field.cameras))
   relocate_every = max(_REST, round(0.8 * options.steps / _RELOCATIONS))
   say_every, began = max(1, options.steps // _REPORTS), time.monotonic()
+  # If there are more photographs than pictures of the field, all are drawn equally often.
+  count = len(photos.cameras)
+  share = max(options.photo_share, count / (count + len(field.cameras))) if count else 0.0
   total = jnp.zeros(())  # Of squared errors since the last report.
   for k in range(options.steps):
-    source = photos if photos.cameras and rng.uniform() < options.photo_share else field
+    source = photos if rng.uniform() < share else field
     row = rng.integers(len(source.cameras))
-    done = np.float32(k / options.steps)
+    rate = fit.rate(k, options.steps)
     state, error = fit.step(
-      state, source.cameras[row], source.colors[row], background, done, capacity
+      state, source.cameras[row], source.colors[row], background, rate, capacity
     )
     total += error
     last = k + 1 == options.steps

@@ -12,6 +12,7 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .. import image
@@ -24,12 +25,13 @@ _SSIM_SHARE = 0.2  # Kerbl et al. 2023, Eq. 7.
 _OPACITY_COST = 0.002  # Times the mean opacity: lets useless Gaussians die.
 _SPLIT_OFFSET = 0.5  # Halves stand so many deviations from the middle.
 _GROWTH = 0.1  # At most so many Gaussians are split at once, as a part of the living.
-# Step sizes of Adam at the start, and at the end as a part of it. Means move in units of their own
+# Step sizes of Adam at the start of a long fit. Means move in units of their own
 # Gaussian's size, so that near and far ones need no rates of their own.
 _RATES = gaussians.Splats(
   means=0.05, log_scales=0.01, quaternions=0.005, opacity_logits=0.05, sh=0.005
 )
-_LAST_RATE = 0.05
+_LAST_RATE = 0.05  # At the end, as a part of those at the start.
+_LONG_FIT, _MOST_RATE = 10_000, 5.0  # Shorter fits take larger steps, at most by this factor.
 _SH_REST = 0.2  # Rate of degrees 1 to 3 as a part of that of the colour.
 _adam = optax.scale_by_adam(eps=1e-15)
 
@@ -56,13 +58,23 @@ def loss_of(picture: Array, target: Array) -> Array:
   return (1 - _SSIM_SHARE) * difference + _SSIM_SHARE * (1 - image.ssim(picture, target))
 
 
+def rate(k: int, steps: int) -> np.float32:
+  """Returns the factor of all step sizes in step k of a fit of `steps` steps.
+
+  It falls exponentially. What a parameter can move in a fit grows with the square root of its
+  number of steps, so that a quarter of the steps has twice the step sizes.
+  """
+  start = np.clip(np.sqrt(_LONG_FIT / steps), 1, _MOST_RATE)
+  return np.float32(start * _LAST_RATE ** (k / steps))
+
+
 @functools.partial(jax.jit, static_argnames='capacity', donate_argnums=0)
 def step(
   state: State,
   camera: gaussians.Pinhole,
   target: Array,
   background: Array,
-  done: Array,
+  rate: Array,
   capacity: int,
 ) -> tuple[State, Array]:
   """Takes one step of Adam on one picture.
@@ -72,7 +84,7 @@ def step(
     camera: the picture's camera.
     target: [h, w, 4] uint8, what the picture should be; pixels of alpha 0 do not count.
     background: [3] colour behind all Gaussians.
-    done: part of the fit that is done, in [0, 1].
+    rate: factor of the step sizes, see `rate`.
     capacity: see `rasterizer.render`.
 
   Returns:
@@ -89,17 +101,17 @@ def step(
 
   gradient, (error, overflow) = jax.grad(cost, has_aux=True)(state.splats)
   direction, moments = _adam.update(gradient, state.moments)
-  splats = _moved(state.splats, direction, _LAST_RATE**done)
+  splats = _moved(state.splats, direction, rate)
   distance = jnp.linalg.norm(state.splats.means - camera.position[None], axis=-1)
   need = state.need + jnp.linalg.norm(gradient.means, axis=-1) * distance / camera.focal[0]
   overflow = jnp.maximum(state.overflow, overflow)
   return State(splats, moments, need, overflow), error
 
 
-def _moved(splats: gaussians.Splats, direction: gaussians.Splats, decay: Array):
-  """Moves parameters against `direction` with the rates of their groups."""
+def _moved(splats: gaussians.Splats, direction: gaussians.Splats, rate: Array):
+  """Moves parameters against `direction` with the rates of their groups times `rate`."""
   size = jnp.exp(jnp.mean(splats.log_scales, -1, keepdims=True))
-  steps = jax.tree.map(lambda rate, d: -rate * decay * d, _RATES, direction)
+  steps = jax.tree.map(lambda own, d: -own * rate * d, _RATES, direction)
   rest = jnp.arange(gaussians.SH_COEFFICIENTS)[None, :, None] > 0
   steps = steps.replace(means=size * steps.means, sh=jnp.where(rest, _SH_REST, 1) * steps.sh)
   return optax.apply_updates(splats, steps)

@@ -1,7 +1,8 @@
 """Draws Gaussians tile by tile, differentiably (Kerbl et al. 2023, section 6), in plain XLA.
 
-1. Gaussians are sorted by depth, and each is repeated for the tiles of 16 x 16 pixels that its box
-   touches: a *pair*. A stable sort of the pairs by tile gives every tile its list by depth.
+1. Gaussians are sorted by depth, and each is repeated for the tiles that its box touches: a *pair*.
+   Tiles have 16 x 16 pixels, on a CPU 8 x 8: fewer pixels outside of the box, but more pairs. A
+   stable sort of the pairs by tile gives every tile its list by depth.
 2. Tiles are drawn in groups of similar list length. A group walks its lists in chunks, front to
    back, until the longest ends or all its pixels are opaque.
 3. The gradient walks the same lists again, front to back: what lies behind a Gaussian is the
@@ -31,10 +32,9 @@ from . import gaussians, tile_kernel
 
 Array = jax.Array
 
-TILE = tile_kernel.TILE  # Pixels.
-_PIXELS = TILE * TILE
+TILE, _CPU_TILE = tile_kernel.TILE, 8  # Pixels along a side of a tile.
 _CHUNK = 32
-_CPU_GROUP, _GPU_GROUP = 4, 256  # Tiles drawn at once.
+_CPU_GROUP, _GPU_GROUP = 16, 256  # Tiles drawn at once.
 _FEATURES = 9  # x, y, conic (3), opacity, rgb (3).
 
 
@@ -56,6 +56,7 @@ class _Lists:
   begin: Array  # [t] int32, where a tile's list begins.
   end: Array  # [t] int32
   needed: Array  # [] int32
+  side: int = flax.struct.field(pytree_node=False)  # Of a tile, in pixels.
 
 
 def render(
@@ -76,11 +77,13 @@ def draw(
   projected: gaussians.Projected, size: tuple[int, int], background: Array, capacity: int
 ) -> Picture:
   """Draws Gaussians that are projected already; the arguments are those of `render`."""
-  lists = _make_lists(jax.lax.stop_gradient(projected), size, capacity)
+  side = _tile_side()
+  lists = _make_lists(jax.lax.stop_gradient(projected), size, capacity, side)
   parts = projected.xy, projected.conic, projected.opacity[:, None], projected.rgb
-  colors, through = _blend(jnp.concatenate(parts, -1), lists, _tiles(size)[0])  # [t, 3, p], [t, p]
+  # [t, 3, p], [t, p]
+  colors, through = _blend(jnp.concatenate(parts, -1), lists, _tiles(size, side)[0])
   colors = colors + through[:, None] * background[None, :, None]
-  picture = _untile(jnp.concatenate([colors, 1 - through[:, None]], 1), size)
+  picture = _untile(jnp.concatenate([colors, 1 - through[:, None]], 1), size, side)
   overflow = jnp.maximum(lists.needed - capacity, 0)
   return Picture(picture[..., :3], picture[..., 3], lists.needed, overflow)
 
@@ -88,30 +91,36 @@ def draw(
 @functools.partial(jax.jit, static_argnames='size')
 def count_pairs(projected: gaussians.Projected, size: tuple[int, int]) -> Array:
   """Counts the pairs that a picture of width and height `size` needs: [] int32."""
-  return jnp.sum(jnp.prod(jnp.diff(_boxes(projected, size), axis=1)[:, 0], -1))
+  return jnp.sum(jnp.prod(jnp.diff(_boxes(projected, size, _tile_side()), axis=1)[:, 0], -1))
 
 
-def _tiles(size: tuple[int, int]) -> tuple[int, int]:
+def _tile_side() -> int:
+  return _CPU_TILE if jax.default_backend() == 'cpu' else TILE
+
+
+def _tiles(size: tuple[int, int], side: int) -> tuple[int, int]:
   """Returns the number of tiles along x and y."""
-  return -(-size[0] // TILE), -(-size[1] // TILE)
+  return -(-size[0] // side), -(-size[1] // side)
 
 
-def _boxes(projected: gaussians.Projected, size: tuple[int, int]) -> Array:
+def _boxes(projected: gaussians.Projected, size: tuple[int, int], side: int) -> Array:
   """Returns the tiles that Gaussians touch: [n, 2, 2] int32, first and past the last, (x, y)."""
   bounds = jnp.stack([projected.xy - projected.reach, projected.xy + projected.reach], 1)
-  most = jnp.array(_tiles(size), jnp.float32)[None, None]
+  most = jnp.array(_tiles(size, side), jnp.float32)[None, None]
   drawn = (projected.opacity > 0)[:, None, None]
-  tiles = jnp.stack([jnp.floor(bounds[:, 0] / TILE), jnp.floor(bounds[:, 1] / TILE) + 1], 1)
+  tiles = jnp.stack([jnp.floor(bounds[:, 0] / side), jnp.floor(bounds[:, 1] / side) + 1], 1)
   return jnp.where(drawn, jnp.clip(tiles, 0, most), 0).astype(jnp.int32)
 
 
-def _make_lists(projected: gaussians.Projected, size: tuple[int, int], capacity: int) -> _Lists:
+def _make_lists(
+  projected: gaussians.Projected, size: tuple[int, int], capacity: int, side: int = TILE
+) -> _Lists:
   """Lists the Gaussians of each tile by depth."""
-  across, down = _tiles(size)
+  across, down = _tiles(size, side)
   count, depth = across * down, jnp.where(projected.opacity > 0, projected.depth, jnp.inf)
   number = jnp.arange(len(depth), dtype=jnp.int32)
   order = jax.lax.sort((depth, number), num_keys=1, is_stable=True)[1]
-  box = _boxes(projected, size)[order]  # [n, 2, 2]
+  box = _boxes(projected, size, side)[order]  # [n, 2, 2]
   sides = box[:, 1] - box[:, 0]  # [n, 2]
   ends = jnp.cumsum(sides[:, 0] * sides[:, 1])
   pair = jnp.arange(capacity, dtype=jnp.int32)
@@ -124,7 +133,7 @@ def _make_lists(projected: gaussians.Projected, size: tuple[int, int], capacity:
   tile = jnp.where(used, tile, count)
   tile, ids = jax.lax.sort((tile, order[rank]), num_keys=1, is_stable=True)
   edges = jnp.searchsorted(tile, jnp.arange(count + 1, dtype=jnp.int32)).astype(jnp.int32)
-  return _Lists(ids, edges[:-1], edges[1:], ends[-1])
+  return _Lists(ids, edges[:-1], edges[1:], ends[-1], side)
 
 
 def _groups(lists: _Lists) -> Array:
@@ -138,6 +147,8 @@ def _groups(lists: _Lists) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _blend(features: Array, lists: _Lists, across: int) -> tuple[Array, Array]:
   """Composites each tile's list: colours [t, 3, p] without background, and what passes [t, p]."""
+  if lists.side != TILE:  # The kernel draws tiles of TILE only.
+    return _blend_groups(features, lists, across)
   return jax.lax.platform_dependent(
     features,
     lists,
@@ -155,12 +166,12 @@ def _blend_groups(features: Array, lists: _Lists, across: int) -> tuple[Array, A
   """Computes `_blend` in groups of tiles."""
 
   def draw_group(_, tiles):
-    state = jnp.zeros((len(tiles), 3, _PIXELS)), jnp.ones((len(tiles), _PIXELS))
+    state = jnp.zeros((len(tiles), 3, lists.side**2)), jnp.ones((len(tiles), lists.side**2))
 
     def step(k, state):
       color, through = state
       f, _ = _chunk(features, lists, tiles, k)
-      weight, after = _weights(f, tiles, across, through)[:2]
+      weight, after = _weights(f, _pixels(tiles, across, lists.side), through)[:2]
       return color + jnp.einsum('gcp,gcf->gfp', weight, f[..., 6:], precision='highest'), after
 
     return None, _walk(lists, tiles, step, state, 1)
@@ -177,6 +188,9 @@ def _blend_forward(features, lists, across):
 
 def _blend_backward(across, kept, gradients):
   features, lists, drawn = kept
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), lists)
+  if lists.side != TILE:
+    return _differentiate_groups(across, features, lists, drawn, gradients), zeros
   total = jax.lax.platform_dependent(
     features,
     lists,
@@ -185,7 +199,6 @@ def _blend_backward(across, kept, gradients):
     cuda=functools.partial(_sum_rows, across),
     default=functools.partial(_differentiate_groups, across),
   )
-  zeros = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), lists)
   return total, zeros
 
 
@@ -215,7 +228,7 @@ def _differentiate_groups(across, features, lists, drawn, gradients):
     def step(k, state):
       total, front, reach = state  # front [g, p]: the part of `final` in front of the chunk.
       f, ids = _chunk(features, lists, tiles, k)
-      weight, after, alpha, dx, dy, before = _weights(f, tiles, across, reach)
+      weight, after, alpha, dx, dy, before = _weights(f, _pixels(tiles, across, lists.side), reach)
       own = jnp.einsum('gcf,gfp->gcp', f[..., 6:], g_color, precision='highest')
       so_far = front[:, None] + _running(jnp.add, weight * own, 0)
       g_alpha = before * own - (final[:, None] - so_far) / (1 - alpha)
@@ -273,22 +286,27 @@ def _chunk(features: Array, lists: _Lists, tiles: Array, k: Array) -> tuple[Arra
   return f, jnp.where(listed, ids, len(features))
 
 
-def _weights(f: Array, tiles: Array, across: int, through: Array) -> tuple[Array, ...]:
+def _pixels(tiles: Array, across: int, side: int) -> tuple[Array, Array]:
+  """Returns the centres x, y [g, p] of the pixels of tiles [g], in rows of `across` tiles."""
+  pixel = np.arange(side**2)
+  x = (tiles % across * side)[:, None] + (pixel % side + 0.5)[None]
+  y = (tiles // across * side)[:, None] + (pixel // side + 0.5)[None]
+  return x, y
+
+
+def _weights(f: Array, pixels: tuple[Array, Array], through: Array) -> tuple[Array, ...]:
   """Computes a chunk's compositing weights.
 
   Args:
     f: [g, c, 9] features.
-    tiles: [g] numbers of the tiles.
-    across: tiles in a row of the picture.
+    pixels: x and y [g, p] of the tiles' pixels.
     through: [g, p] light that passes what lies in front.
 
   Returns:
     Weights [g, c, p]; the light that passes the chunk [g, p]; alpha, the offsets of pixels from
     Gaussians dx and dy, and the light that reaches each Gaussian, [g, c, p] each.
   """
-  pixel = np.arange(_PIXELS)
-  x = (tiles % across * TILE)[:, None] + (pixel % TILE + 0.5)[None]  # [g, p]
-  y = (tiles // across * TILE)[:, None] + (pixel // TILE + 0.5)[None]
+  x, y = pixels
   dx, dy = x[:, None] - f[..., 0, None], y[:, None] - f[..., 1, None]  # [g, c, p]
   xx, xy, yy, opacity = (f[..., k, None] for k in (2, 3, 4, 5))
   power = 0.5 * (xx * dx * dx + yy * dy * dy) + xy * dx * dy
@@ -315,8 +333,8 @@ def _by_tile(parts: Array, groups: Array, count: int) -> Array:
   return flat[place[:-1]]
 
 
-def _untile(tiles: Array, size: tuple[int, int]) -> Array:
+def _untile(tiles: Array, size: tuple[int, int], side: int) -> Array:
   """Joins tiles [t, k, p] to a picture [h, w, k]."""
-  (across, down), k = _tiles(size), tiles.shape[1]
-  picture = tiles.reshape(down, across, k, TILE, TILE).transpose(0, 3, 1, 4, 2)
-  return picture.reshape(down * TILE, across * TILE, k)[: size[1], : size[0]]
+  (across, down), k = _tiles(size, side), tiles.shape[1]
+  picture = tiles.reshape(down, across, k, side, side).transpose(0, 3, 1, 4, 2)
+  return picture.reshape(down * side, across * side, k)[: size[1], : size[0]]

@@ -12,7 +12,9 @@ from . import gaussians
 
 SHELL = 500.0  # Normalised units: what lies deeper in a picture is put at this depth.
 DEAD_LOGIT = -12.0  # Opacity of a row without a Gaussian.
-_OPACITY = 0.5  # Of a first Gaussian; they overlap.
+_OPACITY = 0.9  # Of a first Gaussian.
+_RADIUS = 0.6  # Its deviation as a part of the distance to its neighbours.
+_WIDEST = 30.0  # At most so many pixels; few stand in the sky, which must not be full of holes.
 _THICKNESS = 0.2  # Deviation along the normal, in those of the disc.
 _STEEPEST = 8.0  # Neighbours farther apart than so many pixels lie on two surfaces.
 
@@ -20,9 +22,10 @@ _STEEPEST = 8.0  # Neighbours farther apart than so many pixels lie on two surfa
 def initial(cams: structs.Cameras, images: list[dict], count: int, rows: int) -> gaussians.Splats:
   """Makes Gaussians of `count` random pixels of rendered pictures, in arrays of `rows` rows.
 
-  A Gaussian stands at the median distance along its pixel's ray and has the pixel's colour. It is a
-  disc across the normal of the depth map. Its deviation is the distance to its neighbours among the
-  Gaussians, but at least half a pixel and at most eight. At edges it is a ball.
+  Half of the pixels are drawn evenly, half in proportion to the change of the picture's colour
+  there. A Gaussian stands at the median distance along its pixel's ray and has the pixel's colour.
+  It is a disc across the normal of the depth map. Its deviation is a part of the distance to its
+  neighbours among the Gaussians, but at least half a pixel and at most 30. At edges it is a ball.
 
   Raises:
     UserError: no pixel is opaque.
@@ -31,22 +34,28 @@ def initial(cams: structs.Cameras, images: list[dict], count: int, rows: int) ->
   parts = []
   for row, image in enumerate(images):
     pixels = _pixels(cams, row, image)
-    some = rng.permutation(len(pixels[0]))[:share]  # Keeping all would take gigabytes.
-    parts.append([values[some] for values in pixels])
+    # The least of exponential variables with rates are a draw without replacement.
+    some = np.argsort(rng.exponential(size=len(pixels[0])) / pixels.pop())[:share]
+    parts.append([values[some] for values in pixels])  # Keeping all would take gigabytes.
   xyz, rgb, normal, footprint = (np.concatenate(each) for each in zip(*parts))
   if not len(xyz):
     raise UserError('The run shows no surface: all pixels are transparent. Train longer.')
   chosen = rng.choice(len(xyz), min(count, rows, len(xyz)), replace=False)
   xyz, rgb, normal, footprint = (a[chosen] for a in (xyz, rgb, normal, footprint))
   near = spatial.cKDTree(xyz).query(xyz, min(4, len(xyz)), workers=-1)[0][:, 1:]
-  radius = np.clip(near.mean(-1) if near.size else footprint, 0.5 * footprint, 8 * footprint)
+  radius = np.clip(
+    _RADIUS * near.mean(-1) if near.size else footprint, 0.5 * footprint, _WIDEST * footprint
+  )
   flat = np.linalg.norm(normal, axis=-1, keepdims=True) > 0
   scales = radius[:, None] * np.where(flat, [1, 1, _THICKNESS], 1)
   return _padded(xyz, rgb, _turn_z_to(normal), np.log(scales), rows)
 
 
-def _pixels(cams: structs.Cameras, row: int, image: dict) -> tuple[np.ndarray, ...]:
-  """Returns the opaque pixels' positions, colours, normals (0 at edges) and widths in the world."""
+def _pixels(cams: structs.Cameras, row: int, image: dict) -> list[np.ndarray]:
+  """Returns the opaque pixels' positions, colours, normals (0 at edges), widths and shares.
+
+  Widths are in the world. The share is how much more often than others a pixel is to be drawn.
+  """
   origins, directions = (
     a.astype(np.float64) for a in surface_points.pixel_rays(cams, row)
   )  # [h, w, 3]
@@ -60,7 +69,9 @@ def _pixels(cams: structs.Cameras, row: int, image: dict) -> tuple[np.ndarray, .
   flat = (steps < _STEEPEST * width) & (length > 0)
   normal = np.where(flat[..., None], normal / np.where(length > 0, length, 1)[..., None], 0)
   kept = (image['acc'] >= 0.5) & np.isfinite(xyz).all(-1) & (width > 0)
-  return xyz[kept], image['rgb'][kept], normal[kept], width[kept]
+  change = np.hypot(*np.gradient(np.asarray(image['rgb'], np.float64), axis=(0, 1))).sum(-1)
+  share = 1 + change / max(change.mean(), 1e-6)
+  return [values[kept] for values in (xyz, image['rgb'], normal, width, share)]
 
 
 def _turn_z_to(normal: np.ndarray) -> np.ndarray:

@@ -68,9 +68,9 @@ def _poses_between(poses: np.ndarray, count: int, rng: np.random.Generator) -> n
 
 def render_teacher(run: trained.TrainedRun, cams: structs.Cameras) -> tuple[Views, list[dict]]:
   """Renders the field from `cams`: the pictures, and rgb, acc and distance_median of each."""
-  render_image, rendered = run.make_image_renderer(), []
+  rendered = []
   for row in progress.track(range(len(cams.size)), 'views of the field'):
-    image = render_image(run.params, cams, row, run.train_fraction)
+    image = run.render_image(run.params, cams, row, run.train_fraction)
     rendered.append({name: image[name] for name in ('rgb', 'acc', 'distance_median')})
   rgb = [pictures.to_uint8(image['rgb']) for image in rendered]
   colors = [np.pad(c, ((0, 0), (0, 0), (0, 1)), constant_values=255) for c in rgb]
