@@ -6,6 +6,7 @@ import numpy as np
 from scipy import spatial
 
 from .. import structs
+from ..datasets.images import in_threads
 from ..errors import UserError
 from ..rendering import surface_points
 from . import gaussians
@@ -30,17 +31,12 @@ def initial(cams: structs.Cameras, images: list[dict], count: int, rows: int) ->
   Raises:
     UserError: no pixel is opaque.
   """
-  rng, share = np.random.default_rng(0), -(-2 * count // len(images))
-  parts = []
-  for row, image in enumerate(images):
-    pixels = _pixels(cams, row, image)
-    # The least of exponential variables with rates are a draw without replacement.
-    some = np.argsort(rng.exponential(size=len(pixels[0])) / pixels.pop())[:share]
-    parts.append([values[some] for values in pixels])  # Keeping all would take gigabytes.
+  most = -(-2 * count // len(images))  # Of a picture. Keeping all pixels would take gigabytes.
+  parts = in_threads(lambda row: _pixels(cams, row, images[row], most), range(len(images)))
   xyz, rgb, normal, footprint = (np.concatenate(each) for each in zip(*parts))
   if not len(xyz):
     raise UserError('The run shows no surface: all pixels are transparent. Train longer.')
-  chosen = rng.choice(len(xyz), min(count, rows, len(xyz)), replace=False)
+  chosen = np.random.default_rng(0).choice(len(xyz), min(count, rows, len(xyz)), replace=False)
   xyz, rgb, normal, footprint = (a[chosen] for a in (xyz, rgb, normal, footprint))
   near = spatial.cKDTree(xyz).query(xyz, min(4, len(xyz)), workers=-1)[0][:, 1:]
   radius = np.clip(
@@ -51,27 +47,35 @@ def initial(cams: structs.Cameras, images: list[dict], count: int, rows: int) ->
   return _padded(xyz, rgb, _turn_z_to(normal), np.log(scales), rows)
 
 
-def _pixels(cams: structs.Cameras, row: int, image: dict) -> list[np.ndarray]:
-  """Returns the opaque pixels' positions, colours, normals (0 at edges), widths and shares.
+def _pixels(cams: structs.Cameras, row: int, image: dict, most: int) -> tuple[np.ndarray, ...]:
+  """Draws opaque pixels: their positions, colours, normals (0 at edges) and widths in the world."""
+  origins, directions = surface_points.pixel_rays(cams, row)  # [h, w, 3]
+  reach = np.minimum(np.nan_to_num(image['distance_median'], nan=SHELL), SHELL)  # [h, w]
+  change = np.hypot(*np.gradient(np.asarray(image['rgb'], np.float64), axis=(0, 1))).sum(-1)
+  share = 1 + change / max(change.mean(), 1e-6)
+  # The least of exponential variables with these rates are a draw without replacement.
+  times = np.random.default_rng(row).exponential(size=share.shape) / share
+  times = np.where(image['acc'] >= 0.5, times, np.inf).ravel()
+  drawn = np.argpartition(times, min(most, times.size) - 1)[:most]
+  y, x = np.unravel_index(drawn[np.isfinite(times[drawn])], share.shape)
 
-  Widths are in the world. The share is how much more often than others a pixel is to be drawn.
-  """
-  origins, directions = (
-    a.astype(np.float64) for a in surface_points.pixel_rays(cams, row)
-  )  # [h, w, 3]
-  reach = np.minimum(np.nan_to_num(image['distance_median'], nan=SHELL), SHELL)[..., None]
-  xyz = origins + reach * directions
-  width = reach[..., 0] * float(np.asarray(cams.pixtocam)[row, 0, 0])
-  across, down = np.gradient(xyz, axis=1), np.gradient(xyz, axis=0)
-  normal = np.cross(across, down)
+  def point(y, x):
+    return origins[y, x].astype(np.float64) + reach[y, x, None] * directions[y, x]
+
+  def step(axis):  # From the pixel before to the one behind.
+    low, high = (np.clip([y, x] + sign * axis, 0, last) for sign in (-1, 1))
+    return (point(*high) - point(*low)) / (axis * (high - low)).sum(0)[:, None]
+
+  last = np.array(share.shape)[:, None] - 1
+  across, down = (step(np.array(axis)[:, None]) for axis in ((0, 1), (1, 0)))
+  xyz, normal = point(y, x), np.cross(across, down)
+  width = reach[y, x] * float(np.asarray(cams.pixtocam)[row, 0, 0])
   steps = np.maximum(*(np.linalg.norm(step, axis=-1) for step in (across, down)))
   length = np.linalg.norm(normal, axis=-1)
   flat = (steps < _STEEPEST * width) & (length > 0)
-  normal = np.where(flat[..., None], normal / np.where(length > 0, length, 1)[..., None], 0)
-  kept = (image['acc'] >= 0.5) & np.isfinite(xyz).all(-1) & (width > 0)
-  change = np.hypot(*np.gradient(np.asarray(image['rgb'], np.float64), axis=(0, 1))).sum(-1)
-  share = 1 + change / max(change.mean(), 1e-6)
-  return [values[kept] for values in (xyz, image['rgb'], normal, width, share)]
+  normal = np.where(flat[:, None], normal / np.where(length > 0, length, 1)[:, None], 0)
+  kept = np.isfinite(xyz).all(-1) & (width > 0)
+  return tuple(values[kept] for values in (xyz, image['rgb'][y, x], normal, width))
 
 
 def _turn_z_to(normal: np.ndarray) -> np.ndarray:
