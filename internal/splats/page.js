@@ -80,14 +80,14 @@ function main(splats) {
   };
 
   // Mouse, fingers and keys.
-  const fingers = new Map();
+  const fingers = new Map(), pixels = () => canvas.width / canvas.clientWidth;  // Of the canvas in one of the page.
   canvas.onpointerdown = (e) => { canvas.setPointerCapture(e.pointerId); fingers.set(e.pointerId, e); flight = null; };
   canvas.onpointerup = canvas.onpointercancel = (e) => fingers.delete(e.pointerId);
   canvas.oncontextmenu = (e) => e.preventDefault();
   canvas.onpointermove = (e) => {
     const before = fingers.get(e.pointerId);
     if (!before) return;
-    const dx = e.clientX - before.clientX, dy = e.clientY - before.clientY, scale = devicePixelRatio;
+    const dx = e.clientX - before.clientX, dy = e.clientY - before.clientY, scale = pixels();
     if (fingers.size === 1) {
       if (e.buttons & 6 || e.shiftKey) camera.pan(dx * scale, dy * scale);
       else camera.orbit(Math.PI * dx / canvas.clientHeight, Math.PI * dy / canvas.clientHeight);
@@ -101,7 +101,7 @@ function main(splats) {
   canvas.addEventListener('wheel', (e) => {
     e.preventDefault(); camera.zoom(Math.exp(0.001 * e.deltaY * (e.deltaMode ? 30 : 1))); view.change();
   }, { passive: false });
-  canvas.ondblclick = (e) => { pick(e.clientX * devicePixelRatio, e.clientY * devicePixelRatio); };
+  canvas.ondblclick = (e) => { pick(e.clientX * pixels(), e.clientY * pixels()); };
   // Turns about the nearest Gaussian under the pointer.
   function pick(px, py) {
     const { right, down, forward } = camera.axes(), { focal, centre } = camera.lens(), floats = new Float32Array(splats.words.buffer);

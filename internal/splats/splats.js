@@ -42,15 +42,17 @@ function unpack(data) {
 
 // --- Sorting by depth, in a worker ---------------------------------------------------------------
 
+// The order depends on the viewing direction only, so that a camera that flies needs no new one.
+
 function sorter() {
   let xyz, n, depth, keys, first, second;
   const count = new Uint32Array(65536);
   // One pass of a radix sort by 16 of the 32 bits of positive floats, which sort like integers.
-  function pass(from, to, m, shift) {
+  function pass(from, to, shift) {
     count.fill(0);
-    for (let i = 0; i < m; i++) count[keys[from[i]] >>> shift & 65535]++;
+    for (let i = 0; i < n; i++) count[keys[from[i]] >>> shift & 65535]++;
     for (let b = 0, sum = 0; b < 65536; b++) { const c = count[b]; count[b] = sum; sum += c; }
-    for (let i = 0; i < m; i++) to[count[keys[from[i]] >>> shift & 65535]++] = from[i];
+    for (let i = 0; i < n; i++) to[count[keys[from[i]] >>> shift & 65535]++] = from[i];
   }
   onmessage = ({ data }) => {
     if (data.xyz) {
@@ -59,15 +61,16 @@ function sorter() {
       first = new Uint32Array(n); second = new Uint32Array(n);
       return;
     }
-    const [x, y, z, offset] = data.plane;  // Depth along the viewing direction.
-    let m = 0;
+    const [x, y, z] = data.forward;
+    let least = Infinity;
     for (let i = 0; i < n; i++) {
-      depth[i] = x * xyz[3 * i] + y * xyz[3 * i + 1] + z * xyz[3 * i + 2] + offset;
-      if (depth[i] > data.near) first[m++] = i;
+      depth[i] = x * xyz[3 * i] + y * xyz[3 * i + 1] + z * xyz[3 * i + 2];
+      least = Math.min(least, depth[i]); first[i] = i;
     }
-    pass(first, second, m, 0);
-    pass(second, first, m, 16);
-    const order = first.slice(0, m).reverse();  // The farthest first.
+    for (let i = 0; i < n; i++) depth[i] -= least;
+    pass(first, second, 0);
+    pass(second, first, 16);
+    const order = first.slice().reverse();  // The farthest first.
     postMessage({ order }, [order.buffer]);
   };
 }
@@ -80,7 +83,7 @@ uniform usampler2D table;
 uniform mat3 turn;         // World to camera: x right, y down, z forward.
 uniform vec3 eye;
 uniform vec2 focal, centre, size;  // Pixels.
-uniform float lowPass;
+uniform float lowPass, near;
 in vec2 corner; in uint row;
 out vec2 at; out vec4 color;
 
@@ -126,6 +129,7 @@ void main() {
   gl_Position = vec4(0.0, 0.0, 2.0, 1.0);  // Outside, unless it is drawn.
   uvec4 shape = texel(1u);
   vec3 mean = uintBitsToFloat(texel(0u).xyz), local = turn * (mean - eye);
+  if (local.z <= near) return;
   vec2 plane = local.xy / local.z;
   vec3 scale = exp(vec3(shape.x & 255u, shape.x >> 8 & 255u, shape.x >> 16 & 255u) / 16.0 - 10.0);
   mat3 own = turn * rotation(shape.y);
@@ -225,7 +229,7 @@ function makeRenderer(canvas, splats, look) {
       gl.uniformMatrix3fv(u.turn, false, [0, 1, 2].flatMap((k) => [right[k], down[k], forward[k]]));
       gl.uniform3fv(u.eye, camera.eye);
       gl.uniform2fv(u.focal, camera.focal); gl.uniform2fv(u.centre, camera.centre);
-      gl.uniform2f(u.size, canvas.width, canvas.height); gl.uniform1f(u.lowPass, look.low_pass);
+      gl.uniform2f(u.size, canvas.width, canvas.height); gl.uniform1f(u.lowPass, look.low_pass); gl.uniform1f(u.near, look.near);
       gl.enable(gl.BLEND); gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
       gl.vertexAttribDivisor(1, 1); gl.enableVertexAttribArray(1);
       gl.drawArraysInstanced(gl.TRIANGLE_STRIP, 0, 4, count);
@@ -238,6 +242,10 @@ function makeRenderer(canvas, splats, look) {
   };
 }
 
+// Pictures that take longer than SLOW while the camera moves are drawn coarser, with half of the
+// pixels in each step. When it has rested, the picture is drawn as fine as the screen.
+const SLOW = 40, FAST = 20, REST = 200, COARSEST = 5;  // Milliseconds; steps.
+
 // Draws into a canvas and sorts meanwhile; `woken` is called when there is something new to draw,
 // and `failed` with an error of the worker that sorts.
 function makeView(canvas, splats, look, woken, failed) {
@@ -248,26 +256,43 @@ function makeView(canvas, splats, look, woken, failed) {
   let sorting = false, sorted = '', stale = true, ready = false;
   worker.onmessage = ({ data }) => { renderer.order(data.order); sorting = false; stale = ready = true; woken(); };
   worker.onerror = failed;
+
+  let moving = false, moved = 0, frames = 0, last = 0;  // When the camera moved; frames since; the last picture.
+  let coarse = 0, pace = (SLOW + FAST) / 2;  // Steps; milliseconds a picture.
+  function adapt(now) {
+    if (last) pace += 0.3 * (Math.min(now - last, 1000) - pace);
+    last = now;
+    if (pace <= SLOW || coarse === COARSEST) return;
+    coarse = Math.min(COARSEST, coarse + Math.ceil(Math.log2(pace / SLOW))); pace = (SLOW + FAST) / 2;
+  }
+  function rests() {  // The next movement tries to be finer if this one was fast.
+    if (pace < FAST && coarse) { coarse--; pace = (SLOW + FAST) / 2; }
+    moving = false; last = 0; stale = true;
+  }
   return {
-    // Makes the canvas as fine as the screen. To be called before the camera's lens is computed.
+    // Gives the canvas its size. To be called in every frame, before the camera's lens is computed.
     fit() {
-      const width = Math.round(canvas.clientWidth * devicePixelRatio), height = Math.round(canvas.clientHeight * devicePixelRatio);
+      if (moving && ++frames > 2 && performance.now() - moved > REST) rests();
+      if (moving) woken();
+      const scale = devicePixelRatio * (moving ? 2 ** (-coarse / 2) : 1);
+      const width = Math.max(1, Math.round(canvas.clientWidth * scale)), height = Math.max(1, Math.round(canvas.clientHeight * scale));
       if (width === canvas.width && height === canvas.height) return;
       canvas.width = width; canvas.height = height; renderer.resize(); stale = true;
     },
-    change() { stale = true; },  // The camera has changed.
+    change() { stale = moving = true; moved = performance.now(); frames = 0; },  // The camera has changed.
     // Draws if anything has changed; returns whether it did. Sorts for the camera if that is due.
     draw(camera) {
-      const plane = [...camera.forward, -dot(camera.forward, camera.eye)], key = plane.join();
+      const key = camera.forward.join();
       if (!sorting && key !== sorted) {
         sorting = true; sorted = key;
-        worker.postMessage({ plane, near: look.near });
+        worker.postMessage({ forward: camera.forward });
       }
       if (!stale || !ready) return false;
       renderer.draw(camera); stale = false;
+      if (moving) adapt(performance.now());
       return true;
     },
-    order() { return sorting ? '' : sorted; },  // The plane for which the drawn order is right.
+    order() { return sorting || (moving && coarse) ? '' : sorted; },  // The direction for which what is drawn is right.
   };
 }
 
