@@ -15,13 +15,13 @@ class Model:
     return self.posed
 
 
-def outcome(name, posed, contradicted):
+def outcome(name, posed, contradicted, in_order=0):
   pairs = tuple((f'{k}.jpg', f'{k + 1}.jpg') for k in range(contradicted))
-  return mapping.Attempt(name, [Model(posed)], evidence.Evidence(100, pairs, 0, 0.01))
+  return mapping.Attempt(name, [Model(posed)], evidence.Evidence(100, pairs, in_order, 0.01))
 
 
 class Attempts(mapping._Mapping):
-  """Attempts whose outcomes are given: name -> (posed photographs, contradicted pairs)."""
+  """Attempts whose outcomes are given: posed photographs, contradicted pairs, those in order."""
 
   def __init__(self, outcomes, count=20):
     self.names, self.attempts, self._outcomes = [f'{k}.jpg' for k in range(count)], [], outcomes
@@ -35,6 +35,9 @@ class Attempts(mapping._Mapping):
 
   def without_look_alikes(self):
     self.attempt('repair')
+
+  def along_the_order(self):
+    self.attempt('order')
 
   def with_more_pairs(self):
     self.attempt('more')
@@ -53,9 +56,26 @@ class Attempts(mapping._Mapping):
       'repair',
     ),
     (
-      {'global': (20, 5), 'incremental': (20, 4), 'repair': (20, 9), 'more': (20, 2)},
-      ['global', 'incremental', 'repair', 'more'],
+      {'global': (20, 5), 'incremental': (20, 4), 'repair': (20, 9), 'order': (20, 0)},
+      ['global', 'incremental', 'repair', 'order'],
+      'order',
+    ),
+    (
+      {
+        'global': (20, 5),
+        'incremental': (20, 4),
+        'repair': (20, 9),
+        'order': (20, 3),
+        'more': (20, 2),
+      },
+      ['global', 'incremental', 'repair', 'order', 'more'],
       'more',
+    ),
+    # Neighbours that contradict the poses weigh more than look-alikes, and than photographs lost.
+    (
+      {'global': (20, 2, 1), 'incremental': (17, 30), 'repair': (15, 0)},
+      ['global', 'incremental', 'repair'],
+      'incremental',
     ),
     ({'global': None, 'incremental': (20, 0)}, ['incremental'], 'incremental'),
   ],

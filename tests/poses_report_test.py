@@ -300,3 +300,19 @@ def test_contradicted_pairs_are_named(in_order, status, says):
   assert check.text.startswith('2 of the 200 strongest pairs contradict the poses (a.jpg and b.jpg')
   assert says in check.text
   assert check.text.endswith('best of 2 ways, incremental')
+
+
+@pytest.mark.parametrize(
+  ('found', 'says'),
+  [
+    (
+      evidence.Evidence(200, (), 0, 0.0, (('a.jpg', 'b.jpg'), ('c.jpg', 'd.jpg'))),
+      'b.jpg follows a.jpg but shows something else, and 1 more jumps: you came back, or',
+    ),
+    (evidence.Evidence(0, (), 0, 0.0), 'no pair of photographs has enough matches'),
+  ],
+)
+def test_poses_that_matches_cannot_tell_are_doubtful(found, says):
+  check = graded('matches', evidence=found)
+  assert check.status == preflight.DOUBTFUL
+  assert check.text.startswith(says)

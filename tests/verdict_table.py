@@ -50,11 +50,10 @@ def row(folder: pathlib.Path, scene: str, names: list[str], mapper: str) -> str:
   )
   worst = np.percentile(compared.rotation, 90), np.percentile(compared.position, 90)
   truth = 'right' if worst[0] < RIGHT[0] and worst[1] < RIGHT[1] else 'wrong'
-  said = 'good' if found.is_clean else 'bad' if found.in_order else 'doubtful'
   return (
     f'| {scene} | {mapper} | {models[0].num_reg_images()} of {len(names)} | {truth} '
     f'({worst[0]:.1f} degrees, {worst[1]:.1%}) | {len(found.contradicted)} of {found.tested}, '
-    f'{found.in_order} in order | {said} |'
+    f'{found.in_order} in order | {len(found.jumps)} | {found.verdict} |'
   )
 
 

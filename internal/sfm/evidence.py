@@ -7,6 +7,9 @@ photographs that match best see the same points in the same places.
 Matches can also be wrong, where two parts of a scene look alike. Those seldom count: they cover a
 part of the pictures, and true neighbours match better. So a pair counts if it is one of the
 strongest of either photograph and its matches cover the whole overlap of the pictures.
+
+No match tells two places that look alike everywhere. The order of the photographs can: someone who
+goes from one to the other without a photograph on the way leaves a jump.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from . import pairs, reconstruction
 STRONGEST = 10  # Pairs of each photograph that count.
 CONTRADICTED = 0.01  # Error of a pair (`pair_error`), in focal lengths: half a degree.
 COVERED = 0.7  # Share of the overlap that has matches, from which a pair cannot be a look-alike.
+GOOD, DOUBTFUL, BAD = 'good', 'doubtful', 'bad'  # Verdicts.
 _INLIERS = 30
+_AT_A_JUMP = 3  # Photographs before and after a jump in the order, no two of which match strongly.
 _GRID = (8, 6)  # Cells of a picture, in which coverage is counted.
 _OCCUPIED = 5  # Features of a cell, each matched twice or more, from which it should have matches.
 
@@ -55,14 +60,23 @@ class Evidence:
   contradicted: tuple[tuple[str, str], ...]  # The strong pairs that the model contradicts.
   in_order: int  # Those of them that are neighbours in the order of the photographs.
   share: float  # Of all matches, those in contradicted pairs, strong or weak.
+  jumps: tuple[tuple[str, str], ...] = ()  # As `Matches.jumps` returns them.
 
   @property
   def is_clean(self) -> bool:
     return not self.contradicted
 
+  @property
+  def verdict(self) -> str:
+    """Returns GOOD, DOUBTFUL or BAD; neighbours in the order cannot be look-alikes."""
+    if self.in_order:
+      return BAD
+    return DOUBTFUL if self.contradicted or self.jumps or not self.tested else GOOD
+
   def as_json(self) -> dict[str, Any]:
     """Returns the fields as JSON has them."""
-    return {**dataclasses.asdict(self), 'contradicted': [list(pair) for pair in self.contradicted]}
+    pairs = {'contradicted': self.contradicted, 'jumps': self.jumps}
+    return {**dataclasses.asdict(self), **{k: list(map(list, v)) for k, v in pairs.items()}}
 
   def photographs(self) -> list[str]:
     """Returns the photographs of the contradicted pairs, sorted."""
@@ -119,6 +133,25 @@ class Matches:
     kept = {-k for rows in partners.values() for _, k in sorted(rows, reverse=True)[:STRONGEST]}
     return [self.pairs[k] for k in sorted(kept) if len(self.pairs[k].rows) >= _INLIERS]
 
+  def jumps(self, strong: Sequence[Pair], among: set[str]) -> list[tuple[str, str]]:
+    """Returns the photographs before and after each jump in the order, if there is an order.
+
+    At a jump, no pair of `strong` joins the last three photographs before to the first three after.
+    If all are in one model, others join them; those may be of two places that look alike.
+
+    Args:
+      strong: the pairs that `strongest` returns.
+      among: the photographs in the model.
+    """
+    order = [name for name in self.names if name in among]
+    place = {name: k for k, name in enumerate(order)}
+    joined = set()  # k: a strong pair joins k or one shortly before to one shortly after k.
+    for pair in strong:
+      i, j = sorted((place[pair.a], place[pair.b]))
+      joined.update(range(max(i, j - _AT_A_JUMP), min(j, i + _AT_A_JUMP)))
+    cuts = range(_AT_A_JUMP - 1, len(order) - _AT_A_JUMP) if self.is_ordered else ()
+    return [(order[k], order[k + 1]) for k in cuts if k not in joined]
+
   def coverage(self, pair: Pair) -> float:
     """Returns the share of the overlap of two pictures that has matches, the smaller of both ways.
 
@@ -145,18 +178,25 @@ class Matches:
 
   def test(self, model) -> Evidence:
     """Tests a pycolmap Reconstruction against the matches."""
-    views = {view.name: view for view in self._views(model)}
-    posed = [pair for pair in self.pairs if pair.a in views and pair.b in views]
-    against = {id(p) for p in posed if pair_error(views[p.a], views[p.b], p.rows) > CONTRADICTED}
-    strong = self.strongest(set(views))
-    found = [p for p in strong if id(p) in against and self.coverage(p) >= COVERED]
-    total = sum(len(p.rows) for p in posed)
+    names = {model.image(k).name for k in model.reg_image_ids()} & self._features.keys()
+    against = self.contradicting(model, CONTRADICTED)
+    numbers = {id(pair) for pair in against}
+    strong = self.strongest(names)
+    found = [p for p in strong if id(p) in numbers and self.coverage(p) >= COVERED]
+    total = sum(len(p.rows) for p in self.pairs if p.a in names and p.b in names)
     return Evidence(
       tested=len(strong),
       contradicted=tuple((p.a, p.b) for p in found),
-      in_order=sum(map(self._are_neighbours, found)),
-      share=sum(len(p.rows) for p in posed if id(p) in against) / max(total, 1),
+      in_order=sum(map(self.are_neighbours, found)),
+      share=sum(len(p.rows) for p in against) / max(total, 1),
+      jumps=tuple(self.jumps(strong, names)),
     )
+
+  def contradicting(self, model, tolerance: float) -> list[Pair]:
+    """Returns the pairs with an error (`pair_error`) above a tolerance, in focal lengths."""
+    views = {view.name: view for view in self._views(model)}
+    posed = [pair for pair in self.pairs if pair.a in views and pair.b in views]
+    return [p for p in posed if pair_error(views[p.a], views[p.b], p.rows) > tolerance]
 
   def _views(self, model) -> Iterator[View]:
     for k in model.reg_image_ids():
@@ -183,7 +223,8 @@ class Matches:
     np.fill_diagonal(counts, np.inf)
     return pairs.is_ordered(counts)
 
-  def _are_neighbours(self, pair: Pair) -> bool:
+  def are_neighbours(self, pair: Pair) -> bool:
+    """Returns whether two photographs follow each other closely, in an ordered capture."""
     apart = abs(self._place[pair.a] - self._place[pair.b])
     return self.is_ordered and apart <= max(2, len(self.names) // 20)
 

@@ -13,8 +13,8 @@ from ..evaluation import results
 from ..vis import pictures
 from . import diagnosis, moved, picture
 from . import photos as photos_lib
+from .evidence import BAD, DOUBTFUL, GOOD
 
-GOOD, DOUBTFUL, BAD = 'good', 'doubtful', 'bad'
 FILE = 'preflight'
 
 
@@ -96,22 +96,32 @@ def _posed(found) -> Check:
 
 
 def _matches(found) -> list[Check]:
-  """Checks whether strong pairs contradict the poses; neighbours in time are no look-alikes."""
+  """Checks whether the matches of the photographs speak against the poses."""
   evidence = found.evidence
-  if evidence is None or not evidence.tested:
+  if evidence is None:
     return []
   attempts = (found.mapping or {}).get('attempts', ())
   how = f'; best of {len(attempts)} ways, {found.mapping["mapper"]}' if len(attempts) > 1 else ''
-  if evidence.is_clean:
+  if not evidence.tested:
+    text = 'no pair of photographs has enough matches to test the poses'
+  elif evidence.contradicted:
+    examples = '; '.join(f'{a} and {b}' for a, b in evidence.contradicted[:2])
+    text = f'{len(evidence.contradicted):,} of the {evidence.tested:,} strongest pairs contradict '
+    text += f'the poses ({examples}): '
+    text += 'part of the scene is doubled or torn' if evidence.in_order else _DOUBT
+  elif evidence.jumps:
+    a, b = evidence.jumps[0]
+    more = f', and {len(evidence.jumps) - 1} more jumps' if len(evidence.jumps) > 1 else ''
+    text = f'{b} follows {a} but shows something else{more}: {_JUMP}'
+  else:
     text = f'none of the {evidence.tested:,} strongest pairs contradicts the poses'
-    return [Check('matches', GOOD, text + how)]
-  examples = '; '.join(f'{a} and {b}' for a, b in evidence.contradicted[:2])
-  count = f'{len(evidence.contradicted):,} of the {evidence.tested:,} strongest pairs'
-  text = f'{count} contradict the poses ({examples})'
-  if evidence.in_order:
-    return [Check('matches', BAD, f'{text}: part of the scene is doubled or torn{how}')]
-  doubt = ': the scene is doubled or torn, or has places that look alike'
-  return [Check('matches', DOUBTFUL, text + doubt + how)]
+  return [Check('matches', evidence.verdict, text + how)]
+
+
+_DOUBT = 'the scene is doubled or torn, or has places that look alike'
+_JUMP = (
+  'you came back, or two places that look alike are one here. Photographs of the way between tell'
+)
 
 
 def _error(found) -> Check:
