@@ -73,8 +73,14 @@ class Attempts(mapping._Mapping):
     ),
     # Neighbours that contradict the poses weigh more than look-alikes, and than photographs lost.
     (
-      {'global': (20, 2, 1), 'incremental': (17, 30), 'repair': (15, 0)},
-      ['global', 'incremental', 'repair'],
+      {
+        'global': (20, 2, 1),
+        'incremental': (17, 30),
+        'repair': (15, 0),
+        'order': (20, 3, 2),
+        'more': (16, 40),
+      },
+      ['global', 'incremental', 'repair', 'order', 'more'],
       'incremental',
     ),
     ({'global': None, 'incremental': (20, 0)}, ['incremental'], 'incremental'),
@@ -111,3 +117,36 @@ def test_all_pairs_of_the_photographs_in_question_are_matched(monkeypatch):
   pairs = {(0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (1, 3), (1, 4)}
   assert wanted == [('scene', attempts.names, pairs)]
   assert attempts.best().name == 'global with more pairs'
+
+
+def test_the_repair_along_the_order_drops_far_pairs_then_those_that_disagree():
+  near, far, false = (evidence.Pair(*names, None) for names in ('ab', 'ac', 'ad'))
+
+  class Matches:
+    pairs, is_ordered = (near, far, false), True
+    apart = staticmethod(lambda pair: 2 if pair is near else 3)
+
+    def contradicting(self, model, tolerance):
+      assert (model.posed, tolerance) == (3, mapping._FAR_OFF)
+      return [false]
+
+  attempts, dropped = Attempts({'global along the order': (3, 0)}), []
+  attempts.matches = Matches()
+
+  def without(name, pairs):
+    dropped.append(pairs)
+    attempts.attempt('global along the order')
+
+  attempts.without = without
+  mapping._Mapping.along_the_order(attempts)
+  assert dropped == [[far, false], [false]]
+  attempts.matches.is_ordered = False
+  mapping._Mapping.along_the_order(attempts)
+  assert len(dropped) == 2
+
+
+def test_a_repair_that_fails_does_not_undo_the_others(capsys):
+  attempts = Attempts({'global': (20, 5), 'incremental': (20, 4), 'repair': None, 'order': (20, 0)})
+  mapping._map_until_settled(attempts)
+  assert attempts.best().name == 'order'
+  assert 'repair failed' in capsys.readouterr().out

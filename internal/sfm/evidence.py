@@ -187,7 +187,7 @@ class Matches:
     return Evidence(
       tested=len(strong),
       contradicted=tuple((p.a, p.b) for p in found),
-      in_order=sum(map(self.are_neighbours, found)),
+      in_order=sum(map(self._are_neighbours, found)),
       share=sum(len(p.rows) for p in against) / max(total, 1),
       jumps=tuple(self.jumps(strong, names)),
     )
@@ -214,19 +214,24 @@ class Matches:
 
   @functools.cached_property
   def is_ordered(self) -> bool:
-    """Whether the photographs were taken one after the other, as their matches tell."""
+    """Whether the photographs were taken one after the other, as their matches tell.
+
+    In a scene that looks the same from four sides, photographs of the others match like the next.
+    """
     n = len(self.names)
     counts = np.zeros((n, n))
     for pair in self.pairs:
       i, j = self._place[pair.a], self._place[pair.b]
       counts[i, j] = counts[j, i] = len(pair.rows)
     np.fill_diagonal(counts, np.inf)
-    return pairs.is_ordered(counts)
+    return pairs.is_ordered(counts, min(STRONGEST, n / 5))
 
-  def are_neighbours(self, pair: Pair) -> bool:
-    """Returns whether two photographs follow each other closely, in an ordered capture."""
-    apart = abs(self._place[pair.a] - self._place[pair.b])
-    return self.is_ordered and apart <= max(2, len(self.names) // 20)
+  def apart(self, pair: Pair) -> int:
+    """Returns how far apart two photographs are in the order."""
+    return abs(self._place[pair.a] - self._place[pair.b])
+
+  def _are_neighbours(self, pair: Pair) -> bool:
+    return self.is_ordered and self.apart(pair) <= max(2, len(self.names) // 20)
 
 
 def _read_pairs(db, name_of: dict[int, str]):

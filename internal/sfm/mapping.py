@@ -34,6 +34,7 @@ _MANY = 1000  # Photographs from which `auto` tries hierarchical instead of incr
 _ENOUGH = 0.95  # Share of posed photographs from which a clean model needs no other attempt.
 _FEW = 0.75  # Share of posed photographs up to which a model is as bad as a torn one.
 _LOOK_ALIKE = 0.5  # Coverage below which a pair may be of two places that look alike.
+_NEAR = 1 / 8  # Share of the order within which pairs are near: 45 degrees of a ring.
 _FAR_OFF = 0.1  # Error of a pair (`evidence.pair_error`) that no drift of a chain explains.
 _STAGES = 5  # Rotations, tracks, positions, bundle adjustment and triangulation.
 
@@ -127,16 +128,17 @@ class _Mapping:
     self.without('global without look-alikes', found)
 
   def along_the_order(self) -> None:
-    """Maps from neighbours in the order alone, then from all pairs that roughly agree with that.
+    """Maps from pairs near in the order, then from all pairs that roughly agree with that.
 
-    Neighbours cannot be look-alikes. Alone they do not close loops, so the first result drifts.
+    Those near are seldom look-alikes. Alone they do not close loops, so the first result drifts.
     """
     if self.matches.is_ordered:
-      far = [pair for pair in self.matches.pairs if not self.matches.are_neighbours(pair)]
-      self.without('global of neighbours', far)
+      reach = len(self.names) * _NEAR
+      far = [pair for pair in self.matches.pairs if self.matches.apart(pair) > reach]
+      self.without('global along the order', far)
       if far and self.attempts[-1].models:
         against = self.matches.contradicting(self.attempts[-1].models[0], _FAR_OFF)
-        self.without('global of neighbours and what agrees', against)
+        self.without('global along the order and what agrees', against)
 
   def with_more_pairs(self) -> None:
     """Matches every pair of the photographs in question, and maps globally again."""
