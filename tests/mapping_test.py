@@ -119,30 +119,50 @@ def test_all_pairs_of_the_photographs_in_question_are_matched(monkeypatch):
   assert attempts.best().name == 'global with more pairs'
 
 
-def test_the_repair_along_the_order_drops_far_pairs_then_those_that_disagree():
-  near, far, false = (evidence.Pair(*names, None) for names in ('ab', 'ac', 'ad'))
+NEAR, MIDDLE, FAR, FALSE = (evidence.Pair(*names, None) for names in ('ab', 'ac', 'ad', 'ae'))
+WITHIN_2, WITHIN_5 = 'global within 2 in order', 'global within 5 in order'
+AGREES = ' and what agrees'
 
+
+@pytest.mark.parametrize(
+  ('posed', 'ordered', 'tried', 'best'),
+  [
+    (40, True, {WITHIN_2: [MIDDLE, FAR, FALSE], WITHIN_2 + AGREES: [FALSE]}, WITHIN_2 + AGREES),
+    # Neighbours do not join all photographs.
+    (
+      25,
+      True,
+      {WITHIN_2: [MIDDLE, FAR, FALSE], WITHIN_5: [FALSE], WITHIN_5 + AGREES: [FALSE]},
+      WITHIN_5 + AGREES,
+    ),
+    (40, False, {}, 'global'),
+  ],
+)
+def test_the_repair_along_the_order_drops_far_pairs_then_those_that_disagree(
+  posed, ordered, tried, best
+):
   class Matches:
-    pairs, is_ordered = (near, far, false), True
-    apart = staticmethod(lambda pair: 2 if pair is near else 3)
+    pairs, neighbours, is_ordered = (NEAR, MIDDLE, FAR, FALSE), 2, ordered
+    apart = staticmethod(lambda pair: {NEAR: 2, MIDDLE: 4, FAR: 5, FALSE: 20}[pair])
 
     def contradicting(self, model, tolerance):
-      assert (model.posed, tolerance) == (3, mapping._FAR_OFF)
-      return [false]
+      assert (model.posed, tolerance) == (40, mapping._DRIFT)
+      return [FALSE]
 
-  attempts, dropped = Attempts({'global along the order': (3, 0)}), []
+  outcomes = {'global': (40, 9, 3), WITHIN_2: (posed, 8), WITHIN_2 + AGREES: (40, 7)}
+  outcomes |= {WITHIN_5: (40, 8), WITHIN_5 + AGREES: (40, 7)}
+  attempts, dropped = Attempts(outcomes, 40), {}
   attempts.matches = Matches()
+  attempts.run('global')
 
   def without(name, pairs):
-    dropped.append(pairs)
-    attempts.attempt('global along the order')
+    dropped[name] = pairs
+    attempts.attempt(name)
 
   attempts.without = without
   mapping._Mapping.along_the_order(attempts)
-  assert dropped == [[far, false], [false]]
-  attempts.matches.is_ordered = False
-  mapping._Mapping.along_the_order(attempts)
-  assert len(dropped) == 2
+  assert dropped == tried
+  assert attempts.best().name == best
 
 
 def test_a_repair_that_fails_does_not_undo_the_others(capsys):

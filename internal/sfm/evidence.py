@@ -230,8 +230,13 @@ class Matches:
     """Returns how far apart two photographs are in the order."""
     return abs(self._place[pair.a] - self._place[pair.b])
 
+  @property
+  def neighbours(self) -> int:
+    """How far apart neighbours in the order are at most; they are no look-alikes."""
+    return max(2, len(self.names) // 20)
+
   def _are_neighbours(self, pair: Pair) -> bool:
-    return self.is_ordered and self.apart(pair) <= max(2, len(self.names) // 20)
+    return self.is_ordered and self.apart(pair) <= self.neighbours
 
 
 def _read_pairs(db, name_of: dict[int, str]):

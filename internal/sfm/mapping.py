@@ -35,7 +35,7 @@ _ENOUGH = 0.95  # Share of posed photographs from which a clean model needs no o
 _FEW = 0.75  # Share of posed photographs up to which a model is as bad as a torn one.
 _LOOK_ALIKE = 0.5  # Coverage below which a pair may be of two places that look alike.
 _NEAR = 1 / 8  # Share of the order within which pairs are near: 45 degrees of a ring.
-_FAR_OFF = 0.1  # Error of a pair (`evidence.pair_error`) that no drift of a chain explains.
+_DRIFT = 0.03  # Error of a pair (`evidence.pair_error`) above what a chain drifts: two degrees.
 _STAGES = 5  # Rotations, tracks, positions, bundle adjustment and triangulation.
 
 
@@ -59,10 +59,14 @@ class Attempt:
     """
     if self.evidence is None:
       return False, -1.0, 0.0
-    share = self.posed / max(count, 1)
-    usable = self.evidence.verdict != evidence.BAD and share > _FEW
     wrong = len(self.evidence.contradicted) / max(self.evidence.tested, 1)
-    return usable, round(share - 10 * wrong, 3), -self.evidence.share
+    ranked = round(self.posed / max(count, 1) - 10 * wrong, 3)
+    return self.is_usable(count), ranked, -self.evidence.share
+
+  def is_usable(self, count: int) -> bool:
+    """Returns whether most of `count` photographs are posed and no neighbours contradict that."""
+    enough = self.posed > _FEW * count
+    return enough and self.evidence is not None and self.evidence.verdict != evidence.BAD
 
   def as_json(self) -> dict[str, Any]:
     found = self.evidence
@@ -130,15 +134,20 @@ class _Mapping:
   def along_the_order(self) -> None:
     """Maps from pairs near in the order, then from all pairs that roughly agree with that.
 
-    Those near are seldom look-alikes. Alone they do not close loops, so the first result drifts.
+    The nearest pairs are no look-alikes, but may not join all photographs; then more are used.
+    Without the others, loops do not close, so the first result drifts.
     """
-    if self.matches.is_ordered:
-      reach = len(self.names) * _NEAR
+    if not self.matches.is_ordered:
+      return
+    count = len(self.names)
+    for reach in (self.matches.neighbours, int(count * _NEAR)):
       far = [pair for pair in self.matches.pairs if self.matches.apart(pair) > reach]
-      self.without('global along the order', far)
-      if far and self.attempts[-1].models:
-        against = self.matches.contradicting(self.attempts[-1].models[0], _FAR_OFF)
-        self.without('global along the order and what agrees', against)
+      self.without(f'global within {reach} in order', far)
+      if far and self.attempts[-1].posed > _FEW * count:
+        against = self.matches.contradicting(self.attempts[-1].models[0], _DRIFT)
+        self.without(f'global within {reach} in order and what agrees', against)
+      if self.best().is_usable(count):
+        return
 
   def with_more_pairs(self) -> None:
     """Matches every pair of the photographs in question, and maps globally again."""
