@@ -170,3 +170,10 @@ def test_a_repair_that_fails_does_not_undo_the_others(capsys):
   mapping._map_until_settled(attempts)
   assert attempts.best().name == 'order'
   assert 'repair failed' in capsys.readouterr().out
+
+
+def test_of_equal_results_the_one_from_more_pairs_is_kept():
+  attempts = Attempts({})
+  fewer, more = (dataclasses.replace(outcome(str(n), 20, 3), dropped=n) for n in (90, 10))
+  attempts.attempts = [fewer, more]
+  assert attempts.best() is more

@@ -52,16 +52,17 @@ class Attempt:
   def posed(self) -> int:
     return self.models[0].num_reg_images() if self.models else 0
 
-  def score(self, count: int) -> tuple[bool, float, float]:
+  def score(self, count: int) -> tuple[bool, float, float, int]:
     """Ranks attempts: what is certainly wrong, or poses too few photographs, comes last.
 
-    Then posed photographs less ten times the contradicted share of strong pairs.
+    Then posed photographs less ten times the contradicted share of strong pairs. Of equal attempts,
+    the one from more pairs is better, since they close loops.
     """
     if self.evidence is None:
-      return False, -1.0, 0.0
+      return False, -1.0, 0.0, 0
     wrong = len(self.evidence.contradicted) / max(self.evidence.tested, 1)
     ranked = round(self.posed / max(count, 1) - 10 * wrong, 3)
-    return self.is_usable(count), ranked, -self.evidence.share
+    return self.is_usable(count), ranked, -self.evidence.share, -self.dropped
 
   def is_usable(self, count: int) -> bool:
     """Returns whether most of `count` photographs are posed and no neighbours contradict that."""
