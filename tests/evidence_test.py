@@ -61,7 +61,7 @@ class FakeModel:
     self._names, self._poses = names, poses
     self._points = points or [np.zeros((0, 3))] * len(names)
     self.points3D = {
-      (k, i): types.SimpleNamespace(xyz=xyz)
+      k * 100_000 + i: types.SimpleNamespace(xyz=xyz)
       for k, rows in enumerate(self._points)
       for i, xyz in enumerate(rows)
     }
@@ -76,7 +76,7 @@ class FakeModel:
       camera=camera(),
       cam_from_world=lambda: pose,
       points2D=[
-        types.SimpleNamespace(point3D_id=(k, i), has_point3D=lambda: True)
+        types.SimpleNamespace(point3D_id=k * 100_000 + i, has_point3D=lambda: True)
         for i in range(len(self._points[k]))
       ],
     )

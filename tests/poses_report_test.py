@@ -215,6 +215,10 @@ def test_each_check_can_fail():
   odd = graded('focal length', cameras=({**camera, 'exif_focal': 2000.0},))
   assert odd.status == preflight.BAD
   assert 'EXIF says 2000' in odd.text
+  parallel = {'poses': ring(reach=5), 'cameras': ({**camera, 'exif_focal': None},)}
+  assert 'a guess' in graded('focal length', **parallel).text
+  assert graded('focal length', poses=ring(reach=5)).status == preflight.GOOD
+  assert graded('focal length', cameras=parallel['cameras']).status == preflight.GOOD
   arc = diagnosis.describe_spread(ring(reach=150))
   assert graded('spread', spread=arc).status == preflight.DOUBTFUL
   whole = {'kind': 'around', 'directions': 360, 'largest_gap': 15}
@@ -307,7 +311,11 @@ def test_contradicted_pairs_are_named(in_order, status, says):
   [
     (
       evidence.Evidence(200, (), 0, 0.0, (('a.jpg', 'b.jpg'), ('c.jpg', 'd.jpg'))),
-      'b.jpg follows a.jpg but shows something else, and 1 more jumps: you came back, or',
+      'b.jpg follows a.jpg but shows something else (and 1 more jumps). Two places that look alike',
+    ),
+    (
+      evidence.Evidence(200, (), 0, 0.0, (), 0.3),
+      '30% of the pairs of photographs from one place see different things. Two places that look',
     ),
     (evidence.Evidence(0, (), 0, 0.0), 'no pair of photographs has enough matches'),
   ],

@@ -8,24 +8,25 @@ Matches can also be wrong, where two parts of a scene look alike. Those seldom c
 part of the pictures, and true neighbours match better. So a pair counts if it is one of the
 strongest of either photograph and its matches cover the whole overlap of the pictures.
 
-No match tells two places that look alike everywhere. The order of the photographs can: someone who
-goes from one to the other without a photograph on the way leaves a jump.
+Two places that match as one contradict no pair. What stands beside them can tell (`folds`), and the
+order of the photographs: who goes from one to the other without a photograph leaves a jump.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from . import pairs, reconstruction
+from . import folds, pairs, reconstruction
 
 STRONGEST = 10  # Pairs of each photograph that count.
 CONTRADICTED = 0.01  # Error of a pair (`pair_error`), in focal lengths: half a degree.
 COVERED = 0.7  # Share of the overlap that has matches, from which a pair cannot be a look-alike.
+FOLDED = 0.2  # Share of the pairs from one place that see different points; .06 in right poses.
 GOOD, DOUBTFUL, BAD = 'good', 'doubtful', 'bad'  # Verdicts.
 _INLIERS = 30
 _AT_A_JUMP = 3  # Photographs before and after a jump in the order, no two of which match strongly.
@@ -50,6 +51,7 @@ class View:
   pose: np.ndarray  # [3, 4], world to camera.
   rays: np.ndarray  # [f, 2], the direction of each feature in camera coordinates, at z = 1.
   points: np.ndarray  # [f, 3], the 3D point of each feature, NaN without one.
+  ids: np.ndarray  # [f], the number of that point, -1 without one.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Evidence:
   in_order: int  # Those of them that are neighbours in the order of the photographs.
   share: float  # Of all matches, those in contradicted pairs, strong or weak.
   jumps: tuple[tuple[str, str], ...] = ()  # As `Matches.jumps` returns them.
+  folded: float = 0.0  # Share of the pairs from one place that see different points.
 
   @property
   def is_clean(self) -> bool:
@@ -71,7 +74,8 @@ class Evidence:
     """Returns GOOD, DOUBTFUL or BAD; neighbours in the order cannot be look-alikes."""
     if self.in_order:
       return BAD
-    return DOUBTFUL if self.contradicted or self.jumps or not self.tested else GOOD
+    untold = self.jumps or self.folded > FOLDED or not self.tested
+    return DOUBTFUL if self.contradicted or untold else GOOD
 
   def as_json(self) -> dict[str, Any]:
     """Returns the fields as JSON has them."""
@@ -178,39 +182,46 @@ class Matches:
 
   def test(self, model) -> Evidence:
     """Tests a pycolmap Reconstruction against the matches."""
-    names = {model.image(k).name for k in model.reg_image_ids()} & self._features.keys()
-    against = self.contradicting(model, CONTRADICTED)
+    views = self._views(model)
+    against = self._against(views, CONTRADICTED)
     numbers = {id(pair) for pair in against}
-    strong = self.strongest(names)
+    strong = self.strongest(set(views))
     found = [p for p in strong if id(p) in numbers and self.coverage(p) >= COVERED]
-    total = sum(len(p.rows) for p in self.pairs if p.a in names and p.b in names)
+    total = sum(len(p.rows) for p in self.pairs if p.a in views and p.b in views)
+    seen = [(v.pose, v.points[v.ids >= 0], v.ids[v.ids >= 0]) for v in views.values()]
     return Evidence(
       tested=len(strong),
       contradicted=tuple((p.a, p.b) for p in found),
       in_order=sum(map(self._are_neighbours, found)),
       share=sum(len(p.rows) for p in against) / max(total, 1),
-      jumps=tuple(self.jumps(strong, names)),
+      jumps=tuple(self.jumps(strong, set(views))),
+      folded=folds.share_of_pairs(*zip(*seen)),
     )
 
   def contradicting(self, model, tolerance: float) -> list[Pair]:
     """Returns the pairs with an error (`pair_error`) above a tolerance, in focal lengths."""
-    views = {view.name: view for view in self._views(model)}
+    return self._against(self._views(model), tolerance)
+
+  def _against(self, views: dict[str, View], tolerance: float) -> list[Pair]:
     posed = [pair for pair in self.pairs if pair.a in views and pair.b in views]
     return [p for p in posed if pair_error(views[p.a], views[p.b], p.rows) > tolerance]
 
-  def _views(self, model) -> Iterator[View]:
+  def _views(self, model) -> dict[str, View]:
+    views = {}
     for k in model.reg_image_ids():
       image = model.image(k)
       features = self._features.get(image.name)
       if features is None:
         continue
-      points = np.full((len(features), 3), np.nan)
+      points, ids = np.full((len(features), 3), np.nan), np.full(len(features), -1, np.int64)
       if len(image.points2D) == len(features):  # Otherwise the model has features of its own.
         for i, point in enumerate(image.points2D):
           if point.has_point3D():
-            points[i] = model.points3D[point.point3D_id].xyz
+            points[i], ids[i] = model.points3D[point.point3D_id].xyz, point.point3D_id
       rays = image.camera.cam_from_img(features)  # [f, 2]
-      yield View(image.name, image.cam_from_world().matrix(), rays, points)
+      pose = image.cam_from_world().matrix()
+      views[image.name] = View(image.name, pose, rays, points, ids)
+    return views
 
   @functools.cached_property
   def is_ordered(self) -> bool:

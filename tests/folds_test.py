@@ -1,0 +1,109 @@
+"""Tests of what tells two places that a model has folded into one."""
+
+import numpy as np
+import pose_scenes
+import pytest
+from evidence_test import carried, turn_and_shift, world_to_camera
+
+from internal.sfm import folds
+
+N = 12  # Photographs of either place.
+
+
+def arc():
+  angles = np.linspace(-0.4, 0.4, N)
+  return [
+    world_to_camera(pose_scenes.look_at([3 * np.cos(a), 3 * np.sin(a), 0.5], np.zeros(3)))
+    for a in angles
+  ]
+
+
+def visible(pose, points):
+  """Returns which points [p] are in a picture of 0.8 x 0.6 focal lengths."""
+  local = points @ pose[:, :3].T + pose[:, 3]
+  return (local[:, 2] > 0) & (np.abs(local[:, :2] / local[:, 2:]) < [0.4, 0.3]).all(1)
+
+
+def capture(beside=400, repeatability=0.7):
+  """Two places at one: a face that looks alike, with other things on its left in either.
+
+  Returns:
+    The poses, points and ids of 2 N photographs; the first half is of the first place.
+  """
+  rng = np.random.default_rng(0)
+  face = rng.uniform((-0.1, -0.4, -1), (0.1, 1.2, 1), (1500, 3))
+  left = rng.uniform((-0.1, -1.2, -1), (0.1, -0.4, 1), (2, beside, 3))
+  poses, points, ids = arc() * 2, [], []
+  for k, pose in enumerate(poses):
+    place = k // N
+    world = np.r_[face, left[place]]
+    numbers = np.r_[: len(face), len(face) + place * beside + np.arange(beside)]
+    seen = visible(pose, world) & (rng.random(len(world)) < repeatability)
+    points.append(world[seen])
+    ids.append(numbers[seen])
+  return poses, points, ids
+
+
+def half(capture):
+  return [part[:N] for part in capture]
+
+
+@pytest.mark.parametrize('repeatability', [0.9, 0.5])
+def test_two_places_at_one_see_different_points(repeatability):
+  poses, points, ids = capture(repeatability=repeatability)
+  compared = folds._from_one_place(poses, points)
+  across = np.mean([(i < N) != (j < N) for i, j in compared])
+  assert 0.5 < across < 0.7
+  assert folds.share_of_pairs(poses, points, ids) == pytest.approx(across)
+  assert folds.share_of_pairs(*half((poses, points, ids))) == 0
+
+
+def test_places_without_anything_of_their_own_are_not_told():
+  assert folds.share_of_pairs(*capture(beside=0)) == 0
+
+
+def test_places_that_are_apart_in_the_model_are_not_compared():
+  poses, points, ids = capture()
+  move = turn_and_shift(180)
+  poses = poses[:N] + [carried(pose, move) for pose in poses[N:]]
+  points = points[:N] + [xyz @ move[:, :3].T for xyz in points[N:]]
+  assert folds.share_of_pairs(poses, points, ids) == 0
+
+
+def test_the_world_and_its_scale_do_not_matter():
+  poses, points, ids = capture()
+  expected = folds.share_of_pairs(poses, points, ids)
+  move = turn_and_shift(70, 2.0)
+  points = [5 * (xyz @ move[:, :3].T + move[:, 3]) for xyz in points]
+  poses = [carried(pose, move) * [1, 1, 1, 5] for pose in poses]
+  assert folds.share_of_pairs(poses, points, ids) == pytest.approx(expected)
+
+
+def test_cells_are_those_of_a_double_loop():
+  poses, points, ids = capture()
+  smaller, common = folds._cells(poses[3], points, ids, N + 3, 3)
+  own, other = (folds._project(poses[3], points[k]) for k in (3, N + 3))
+  low, high = own.min(0), own.max(0)
+  expected = []
+  for row in range(6):
+    for column in range(8):
+      own_ids, other_ids = (
+        {
+          number
+          for number, xy in zip(numbers, projected)
+          if (low <= xy).all() and (xy <= high).all()
+          if min(int((xy[0] - low[0]) / (high[0] - low[0]) * 8), 7) == column
+          if min(int((xy[1] - low[1]) / (high[1] - low[1]) * 6), 5) == row
+        }
+        for numbers, projected in ((ids[3], own), (ids[N + 3], other))
+      )
+      if min(len(own_ids), len(other_ids)) >= 6:
+        expected.append((min(len(own_ids), len(other_ids)), len(own_ids & other_ids)))
+  assert list(zip(smaller, common)) == expected
+  assert len(expected) > 30
+
+
+@pytest.mark.parametrize('count', [0, 1, 2])
+def test_few_photographs_and_no_points_are_no_pairs(count):
+  none = np.zeros((0, 3)), np.zeros(0, int)
+  assert folds.share_of_pairs(arc()[:count], [none[0]] * count, [none[1]] * count) == 0
