@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.spatial.distance
 
 _SEEN = 3  # Photographs that see a point, from which it counts.
 _DISTANCE = 0.09  # Of cameras at one place, in median depths: 5 degrees.
@@ -60,7 +61,7 @@ def _from_one_place(poses, points) -> np.ndarray:
   depth = np.array([np.median(z) if len(z) else np.nan for z in local])  # [n]
   centres = np.stack([-pose[:, :3].T @ pose[:, 3] for pose in poses])
   ahead = np.stack([pose[2, :3] for pose in poses])
-  distance = np.linalg.norm(centres[:, None] - centres, axis=-1)  # [n, n]
+  distance = scipy.spatial.distance.cdist(centres, centres)  # [n, n]
   near = (distance < _DISTANCE * depth[:, None]) & (ahead @ ahead.T > np.cos(np.radians(_TURN)))
   np.fill_diagonal(near, False)
   pairs = np.argwhere(near)
