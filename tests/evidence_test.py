@@ -230,8 +230,9 @@ def test_photographs_in_no_order_have_no_jumps(tmp_path, points):
   assert not two_arcs(tmp_path, points, shuffled).test(ring()).jumps
 
 
-def test_two_photographs_without_matches_are_no_jump(tmp_path, points):
-  pairs = [pair for pair in near(N) if not {12, 13} & set(pair)]
+@pytest.mark.parametrize('lost', [{12, 13}, {0, 1}, {N - 2, N - 1}])
+def test_two_photographs_without_matches_are_no_jump(tmp_path, points, lost):
+  pairs = [pair for pair in near(N) if not lost & set(pair)]
   found = write(tmp_path, ring(), points, pairs).test(ring())
   assert not found.jumps
   assert found.verdict == evidence.GOOD

@@ -28,59 +28,56 @@ def capture(beside=400, repeatability=0.7):
   """Two places at one: a face that looks alike, with other things on its left in either.
 
   Returns:
-    The poses, points and ids of 2 N photographs; the first half is of the first place.
+    The pose, points and ids of 2 N photographs; the first half is of the first place.
   """
   rng = np.random.default_rng(0)
   face = rng.uniform((-0.1, -0.4, -1), (0.1, 1.2, 1), (1500, 3))
   left = rng.uniform((-0.1, -1.2, -1), (0.1, -0.4, 1), (2, beside, 3))
-  poses, points, ids = arc() * 2, [], []
-  for k, pose in enumerate(poses):
+  result = []
+  for k, pose in enumerate(arc() * 2):
     place = k // N
     world = np.r_[face, left[place]]
     numbers = np.r_[: len(face), len(face) + place * beside + np.arange(beside)]
     seen = visible(pose, world) & (rng.random(len(world)) < repeatability)
-    points.append(world[seen])
-    ids.append(numbers[seen])
-  return poses, points, ids
+    result.append((pose, world[seen], numbers[seen]))
+  return result
 
 
-def half(capture):
-  return [part[:N] for part in capture]
+def moved(photograph, move, scale=1.0):
+  pose, points, ids = photograph
+  points = scale * (points @ move[:, :3].T + move[:, 3])
+  return carried(pose, move) * [1, 1, 1, scale], points, ids
 
 
 @pytest.mark.parametrize('repeatability', [0.9, 0.5])
 def test_two_places_at_one_see_different_points(repeatability):
-  poses, points, ids = capture(repeatability=repeatability)
-  compared = folds._from_one_place(poses, points)
+  photographs = capture(repeatability=repeatability)
+  compared = folds._from_one_place(*list(zip(*photographs))[:2])
   across = np.mean([(i < N) != (j < N) for i, j in compared])
   assert 0.5 < across < 0.7
-  assert folds.share_of_pairs(poses, points, ids) == pytest.approx(across)
-  assert folds.share_of_pairs(*half((poses, points, ids))) == 0
+  assert folds.share_of_pairs(photographs) == pytest.approx(across)
+  assert folds.share_of_pairs(photographs[:N]) == 0
 
 
 def test_places_without_anything_of_their_own_are_not_told():
-  assert folds.share_of_pairs(*capture(beside=0)) == 0
+  assert folds.share_of_pairs(capture(beside=0)) == 0
 
 
 def test_places_that_are_apart_in_the_model_are_not_compared():
-  poses, points, ids = capture()
-  move = turn_and_shift(180)
-  poses = poses[:N] + [carried(pose, move) for pose in poses[N:]]
-  points = points[:N] + [xyz @ move[:, :3].T for xyz in points[N:]]
-  assert folds.share_of_pairs(poses, points, ids) == 0
+  photographs = capture()
+  apart = [moved(p, turn_and_shift(180)) for p in photographs[N:]]
+  assert folds.share_of_pairs(photographs[:N] + apart) == 0
 
 
 def test_the_world_and_its_scale_do_not_matter():
-  poses, points, ids = capture()
-  expected = folds.share_of_pairs(poses, points, ids)
-  move = turn_and_shift(70, 2.0)
-  points = [5 * (xyz @ move[:, :3].T + move[:, 3]) for xyz in points]
-  poses = [carried(pose, move) * [1, 1, 1, 5] for pose in poses]
-  assert folds.share_of_pairs(poses, points, ids) == pytest.approx(expected)
+  photographs = capture()
+  elsewhere = [moved(p, turn_and_shift(70, 2.0), 5.0) for p in photographs]
+  expected = folds.share_of_pairs(photographs)
+  assert folds.share_of_pairs(elsewhere) == pytest.approx(expected)
 
 
 def test_cells_are_those_of_a_double_loop():
-  poses, points, ids = capture()
+  poses, points, ids = zip(*capture())
   smaller, common = folds._cells(poses[3], points, ids, N + 3, 3)
   own, other = (folds._project(poses[3], points[k]) for k in (3, N + 3))
   low, high = own.min(0), own.max(0)
@@ -103,7 +100,7 @@ def test_cells_are_those_of_a_double_loop():
   assert len(expected) > 30
 
 
-@pytest.mark.parametrize('count', [0, 1, 2])
-def test_few_photographs_and_no_points_are_no_pairs(count):
-  none = np.zeros((0, 3)), np.zeros(0, int)
-  assert folds.share_of_pairs(arc()[:count], [none[0]] * count, [none[1]] * count) == 0
+@pytest.mark.parametrize(('count', 'points'), [(0, 9), (1, 9), (N, 0), (N, 1), (N, 40)])
+def test_few_photographs_or_points_are_no_pairs(count, points):
+  one = np.zeros((points, 3)), np.arange(points)
+  assert folds.share_of_pairs([(pose, *one) for pose in arc()[:count]]) == 0

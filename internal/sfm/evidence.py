@@ -195,7 +195,7 @@ class Matches:
       in_order=sum(map(self._are_neighbours, found)),
       share=sum(len(p.rows) for p in against) / max(total, 1),
       jumps=tuple(self.jumps(strong, set(views))),
-      folded=folds.share_of_pairs(*zip(*seen)),
+      folded=folds.share_of_pairs(seen),
     )
 
   def contradicting(self, model, tolerance: float) -> list[Pair]:

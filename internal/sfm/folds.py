@@ -24,18 +24,16 @@ _CELLS = 6  # Cells that a pair needs.
 _DIFFERENT = 0.1  # Share of the cells without a common point, from which a pair sees two places.
 
 
-def share_of_pairs(
-  poses: Sequence[np.ndarray], points: Sequence[np.ndarray], ids: Sequence[np.ndarray]
-) -> float:
+def share_of_pairs(photographs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> float:
   """Returns the share of pairs from one place that see different points; 0 without such pairs.
 
   Args:
-    poses: [3, 4] of each photograph, world to camera.
-    points: [f, 3], the 3D points that each sees.
-    ids: [f], their numbers, which photographs that see the same point share.
+    photographs: the pose [3, 4] of each, world to camera, the 3D points [f, 3] that it sees, and
+      their numbers [f], which photographs that see the same point share.
   """
-  if not len(poses):
+  if not photographs:
     return 0.0
+  poses, points, ids = zip(*photographs)
   known, counts = np.unique(np.concatenate(ids), return_counts=True)
   often = known[counts >= _SEEN]
   keep = [np.isin(rows, often) for rows in ids]
@@ -75,9 +73,10 @@ def _cells(pose: np.ndarray, points, ids, i: int, j: int) -> tuple[np.ndarray, n
     For cells with enough of both: the smaller number of points, and the number of common ones.
   """
   own, other = (_project(pose, points[k]) for k in (j, i))
-  if not len(own):
+  own = own[np.isfinite(own).all(1)]
+  if len(own) < _FEWEST * _CELLS:
     return None
-  low, high = own.min(0), own.max(0)  # The part of the picture that has points.
+  low, high = own.min(0), own.max(0) + 1e-9  # The part of the picture that has points.
   inside = ((other >= low) & (other <= high)).all(1)
   at = [
     (np.minimum((xy - low) / (high - low) * _GRID, np.array(_GRID) - 1)).astype(int) @ [1, _GRID[0]]

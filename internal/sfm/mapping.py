@@ -140,8 +140,8 @@ class _Mapping:
     """
     if not self.matches.is_ordered:
       return
-    count = len(self.names)
-    for reach in (self.matches.neighbours, int(count * _NEAR)):
+    count, nearest = len(self.names), self.matches.neighbours
+    for reach in sorted({nearest, max(nearest, int(count * _NEAR))}):
       far = [pair for pair in self.matches.pairs if self.matches.apart(pair) > reach]
       self.without(f'global within {reach} in order', far)
       if far and self.attempts[-1].posed > _FEW * count:
