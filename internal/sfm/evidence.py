@@ -148,12 +148,14 @@ class Matches:
       among: the photographs in the model.
     """
     order = [name for name in self.names if name in among]
+    cuts = range(_AT_A_JUMP - 1, len(order) - _AT_A_JUMP)
+    if not cuts or not self.is_ordered:
+      return []
     place = {name: k for k, name in enumerate(order)}
     joined = set()  # k: a strong pair joins k or one shortly before to one shortly after k.
     for pair in strong:
       i, j = sorted((place[pair.a], place[pair.b]))
       joined.update(range(max(i, j - _AT_A_JUMP), min(j, i + _AT_A_JUMP)))
-    cuts = range(_AT_A_JUMP - 1, len(order) - _AT_A_JUMP) if self.is_ordered else ()
     return [(order[k], order[k + 1]) for k in cuts if k not in joined]
 
   def coverage(self, pair: Pair) -> float:
