@@ -61,7 +61,7 @@ class FakeModel:
     self._names, self._poses = names, poses
     self._points = points or [np.zeros((0, 3))] * len(names)
     self.points3D = {
-      (k, i): types.SimpleNamespace(xyz=xyz)
+      k * 100_000 + i: types.SimpleNamespace(xyz=xyz)
       for k, rows in enumerate(self._points)
       for i, xyz in enumerate(rows)
     }
@@ -76,7 +76,7 @@ class FakeModel:
       camera=camera(),
       cam_from_world=lambda: pose,
       points2D=[
-        types.SimpleNamespace(point3D_id=(k, i), has_point3D=lambda: True)
+        types.SimpleNamespace(point3D_id=k * 100_000 + i, has_point3D=lambda: True)
         for i in range(len(self._points[k]))
       ],
     )
@@ -145,6 +145,7 @@ def test_true_poses_contradict_nothing(capture):
   found = capture.test(capture.poses)
   assert found.tested == N * 5
   assert found.is_clean
+  assert found.verdict == evidence.GOOD
   assert found.share == 0
 
 
@@ -202,6 +203,45 @@ def test_a_pure_rotation_contradicts_nothing(tmp_path, points):
   found = capture.test(poses)
   assert found.tested > N
   assert found.is_clean
+
+
+def two_arcs(folder, points, order=range(N)):
+  """Half a ring, then the other half; the order jumps, and opposite photographs look alike."""
+  halves = [(i, j) for i, j in near(N) if i < j and (i < N // 2) == (j < N // 2)]
+  names = {k: place for place, k in enumerate(order)}
+  pairs = [(names[i], names[j]) for i, j in halves]
+  everywhere = np.random.default_rng(0).uniform((0, 0), SIZE, (800, 2))
+  alike = [(names[k], names[k + N // 2], everywhere) for k in range(0, N // 2, 3)]
+  poses = ring()
+  return write(folder, [poses[k] for k in order], points, pairs, alike)
+
+
+def test_a_jump_between_places_that_look_alike_is_doubtful(tmp_path, points):
+  capture = two_arcs(tmp_path, points)
+  folded = capture.poses[: N // 2] * 2  # The second half of the ring stands in the first.
+  found = capture.test(folded)
+  assert found.jumps == (('19.jpg', '20.jpg'),)
+  assert found.verdict == evidence.DOUBTFUL
+  assert found.as_json()['jumps'] == [['19.jpg', '20.jpg']]
+
+
+def test_photographs_in_no_order_have_no_jumps(tmp_path, points):
+  shuffled = np.random.default_rng(0).permutation(N).tolist()
+  assert not two_arcs(tmp_path, points, shuffled).test(ring()).jumps
+
+
+@pytest.mark.parametrize('lost', [{12, 13}, {0, 1}, {N - 2, N - 1}])
+def test_two_photographs_without_matches_are_no_jump(tmp_path, points, lost):
+  pairs = [pair for pair in near(N) if not lost & set(pair)]
+  found = write(tmp_path, ring(), points, pairs).test(ring())
+  assert not found.jumps
+  assert found.verdict == evidence.GOOD
+
+
+def test_poses_that_no_match_can_test_are_doubtful(tmp_path, points):
+  found = write(tmp_path, ring(), points[:15], near(N)).test(ring())
+  assert found.tested == 0
+  assert found.verdict == evidence.DOUBTFUL
 
 
 def test_epipolar_errors_are_in_focal_lengths():

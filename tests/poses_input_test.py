@@ -8,7 +8,7 @@ import scipy.ndimage
 from PIL import Image
 from textured_corner import texture
 
-from internal.sfm import diagnosis, mapping, pipeline, reconstruction, video_frames
+from internal.sfm import diagnosis, incremental, pipeline, reconstruction, video_frames
 from internal.sfm import photos as photos_lib
 from internal.vis import pictures, video
 
@@ -264,7 +264,7 @@ def test_a_damaged_database_is_named(tmp_path):
 def test_a_damaged_snapshot_is_skipped(tmp_path):
   (tmp_path / '000003').mkdir()
   (tmp_path / '000003' / 'cameras.bin').write_bytes(b'x')
-  assert mapping._newest_snapshot(str(tmp_path), 3) is None
+  assert incremental._newest_snapshot(str(tmp_path), 3) is None
   assert not (tmp_path / '000003').exists()
 
 

@@ -215,6 +215,10 @@ def test_each_check_can_fail():
   odd = graded('focal length', cameras=({**camera, 'exif_focal': 2000.0},))
   assert odd.status == preflight.BAD
   assert 'EXIF says 2000' in odd.text
+  parallel = {'poses': ring(reach=5), 'cameras': ({**camera, 'exif_focal': None},)}
+  assert 'a guess' in graded('focal length', **parallel).text
+  assert graded('focal length', poses=ring(reach=5)).status == preflight.GOOD
+  assert graded('focal length', cameras=parallel['cameras']).status == preflight.GOOD
   arc = diagnosis.describe_spread(ring(reach=150))
   assert graded('spread', spread=arc).status == preflight.DOUBTFUL
   whole = {'kind': 'around', 'directions': 360, 'largest_gap': 15}
@@ -260,14 +264,14 @@ def test_the_picture_lists_the_captures_warnings(tmp_path):
   checks = preflight.all_checks(findings())
   amber = picture._STATUS['doubtful']
   heights = []
-  for count in (0, 1, 8, 9, 30):
+  for count in (0, 8, 9, 30):
     warnings = [f'{k}: {"a mask that pairs with no photograph " * 8}' for k in range(count)]
     drawn = picture.draw(str(tmp_path), findings(), checks, warnings).astype(int)
     marks = (np.abs(drawn - amber).max(-1) < 3)[:, 28:70].any(1)
     # Each of the first eight has a mark of its own, and so has the line that counts the others.
     assert np.diff(marks.astype(int), prepend=0).clip(0).sum() >= min(count, 9)
     heights.append(len(drawn))
-  assert heights[0] < heights[1] < heights[2] < heights[3] == heights[4]
+  assert heights[0] < heights[1] < heights[2] == heights[3]
 
 
 def test_the_report_has_the_captures_warnings(tmp_path, monkeypatch):
@@ -300,3 +304,23 @@ def test_contradicted_pairs_are_named(in_order, status, says):
   assert check.text.startswith('2 of the 200 strongest pairs contradict the poses (a.jpg and b.jpg')
   assert says in check.text
   assert check.text.endswith('best of 2 ways, incremental')
+
+
+@pytest.mark.parametrize(
+  ('found', 'says'),
+  [
+    (
+      evidence.Evidence(200, (), 0, 0.0, (('a.jpg', 'b.jpg'), ('c.jpg', 'd.jpg'))),
+      'b.jpg follows a.jpg but shows something else (and 1 more jumps). Two places that look alike',
+    ),
+    (
+      evidence.Evidence(200, (), 0, 0.0, (), 0.3),
+      '30% of the pairs of photographs from one place see different things. Two places that look',
+    ),
+    (evidence.Evidence(0, (), 0, 0.0), 'no pair of photographs has enough matches'),
+  ],
+)
+def test_poses_that_matches_cannot_tell_are_doubtful(found, says):
+  check = graded('matches', evidence=found)
+  assert check.status == preflight.DOUBTFUL
+  assert check.text.startswith(says)

@@ -17,7 +17,7 @@ from textured_corner import FOCAL, SIZE, VIEWS, render_room, room_pose, true_mod
 
 from internal import colmap, configs, datasets
 from internal.datasets import images
-from internal.sfm import mapping, pairs, reconstruction
+from internal.sfm import incremental, pairs, reconstruction
 from internal.sfm import photos as photos_lib
 from internal.sfm import pipeline as pipeline_lib
 
@@ -36,7 +36,7 @@ def room(tmp_path_factory):
 
 def make_until(source, scene, module, name, after):
   """Runs `make`; kills the process when the function is called for the (after + 1)-th time."""
-  modules = {'photos': photos_lib, 'pycolmap': reconstruction.colmap(), 'mapping': mapping}
+  modules = {'photos': photos_lib, 'pycolmap': reconstruction.colmap(), 'incremental': incremental}
   module = modules[module]
   original, calls = getattr(module, name), []
 
@@ -47,7 +47,7 @@ def make_until(source, scene, module, name, after):
     return original(*args, **kwargs)
 
   setattr(module, name, patched)
-  pairs.BLOCK, mapping._SNAPSHOT_SECONDS = 4, 0
+  pairs.BLOCK, incremental._SNAPSHOT_SECONDS = 4, 0
   pipeline_lib.make(str(source), str(scene))
 
 
@@ -73,12 +73,12 @@ def scene(room, tmp_path_factory):
   kill('pycolmap', 'match_image_pairs', 1)
   with reconstruction.database(folder) as db:
     progress['pairs'] = db.num_matched_image_pairs()
-  kill('mapping', '_save_snapshot', 7)
+  kill('incremental', '_save_snapshot', 7)
   progress['attempts'] = sorted(n for n in os.listdir(folder / '.mapping') if not n.isdigit())
-  newest, snapshots = mapping._newest_snapshot, []
+  newest, snapshots = incremental._newest_snapshot, []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
-      mapping,
+      incremental,
       '_newest_snapshot',
       lambda *args: snapshots.append(newest(*args)) or snapshots[-1],
     )

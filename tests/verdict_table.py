@@ -2,8 +2,9 @@
 
     python tests/verdict_table.py OUT [SCENE ...] [--photographs N] [--features N]
 
-Renders the scenes of pose_scenes.py into OUT, maps each globally and incrementally, and prints what
-the matches say about either model, beside its true errors. Resumes. Minutes for each scene.
+Renders the scenes of pose_scenes.py into OUT, maps each globally, incrementally and in the way that
+`--mapper auto` chooses, and prints what the matches say about each model, beside its true errors.
+Resumes. Minutes for each scene.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def prepare(folder: pathlib.Path, scene: str, count: int, features: int) -> list
 
 def row(folder: pathlib.Path, scene: str, names: list[str], mapper: str) -> str:
   """Maps a scene in one way; returns a row of the table."""
-  models, _ = mapping.reconstruct(str(folder), names, mapper, {'photographs': names})
+  models, account = mapping.reconstruct(str(folder), names, mapper, {'photographs': names})
   if not models:
     return f'| {scene} | {mapper} | 0 | | | |'
   mapping.write_models(str(folder), f'{mapper}', models[:1], {})
@@ -50,11 +51,11 @@ def row(folder: pathlib.Path, scene: str, names: list[str], mapper: str) -> str:
   )
   worst = np.percentile(compared.rotation, 90), np.percentile(compared.position, 90)
   truth = 'right' if worst[0] < RIGHT[0] and worst[1] < RIGHT[1] else 'wrong'
-  said = 'good' if found.is_clean else 'bad' if found.in_order else 'doubtful'
+  how = f'auto: {account["mapper"]}' if mapper == 'auto' else mapper
   return (
-    f'| {scene} | {mapper} | {models[0].num_reg_images()} of {len(names)} | {truth} '
+    f'| {scene} | {how} | {models[0].num_reg_images()} of {len(names)} | {truth} '
     f'({worst[0]:.1f} degrees, {worst[1]:.1%}) | {len(found.contradicted)} of {found.tested}, '
-    f'{found.in_order} in order | {said} |'
+    f'{found.in_order} in order | {len(found.jumps)} | {found.verdict} |'
   )
 
 
@@ -65,13 +66,15 @@ def main() -> None:
   parser.add_argument('--photographs', type=int, default=48)
   parser.add_argument('--features', type=int, default=2500)
   args = parser.parse_args()
-  print('| scene | mapper | posed | poses (90% of photographs) | contradicted pairs | verdict |')
-  print('|---|---|---|---|---|---|')
+  print(
+    '| scene | mapper | posed | poses (90% of photographs) | contradicted pairs | jumps | verdict |'
+  )
+  print('|---|---|---|---|---|---|---|')
   for scene in args.scenes:
     folder = args.out / scene
     folder.mkdir(parents=True, exist_ok=True)
     names = prepare(folder, scene, args.photographs, args.features)
-    for mapper in ('global', 'incremental'):
+    for mapper in ('global', 'incremental', 'auto'):
       print(row(folder, scene, names, mapper), flush=True)
 
 

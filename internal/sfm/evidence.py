@@ -7,23 +7,29 @@ photographs that match best see the same points in the same places.
 Matches can also be wrong, where two parts of a scene look alike. Those seldom count: they cover a
 part of the pictures, and true neighbours match better. So a pair counts if it is one of the
 strongest of either photograph and its matches cover the whole overlap of the pictures.
+
+Two places that match as one contradict no pair. What stands beside them can tell (`folds`), and the
+order of the photographs: who goes from one to the other without a photograph leaves a jump.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from . import pairs, reconstruction
+from . import folds, pairs, reconstruction
 
 STRONGEST = 10  # Pairs of each photograph that count.
 CONTRADICTED = 0.01  # Error of a pair (`pair_error`), in focal lengths: half a degree.
 COVERED = 0.7  # Share of the overlap that has matches, from which a pair cannot be a look-alike.
+FOLDED = 0.2  # Share of the pairs from one place that see different points; .06 in right poses.
+GOOD, DOUBTFUL, BAD = 'good', 'doubtful', 'bad'  # Verdicts.
 _INLIERS = 30
+_AT_A_JUMP = 3  # Photographs before and after a jump in the order, no two of which match strongly.
 _GRID = (8, 6)  # Cells of a picture, in which coverage is counted.
 _OCCUPIED = 5  # Features of a cell, each matched twice or more, from which it should have matches.
 
@@ -45,6 +51,7 @@ class View:
   pose: np.ndarray  # [3, 4], world to camera.
   rays: np.ndarray  # [f, 2], the direction of each feature in camera coordinates, at z = 1.
   points: np.ndarray  # [f, 3], the 3D point of each feature, NaN without one.
+  ids: np.ndarray  # [f], the number of that point, -1 without one.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +62,25 @@ class Evidence:
   contradicted: tuple[tuple[str, str], ...]  # The strong pairs that the model contradicts.
   in_order: int  # Those of them that are neighbours in the order of the photographs.
   share: float  # Of all matches, those in contradicted pairs, strong or weak.
+  jumps: tuple[tuple[str, str], ...] = ()  # As `Matches.jumps` returns them.
+  folded: float = 0.0  # Share of the pairs from one place that see different points.
 
   @property
   def is_clean(self) -> bool:
     return not self.contradicted
 
+  @property
+  def verdict(self) -> str:
+    """Returns GOOD, DOUBTFUL or BAD; neighbours in the order cannot be look-alikes."""
+    if self.in_order:
+      return BAD
+    untold = self.jumps or self.folded > FOLDED or not self.tested
+    return DOUBTFUL if self.contradicted or untold else GOOD
+
   def as_json(self) -> dict[str, Any]:
     """Returns the fields as JSON has them."""
-    return {**dataclasses.asdict(self), 'contradicted': [list(pair) for pair in self.contradicted]}
+    pairs = {'contradicted': self.contradicted, 'jumps': self.jumps}
+    return {**dataclasses.asdict(self), **{k: list(map(list, v)) for k, v in pairs.items()}}
 
   def photographs(self) -> list[str]:
     """Returns the photographs of the contradicted pairs, sorted."""
@@ -119,6 +137,27 @@ class Matches:
     kept = {-k for rows in partners.values() for _, k in sorted(rows, reverse=True)[:STRONGEST]}
     return [self.pairs[k] for k in sorted(kept) if len(self.pairs[k].rows) >= _INLIERS]
 
+  def jumps(self, strong: Sequence[Pair], among: set[str]) -> list[tuple[str, str]]:
+    """Returns the photographs before and after each jump in the order, if there is an order.
+
+    At a jump, no pair of `strong` joins the last three photographs before to the first three after.
+    If all are in one model, others join them; those may be of two places that look alike.
+
+    Args:
+      strong: the pairs that `strongest` returns.
+      among: the photographs in the model.
+    """
+    order = [name for name in self.names if name in among]
+    cuts = range(_AT_A_JUMP - 1, len(order) - _AT_A_JUMP)
+    if not cuts or not self.is_ordered:
+      return []
+    place = {name: k for k, name in enumerate(order)}
+    joined = set()  # k: a strong pair joins k or one shortly before to one shortly after k.
+    for pair in strong:
+      i, j = sorted((place[pair.a], place[pair.b]))
+      joined.update(range(max(i, j - _AT_A_JUMP), min(j, i + _AT_A_JUMP)))
+    return [(order[k], order[k + 1]) for k in cuts if k not in joined]
+
   def coverage(self, pair: Pair) -> float:
     """Returns the share of the overlap of two pictures that has matches, the smaller of both ways.
 
@@ -145,47 +184,72 @@ class Matches:
 
   def test(self, model) -> Evidence:
     """Tests a pycolmap Reconstruction against the matches."""
-    views = {view.name: view for view in self._views(model)}
-    posed = [pair for pair in self.pairs if pair.a in views and pair.b in views]
-    against = {id(p) for p in posed if pair_error(views[p.a], views[p.b], p.rows) > CONTRADICTED}
+    views = self._views(model)
+    against = self._against(views, CONTRADICTED)
+    numbers = {id(pair) for pair in against}
     strong = self.strongest(set(views))
-    found = [p for p in strong if id(p) in against and self.coverage(p) >= COVERED]
-    total = sum(len(p.rows) for p in posed)
+    found = [p for p in strong if id(p) in numbers and self.coverage(p) >= COVERED]
+    total = sum(len(p.rows) for p in self.pairs if p.a in views and p.b in views)
+    seen = [(v.pose, v.points[v.ids >= 0], v.ids[v.ids >= 0]) for v in views.values()]
     return Evidence(
       tested=len(strong),
       contradicted=tuple((p.a, p.b) for p in found),
       in_order=sum(map(self._are_neighbours, found)),
-      share=sum(len(p.rows) for p in posed if id(p) in against) / max(total, 1),
+      share=sum(len(p.rows) for p in against) / max(total, 1),
+      jumps=tuple(self.jumps(strong, set(views))),
+      folded=folds.share_of_pairs(seen),
     )
 
-  def _views(self, model) -> Iterator[View]:
+  def contradicting(self, model, tolerance: float) -> list[Pair]:
+    """Returns the pairs with an error (`pair_error`) above a tolerance, in focal lengths."""
+    return self._against(self._views(model), tolerance)
+
+  def _against(self, views: dict[str, View], tolerance: float) -> list[Pair]:
+    posed = [pair for pair in self.pairs if pair.a in views and pair.b in views]
+    return [p for p in posed if pair_error(views[p.a], views[p.b], p.rows) > tolerance]
+
+  def _views(self, model) -> dict[str, View]:
+    views = {}
     for k in model.reg_image_ids():
       image = model.image(k)
       features = self._features.get(image.name)
       if features is None:
         continue
-      points = np.full((len(features), 3), np.nan)
+      points, ids = np.full((len(features), 3), np.nan), np.full(len(features), -1, np.int64)
       if len(image.points2D) == len(features):  # Otherwise the model has features of its own.
         for i, point in enumerate(image.points2D):
           if point.has_point3D():
-            points[i] = model.points3D[point.point3D_id].xyz
+            points[i], ids[i] = model.points3D[point.point3D_id].xyz, point.point3D_id
       rays = image.camera.cam_from_img(features)  # [f, 2]
-      yield View(image.name, image.cam_from_world().matrix(), rays, points)
+      pose = image.cam_from_world().matrix()
+      views[image.name] = View(image.name, pose, rays, points, ids)
+    return views
 
   @functools.cached_property
   def is_ordered(self) -> bool:
-    """Whether the photographs were taken one after the other, as their matches tell."""
+    """Whether the photographs were taken one after the other, as their matches tell.
+
+    In a scene that looks the same from four sides, photographs of the others match like the next.
+    """
     n = len(self.names)
     counts = np.zeros((n, n))
     for pair in self.pairs:
       i, j = self._place[pair.a], self._place[pair.b]
       counts[i, j] = counts[j, i] = len(pair.rows)
     np.fill_diagonal(counts, np.inf)
-    return pairs.is_ordered(counts)
+    return pairs.is_ordered(counts, min(STRONGEST, n / 5))
+
+  def apart(self, pair: Pair) -> int:
+    """Returns how far apart two photographs are in the order."""
+    return abs(self._place[pair.a] - self._place[pair.b])
+
+  @property
+  def neighbours(self) -> int:
+    """How far apart neighbours in the order are at most; they are no look-alikes."""
+    return max(2, len(self.names) // 20)
 
   def _are_neighbours(self, pair: Pair) -> bool:
-    apart = abs(self._place[pair.a] - self._place[pair.b])
-    return self.is_ordered and apart <= max(2, len(self.names) // 20)
+    return self.is_ordered and self.apart(pair) <= self.neighbours
 
 
 def _read_pairs(db, name_of: dict[int, str]):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -24,17 +25,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..system import files, installation, progress
-from . import evidence, photos, reconstruction
+from . import evidence, incremental, photos, reconstruction
 
 MAPPERS = ('auto', 'global', 'incremental', 'hierarchical')
 STAMP = 'models.json'  # Beside the models: what they were made from, and how.
 
-_FOLDER = '.mapping'  # Of snapshots and finished attempts.
-_SNAPSHOT_SECONDS = 60.0
-_SMALLEST_MODEL = 3  # Photographs.
 _MANY = 1000  # Photographs from which `auto` tries hierarchical instead of incremental mapping.
 _ENOUGH = 0.95  # Share of posed photographs from which a clean model needs no other attempt.
+_FEW = 0.75  # Share of posed photographs up to which a model is as bad as a torn one.
 _LOOK_ALIKE = 0.5  # Coverage below which a pair may be of two places that look alike.
+_NEAR = 1 / 8  # Share of the order within which pairs are near: 45 degrees of a ring.
+_DRIFT = 0.03  # Error of a pair (`evidence.pair_error`) above what a chain drifts: two degrees.
 _STAGES = 5  # Rotations, tracks, positions, bundle adjustment and triangulation.
 
 
@@ -45,23 +46,35 @@ class Attempt:
   name: str
   models: list  # pycolmap's Reconstructions, largest first.
   evidence: evidence.Evidence | None  # About the largest model.
+  dropped: int = 0  # Pairs that were left out.
 
   @property
   def posed(self) -> int:
     return self.models[0].num_reg_images() if self.models else 0
 
-  def score(self, count: int) -> tuple[float, float]:
-    """Ranks attempts: posed photographs less ten times the contradicted share of strong pairs."""
+  def score(self, count: int) -> tuple[bool, float, float, int]:
+    """Ranks attempts: what is certainly wrong, or poses too few photographs, comes last.
+
+    Then posed photographs less ten times the contradicted share of strong pairs. Of equal attempts,
+    the one from more pairs is better, since they close loops.
+    """
     if self.evidence is None:
-      return -1.0, 0.0
+      return False, -1.0, 0.0, 0
     wrong = len(self.evidence.contradicted) / max(self.evidence.tested, 1)
-    return round(self.posed / max(count, 1) - 10 * wrong, 3), -self.evidence.share
+    ranked = round(self.posed / max(count, 1) - 10 * wrong, 3)
+    return self.is_usable(count), ranked, -self.evidence.share, -self.dropped
+
+  def is_usable(self, count: int) -> bool:
+    """Returns whether most of `count` photographs are posed and no neighbours contradict that."""
+    enough = self.posed > _FEW * count
+    return enough and self.evidence is not None and self.evidence.verdict != evidence.BAD
 
   def as_json(self) -> dict[str, Any]:
     found = self.evidence
     return {
       'mapper': self.name,
       'posed': self.posed,
+      'dropped_pairs': self.dropped,
       'tested_pairs': found.tested if found else 0,
       'contradicted_pairs': len(found.contradicted) if found else 0,
       'contradicted_matches': round(found.share, 4) if found else None,
@@ -82,20 +95,20 @@ class _Mapping:
     self.attempts: list[Attempt] = []
     self.matches = evidence.Matches(scene_dir, names)
 
-  def attempt(self, name: str, make: Callable[[], list]) -> None:
+  def attempt(self, name: str, make: Callable[[], list], dropped: int = 0) -> None:
     """Adds an attempt: the models of a stopped run, or those that `make` returns."""
-    folder = os.path.join(self.scene_dir, _FOLDER, name.replace(' ', '_'))
+    folder = os.path.join(self.scene_dir, incremental.FOLDER, name.replace(' ', '_'))
     models = read_models(folder, self._made_from)
     if models is None:
       models = make()
       write_models(self.scene_dir, os.path.relpath(folder, self.scene_dir), models, self._made_from)
     found = self.matches.test(models[0]) if models else None
-    self.attempts.append(Attempt(name, models, found))
+    self.attempts.append(Attempt(name, models, found, dropped))
 
   def run(self, mapper: str) -> None:
     """Maps in one way."""
     if mapper == 'incremental':
-      self.attempt(mapper, lambda: _incremental(self.scene_dir, len(self.names)))
+      self.attempt(mapper, lambda: incremental.run(self.scene_dir, len(self.names)))
     else:
       self.attempt(mapper, lambda: _in_child(self.scene_dir, mapper))
 
@@ -108,13 +121,34 @@ class _Mapping:
     enough = best.posed >= _ENOUGH * len(self.names)
     return enough and best.evidence is not None and best.evidence.is_clean
 
-  def without_look_alikes(self) -> None:
-    """Maps globally without the pairs whose matches cover little of the pictures' overlap."""
-    dropped = [p for p in self.matches.pairs if self.matches.coverage(p) < _LOOK_ALIKE]
+  def without(self, name: str, dropped: Sequence[evidence.Pair]) -> None:
+    """Adds an attempt at global mapping without some pairs, if there are any."""
     if dropped:
-      self.attempt(
-        'global without look-alikes', lambda: _in_child(self.scene_dir, 'global', dropped)
-      )
+      make = functools.partial(_in_child, self.scene_dir, 'global', dropped)
+      self.attempt(name, make, len(dropped))
+
+  def without_look_alikes(self) -> None:
+    """Leaves out the pairs whose matches cover little of the pictures' overlap."""
+    found = [p for p in self.matches.pairs if self.matches.coverage(p) < _LOOK_ALIKE]
+    self.without('global without look-alikes', found)
+
+  def along_the_order(self) -> None:
+    """Maps from pairs near in the order, then from all pairs that roughly agree with that.
+
+    The nearest pairs are no look-alikes, but may not join all photographs; then more are used.
+    Without the others, loops do not close, so the first result drifts.
+    """
+    if not self.matches.is_ordered:
+      return
+    count, nearest = len(self.names), self.matches.neighbours
+    for reach in sorted({nearest, max(nearest, int(count * _NEAR))}):
+      far = [pair for pair in self.matches.pairs if self.matches.apart(pair) > reach]
+      self.without(f'global within {reach} in order', far)
+      if far and self.attempts[-1].posed > _FEW * count:
+        against = self.matches.contradicting(self.attempts[-1].models[0], _DRIFT)
+        self.without(f'global within {reach} in order and what agrees', against)
+      if self.best().is_usable(count):
+        return
 
   def with_more_pairs(self) -> None:
     """Matches every pair of the photographs in question, and maps globally again."""
@@ -162,18 +196,23 @@ def reconstruct(
 def _map_until_settled(mapping: _Mapping) -> None:
   second = 'incremental' if len(mapping.names) < _MANY else 'hierarchical'
   for mapper in ('global', second):
-    try:
-      mapping.run(mapper)
-    except photos.PosesError as error:  # The other mapper may be able to.
-      progress.say(str(error))
+    _try(functools.partial(mapping.run, mapper))
     if mapping.attempts and mapping.is_settled():
       return
   if not mapping.attempts:
     raise photos.PosesError('COLMAP could not map the photographs; its messages are above.')
-  for repair in (mapping.without_look_alikes, mapping.with_more_pairs):
+  for repair in (mapping.without_look_alikes, mapping.along_the_order, mapping.with_more_pairs):
     if mapping.best().evidence is None or mapping.best().evidence.is_clean:
       return  # More photographs would help, not other matches.
-    repair()
+    _try(repair)
+
+
+def _try(way: Callable[[], None]) -> None:
+  """Maps in one way; says if that fails, since another may not."""
+  try:
+    way()
+  except photos.PosesError as error:
+    progress.say(str(error))
 
 
 def read_models(folder: str, made_from: dict) -> list | None:
@@ -202,11 +241,7 @@ def write_models(scene_dir: str, name: str, models: list, stamp: dict) -> None:
 
 def forget(scene_dir: str) -> None:
   """Removes snapshots and attempts, once the finished models are written."""
-  shutil.rmtree(os.path.join(scene_dir, _FOLDER), ignore_errors=True)
-
-
-def _largest_first(models: list) -> list:
-  return sorted(models, key=lambda m: (-m.num_reg_images(), -m.num_points3D()))
+  shutil.rmtree(os.path.join(scene_dir, incremental.FOLDER), ignore_errors=True)
 
 
 def _in_child(scene_dir: str, mapper: str, dropped: Sequence[evidence.Pair] = ()) -> list:
@@ -235,7 +270,7 @@ def _in_child(scene_dir: str, mapper: str, dropped: Sequence[evidence.Pair] = ()
     ]
   finally:
     shutil.rmtree(work, ignore_errors=True)
-  return _largest_first(models)
+  return incremental.largest_first(models)
 
 
 def _start_child(*args: str) -> subprocess.Popen:
@@ -283,7 +318,7 @@ def run_child() -> None:
   pycolmap.set_random_seed(0)
   if mapper == 'hierarchical':
     options = pycolmap.HierarchicalPipelineOptions()
-    options.incremental_options.min_model_size = _SMALLEST_MODEL
+    options.incremental_options.min_model_size = incremental.SMALLEST_MODEL
     options.incremental_options.random_seed = 0
     pycolmap.hierarchical_mapping(database, images, output, options)
     return
@@ -292,7 +327,7 @@ def run_child() -> None:
   if not known:
     pycolmap.calibrate_view_graph(database)
   options = pycolmap.GlobalPipelineOptions()
-  options.min_model_size = _SMALLEST_MODEL
+  options.min_model_size = incremental.SMALLEST_MODEL
   options.random_seed = options.mapper.random_seed = 0
   pycolmap.global_mapping(database, images, output, options)
 
@@ -300,91 +335,3 @@ def run_child() -> None:
 def _end_with_parent() -> None:
   sys.stdin.read()  # Returns when the parent has ended.
   os._exit(1)
-
-
-def _incremental(scene_dir: str, count: int) -> list:
-  """Maps incrementally; returns pycolmap's Reconstructions, largest first.
-
-  Resumes from the newest snapshot if it has more than half of the photographs, since its model is
-  then certain to be the largest one. Otherwise starts from the beginning.
-
-  Args:
-    scene_dir: the capture, with matches.
-    count: number of photographs.
-  """
-  pycolmap = reconstruction.colmap()
-  pycolmap.set_random_seed(0)
-  options = pycolmap.IncrementalPipelineOptions()
-  options.min_model_size = _SMALLEST_MODEL
-  options.random_seed = 0
-  database_path, options.image_path = reconstruction.folders(scene_dir)
-  manager = pycolmap.ReconstructionManager()
-  snapshots = os.path.join(scene_dir, _FOLDER)
-  if (newest := _newest_snapshot(snapshots, count)) is not None:
-    manager.read(newest)
-  with pycolmap.Database.open(database_path) as db:
-    pipeline = pycolmap.IncrementalPipeline(options, db, manager)
-  monitor = _Monitor(manager, count, scene_dir)
-  events = pycolmap.IncrementalPipelineCallback
-  for event in (events.INITIAL_IMAGE_PAIR_REG_CALLBACK, events.NEXT_IMAGE_REG_CALLBACK):
-    pipeline.add_callback(event.value, monitor)
-  try:
-    pipeline.run()
-  finally:
-    monitor.close()
-  models = [manager.get(k) for k in range(manager.size())]
-  return _largest_first(models)
-
-
-class _Monitor:
-  """Callback of the mapper: shows how many photographs are posed, and saves snapshots."""
-
-  def __init__(self, manager, count: int, scene_dir: str):
-    self._manager, self._count, self._scene_dir = manager, count, scene_dir
-    self._model, self._bar = 0, None
-    self._saved = time.monotonic()
-
-  def __call__(self) -> None:
-    size = self._manager.size()
-    if size == 0:
-      return
-    model = self._manager.get(size - 1)
-    if size != self._model:
-      self.close()
-      self._model = size
-      label = 'posing photographs' + (f', model {size}' if size > 1 else '')
-      self._bar = progress.Bar(label, self._count).__enter__()
-    self._bar.show(min(model.num_reg_images(), self._count))
-    if time.monotonic() - self._saved > _SNAPSHOT_SECONDS:
-      _save_snapshot(model, self._scene_dir)
-      self._saved = time.monotonic()
-
-  def close(self) -> None:
-    if self._bar is not None:
-      self._bar.__exit__()
-
-
-def _save_snapshot(model, scene_dir: str) -> None:
-  """Saves a snapshot of a model, then removes the older ones."""
-  folder = os.path.join(scene_dir, _FOLDER)
-  older = _snapshots(folder)
-  number = int(older[-1]) + 1 if older else 0
-  reconstruction.write_folder(model.write_binary, scene_dir, f'{_FOLDER}/{number:06d}')
-  for name in older:
-    shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
-
-
-def _snapshots(folder: str) -> list[str]:
-  return sorted(n for n in os.listdir(folder) if n.isdigit()) if files.is_folder(folder) else []
-
-
-def _newest_snapshot(folder: str, count: int) -> str | None:
-  """Returns the newest snapshot that has more than half of the photographs, or None."""
-  for name in reversed(_snapshots(folder)):
-    path = os.path.join(folder, name)
-    try:
-      if reconstruction.colmap().Reconstruction(path).num_reg_images() > count / 2:
-        return path
-    except Exception:  # COLMAP raises many types. A damaged snapshot is skipped.
-      shutil.rmtree(path, ignore_errors=True)
-  return None

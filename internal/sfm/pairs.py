@@ -46,15 +46,16 @@ def alike(similarity: np.ndarray, count: int) -> set[Pair]:
   return {(min(i, j), max(i, j)) for i in range(n) for j in nearest[i].tolist() if i != j}
 
 
-def is_ordered(similarity: np.ndarray) -> bool:
+def is_ordered(similarity: np.ndarray, most: float | None = None) -> bool:
   """Returns whether consecutive photographs look alike, as when someone walks while shooting.
 
-  True if the next photograph is among the most similar 10%, for at least half of the photographs.
+  True if the next photograph is among the `most` most similar ones, for at least half of the
+  photographs. The default is a tenth.
   """
   n = len(similarity)
   following = np.diagonal(similarity, 1)  # [n - 1]
   better = (similarity[:-1] > following[:, None]).sum(1) - 1  # [n - 1], without itself.
-  return bool(np.median(better) < max(1, 0.1 * n))
+  return bool(np.median(better) < (max(1, 0.1 * n) if most is None else most))
 
 
 def similarities(read: Callable[[int], np.ndarray], n: int) -> np.ndarray:

@@ -13,9 +13,10 @@ from ..evaluation import results
 from ..vis import pictures
 from . import diagnosis, moved, picture
 from . import photos as photos_lib
+from .evidence import BAD, DOUBTFUL, FOLDED, GOOD
 
-GOOD, DOUBTFUL, BAD = 'good', 'doubtful', 'bad'
 FILE = 'preflight'
+_PARALLEL = 0.998  # Mean of the unit directions: within about 4 degrees.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,22 +97,43 @@ def _posed(found) -> Check:
 
 
 def _matches(found) -> list[Check]:
-  """Checks whether strong pairs contradict the poses; neighbours in time are no look-alikes."""
+  """Checks whether the matches of the photographs speak against the poses."""
   evidence = found.evidence
-  if evidence is None or not evidence.tested:
+  if evidence is None:
     return []
   attempts = (found.mapping or {}).get('attempts', ())
   how = f'; best of {len(attempts)} ways, {found.mapping["mapper"]}' if len(attempts) > 1 else ''
-  if evidence.is_clean:
+  if not evidence.tested:
+    text = 'no pair of photographs has enough matches to test the poses'
+  elif evidence.contradicted:
+    examples = '; '.join(f'{a} and {b}' for a, b in evidence.contradicted[:2])
+    text = f'{len(evidence.contradicted):,} of the {evidence.tested:,} strongest pairs contradict '
+    text += f'the poses ({examples}): '
+    text += 'part of the scene is doubled or torn' if evidence.in_order else _DOUBT
+  elif evidence.verdict != GOOD:
+    text = f'{_apart(evidence)}. {_FOLDED}'
+  else:
     text = f'none of the {evidence.tested:,} strongest pairs contradicts the poses'
-    return [Check('matches', GOOD, text + how)]
-  examples = '; '.join(f'{a} and {b}' for a, b in evidence.contradicted[:2])
-  count = f'{len(evidence.contradicted):,} of the {evidence.tested:,} strongest pairs'
-  text = f'{count} contradict the poses ({examples})'
-  if evidence.in_order:
-    return [Check('matches', BAD, f'{text}: part of the scene is doubled or torn{how}')]
-  doubt = ': the scene is doubled or torn, or has places that look alike'
-  return [Check('matches', DOUBTFUL, text + doubt + how)]
+  return [Check('matches', evidence.verdict, text + how)]
+
+
+_DOUBT = 'the scene is doubled or torn, or has places that look alike'
+_FOLDED = (
+  'Two places that look alike may be one here, unless you came back or things moved: add '
+  'photographs of the way between'
+)
+
+
+def _apart(evidence) -> str:
+  """Says why one place of the model may be two."""
+  reasons = []
+  if evidence.jumps:
+    more = f' (and {len(evidence.jumps) - 1} more jumps)' if len(evidence.jumps) > 1 else ''
+    reasons.append('{1} follows {0} but shows something else'.format(*evidence.jumps[0]) + more)
+  if evidence.folded > FOLDED:
+    share = f'{evidence.folded:.0%} of the pairs of photographs from one place'
+    reasons.append(f'{share} see different things')
+  return '; '.join(reasons)
 
 
 def _error(found) -> Check:
@@ -131,7 +153,10 @@ def _points(found) -> Check:
 
 
 def _focal(found) -> list[Check]:
-  """Checks the field of view (25 to 110 degrees), square pixels, and the focal length in EXIF."""
+  """Checks the field of view (25 to 110 degrees), square pixels, and the focal length in EXIF.
+
+  Photographs that are taken in parallel do not tell the focal length from the depth of the scene.
+  """
   result = []
   for camera in found.cameras:
     fx, fy = camera['focal']
@@ -143,6 +168,8 @@ def _focal(found) -> list[Check]:
     elif camera['exif_focal']:
       status = _grade(abs(fx / camera['exif_focal'] - 1), 0.1, 0.25)
       text = f'{text}; EXIF says {camera["exif_focal"]:.0f} px'
+    elif np.linalg.norm(found.poses[:, :, 2].mean(0)) > _PARALLEL:
+      status, text = DOUBTFUL, f'{text}; a guess, since all photographs look in one direction'
     share = f' of {camera["photographs"]}' if len(found.cameras) > 1 else ''
     result.append(Check(f'focal length{share}', status, text))
   return sorted(result, key=lambda check: (BAD, DOUBTFUL, GOOD).index(check.status))[:3]
