@@ -36,6 +36,7 @@ _FEW = 0.75  # Share of posed photographs up to which a model is as bad as a tor
 _LOOK_ALIKE = 0.5  # Coverage below which a pair may be of two places that look alike.
 _NEAR = 1 / 8  # Share of the order within which pairs are near: 45 degrees of a ring.
 _DRIFT = 0.03  # Error of a pair (`evidence.pair_error`) above what a chain drifts: two degrees.
+_TRACKS = 1000  # Of each photograph, that global mapping places cameras by; points come from all.
 _STAGES = 5  # Rotations, tracks, positions, bundle adjustment and triangulation.
 
 
@@ -329,6 +330,7 @@ def run_child() -> None:
   options = pycolmap.GlobalPipelineOptions()
   options.min_model_size = incremental.SMALLEST_MODEL
   options.random_seed = options.mapper.random_seed = 0
+  options.mapper.track_required_tracks_per_view = _TRACKS
   pycolmap.global_mapping(database, images, output, options)
 
 

@@ -16,8 +16,8 @@ import scipy.cluster.vq
 
 FEW = 60  # Photographs up to which all pairs are matched.
 EXHAUSTIVE = 200  # The same for photographs in no order.
-NEIGHBOURS = (*range(1, 11), 16, 32, 64, 128)  # Offsets of the neighbours to match.
-ALIKE = 20  # Similar photographs besides the neighbours, in an ordered capture: they close loops.
+NEIGHBOURS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128)  # Offsets of the neighbours to match.
+ALIKE = 16  # Similar photographs besides the neighbours, in an ordered capture: they close loops.
 ALIKE_ALONE = 50  # Similar photographs in an unordered capture.
 WORDS = 64  # Size of the vocabulary.
 _SAMPLES = 60_000  # Features that the vocabulary is fitted to.
@@ -33,7 +33,7 @@ def exhaustive(n: int) -> set[Pair]:
 
 
 def sequential(n: int) -> set[Pair]:
-  """Pairs each photograph with the next 10 and a few later ones, for slowly moving videos."""
+  """Pairs each photograph with the next four and some later ones, for slowly moving videos."""
   return {(i, i + step) for step in NEIGHBOURS for i in range(n - step)}
 
 
