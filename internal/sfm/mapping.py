@@ -65,7 +65,7 @@ class Attempt:
     return self.is_usable(count), ranked, -self.evidence.share, -self.dropped
 
   def is_usable(self, count: int) -> bool:
-    """Returns whether most of `count` photographs are posed, and nothing but look-alikes doubts it."""
+    """Returns whether most of `count` photographs are posed, and at most look-alikes contradict."""
     found = self.evidence
     if found is None or self.posed <= _FEW * count:
       return False
