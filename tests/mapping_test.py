@@ -172,6 +172,14 @@ def test_a_repair_that_fails_does_not_undo_the_others(capsys):
   assert 'repair failed' in capsys.readouterr().out
 
 
+def test_a_folded_result_comes_after_one_that_look_alikes_contradict():
+  attempts = Attempts({})
+  folded, right = outcome('folded', 20, 1), outcome('right', 20, 30)
+  folded = dataclasses.replace(folded, evidence=dataclasses.replace(folded.evidence, folded=0.4))
+  attempts.attempts = [folded, right]
+  assert attempts.best() is right
+
+
 def test_of_equal_results_the_one_from_more_pairs_is_kept():
   attempts = Attempts({})
   fewer, more = (dataclasses.replace(outcome(str(n), 20, 3), dropped=n) for n in (90, 10))

@@ -66,9 +66,11 @@ class Attempt:
     return self.is_usable(count), ranked, -self.evidence.share, -self.dropped
 
   def is_usable(self, count: int) -> bool:
-    """Returns whether most of `count` photographs are posed and no neighbours contradict that."""
-    enough = self.posed > _FEW * count
-    return enough and self.evidence is not None and self.evidence.verdict != evidence.BAD
+    """Returns whether most of `count` photographs are posed, and at most look-alikes contradict."""
+    found = self.evidence
+    if found is None or self.posed <= _FEW * count:
+      return False
+    return found.verdict != evidence.BAD and found.folded <= evidence.FOLDED
 
   def as_json(self) -> dict[str, Any]:
     found = self.evidence
