@@ -77,19 +77,20 @@ function sorter() {
 
 // --- Drawing -----------------------------------------------------------------------------------
 
-const VERTEX = `#version 300 es
+// Projects each Gaussian once, into a texel of two textures: place has its centre and longer half
+// axis in pixels, ink its shorter half axis (0: not drawn), its reach in deviations, and its colour.
+const PROJECT = `#version 300 es
 precision highp float; precision highp int; precision highp usampler2D;
 uniform usampler2D table;
 uniform mat3 turn;         // World to camera: x right, y down, z forward.
 uniform vec3 eye;
 uniform vec2 focal, centre, size;  // Pixels.
 uniform float lowPass, near;
-in vec2 corner; in uint row;
-out vec2 at; out vec4 color;
+layout(location = 0) out uvec4 place; layout(location = 1) out uvec4 ink;
 
 uvec4 texel(uint k) {
-  uint w = ${TEXTURE_WIDTH}u;
-  return texelFetch(table, ivec2(int(row % w) * ${TEXELS} + int(k), int(row / w)), 0);
+  ivec2 at = ivec2(gl_FragCoord.xy);
+  return texelFetch(table, ivec2(at.x * ${TEXELS} + int(k), at.y), 0);
 }
 float byteOf(uvec4 a, uvec4 b, uvec4 c, int k) {
   uint word = k < 16 ? a[k / 4] : k < 32 ? b[k / 4 - 4] : c[k / 4 - 8];
@@ -126,7 +127,7 @@ vec3 harmonics(vec3 d) {
   return rgb;
 }
 void main() {
-  gl_Position = vec4(0.0, 0.0, 2.0, 1.0);  // Outside, unless it is drawn.
+  place = ink = uvec4(0u);
   uvec4 shape = texel(1u);
   vec3 mean = uintBitsToFloat(texel(0u).xyz), local = turn * (mean - eye);
   if (local.z <= near) return;
@@ -149,10 +150,28 @@ void main() {
   vec2 axis = abs(b) > 1e-6 * middle ? normalize(vec2(b, middle + root - a)) : a >= c ? vec2(1, 0) : vec2(0, 1);
   float reach = sqrt(2.0 * log(255.0 * alpha));
   vec2 radii = reach * sqrt(vec2(middle + root, max(middle - root, 1e-6)));
-  at = corner * reach;
-  vec2 pixel = focal * plane + centre + corner.x * radii.x * axis + corner.y * radii.y * vec2(-axis.y, axis.x);
+  vec3 rgb = harmonics(normalize(mean - eye));
+  place = floatBitsToUint(vec4(focal * plane + centre, radii.x * axis));
+  ink = uvec4(floatBitsToUint(vec2(radii.y, reach)), packHalf2x16(rgb.rg), packHalf2x16(vec2(rgb.b, alpha)));
+}`;
+const VERTEX = `#version 300 es
+precision highp float; precision highp int; precision highp usampler2D;
+uniform usampler2D places, inks;
+uniform vec2 size;  // Pixels.
+in vec2 corner; in uint row;
+out vec2 at; out vec4 color;
+void main() {
+  ivec2 texel = ivec2(row % ${TEXTURE_WIDTH}u, row / ${TEXTURE_WIDTH}u);
+  vec4 place = uintBitsToFloat(texelFetch(places, texel, 0));
+  uvec4 ink = texelFetch(inks, texel, 0);
+  vec2 shape = uintBitsToFloat(ink.xy);
+  gl_Position = vec4(0.0, 0.0, 2.0, 1.0);  // Outside, unless it is drawn.
+  if (shape.x == 0.0) return;
+  at = corner * shape.y;
+  vec2 side = shape.x * normalize(vec2(-place.w, place.z));
+  vec2 pixel = place.xy + corner.x * place.zw + corner.y * side;
   gl_Position = vec4(2.0 * pixel.x / size.x - 1.0, 1.0 - 2.0 * pixel.y / size.y, 0.0, 1.0);
-  color = vec4(harmonics(normalize(mean - eye)), alpha);
+  color = vec4(unpackHalf2x16(ink.z), unpackHalf2x16(ink.w));
 }`;
 const FRAGMENT = `#version 300 es
 precision highp float;
@@ -187,13 +206,25 @@ function makeRenderer(canvas, splats, look) {
     const uniforms = new Proxy({}, { get: (cache, name) => cache[name] ??= gl.getUniformLocation(result, name) });
     return { program: result, uniforms };
   }
-  const draw = program(VERTEX, FRAGMENT), copy = program(COPY_VERTEX, COPY_FRAGMENT);
+  const project = program(COPY_VERTEX, PROJECT), draw = program(VERTEX, FRAGMENT), copy = program(COPY_VERTEX, COPY_FRAGMENT);
   if (splats.rows > gl.getParameter(gl.MAX_TEXTURE_SIZE)) throw new Error('This device cannot hold so many Gaussians.');
-  const table = gl.createTexture();
-  gl.bindTexture(gl.TEXTURE_2D, table);
-  gl.texStorage2D(gl.TEXTURE_2D, 1, gl.RGBA32UI, TEXTURE_WIDTH * TEXELS, splats.rows);
+  function texture(format, width, height) {
+    const result = gl.createTexture();
+    gl.bindTexture(gl.TEXTURE_2D, result);
+    gl.texStorage2D(gl.TEXTURE_2D, 1, format, width, height);
+    for (const side of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) gl.texParameteri(gl.TEXTURE_2D, side, gl.NEAREST);
+    return result;
+  }
+  function framebuffer(...targets) {
+    const result = gl.createFramebuffer(), points = targets.map((_, k) => gl.COLOR_ATTACHMENT0 + k);
+    gl.bindFramebuffer(gl.FRAMEBUFFER, result);
+    targets.forEach((target, k) => gl.framebufferTexture2D(gl.FRAMEBUFFER, points[k], gl.TEXTURE_2D, target, 0));
+    gl.drawBuffers(points);
+    return result;
+  }
+  const table = texture(gl.RGBA32UI, TEXTURE_WIDTH * TEXELS, splats.rows);
   gl.texSubImage2D(gl.TEXTURE_2D, 0, 0, 0, TEXTURE_WIDTH * TEXELS, splats.rows, gl.RGBA_INTEGER, gl.UNSIGNED_INT, splats.words);
-  for (const side of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) gl.texParameteri(gl.TEXTURE_2D, side, gl.NEAREST);
+  const [places, inks] = [0, 1].map(() => texture(gl.RGBA32UI, TEXTURE_WIDTH, splats.rows)), projected = framebuffer(places, inks);
   gl.bindBuffer(gl.ARRAY_BUFFER, gl.createBuffer());
   gl.bufferData(gl.ARRAY_BUFFER, new Float32Array([-1, -1, 1, -1, -1, 1, 1, 1]), gl.STATIC_DRAW);
   gl.enableVertexAttribArray(0); gl.vertexAttribPointer(0, 2, gl.FLOAT, false, 0, 0);
@@ -203,17 +234,12 @@ function makeRenderer(canvas, splats, look) {
   gl.enableVertexAttribArray(1); gl.vertexAttribIPointer(1, 1, gl.UNSIGNED_INT, 0, 0); gl.vertexAttribDivisor(1, 1);
   // Many faint layers add up in 16 bits a channel; 8 would round each of them.
   const fine = gl.getExtension('EXT_color_buffer_float') || gl.getExtension('EXT_color_buffer_half_float');
-  const frame = gl.createFramebuffer(); let target = null, count = 0;
+  let target = null, frame = null, count = 0;
 
   function resize() {
     if (!fine) return;
-    if (target) gl.deleteTexture(target);
-    target = gl.createTexture();
-    gl.bindTexture(gl.TEXTURE_2D, target);
-    gl.texStorage2D(gl.TEXTURE_2D, 1, gl.RGBA16F, canvas.width, canvas.height);
-    for (const side of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) gl.texParameteri(gl.TEXTURE_2D, side, gl.NEAREST);
-    gl.bindFramebuffer(gl.FRAMEBUFFER, frame);
-    gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, target, 0);
+    gl.deleteTexture(target); gl.deleteFramebuffer(frame);  // null is ignored.
+    target = texture(gl.RGBA16F, canvas.width, canvas.height); frame = framebuffer(target);
   }
   return {
     resize,
@@ -221,15 +247,24 @@ function makeRenderer(canvas, splats, look) {
       gl.bindBuffer(gl.ARRAY_BUFFER, orderBuffer); gl.bufferSubData(gl.ARRAY_BUFFER, 0, rows); count = rows.length;
     },
     draw(camera) {
-      gl.bindFramebuffer(gl.FRAMEBUFFER, fine ? frame : null);
-      gl.viewport(0, 0, canvas.width, canvas.height);
-      gl.clearColor(...look.background, 1); gl.clear(gl.COLOR_BUFFER_BIT);
-      gl.useProgram(draw.program); gl.bindTexture(gl.TEXTURE_2D, table);
-      const { right, down, forward } = camera, u = draw.uniforms;
+      const { right, down, forward } = camera;
+      gl.disable(gl.BLEND); gl.disableVertexAttribArray(1);
+      gl.bindFramebuffer(gl.FRAMEBUFFER, projected); gl.viewport(0, 0, TEXTURE_WIDTH, splats.rows);
+      gl.useProgram(project.program); gl.bindTexture(gl.TEXTURE_2D, table);
+      const u = project.uniforms;
       gl.uniformMatrix3fv(u.turn, false, [0, 1, 2].flatMap((k) => [right[k], down[k], forward[k]]));
       gl.uniform3fv(u.eye, camera.eye);
       gl.uniform2fv(u.focal, camera.focal); gl.uniform2fv(u.centre, camera.centre);
-      gl.uniform2f(u.size, canvas.width, canvas.height); gl.uniform1f(u.lowPass, look.low_pass); gl.uniform1f(u.near, look.near);
+      gl.uniform2f(u.size, canvas.width, canvas.height);
+      gl.uniform1f(u.lowPass, look.low_pass); gl.uniform1f(u.near, look.near);
+      gl.drawArrays(gl.TRIANGLE_STRIP, 0, 4);
+
+      gl.bindFramebuffer(gl.FRAMEBUFFER, frame); gl.viewport(0, 0, canvas.width, canvas.height);
+      gl.clearColor(...look.background, 1); gl.clear(gl.COLOR_BUFFER_BIT);
+      gl.useProgram(draw.program);
+      gl.activeTexture(gl.TEXTURE1); gl.bindTexture(gl.TEXTURE_2D, inks);
+      gl.activeTexture(gl.TEXTURE0); gl.bindTexture(gl.TEXTURE_2D, places);
+      gl.uniform1i(draw.uniforms.inks, 1); gl.uniform2f(draw.uniforms.size, canvas.width, canvas.height);
       gl.enable(gl.BLEND); gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
       gl.vertexAttribDivisor(1, 1); gl.enableVertexAttribArray(1);
       gl.drawArraysInstanced(gl.TRIANGLE_STRIP, 0, 4, count);
