@@ -156,14 +156,18 @@ void main() {
 }`;
 const VERTEX = `#version 300 es
 precision highp float; precision highp int; precision highp usampler2D;
-uniform usampler2D places, inks;
+uniform usampler2D orders, places, inks;
 uniform vec2 size;  // Pixels.
-in vec2 corner; in uint row;
 out vec2 at; out vec4 color;
-void main() {
-  ivec2 texel = ivec2(row % ${TEXTURE_WIDTH}u, row / ${TEXTURE_WIDTH}u);
-  vec4 place = uintBitsToFloat(texelFetch(places, texel, 0));
-  uvec4 ink = texelFetch(inks, texel, 0);
+uvec4 fetch(usampler2D table, uint row) {
+  return texelFetch(table, ivec2(row % ${TEXTURE_WIDTH}u, row / ${TEXTURE_WIDTH}u), 0);
+}
+void main() {  // Two triangles of three vertices each: instances of four are slow on some devices.
+  uint row = fetch(orders, uint(gl_VertexID) / 6u).r;
+  int k = gl_VertexID % 6, number = k < 3 ? k : k == 3 ? 2 : k == 4 ? 1 : 3;
+  vec2 corner = vec2(number & 1, number >> 1) * 2.0 - 1.0;
+  vec4 place = uintBitsToFloat(fetch(places, row));
+  uvec4 ink = fetch(inks, row);
   vec2 shape = uintBitsToFloat(ink.xy);
   gl_Position = vec4(0.0, 0.0, 2.0, 1.0);  // Outside, unless it is drawn.
   if (shape.x == 0.0) return;
@@ -200,7 +204,7 @@ function makeRenderer(canvas, splats, look) {
       if (!gl.getShaderParameter(shader, gl.COMPILE_STATUS)) throw new Error(gl.getShaderInfoLog(shader));
       gl.attachShader(result, shader);
     }
-    gl.bindAttribLocation(result, 0, 'corner'); gl.bindAttribLocation(result, 1, 'row');
+    gl.bindAttribLocation(result, 0, 'corner');
     gl.linkProgram(result);
     if (!gl.getProgramParameter(result, gl.LINK_STATUS)) throw new Error(gl.getProgramInfoLog(result));
     const uniforms = new Proxy({}, { get: (cache, name) => cache[name] ??= gl.getUniformLocation(result, name) });
@@ -224,17 +228,14 @@ function makeRenderer(canvas, splats, look) {
   }
   const table = texture(gl.RGBA32UI, TEXTURE_WIDTH * TEXELS, splats.rows);
   gl.texSubImage2D(gl.TEXTURE_2D, 0, 0, 0, TEXTURE_WIDTH * TEXELS, splats.rows, gl.RGBA_INTEGER, gl.UNSIGNED_INT, splats.words);
+  const orders = texture(gl.R32UI, TEXTURE_WIDTH, splats.rows);
   const [places, inks] = [0, 1].map(() => texture(gl.RGBA32UI, TEXTURE_WIDTH, splats.rows)), projected = framebuffer(places, inks);
   gl.bindBuffer(gl.ARRAY_BUFFER, gl.createBuffer());
   gl.bufferData(gl.ARRAY_BUFFER, new Float32Array([-1, -1, 1, -1, -1, 1, 1, 1]), gl.STATIC_DRAW);
   gl.enableVertexAttribArray(0); gl.vertexAttribPointer(0, 2, gl.FLOAT, false, 0, 0);
-  const orderBuffer = gl.createBuffer();
-  gl.bindBuffer(gl.ARRAY_BUFFER, orderBuffer);
-  gl.bufferData(gl.ARRAY_BUFFER, 4 * Math.max(splats.n, 1), gl.DYNAMIC_DRAW);
-  gl.enableVertexAttribArray(1); gl.vertexAttribIPointer(1, 1, gl.UNSIGNED_INT, 0, 0); gl.vertexAttribDivisor(1, 1);
   // Many faint layers add up in 16 bits a channel; 8 would round each of them.
   const fine = gl.getExtension('EXT_color_buffer_float') || gl.getExtension('EXT_color_buffer_half_float');
-  let target = null, frame = null, count = 0;
+  let target = null, frame = null;
 
   function resize() {
     if (!fine) return;
@@ -243,12 +244,15 @@ function makeRenderer(canvas, splats, look) {
   }
   return {
     resize,
-    order(rows) {
-      gl.bindBuffer(gl.ARRAY_BUFFER, orderBuffer); gl.bufferSubData(gl.ARRAY_BUFFER, 0, rows); count = rows.length;
+    order(rows) {  // All whole lines of the texture, and the last one.
+      const lines = Math.floor(rows.length / TEXTURE_WIDTH), rest = rows.length % TEXTURE_WIDTH;
+      const put = (y, w, h, part) => { if (w * h) gl.texSubImage2D(gl.TEXTURE_2D, 0, 0, y, w, h, gl.RED_INTEGER, gl.UNSIGNED_INT, part); };
+      gl.bindTexture(gl.TEXTURE_2D, orders);
+      put(0, TEXTURE_WIDTH, lines, rows); put(lines, rest, 1, rows.subarray(lines * TEXTURE_WIDTH));
     },
     draw(camera) {
       const { right, down, forward } = camera;
-      gl.disable(gl.BLEND); gl.disableVertexAttribArray(1);
+      gl.disable(gl.BLEND);
       gl.bindFramebuffer(gl.FRAMEBUFFER, projected); gl.viewport(0, 0, TEXTURE_WIDTH, splats.rows);
       gl.useProgram(project.program); gl.bindTexture(gl.TEXTURE_2D, table);
       const u = project.uniforms;
@@ -262,16 +266,15 @@ function makeRenderer(canvas, splats, look) {
       gl.bindFramebuffer(gl.FRAMEBUFFER, frame); gl.viewport(0, 0, canvas.width, canvas.height);
       gl.clearColor(...look.background, 1); gl.clear(gl.COLOR_BUFFER_BIT);
       gl.useProgram(draw.program);
-      gl.activeTexture(gl.TEXTURE1); gl.bindTexture(gl.TEXTURE_2D, inks);
-      gl.activeTexture(gl.TEXTURE0); gl.bindTexture(gl.TEXTURE_2D, places);
-      gl.uniform1i(draw.uniforms.inks, 1); gl.uniform2f(draw.uniforms.size, canvas.width, canvas.height);
+      Object.entries({ inks, places, orders }).forEach(([name, content], k) => {
+        gl.activeTexture(gl.TEXTURE2 - k); gl.bindTexture(gl.TEXTURE_2D, content); gl.uniform1i(draw.uniforms[name], 2 - k);
+      });  // Ends with texture 0, which all else uses.
+      gl.uniform2f(draw.uniforms.size, canvas.width, canvas.height);
       gl.enable(gl.BLEND); gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
-      gl.vertexAttribDivisor(1, 1); gl.enableVertexAttribArray(1);
-      gl.drawArraysInstanced(gl.TRIANGLE_STRIP, 0, 4, count);
+      gl.drawArrays(gl.TRIANGLES, 0, 6 * splats.n);
       if (!fine) return;
       gl.bindFramebuffer(gl.FRAMEBUFFER, null);
       gl.disable(gl.BLEND); gl.useProgram(copy.program); gl.bindTexture(gl.TEXTURE_2D, target);
-      gl.disableVertexAttribArray(1);
       gl.drawArrays(gl.TRIANGLE_STRIP, 0, 4);
     },
   };
