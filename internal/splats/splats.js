@@ -77,19 +77,20 @@ function sorter() {
 
 // --- Drawing -----------------------------------------------------------------------------------
 
-const VERTEX = `#version 300 es
+// Projects each Gaussian once, into a texel of two textures: place has its centre and longer half
+// axis in pixels, ink its shorter half axis (0: not drawn), its reach in deviations, and its colour.
+const PROJECT = `#version 300 es
 precision highp float; precision highp int; precision highp usampler2D;
 uniform usampler2D table;
 uniform mat3 turn;         // World to camera: x right, y down, z forward.
 uniform vec3 eye;
 uniform vec2 focal, centre, size;  // Pixels.
 uniform float lowPass, near;
-in vec2 corner; in uint row;
-out vec2 at; out vec4 color;
+layout(location = 0) out uvec4 place; layout(location = 1) out uvec4 ink;
 
 uvec4 texel(uint k) {
-  uint w = ${TEXTURE_WIDTH}u;
-  return texelFetch(table, ivec2(int(row % w) * ${TEXELS} + int(k), int(row / w)), 0);
+  ivec2 at = ivec2(gl_FragCoord.xy);
+  return texelFetch(table, ivec2(at.x * ${TEXELS} + int(k), at.y), 0);
 }
 float byteOf(uvec4 a, uvec4 b, uvec4 c, int k) {
   uint word = k < 16 ? a[k / 4] : k < 32 ? b[k / 4 - 4] : c[k / 4 - 8];
@@ -126,7 +127,7 @@ vec3 harmonics(vec3 d) {
   return rgb;
 }
 void main() {
-  gl_Position = vec4(0.0, 0.0, 2.0, 1.0);  // Outside, unless it is drawn.
+  place = ink = uvec4(0u);
   uvec4 shape = texel(1u);
   vec3 mean = uintBitsToFloat(texel(0u).xyz), local = turn * (mean - eye);
   if (local.z <= near) return;
@@ -149,10 +150,32 @@ void main() {
   vec2 axis = abs(b) > 1e-6 * middle ? normalize(vec2(b, middle + root - a)) : a >= c ? vec2(1, 0) : vec2(0, 1);
   float reach = sqrt(2.0 * log(255.0 * alpha));
   vec2 radii = reach * sqrt(vec2(middle + root, max(middle - root, 1e-6)));
-  at = corner * reach;
-  vec2 pixel = focal * plane + centre + corner.x * radii.x * axis + corner.y * radii.y * vec2(-axis.y, axis.x);
+  vec3 rgb = harmonics(normalize(mean - eye));
+  place = floatBitsToUint(vec4(focal * plane + centre, radii.x * axis));
+  ink = uvec4(floatBitsToUint(vec2(radii.y, reach)), packHalf2x16(rgb.rg), packHalf2x16(vec2(rgb.b, alpha)));
+}`;
+const VERTEX = `#version 300 es
+precision highp float; precision highp int; precision highp usampler2D;
+uniform usampler2D orders, places, inks;
+uniform vec2 size;  // Pixels.
+out vec2 at; out vec4 color;
+uvec4 fetch(usampler2D table, uint row) {
+  return texelFetch(table, ivec2(row % ${TEXTURE_WIDTH}u, row / ${TEXTURE_WIDTH}u), 0);
+}
+void main() {  // Two triangles of three vertices each: instances of four are slow on some devices.
+  uint row = fetch(orders, uint(gl_VertexID) / 6u).r;
+  int k = gl_VertexID % 6, number = k < 3 ? k : k == 3 ? 2 : k == 4 ? 1 : 3;
+  vec2 corner = vec2(number & 1, number >> 1) * 2.0 - 1.0;
+  vec4 place = uintBitsToFloat(fetch(places, row));
+  uvec4 ink = fetch(inks, row);
+  vec2 shape = uintBitsToFloat(ink.xy);
+  gl_Position = vec4(0.0, 0.0, 2.0, 1.0);  // Outside, unless it is drawn.
+  if (shape.x == 0.0) return;
+  at = corner * shape.y;
+  vec2 side = shape.x * normalize(vec2(-place.w, place.z));
+  vec2 pixel = place.xy + corner.x * place.zw + corner.y * side;
   gl_Position = vec4(2.0 * pixel.x / size.x - 1.0, 1.0 - 2.0 * pixel.y / size.y, 0.0, 1.0);
-  color = vec4(harmonics(normalize(mean - eye)), alpha);
+  color = vec4(unpackHalf2x16(ink.z), unpackHalf2x16(ink.w));
 }`;
 const FRAGMENT = `#version 300 es
 precision highp float;
@@ -181,62 +204,77 @@ function makeRenderer(canvas, splats, look) {
       if (!gl.getShaderParameter(shader, gl.COMPILE_STATUS)) throw new Error(gl.getShaderInfoLog(shader));
       gl.attachShader(result, shader);
     }
-    gl.bindAttribLocation(result, 0, 'corner'); gl.bindAttribLocation(result, 1, 'row');
+    gl.bindAttribLocation(result, 0, 'corner');
     gl.linkProgram(result);
     if (!gl.getProgramParameter(result, gl.LINK_STATUS)) throw new Error(gl.getProgramInfoLog(result));
     const uniforms = new Proxy({}, { get: (cache, name) => cache[name] ??= gl.getUniformLocation(result, name) });
     return { program: result, uniforms };
   }
-  const draw = program(VERTEX, FRAGMENT), copy = program(COPY_VERTEX, COPY_FRAGMENT);
+  const project = program(COPY_VERTEX, PROJECT), draw = program(VERTEX, FRAGMENT), copy = program(COPY_VERTEX, COPY_FRAGMENT);
   if (splats.rows > gl.getParameter(gl.MAX_TEXTURE_SIZE)) throw new Error('This device cannot hold so many Gaussians.');
-  const table = gl.createTexture();
-  gl.bindTexture(gl.TEXTURE_2D, table);
-  gl.texStorage2D(gl.TEXTURE_2D, 1, gl.RGBA32UI, TEXTURE_WIDTH * TEXELS, splats.rows);
+  function texture(format, width, height) {
+    const result = gl.createTexture();
+    gl.bindTexture(gl.TEXTURE_2D, result);
+    gl.texStorage2D(gl.TEXTURE_2D, 1, format, width, height);
+    for (const side of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) gl.texParameteri(gl.TEXTURE_2D, side, gl.NEAREST);
+    return result;
+  }
+  function framebuffer(...targets) {
+    const result = gl.createFramebuffer(), points = targets.map((_, k) => gl.COLOR_ATTACHMENT0 + k);
+    gl.bindFramebuffer(gl.FRAMEBUFFER, result);
+    targets.forEach((target, k) => gl.framebufferTexture2D(gl.FRAMEBUFFER, points[k], gl.TEXTURE_2D, target, 0));
+    gl.drawBuffers(points);
+    return result;
+  }
+  const table = texture(gl.RGBA32UI, TEXTURE_WIDTH * TEXELS, splats.rows);
   gl.texSubImage2D(gl.TEXTURE_2D, 0, 0, 0, TEXTURE_WIDTH * TEXELS, splats.rows, gl.RGBA_INTEGER, gl.UNSIGNED_INT, splats.words);
-  for (const side of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) gl.texParameteri(gl.TEXTURE_2D, side, gl.NEAREST);
+  const orders = texture(gl.R32UI, TEXTURE_WIDTH, splats.rows);
+  const [places, inks] = [0, 1].map(() => texture(gl.RGBA32UI, TEXTURE_WIDTH, splats.rows)), projected = framebuffer(places, inks);
   gl.bindBuffer(gl.ARRAY_BUFFER, gl.createBuffer());
   gl.bufferData(gl.ARRAY_BUFFER, new Float32Array([-1, -1, 1, -1, -1, 1, 1, 1]), gl.STATIC_DRAW);
   gl.enableVertexAttribArray(0); gl.vertexAttribPointer(0, 2, gl.FLOAT, false, 0, 0);
-  const orderBuffer = gl.createBuffer();
-  gl.bindBuffer(gl.ARRAY_BUFFER, orderBuffer);
-  gl.bufferData(gl.ARRAY_BUFFER, 4 * Math.max(splats.n, 1), gl.DYNAMIC_DRAW);
-  gl.enableVertexAttribArray(1); gl.vertexAttribIPointer(1, 1, gl.UNSIGNED_INT, 0, 0); gl.vertexAttribDivisor(1, 1);
   // Many faint layers add up in 16 bits a channel; 8 would round each of them.
   const fine = gl.getExtension('EXT_color_buffer_float') || gl.getExtension('EXT_color_buffer_half_float');
-  const frame = gl.createFramebuffer(); let target = null, count = 0;
+  let target = null, frame = null;
 
   function resize() {
     if (!fine) return;
-    if (target) gl.deleteTexture(target);
-    target = gl.createTexture();
-    gl.bindTexture(gl.TEXTURE_2D, target);
-    gl.texStorage2D(gl.TEXTURE_2D, 1, gl.RGBA16F, canvas.width, canvas.height);
-    for (const side of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) gl.texParameteri(gl.TEXTURE_2D, side, gl.NEAREST);
-    gl.bindFramebuffer(gl.FRAMEBUFFER, frame);
-    gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, target, 0);
+    gl.deleteTexture(target); gl.deleteFramebuffer(frame);  // null is ignored.
+    target = texture(gl.RGBA16F, canvas.width, canvas.height); frame = framebuffer(target);
   }
   return {
     resize,
-    order(rows) {
-      gl.bindBuffer(gl.ARRAY_BUFFER, orderBuffer); gl.bufferSubData(gl.ARRAY_BUFFER, 0, rows); count = rows.length;
+    order(rows) {  // All whole lines of the texture, and the last one.
+      const lines = Math.floor(rows.length / TEXTURE_WIDTH), rest = rows.length % TEXTURE_WIDTH;
+      const put = (y, w, h, part) => { if (w * h) gl.texSubImage2D(gl.TEXTURE_2D, 0, 0, y, w, h, gl.RED_INTEGER, gl.UNSIGNED_INT, part); };
+      gl.bindTexture(gl.TEXTURE_2D, orders);
+      put(0, TEXTURE_WIDTH, lines, rows); put(lines, rest, 1, rows.subarray(lines * TEXTURE_WIDTH));
     },
     draw(camera) {
-      gl.bindFramebuffer(gl.FRAMEBUFFER, fine ? frame : null);
-      gl.viewport(0, 0, canvas.width, canvas.height);
-      gl.clearColor(...look.background, 1); gl.clear(gl.COLOR_BUFFER_BIT);
-      gl.useProgram(draw.program); gl.bindTexture(gl.TEXTURE_2D, table);
-      const { right, down, forward } = camera, u = draw.uniforms;
+      const { right, down, forward } = camera;
+      gl.disable(gl.BLEND);
+      gl.bindFramebuffer(gl.FRAMEBUFFER, projected); gl.viewport(0, 0, TEXTURE_WIDTH, splats.rows);
+      gl.useProgram(project.program); gl.bindTexture(gl.TEXTURE_2D, table);
+      const u = project.uniforms;
       gl.uniformMatrix3fv(u.turn, false, [0, 1, 2].flatMap((k) => [right[k], down[k], forward[k]]));
       gl.uniform3fv(u.eye, camera.eye);
       gl.uniform2fv(u.focal, camera.focal); gl.uniform2fv(u.centre, camera.centre);
-      gl.uniform2f(u.size, canvas.width, canvas.height); gl.uniform1f(u.lowPass, look.low_pass); gl.uniform1f(u.near, look.near);
+      gl.uniform2f(u.size, canvas.width, canvas.height);
+      gl.uniform1f(u.lowPass, look.low_pass); gl.uniform1f(u.near, look.near);
+      gl.drawArrays(gl.TRIANGLE_STRIP, 0, 4);
+
+      gl.bindFramebuffer(gl.FRAMEBUFFER, frame); gl.viewport(0, 0, canvas.width, canvas.height);
+      gl.clearColor(...look.background, 1); gl.clear(gl.COLOR_BUFFER_BIT);
+      gl.useProgram(draw.program);
+      Object.entries({ inks, places, orders }).forEach(([name, content], k) => {
+        gl.activeTexture(gl.TEXTURE2 - k); gl.bindTexture(gl.TEXTURE_2D, content); gl.uniform1i(draw.uniforms[name], 2 - k);
+      });  // Ends with texture 0, which all else uses.
+      gl.uniform2f(draw.uniforms.size, canvas.width, canvas.height);
       gl.enable(gl.BLEND); gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
-      gl.vertexAttribDivisor(1, 1); gl.enableVertexAttribArray(1);
-      gl.drawArraysInstanced(gl.TRIANGLE_STRIP, 0, 4, count);
+      gl.drawArrays(gl.TRIANGLES, 0, 6 * splats.n);
       if (!fine) return;
       gl.bindFramebuffer(gl.FRAMEBUFFER, null);
       gl.disable(gl.BLEND); gl.useProgram(copy.program); gl.bindTexture(gl.TEXTURE_2D, target);
-      gl.disableVertexAttribArray(1);
       gl.drawArrays(gl.TRIANGLE_STRIP, 0, 4);
     },
   };
