@@ -41,7 +41,14 @@ SMALLEST = (
   'NerfMLP.net_width_viewdirs = 8',
   'NerfMLP.bottleneck_width = 8',
 )
-ONE_DEVICE = '--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0'
+
+
+def xla_flags(devices: int) -> str:
+  """Returns XLA's flags for some CPU devices and fast compilation: it takes most of the time."""
+  return (
+    f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 '
+    '--xla_cpu_use_fusion_emitters=false'
+  )
 
 
 def arguments(capture, run, *bindings):
