@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import mipnerf360
 import numpy as np
+import program_runner
 import pytest
 import tiny
 
@@ -18,7 +19,11 @@ from internal.commands import demo_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENE = ('--width', '32', '--height', '24', '--images', '9')
-SMALL = "bindings=['Config.batch_size = 64', 'Config.render_chunk_size = 64']"
+BINDINGS = [
+  'Config.batch_size = 64', 'Config.render_chunk_size = 64', 'NerfMLP.grid_levels = 2',
+  'PropMLP.grid_levels = 2', 'PropMLP.grid_max_resolution = 64',
+]  # fmt: skip
+SMALL = f'bindings={BINDINGS}'
 
 
 @pytest.fixture(scope='module')
@@ -39,8 +44,7 @@ def _run(code: str, folder: Path, steps: str) -> str:
   assert smaller.count('32, 24, 9') == smaller.count(SMALL) == 1
   file = folder / 'program.py'
   file.write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r}); import internal\n{smaller}')
-  flags = '--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0'
-  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'MPLBACKEND': 'agg'}
+  env = {**os.environ, 'XLA_FLAGS': program_runner.xla_flags(1), 'MPLBACKEND': 'agg'}
   done = subprocess.run(
     [sys.executable, file], cwd=folder, env=env, capture_output=True, text=True, check=False
   )

@@ -1,6 +1,7 @@
 """Refined cameras: changes, preconditioner, gradients, training, and the refined scene."""
 
 import dataclasses
+import functools
 
 import captures
 import jax
@@ -158,9 +159,11 @@ def test_gradients_reach_the_cameras(field):
     assert slope == pytest.approx((grads[:4] * direction).sum(), abs=0.1 * float(size))
 
 
-def run(settings, steps, devices=1):
+@functools.cache
+def run(bindings, steps, devices=1):
   """Trains a tiny capture for some steps; returns the state and its stats."""
   cams, images = tiny.capture()
+  settings = tiny.settings(*bindings)
   cams = camera_refinement.add_tables(settings, cams)
   mesh = tiny.mesh(devices)
   step_fn = train_step.make_train_step(settings, mesh)
@@ -173,9 +176,11 @@ def run(settings, steps, devices=1):
   return jax.device_get(state), history
 
 
+LATER = (*ON[:1], 'Config.camera_start = 0.02', 'Config.micro_batches = 2')
+
+
 def test_cameras_wait_then_move_with_their_own_rate_on_any_devices():
-  settings = tiny.settings(*ON[:1], 'Config.camera_start = 0.02', 'Config.micro_batches = 2')
-  state, history = run(settings, 4, devices=2)
+  state, history = run(LATER, 4, devices=2)
   rows = state.params['cameras']['rows']
   assert np.abs(rows[:3, :9]).min() > 0
   assert (rows[3:] == 0).all()
@@ -183,7 +188,7 @@ def test_cameras_wait_then_move_with_their_own_rate_on_any_devices():
   # Steps 2 and 3 of 100 move, by about the rate each: Adam's steps have unit size.
   rate = 1e-4 * 0.1 ** (np.array([2, 3]) / 100)
   assert np.abs(rows).max() <= 1.1 * rate.sum()
-  other, _ = run(settings, 4)
+  other, _ = run(LATER, 4)
   moved = np.abs(rows - other.params['cameras']['rows'])[:3]
   assert np.median(moved) < 1e-3 * rate.sum()
   assert {'loss_camera_prior', 'grad_norm_cameras', 'skipped_cameras'} <= set(history[0])
@@ -200,10 +205,10 @@ def test_a_run_without_refinement_has_no_trace_of_it():
 
 
 def test_the_state_is_restored_exactly(tmp_path):
-  settings = tiny.settings(*ON)
-  state, _ = run(settings, 2)
+  settings = tiny.settings(*LATER)
+  state, _ = run(LATER, 4)
   checkpoints.save(str(tmp_path), sharding.place(state, tiny.mesh(1)))
-  back = checkpoints.restore(str(tmp_path), settings, tiny.mesh(2), 2)
+  back = checkpoints.restore(str(tmp_path), settings, tiny.mesh(2), 4)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(back), state)
   assert np.abs(back.opt_state['cameras'].mu['rows']).max() > 0
 

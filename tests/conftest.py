@@ -4,12 +4,10 @@ import gc
 import os
 import tempfile
 
+import program_runner
+
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '')
-  + ' --xla_force_host_platform_device_count=8'
-  + ' --xla_backend_optimization_level=0'  # Compiling takes most of the tests' time.
-)
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {program_runner.xla_flags(8)}'
 # Shared with the subprocesses that the tests start.
 _CACHE = tempfile.TemporaryDirectory(prefix='jax_cache_')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _CACHE.name)
@@ -18,25 +16,29 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 import captures  # noqa: E402  The variables above must be set first.
 import gcs_server  # noqa: E402
 import jax  # noqa: E402
-import program_runner  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 gc.set_threshold(50_000)  # Frequent collections take a third of the time of tracing.
 
 
+# The files that take longest start first, so that no core waits for the last of them.
+_FIRST = ('viewer_page_test', 'processes_test', 'train_step_test', 'resume_test', 'knobs_test')
+
+
 def pytest_collection_modifyitems(config, items):
-  """Leaves long tests to scripts/hammer.sh, which sets HAMMER=1."""
+  """Leaves long tests to scripts/hammer.sh, which sets HAMMER=1; moves long files to the front."""
   if not os.environ.get('HAMMER'):
     long = [item for item in items if item.get_closest_marker('hammer')]
     config.hook.pytest_deselected(items=long)
     items[:] = [item for item in items if item not in long]
+  items.sort(key=lambda item: item.path.stem not in _FIRST)
 
 
 @pytest.fixture(scope='session')
 def runner():
   """Starts train.py, eval.py and render.py as short processes."""
-  env = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': program_runner.ONE_DEVICE}
+  env = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': program_runner.xla_flags(1)}
   env['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
   runner = program_runner.ProgramRunner({**os.environ, **env})
   yield runner

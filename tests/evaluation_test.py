@@ -1,5 +1,6 @@
 """Renders whole images from chunks, and probes rays."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def test_a_whole_image_is_rendered_in_chunks_of_any_fit(monkeypatch):
   np.testing.assert_allclose(pictures[0], pictures[2], atol=1e-5)
   model = models.build(settings)
   rays = cameras.pixels_to_rays(cams, jnp.array([1]), jnp.array([5]), jnp.array([2]))
-  renderings, _ = model.apply({'params': params}, None, rays, 1.0, False)
+  renderings, _ = jax.jit(model.apply, static_argnums=4)({'params': params}, None, rays, 1.0, False)
   np.testing.assert_allclose(pictures[0][2, 5], renderings[-1].rgb[0], atol=1e-5)
   assert isinstance(rays, structs.Rays)
 
@@ -77,5 +78,6 @@ def test_the_ray_probe_gives_each_level_of_the_diagonals_rays():
   assert rgb[2].shape == (5, 4, 3)
   np.testing.assert_allclose(weights[2].sum(-1), 1, atol=1e-5)  # The background is opaque.
   middle = cameras.pixels_to_rays(cams, jnp.array([2]), jnp.array([7]), jnp.array([4]))
-  _, history = models.build(settings).apply({'params': params}, None, middle, 1.0, False)
+  apply = jax.jit(models.build(settings).apply, static_argnums=4)
+  _, history = apply({'params': params}, None, middle, 1.0, False)
   np.testing.assert_allclose(sdist[2][2], history[-1].sdist[0], atol=1e-5)

@@ -7,6 +7,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import program_runner
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,8 +44,8 @@ def installed(wheel, tmp_path_factory):
   subprocess.run([*pip, '--target', site, wheel], check=True)
   (other / 'internal').mkdir()
   (other / 'internal' / '__init__.py').write_text('OWNER = "another project"\n')
-  flags = '--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0'
-  env = {**os.environ, 'PYTHONPATH': f'{other}{os.pathsep}{site}', 'XLA_FLAGS': flags}
+  path = os.pathsep.join((str(other), str(site)))
+  env = {**os.environ, 'PYTHONPATH': path, 'XLA_FLAGS': program_runner.xla_flags(1)}
 
   def run(*words):
     done = subprocess.run(

@@ -14,6 +14,7 @@ import captures
 import jax
 import jax.numpy as jnp
 import numpy as np
+import program_runner
 import pytest
 import tiny
 from trajectory_test import make_scene
@@ -289,10 +290,9 @@ def project(tmp_path_factory):
 
 def run(project, program, *args, code=0):
   """Runs a program of the checkout from the project's folder; returns its output."""
-  flags = '--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0'
   done = subprocess.run(
     [sys.executable, ROOT / program, *args], cwd=project, capture_output=True, text=True,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}, timeout=400, check=False,
+    env={**os.environ, 'XLA_FLAGS': program_runner.xla_flags(1)}, timeout=400, check=False,
   )  # fmt: skip
   assert done.returncode == code, done.stdout + done.stderr
   return done.stdout if code == 0 else done.stderr

@@ -57,7 +57,7 @@ def until_saved(run, programs):
 
 def devices(count):
   """Returns the environment for a number of CPU devices."""
-  return {'XLA_FLAGS': program_runner.ONE_DEVICE.replace('device_count=1', f'device_count={count}')}
+  return {'XLA_FLAGS': program_runner.xla_flags(count)}
 
 
 def one_process(start_training, run, count, *bindings, **kwargs):

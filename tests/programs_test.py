@@ -1,4 +1,4 @@
-"""The three programs as users run them: subprocesses on a tiny capture."""
+"""The three programs as users run them, on a tiny capture."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import captures
 import numpy as np
+import program_runner
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,24 +32,33 @@ TINY = (
 )
 
 
-def _env(devices=1, **more):
-  flags = f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'
-  return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, **more}
-
-
-def _command(program, *bindings, config='configs/360.gin', flags=()):
+def _arguments(*bindings, config='configs/360.gin', flags=()):
   told = [f'--gin_bindings={b}' for b in bindings]
-  configs = [f'--gin_configs={config}'] if config else []
-  return [sys.executable, program, *configs, *told, *flags]
+  return [*([f'--gin_configs={config}'] if config else []), *told, *flags]
 
 
-def _run(*args, code=0, env=None, **kwargs):
+def _run(program, *args, **kwargs):
+  """Runs a program as users do."""
   done = subprocess.run(
-    _command(*args, **kwargs), cwd=ROOT, env=env or _env(), capture_output=True, text=True,
-    timeout=400, check=False,
+    [sys.executable, program, *_arguments(*args, **kwargs)], cwd=ROOT, capture_output=True,
+    text=True, env={**os.environ, 'XLA_FLAGS': program_runner.xla_flags(1)}, timeout=400,
+    check=False,
   )  # fmt: skip
-  assert done.returncode == code, done.stdout + done.stderr
+  assert done.returncode == 0, done.stdout + done.stderr
   return done
+
+
+@pytest.fixture
+def quick(runner, tmp_path):
+  """Runs a program without paying for its imports; returns all that it prints."""
+
+  def run(program, *args, code=0, env=None, **kwargs):
+    output = tmp_path / f'output{len(list(tmp_path.glob("output*")))}'
+    done = runner.start(program, _arguments(*args, **kwargs), output, **(env or {}))
+    assert done.wait() == code, done.text()
+    return done.text()
+
+  return run
 
 
 def _train_bindings(data, run, *more):
@@ -56,12 +66,12 @@ def _train_bindings(data, run, *more):
   return (*TINY, *here, *more)
 
 
-def _one_line(done, *words):
-  """The user's error is the last line on stderr, without a traceback, and says all of `words`."""
-  assert 'Traceback' not in done.stderr
-  last = done.stderr.strip().splitlines()[-1]
+def _one_line(text, *words):
+  """The user's error is one line, without a traceback, and says all of `words`."""
+  assert 'Traceback' not in text
+  (line,) = (line for line in text.splitlines() if line.startswith('Error: '))
   for word in words:
-    assert word in last, (word, done.stderr)
+    assert word in line, (word, text)
 
 
 def _metrics(run, prefix='loss'):
@@ -111,32 +121,31 @@ def test_train_leaves_metrics_checkpoints_renders_and_tensorboard(run):
   assert {p.name for p in (run / 'checkpoints').iterdir()} >= {'6', '12'}
 
 
-def test_a_finished_run_has_nothing_to_do(run, capture):
-  done = _run('train.py', *_train_bindings(capture, run))
-  assert 'Nothing to do' in done.stdout
+def test_a_finished_run_has_nothing_to_do(run, capture, quick):
+  assert 'Nothing to do' in quick('train', *_train_bindings(capture, run))
 
 
-def test_flags_resume_what_bindings_have_begun(run, capture):
+def test_flags_resume_what_bindings_have_begun(run, capture, quick):
   bindings = [b for b in TINY if 'max_steps' not in b]
   flags = ['--data', str(capture), '--out', str(run), '--factor', '0', '--steps', '12']
-  assert 'Nothing to do' in _run('train.py', *bindings, flags=flags).stdout
+  assert 'Nothing to do' in quick('train', *bindings, flags=flags)
 
 
-def test_errors_name_the_flag_that_was_typed(run, capture, tmp_path):
+def test_errors_name_the_flag_that_was_typed(capture, tmp_path, quick):
   def fails(*flags):
-    return _run('train.py', *TINY, flags=flags, code=1)
+    return quick('train', *TINY, flags=flags, code=1)
 
   place = ('--out', str(tmp_path / 'r'))
   _one_line(fails('--data', '/no/such/folder', *place), '/no/such/folder', 'Set --data to')
   _one_line(fails('--data', str(capture), *place, '--factor', '-1'), '--factor must be at least 0')
   _one_line(fails('--data', str(capture)), 'Config.checkpoint_dir (--out) is not set')
-  done = _run('eval.py', flags=[str(tmp_path)], config=None, code=1)
-  _one_line(done, str(tmp_path), 'give the folder that train.py wrote as RUN')
+  said = quick('eval', flags=[str(tmp_path)], config=None, code=1)
+  _one_line(said, str(tmp_path), 'give the folder that train.py wrote as RUN')
 
 
-def test_a_resumed_run_ends_like_an_uninterrupted_one(run, capture, tmp_path):
+def test_a_resumed_run_ends_like_an_uninterrupted_one(run, capture, tmp_path, quick):
   whole = tmp_path / 'whole'
-  _run('train.py', *_train_bindings(capture, whole))
+  quick('train', *_train_bindings(capture, whole))
   a, b = _metrics(run)[-1], _metrics(whole)[-1]
   assert (a['step'], a['loss']) == (b['step'], b['loss'])
 
@@ -154,7 +163,7 @@ def test_eval_writes_results(run):
   assert f'{results["mean"]["psnr"]:.2f}' in done.stdout
 
 
-def test_render_needs_no_photographs_and_continues(run, tmp_path):
+def test_render_needs_no_photographs_and_continues(run, tmp_path, quick):
   """Run on a copy of the run's folder whose config names a capture that is gone."""
   moved = tmp_path / 'moved'
   shutil.copytree(run, moved)
@@ -168,38 +177,39 @@ def test_render_needs_no_photographs_and_continues(run, tmp_path):
   kept = {f: f.stat().st_mtime_ns for f in frames}
   frames[2].unlink()
   (moved / 'render' / 'color.mp4').unlink()
-  _run('render.py', f"Config.checkpoint_dir = '{moved}'", config=None)
+  quick('render', f"Config.checkpoint_dir = '{moved}'", config=None)
   assert (moved / 'render' / 'color.mp4').exists()
   again = {f: f.stat().st_mtime_ns for f in frames}
   assert [f for f in frames if again[f] != kept[f]] == [frames[2]]
 
 
-def test_eval_without_a_checkpoint_says_so(tmp_path, run):
-  done = _run('eval.py', f"Config.checkpoint_dir = '{tmp_path}'", config=None, code=1)
-  _one_line(done, str(tmp_path), 'Train first')
+def test_eval_without_a_checkpoint_says_so(tmp_path, run, quick):
+  said = quick('eval', f"Config.checkpoint_dir = '{tmp_path}'", config=None, code=1)
+  _one_line(said, str(tmp_path), 'Train first')
   empty = tmp_path / 'empty'
   shutil.copytree(run, empty)
   shutil.rmtree(empty / 'checkpoints')
-  done = _run('eval.py', f"Config.checkpoint_dir = '{empty}'", config=None, code=1)
-  _one_line(done, 'No complete checkpoint', str(empty))
+  said = quick('eval', f"Config.checkpoint_dir = '{empty}'", config=None, code=1)
+  _one_line(said, 'No complete checkpoint', str(empty))
 
 
-def test_eval_names_missing_photographs(run):
+def test_eval_names_missing_photographs(run, quick):
   bindings = (f"Config.checkpoint_dir = '{run}'", "Config.data_dir = '/gone'")
-  _one_line(_run('eval.py', *bindings, config=None, code=1), '/gone', 'Config.data_dir')
+  _one_line(quick('eval', *bindings, config=None, code=1), '/gone', 'Config.data_dir')
 
 
-def test_errors_of_users_are_one_line(capture, run, tmp_path):
+def test_errors_of_users_are_one_line(capture, run, tmp_path, quick):
   def fails(*bindings):
-    return _run('train.py', *_train_bindings(capture, tmp_path / 'r', *bindings), code=1)
+    return quick('train', *_train_bindings(capture, tmp_path / 'r', *bindings), code=1)
 
   _one_line(fails('Config.bach_size = 32'), 'bach_size', 'Config.batch_size')
   _one_line(fails("Config.data_dir = '/no/such/folder'"), '/no/such/folder')
   other = _train_bindings(capture, run, 'NerfMLP.net_width = 24', 'Config.max_steps = 14')
-  done = _run('train.py', *other, code=1)
-  _one_line(done, 'another architecture', 'nerf_mlp', '16', '24')
+  said = quick('train', *other, code=1)
+  _one_line(said, 'another architecture', 'nerf_mlp', '16', '24')
 
 
-def test_a_batch_size_not_divisible_by_the_devices(capture, tmp_path):
+def test_a_batch_size_not_divisible_by_the_devices(capture, tmp_path, quick):
   bindings = _train_bindings(capture, tmp_path / 'r', 'Config.batch_size = 62')
-  _one_line(_run('train.py', *bindings, code=1, env=_env(4)), '62', '4', 'divisible')
+  env = {'XLA_FLAGS': program_runner.xla_flags(4)}
+  _one_line(quick('train', *bindings, code=1, env=env), '62', '4', 'divisible')

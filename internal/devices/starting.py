@@ -47,5 +47,5 @@ def advice(scene: str, size: tuple[int, int]) -> str:
   if has_accelerator():
     return f'  {fast}'
   here = train_command(scene, size, False)
-  between = '(ten minutes, small and soft. On a machine with a GPU, two minutes and sharp:)'
+  between = '(ten minutes with evaluation and video, small and soft. A large GPU: two, sharp:)'
   return f'  {here}\n  {between}\n  {fast}'
