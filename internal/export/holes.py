@@ -22,25 +22,44 @@ def closed(faces: np.ndarray, count: int) -> np.ndarray:
     count: the number of vertices.
 
   Returns:
-    [f + added, 3] faces, the old ones first. Loops that touch themselves or others stay open.
+    [f + added, 3] faces, the old ones first. Loops that pass a vertex twice stay open.
   """
   part = parts(faces, count)
   large = np.bincount(part[faces[:, 0]], minlength=count) >= _LARGE_PART  # By part.
   edges = np.concatenate([faces[:, [k, (k + 1) % 3]] for k in range(3)])
   paired = np.isin(edges @ [count, 1], edges[:, ::-1] @ [count, 1])
   rim = edges[~paired]  # Directed as in their faces.
-  follower = dict(rim.tolist())
-  clear = np.bincount(rim[:, 0], minlength=count) == 1
-  added = []
-  for start in np.flatnonzero(clear & large[part]).tolist():
-    loop, vertex = [start], follower[start]
-    while clear[vertex] and vertex > start and len(loop) < LONGEST:
-      loop.append(vertex)
-      vertex = follower[vertex]
-    if vertex != start:  # Each loop is followed from its least vertex.
+  follow, added = _Follower(faces, rim, count), []
+  for first in map(tuple, rim[large[part[rim[:, 0]]]].tolist()):
+    loop, edge = [first[0]], follow(first)
+    while edge > first and len(loop) < LONGEST:
+      loop.append(edge[0])
+      edge = follow(edge)
+    if edge != first or len(set(loop)) < len(loop):  # Each loop is followed from its least edge.
       continue
-    added += [(start, after, before) for before, after in itertools.pairwise(loop[1:])]
+    added += [(loop[0], after, before) for before, after in itertools.pairwise(loop[1:])]
   return np.concatenate([faces, np.array(added, faces.dtype).reshape(-1, 3)])
+
+
+class _Follower:
+  """Finds the edge that follows another around a hole."""
+
+  def __init__(self, faces: np.ndarray, rim: np.ndarray, count: int):
+    self._next = dict(rim.tolist())
+    touched = np.bincount(rim[:, 0], minlength=count) > 1  # Vertices where holes touch.
+    self._ends = {v: rim[rim[:, 0] == v, 1].tolist() for v in np.flatnonzero(touched).tolist()}
+    near = faces[touched[faces].any(-1)].tolist()
+    self._third = {(face[k - 2], face[k - 1]): face[k] for face in near for k in range(3)}
+
+  def __call__(self, edge: tuple[int, int]) -> tuple[int, int]:
+    a, b = edge
+    if b not in self._ends:
+      return b, self._next[b]
+    c = self._third[a, b]
+    while (c, b) in self._third:  # Turns about b, over faces, to the edge of another hole.
+      c = self._third[c, b]
+    others = [end for end in self._ends[b] if end != c]
+    return (b, others[0]) if len(others) == 1 else (-1, -1)  # Of three holes: stays open.
 
 
 def parts(faces: np.ndarray, count: int) -> np.ndarray:
