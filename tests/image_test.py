@@ -209,3 +209,10 @@ class TestColorCorrect:
   def test_works_on_a_single_pixel(self):
     out = corrected(np.full((1, 1, 3), 0.3), np.full((1, 1, 3), 0.6))
     np.testing.assert_allclose(out, 0.6, atol=0.01)
+
+
+def test_the_gradient_of_ssim_is_that_of_finite_differences():
+  rng = np.random.default_rng(0)
+  a, b, way = (jnp.float32(rng.uniform(size=(14, 17, 3))) for _ in range(3))
+  slope = (image.ssim(a + 1e-2 * way, b) - image.ssim(a - 1e-2 * way, b)) / 2e-2
+  assert jnp.vdot(jax.grad(image.ssim)(a, b), way) == pytest.approx(float(slope), rel=0.01)

@@ -127,6 +127,14 @@ def test_the_fit_finds_what_the_pictures_show_and_adds_gaussians_where_they_lack
   assert (jax.nn.sigmoid(found.opacity_logits) >= fit.DEAD).sum() > few
 
 
+def test_short_fits_take_larger_steps_that_fall_alike():
+  assert fit.rate(0, 10_000) == fit.rate(0, 40_000) == 1
+  assert fit.rate(0, 2_500) == 2
+  assert fit.rate(0, 100) == 5  # At most.
+  for steps in (100, 10_000):
+    np.testing.assert_allclose(fit.rate(steps, steps), 0.05 * fit.rate(0, steps), rtol=1e-5)
+
+
 def test_halves_look_like_the_whole_and_take_the_dead_rows():
   truth, seen = make_world()
   rows = jax.tree.map(lambda x: jnp.concatenate([x[:10], x[10:14]]), truth)

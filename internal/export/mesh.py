@@ -17,7 +17,7 @@ from scipy import spatial
 
 from .. import configs, coord
 from ..system import installation
-from . import fusion, points
+from . import fusion, holes, points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def extract(
   faces = _large_parts(faces[kept[faces].all(-1)], len(xyz), min_faces)
   if not len(faces):
     raise no_surface
-  used, faces = np.unique(faces, return_inverse=True)
+  used, faces = np.unique(holes.closed(faces, len(xyz)), return_inverse=True)
   # Where views agree closely, only their colours count.
   close = points.support(xyz[used], views, 0.05)
   colors = np.where(close.seen[:, None] > 0, close.colors, votes.colors[used])
@@ -148,9 +148,5 @@ def _simplified(mesh: Mesh, z: np.ndarray, to_world: Callable, most_faces: int) 
 
 def _large_parts(faces: np.ndarray, count: int, min_faces: int) -> np.ndarray:
   """Returns the faces of connected parts that have at least `min_faces` of them."""
-  from scipy import sparse
-
-  edges = np.concatenate([faces[:, :2], faces[:, 1:]])  # [2 f, 2]; two of three edges suffice.
-  graph = sparse.coo_matrix((np.ones(len(edges), bool), tuple(edges.T)), (count, count))
-  part = sparse.csgraph.connected_components(graph, directed=False)[1][faces[:, 0]]  # [f]
+  part = holes.parts(faces, count)[faces[:, 0]]  # [f]
   return faces[np.bincount(part, minlength=1)[part] >= min_faces]
