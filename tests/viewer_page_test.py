@@ -671,7 +671,7 @@ def _check_gaussians(shown, path, run, splats):
   view = session.View(pose, page_lib.vertical_fov(scene.cameras, row), (width, height))
   camera = gaussians.pinhole(session.camera(view, view.size), 0)
   drawn = rasterizer.render(
-    jax.tree.map(np.float32, splats), camera, np.zeros(3, np.float32), 2**18
+    jax.tree.map(np.float32, splats), camera, np.zeros(3, np.float32), 2**19
   )
   assert drawn.overflow == 0
   expected = np.clip(drawn.rgb, 0, 1)[FREE]
