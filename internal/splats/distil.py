@@ -15,6 +15,7 @@ from . import fit, gaussians, rasterizer, surfaces, views
 
 _FIRST = 0.6  # Part of the Gaussians that the first ones are; the fit adds the others.
 _RELOCATIONS = 30  # Over the fit, all before the last fifth of its steps.
+_SHORT = 500  # Steps of a fit up to which it gains from Gaussians that cover the pictures at first.
 _REST = 10  # Steps between relocations, at least.
 _REPORTS = 10  # Progress lines.
 _SPARE = 1.6  # Room in the lists of pairs over the most that a picture needed; more is compiled.
@@ -44,9 +45,9 @@ def distil(run: trained.TrainedRun, options: Options) -> gaussians.Splats:
   width = int(np.asarray(run.scene.cameras.size)[run.scene.train[0], 0])
   cams = views.teacher_cameras(run.scene, options.views, width, options.seed)
   field, images = views.render_teacher(run, cams)
-  splats = surfaces.initial(
-    cams, images, max(1, round(_FIRST * options.max_splats)), options.max_splats
-  )
+  count = max(1, round(_FIRST * options.max_splats))
+  short = options.steps <= _SHORT
+  splats = surfaces.initial(cams, images, count, options.max_splats, covering=short)
   del images
   photos = views.photographs(run, run.scene.train)[1]
   splats = optimise(splats, field, photos, background_of(run), options)

@@ -13,20 +13,24 @@ from . import gaussians
 
 SHELL = 500.0  # Normalised units: what lies deeper in a picture is put at this depth.
 DEAD_LOGIT = -12.0  # Opacity of a row without a Gaussian.
-_OPACITY = 0.9  # Of a first Gaussian.
-_RADIUS = 0.6  # Its deviation as a part of the distance to its neighbours.
-_WIDEST = 30.0  # At most so many pixels; few stand in the sky, which must not be full of holes.
+# Of the first Gaussians: opacity, deviation as a part of the distance to their neighbours, and its
+# limit in pixels. Faint ones that overlap leave a fit free to move them; opaque ones without holes
+# between them, in the sky too, are nearer to the pictures from the start.
+_FREE, _COVERING = (0.5, 1.0, 8.0), (0.9, 0.6, 30.0)
 _THICKNESS = 0.2  # Deviation along the normal, in those of the disc.
 _STEEPEST = 8.0  # Neighbours farther apart than so many pixels lie on two surfaces.
 
 
-def initial(cams: structs.Cameras, images: list[dict], count: int, rows: int) -> gaussians.Splats:
+def initial(
+  cams: structs.Cameras, images: list[dict], count: int, rows: int, covering: bool = False
+) -> gaussians.Splats:
   """Makes Gaussians of `count` random pixels of rendered pictures, in arrays of `rows` rows.
 
   Half of the pixels are drawn evenly, half in proportion to the change of the picture's colour
   there. A Gaussian stands at the median distance along its pixel's ray and has the pixel's colour.
   It is a disc across the normal of the depth map. Its deviation is a part of the distance to its
-  neighbours among the Gaussians, but at least half a pixel and at most 30. At edges it is a ball.
+  neighbours among the Gaussians, within limits in pixels. At edges it is a ball. With `covering`,
+  for short fits, the Gaussians are opaque and leave no holes.
 
   Raises:
     UserError: no pixel is opaque.
@@ -39,12 +43,13 @@ def initial(cams: structs.Cameras, images: list[dict], count: int, rows: int) ->
   chosen = np.random.default_rng(0).choice(len(xyz), min(count, rows, len(xyz)), replace=False)
   xyz, rgb, normal, footprint = (a[chosen] for a in (xyz, rgb, normal, footprint))
   near = spatial.cKDTree(xyz).query(xyz, min(4, len(xyz)), workers=-1)[0][:, 1:]
+  opacity, part, widest = _COVERING if covering else _FREE
   radius = np.clip(
-    _RADIUS * near.mean(-1) if near.size else footprint, 0.5 * footprint, _WIDEST * footprint
+    part * near.mean(-1) if near.size else footprint, 0.5 * footprint, widest * footprint
   )
   flat = np.linalg.norm(normal, axis=-1, keepdims=True) > 0
   scales = radius[:, None] * np.where(flat, [1, 1, _THICKNESS], 1)
-  return _padded(xyz, rgb, _turn_z_to(normal), np.log(scales), rows)
+  return _padded(xyz, rgb, _turn_z_to(normal), np.log(scales), opacity, rows)
 
 
 def _pixels(cams: structs.Cameras, row: int, image: dict, most: int) -> tuple[np.ndarray, ...]:
@@ -86,7 +91,7 @@ def _turn_z_to(normal: np.ndarray) -> np.ndarray:
   return np.stack([1 + sign * z, -sign * y, sign * x, np.zeros_like(x)], -1)
 
 
-def _padded(xyz, rgb, quaternions, log_scales, rows: int) -> gaussians.Splats:
+def _padded(xyz, rgb, quaternions, log_scales, opacity: float, rows: int) -> gaussians.Splats:
   """Returns the Gaussians followed by dead rows."""
   n = len(xyz)
   sh = np.zeros((rows, gaussians.SH_COEFFICIENTS, 3), np.float32)
@@ -97,7 +102,7 @@ def _padded(xyz, rgb, quaternions, log_scales, rows: int) -> gaussians.Splats:
       np.float32
     )
 
-  logits = np.full(n, np.log(_OPACITY / (1 - _OPACITY)))
+  logits = np.full(n, np.log(opacity / (1 - opacity)))
   return gaussians.Splats(
     means=padded(xyz, xyz[0]),
     log_scales=padded(log_scales, 0.0),
