@@ -33,8 +33,8 @@ TINY = (
 
 
 def _arguments(*bindings, config='configs/360.gin', flags=()):
-  told = [f'--gin_bindings={b}' for b in bindings]
-  return [*([f'--gin_configs={config}'] if config else []), *told, *flags]
+  configs = [f'--gin_configs={config}'] if config else []
+  return [*configs, *(f'--gin_bindings={b}' for b in bindings), *flags]
 
 
 def _run(program, *args, **kwargs):

@@ -168,9 +168,9 @@ def test_same_seed_same_run_other_seed_other_run():
   b, _ = _run(tiny.settings(), tiny.mesh(1), 2)
   jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
   kernels, keys = [], []
-  for told in (tiny.settings(), tiny.settings('Config.seed = 7')):
-    kernels.append(train_step.create_state(told).params['nerf_mlp']['trunk_0']['kernel'])
-    keys.append(jax.tree.map(jax.random.key_data, train_step.step_keys(told.config, 0)))
+  for settings in (tiny.settings(), tiny.settings('Config.seed = 7')):
+    kernels.append(train_step.create_state(settings).params['nerf_mlp']['trunk_0']['kernel'])
+    keys.append(jax.tree.map(jax.random.key_data, train_step.step_keys(settings.config, 0)))
   assert np.abs(kernels[0] - kernels[1]).max() > 1e-3
   assert all(map(np.any, jax.tree.map(np.not_equal, *keys)))  # Of the pixels and of the rays.
 

@@ -119,7 +119,7 @@ def export_views(args, run: trained.TrainedRun, box, out: str, offset) -> dict[s
   """Writes what is made from rendered views: points, mesh, depth; returns what to print of each."""
   scene, written = run.scene, {}
   cams = points.pinhole_views(scene, args.views, args.width)
-  views = points.render_views(run.make_image_renderer(), run.params, cams, run.train_fraction)
+  views = points.render_views(run.render_image, run.params, cams, run.train_fraction)
   train = np.asarray(scene.cameras.camtoworld, np.float64)[list(scene.train)]
   up = orbits.mean_up(paths.transform_poses(np.linalg.inv(scene.world_transform), train))
 

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import sparse
 
 LONGEST = 32  # Edges around a hole that is closed. A disc with such a rim has about 160 faces.
-_LARGE_PART = 4 * LONGEST**2 // 6  # Faces of a part that is no such disc itself, but has a hole.
+_LARGE_PART = 4 * LONGEST**2 // 6  # Of a smaller part, the rim may be the outer one.
 
 
 def closed(faces: np.ndarray, count: int) -> np.ndarray:

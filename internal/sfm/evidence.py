@@ -79,8 +79,8 @@ class Evidence:
 
   def as_json(self) -> dict[str, Any]:
     """Returns the fields as JSON has them."""
-    pairs = {'contradicted': self.contradicted, 'jumps': self.jumps}
-    return {**dataclasses.asdict(self), **{k: list(map(list, v)) for k, v in pairs.items()}}
+    tuples = {'contradicted': self.contradicted, 'jumps': self.jumps}
+    return {**dataclasses.asdict(self), **{k: list(map(list, v)) for k, v in tuples.items()}}
 
   def photographs(self) -> list[str]:
     """Returns the photographs of the contradicted pairs, sorted."""

@@ -26,11 +26,11 @@ def compare(splats: gaussians.Splats, run: trained.TrainedRun) -> tuple[dict, np
     run: the run with the field.
 
   Returns:
-    psnr in dB and ssim of the Gaussians, field_psnr and field_ssim of the field on the same pixels,
-    means over `images` pictures (see `views.photographs`) as eval.py computes them, and
-    pictures_per_second of the Gaussians, of which a picture is `size` pixels; and `lost` of two
-    photographs, those with the lowest and with the median PSNR of the Gaussians. ({}, None) if
-    there is no photograph.
+    The figures, and the picture that `lost` makes of two photographs: those with the lowest and the
+    median PSNR of the Gaussians; ({}, None) without photographs. The figures are psnr in dB and
+    ssim of the Gaussians, field_psnr and field_ssim of the field on the same pixels, means over
+    `images` photographs (see `views.photographs`) as eval.py computes them, and
+    pictures_per_second, how fast pictures of `size` pixels are drawn.
   """
   rows, tests = views.photographs(run, run.scene.test)
   if not rows:

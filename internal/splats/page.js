@@ -80,7 +80,8 @@ function main(splats) {
   };
 
   // Mouse, fingers and keys.
-  const fingers = new Map(), pixels = () => canvas.width / canvas.clientWidth;  // Of the canvas in one of the page.
+  const fingers = new Map();
+  const pixels = () => canvas.width / canvas.clientWidth;  // Canvas pixels for one pixel of the page.
   canvas.onpointerdown = (e) => { canvas.setPointerCapture(e.pointerId); fingers.set(e.pointerId, e); flight = null; };
   canvas.onpointerup = canvas.onpointercancel = (e) => fingers.delete(e.pointerId);
   canvas.oncontextmenu = (e) => e.preventDefault();

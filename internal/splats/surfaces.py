@@ -63,16 +63,16 @@ def _pixels(cams: structs.Cameras, row: int, image: dict, most: int) -> tuple[np
   times = np.where(image['acc'] >= 0.5, times, np.inf).ravel()
   drawn = np.argpartition(times, min(most, times.size) - 1)[:most]
   y, x = np.unravel_index(drawn[np.isfinite(times[drawn])], share.shape)
+  last = np.array(share.shape)[:, None] - 1
 
   def point(y, x):
     return origins[y, x].astype(np.float64) + reach[y, x, None] * directions[y, x]
 
-  def step(axis):  # From the pixel before to the one behind.
+  def slope(axis):  # Per pixel, from the pixel before to the one behind.
     low, high = (np.clip([y, x] + sign * axis, 0, last) for sign in (-1, 1))
     return (point(*high) - point(*low)) / (axis * (high - low)).sum(0)[:, None]
 
-  last = np.array(share.shape)[:, None] - 1
-  across, down = (step(np.array(axis)[:, None]) for axis in ((0, 1), (1, 0)))
+  across, down = (slope(np.array(axis)[:, None]) for axis in ((0, 1), (1, 0)))
   xyz, normal = point(y, x), np.cross(across, down)
   width = reach[y, x] * float(np.asarray(cams.pixtocam)[row, 0, 0])
   steps = np.maximum(*(np.linalg.norm(step, axis=-1) for step in (across, down)))
