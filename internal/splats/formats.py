@@ -135,8 +135,9 @@ def pack_spz(splats: gaussians.Splats) -> bytes:
     _pack_rotations(splats.quaternions),
     _bytes(sh),
   ]
-  # No time in the header of gzip: the same Gaussians give the same file.
-  return gzip.compress(header + b''.join(part.tobytes() for part in parts), mtime=0)
+  # No time in the header of gzip: the same Gaussians give the same file. Level 9 takes three times
+  # as long for 1% less.
+  return gzip.compress(header + b''.join(part.tobytes() for part in parts), 6, mtime=0)
 
 
 def _bytes(x: np.ndarray) -> np.ndarray:
