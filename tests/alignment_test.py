@@ -14,6 +14,20 @@ def ring(n, offset=0.0):
   return np.stack([paths.viewmatrix(p, np.array([0.0, 0, 1]), p) for p in positions])
 
 
+def test_an_alignment_takes_back_a_similarity_even_of_cameras_in_a_plane():
+  turn = transform.Rotation.from_rotvec([0.4, -1.1, 2.0]).as_matrix()
+  flat = ring(20) * np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]])
+  for source in (ring(20), flat):
+    rotations, centres = alignment.transform(source, 2.5, turn, np.array([1.0, -2, 3]))
+    target = np.concatenate([rotations, centres[..., None]], -1)
+    scale, rotation, shift = alignment.align(source, target)
+    np.testing.assert_allclose(scale, 2.5, atol=1e-12)
+    np.testing.assert_allclose(rotation, turn, atol=1e-12)
+    np.testing.assert_allclose(shift, [1, -2, 3], atol=1e-12)
+  mirrored = ring(20) * np.array([1, 1, -1])[:, None]
+  assert np.linalg.det(alignment.align(ring(20), mirrored)[1]) > 0.99  # Never itself a mirror.
+
+
 class TestFollow:
   def test_cameras_that_moved_each_on_its_own_are_followed_as_a_whole(self):
     source, rng = ring(60), np.random.default_rng(0)

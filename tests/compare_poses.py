@@ -3,8 +3,8 @@
     python tests/compare_poses.py A/sparse/0 B/sparse/0 [--json out.json]
 
 The models may be .bin or .txt. A is aligned to B by the similarity that brings their cameras
-closest. Position errors are in percent of the radius, which is the median distance of B's cameras
-from their mean.
+closest, without the third that differs most (`internal.alignment`). Position errors are in percent
+of the radius, which is the median distance of B's cameras from their mean.
 """
 
 from __future__ import annotations
@@ -16,22 +16,9 @@ import sys
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from internal import cli, colmap
+from internal import alignment, cli, colmap
 from internal.errors import UserError
 from internal.evaluation import results
-
-
-@dataclasses.dataclass(frozen=True)
-class Similarity:
-  """x -> scale * rotation @ x + shift."""
-
-  scale: float
-  rotation: np.ndarray  # [3, 3]
-  shift: np.ndarray  # [3]
-
-  def __call__(self, points: np.ndarray) -> np.ndarray:
-    """Transforms points [..., 3]."""
-    return self.scale * points @ self.rotation.T + self.shift
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,28 +31,7 @@ class Comparison:
   rotation: np.ndarray  # [n] degrees
   position: np.ndarray  # [n] as a fraction of the radius
   radius: float  # Median distance of the second model's cameras from their mean.
-  alignment: Similarity  # From the first model's world to the second's.
-
-
-def fit(source: np.ndarray, target: np.ndarray) -> Similarity:
-  """Fits the least-squares similarity from source to target (Umeyama, IEEE TPAMI 13(4), 1991).
-
-  Args:
-    source: [n, 3], n >= 3, not all at the same place.
-    target: [n, 3].
-  """
-  if len(source) < 3:
-    raise UserError(f'An alignment needs at least three points, got {len(source)}.')
-  source_mean, target_mean = source.mean(0), target.mean(0)
-  a, b = source - source_mean, target - target_mean
-  variance = (a**2).sum() / len(a)
-  if variance <= 1e-18 * max(1.0, (source_mean**2).sum()):
-    raise UserError('An alignment needs points that are not all at the same place.')
-  u, singular, vt = np.linalg.svd(b.T @ a / len(a))  # [3, 3], [3], [3, 3]
-  signs = np.array([1, 1, np.sign(np.linalg.det(u) * np.linalg.det(vt))])  # No reflections.
-  rotation = (u * signs) @ vt
-  scale = float((singular * signs).sum() / variance)
-  return Similarity(scale, rotation, target_mean - scale * rotation @ source_mean)
+  alignment: alignment.Similarity  # From the first model's world to the second's.
 
 
 def compare(first: colmap.Model, second: colmap.Model) -> Comparison:
@@ -78,26 +44,17 @@ def compare(first: colmap.Model, second: colmap.Model) -> Comparison:
       'models of the same photographs?'
     )
   a, b = (np.stack([p[name] for name in names]) for p in poses)  # [n, 3, 4]
-  alignment = fit(a[:, :, 3], b[:, :, 3])
-  rotated = alignment.rotation @ a[:, :, :3]  # [n, 3, 3]
-  centre = b[:, :, 3].mean(0)
-  radius = float(np.median(np.linalg.norm(b[:, :, 3] - centre, axis=-1)))
-  distance = np.linalg.norm(alignment(a[:, :, 3]) - b[:, :, 3], axis=-1)  # [n]
+  found = alignment.align(a, b)
+  rotation, position = alignment.differences(*alignment.transform(a, *found), b)
   return Comparison(
     names=tuple(names),
     only_first=tuple(sorted(poses[0].keys() - poses[1].keys())),
     only_second=tuple(sorted(poses[1].keys() - poses[0].keys())),
-    rotation=np.degrees(_angles(rotated, b[:, :, :3])),
-    position=distance / radius,
-    radius=radius,
-    alignment=alignment,
+    rotation=np.degrees(rotation),
+    position=position,
+    radius=alignment.radius(b),
+    alignment=found,
   )
-
-
-def _angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  """Returns radians between rotations [n, 3, 3]; accurate for small ones, unlike the arc cosine."""
-  chord = np.linalg.norm(a - b, axis=(-2, -1))  # [n]
-  return 2 * np.arcsin(np.clip(chord / np.sqrt(8), 0, 1))
 
 
 def table(comparison: Comparison, worst: int = 5) -> str:
@@ -129,11 +86,12 @@ def _row(name: str, values: np.ndarray) -> str:
 def as_json(comparison: Comparison) -> dict:
   """Returns the alignment, and the errors of each photograph, worst position first."""
   rows = zip(comparison.names, comparison.rotation.tolist(), comparison.position.tolist())
+  scale, turn, shift = comparison.alignment
   return {
     'radius': comparison.radius,
-    'scale': comparison.alignment.scale,
-    'rotation': comparison.alignment.rotation.tolist(),
-    'shift': comparison.alignment.shift.tolist(),
+    'scale': scale,
+    'rotation': turn.tolist(),
+    'shift': shift.tolist(),
     'only_first': list(comparison.only_first),
     'only_second': list(comparison.only_second),
     'photographs': [

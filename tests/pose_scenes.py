@@ -12,7 +12,7 @@ import captures
 import numpy as np
 import scipy.ndimage
 import textured_corner
-from PIL import Image
+from PIL import ExifTags, Image
 
 from internal import colmap
 from internal.vis import pictures
@@ -192,19 +192,29 @@ SCENES = {
 }
 
 
-def make(name: str, folder: pathlib.Path, n: int) -> None:
-  """Writes the `n` photographs of a scene as PNG."""
+def make(name: str, folder: pathlib.Path, n: int, exif: bool = False) -> None:
+  """Writes the `n` photographs of a scene: PNG, or JPEG with a focal length in its EXIF data."""
   quads, poses = SCENES[name](n)
   folder.mkdir(parents=True, exist_ok=True)
+  tags = Image.Exif()
+  tags[ExifTags.Base.Model] = 'Phone 5'
+  # COLMAP takes the longer side of the film for 35 mm.
+  focal = round(35 * FOCAL / max(SIZE))
+  tags.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FocalLengthIn35mmFilm] = focal
+  how = {'quality': 95, 'exif': tags} if exif else {}
   for k, pose in enumerate(poses):
-    Image.fromarray(render(quads, pose)).save(folder / f'{k:03d}.png')
+    Image.fromarray(render(quads, pose)).save(folder / _name(k, exif), **how)
 
 
-def true_model(name: str, n: int) -> colmap.Model:
+def true_model(name: str, n: int, exif: bool = False) -> colmap.Model:
   """Returns the model of a scene's true cameras, without points."""
   images = {
-    k: colmap.Image(k, *captures.to_colmap(pose), 1, f'{k:03d}.png')
+    k: colmap.Image(k, *captures.to_colmap(pose), 1, _name(k, exif))
     for k, pose in enumerate(SCENES[name](n)[1])
   }
   camera = colmap.Camera(1, 'PINHOLE', *SIZE, (FOCAL, FOCAL, SIZE[0] / 2, SIZE[1] / 2))
   return colmap.Model({1: camera}, images, colmap.make_points())
+
+
+def _name(k: int, exif: bool) -> str:
+  return f'{k:03d}.{"jpg" if exif else "png"}'

@@ -128,7 +128,8 @@ def _apart(evidence) -> str:
   """Says why one place of the model may be two."""
   reasons = []
   if evidence.jumps:
-    more = f' (and {len(evidence.jumps) - 1} more jumps)' if len(evidence.jumps) > 1 else ''
+    others = len(evidence.jumps) - 1
+    more = f' (and {others} more jump{"s" if others > 1 else ""})' if others else ''
     reasons.append('{1} follows {0} but shows something else'.format(*evidence.jumps[0]) + more)
   if evidence.folded > FOLDED:
     share = f'{evidence.folded:.0%} of the pairs of photographs from one place'
