@@ -57,11 +57,21 @@ def test_upright_photographs_are_copied_and_other_formats_become_png(tmp_path):
   pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
   save_turned(photos / 'sub' / 'a.jpg', pixels, 1)
   Image.fromarray(pixels).save(photos / 'b.webp', lossless=True)
-  Image.fromarray(pixels).save(photos / 'c ä (1).png')  # Spaces separate names in COLMAP's lists.
+  # In COLMAP's lists, spaces separate names, and a # begins a comment.
+  Image.fromarray(pixels).save(photos / 'c ä (1).png')
+  Image.fromarray(pixels).save(photos / '#2 #3.png', compress_level=1)
   names = [photo.name for photo in photos_lib.import_photos(str(photos), str(scene))]
-  assert names == ['b.png', 'c_ä_(1).png', 'sub/a.jpg']
+  assert names == ['_2_#3.png', 'b.png', 'c_ä_(1).png', 'sub/a.jpg']
   assert (scene / 'images/sub/a.jpg').read_bytes() == (photos / 'sub/a.jpg').read_bytes()
   np.testing.assert_array_equal(np.asarray(Image.open(scene / 'images/b.png')), pixels)
+
+
+def test_links_to_folders_are_named(tmp_path, capsys):
+  write_photos(tmp_path / 'photos' / 'day 1')
+  (tmp_path / 'photos' / 'day 2').symlink_to(tmp_path / 'photos' / 'day 1')
+  assert len(photos_lib.import_photos(str(tmp_path / 'photos'), str(tmp_path / 'scene'))) == 3
+  said = capsys.readouterr().err
+  assert "skips 1 links to other folders; copy these to use their photographs: 'day 2'" in said
 
 
 def test_names_sort_in_natural_order():

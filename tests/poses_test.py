@@ -282,7 +282,12 @@ def test_bad_input_is_a_one_line_error(tmp_path, room):
   (tmp_path / 'two').mkdir()
   for k in range(2):
     shutil.copy(room / f'view_{k}.png', tmp_path / 'two')
-  fails(tmp_path / 'two', new / '6', 'has 2 photographs')
+  fails(tmp_path / 'two', new / '6', 'has 2 photographs; at least 3 are needed')
+  (tmp_path / 'two' / 'view_0.png').unlink()
+  fails(tmp_path / 'two', new / '8', 'has 1 photograph; at least 3 are needed')
+  for name in ('images', 'images_4'):
+    (tmp_path / 'capture' / name).mkdir(parents=True)
+  fails(tmp_path / 'capture', new / '9', r'Name the folder of its photographs, .*capture/images\.')
 
 
 # Pairs.

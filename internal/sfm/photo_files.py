@@ -168,8 +168,8 @@ def natural_key(name: str) -> list:
 def list_photos(folder: str, quiet: bool = False) -> list[str]:
   """Lists the photographs of a folder and its subfolders, relative to it, in natural order.
 
-  Unless it is `quiet`, it notes on stderr what else lies there: videos, raw files, and HEIC files
-  that have been converted.
+  Unless it is `quiet`, it notes on stderr what else lies there: videos, raw files, HEIC files that
+  have been converted, and links to other folders.
 
   Raises:
     PosesError: there are none, one is a HEIC file that cannot be read here, or two of them would
@@ -189,6 +189,7 @@ def list_photos(folder: str, quiet: bool = False) -> list[str]:
     ('files in formats that cannot be read; export them as JPEG to use them', raw),
     ('videos, which Live Photos have beside each picture', videos),
     ('HEIC or AVIF files that are there as JPEG or PNG too', sorted(converted)),
+    ('links to other folders; copy these to use their photographs', _linked_folders(folder)),
   ):
     if several and not quiet:
       print(
@@ -237,7 +238,7 @@ def _check_unique(folder: str, names: Sequence[str]) -> None:
   """Raises a PosesError if two photographs would have the same name in the capture."""
   by_stem = collections.defaultdict(list)
   for name in names:
-    by_stem[without_spaces(images.stem(name)).lower()].append(name)
+    by_stem[colmap_name(images.stem(name)).lower()].append(name)
   for twins in by_stem.values():
     if len(twins) > 1:
       raise PosesError(
@@ -246,14 +247,24 @@ def _check_unique(folder: str, names: Sequence[str]) -> None:
       )
 
 
-def without_spaces(name: str) -> str:
-  """Replaces whitespace, which separates the names in COLMAP's lists."""
-  return re.sub(r'\s', '_', name)
+def colmap_name(name: str) -> str:
+  """Replaces what COLMAP's lists of names misread: whitespace, and a # at the start."""
+  return re.sub(r'\s|^#', '_', name)
 
 
 def _list_files(folder: str, endings: tuple[str, ...]) -> list[str]:
   """Lists files with one of the endings in a folder and below it, except hidden ones."""
   return images.list_images(folder, endings) if files.is_folder(folder) else []
+
+
+def _linked_folders(folder: str) -> list[str]:
+  """Lists the links to folders in a folder and below it, which `images.list_images` leaves out."""
+  return sorted(
+    os.path.relpath(path, folder)
+    for root, folders, _ in os.walk(folder)
+    for path in (os.path.join(root, name) for name in folders if name[0] != '.')
+    if os.path.islink(path)
+  )
 
 
 def _base(name: str) -> str:

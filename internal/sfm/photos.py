@@ -23,7 +23,7 @@ from PIL import ExifTags, Image, ImageOps
 from ..datasets import images, masks
 from ..system import files, warnings
 from . import photo_files, repeats
-from .photo_files import PosesError, list_photos, natural_key, without_spaces
+from .photo_files import PosesError, colmap_name, list_photos, natural_key
 
 FOLDER = 'images'
 STAGING = '.incoming'
@@ -197,11 +197,11 @@ def _find_masks(folder: str, names: Sequence[str], masks_dir: str | None) -> dic
   """
   own = masks.list_masks(masks_dir) if masks_dir else []
   beside = set(images.list_images(folder)) - set(names)
-  pool = {without_spaces(name): os.path.join(folder, name) for name in sorted(beside)}
-  pool |= {without_spaces(name): os.path.join(masks_dir or '', name) for name in own}
+  pool = {colmap_name(name): os.path.join(folder, name) for name in sorted(beside)}
+  pool |= {colmap_name(name): os.path.join(masks_dir or '', name) for name in own}
   with warnings.collect() as collected:
-    found, used = masks.match(folder, [without_spaces(name) for name in names], pool)
-    masks.check_paired(masks_dir or '', [without_spaces(name) for name in own], used, names[0])
+    found, used = masks.match(folder, [colmap_name(name) for name in names], pool)
+    masks.check_paired(masks_dir or '', [colmap_name(name) for name in own], used, names[0])
     if beside:
       warnings.warn(
         f'{folder}: used as masks, not as photographs: {warnings.some(sorted(beside))}.'
@@ -236,7 +236,7 @@ def _import_photo(
   with photo_files.opened(source) as found:
     turn = 1 if stored else found.orientation
     as_jpeg = found.format in (('JPEG', 'HEIF', 'AVIF') if found.plain else ('HEIF', 'AVIF'))
-    target_name = without_spaces(_target_name(name, found, as_jpeg))
+    target_name = colmap_name(_target_name(name, found, as_jpeg))
     target = f'{FOLDER}/{target_name}'
     if not found.plain or turn != 1 or target_name != name:
       _refuse_in_place(source, os.path.join(scene_dir, FOLDER, name))

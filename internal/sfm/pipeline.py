@@ -149,6 +149,12 @@ def _check(source: str, options: Options) -> None:
     raise PosesError(f'{source}: --frames works with a video, not with a folder; leave it out.')
   if files.is_file(source) and options.given:
     raise PosesError(f'{source}: --from needs the folder of the posed photographs, not a video.')
+  small = [f'{FOLDER}_{k}' for k in FACTORS if files.is_folder(f'{source}/{FOLDER}_{k}')]
+  if small and files.is_folder(os.path.join(source, FOLDER)):
+    raise PosesError(
+      f'{source}: is a whole capture: besides {FOLDER}/ it has smaller copies in {small[0]}/. Name '
+      f'the folder of its photographs, {os.path.join(source, FOLDER)}.'
+    )
   if options.fix_intrinsics and not options.given:
     raise PosesError('--fix_intrinsics keeps the intrinsics that --from gives; add it.')
   for folder, _, names in os.walk(source):
@@ -205,7 +211,10 @@ def _collect(source: str, scene_dir: str, options: Options, frames: Sequence = (
     photos = photos_lib.import_photos(source, scene_dir, masks_dir, known, stored)
   used = [photo for photo in photos if not photo.same_as]
   if len(used) < 3:
-    raise PosesError(f'{source}: has {len(used)} photographs; at least 3 are needed, better 50.')
+    several = 's' if len(used) > 1 else ''
+    raise PosesError(
+      f'{source}: has {len(used)} photograph{several}; at least 3 are needed, better 50.'
+    )
   _write_state(path, request, photos)
   return used
 
