@@ -87,7 +87,9 @@ def command_row(folder: pathlib.Path, scene: str, count: int, exif: bool) -> str
     colmap.read_model(str(capture / diagnosis.MODELS / '0')),
     pose_scenes.true_model(scene, count, exif),
   )
-  worst = compared.rotation.max(), compared.position.max()
+  # Cameras that only turn have no radius: no poses of theirs serve.
+  still = compared.radius < 1e-6
+  worst = compared.rotation.max(), np.nan if still else compared.position.max()
   truth = 'right' if worst[0] < RIGHT[0] and worst[1] < RIGHT[1] else 'wrong'
   checks = {check['name']: check for check in report['checks']}
   others = [f'{name} {c["status"]}' for name, c in checks.items() if c['status'] != evidence.GOOD]
