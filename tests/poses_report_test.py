@@ -12,7 +12,8 @@ from PIL import Image
 from textured_corner import VIEWS, room_pose, true_model, turns
 
 from internal import colmap
-from internal.sfm import diagnosis, evidence, picture, preflight
+from internal.commands import poses as command
+from internal.sfm import diagnosis, evidence, picture, pipeline, preflight
 
 
 def test_errors_of_poses_are_in_degrees_and_shares_of_the_radius():
@@ -76,6 +77,15 @@ def row(**kwargs):
 def test_failures_are_explained(photo, words):
   said = diagnosis.explain(photo, (40, 9, 7))
   assert said is words or words in said
+
+
+def test_photographs_that_failed_alike_are_listed_together(monkeypatch, capsys):
+  failed = {'a.jpg': 'dark', 'b.jpg': 'blurred: 9%', 'c.jpg': 'dark'}
+  report = {'checks': [], 'refinement': None, 'failed': failed, 'capture': None, 'cameras': []}
+  monkeypatch.setattr(pipeline, 'make', lambda *_: report)
+  command.main(['photos', 'scene'])
+  said = capsys.readouterr().out
+  assert "  failed  'a.jpg', 'c.jpg': dark\n  failed  'b.jpg': blurred: 9%\n" in said
 
 
 def ring(n=24, reach=360.0, outwards=False, tilt=0.3):

@@ -266,6 +266,8 @@ def test_bad_input_is_a_one_line_error(tmp_path, room):
   whole = (room / 'view_4.png').read_bytes()
   (tmp_path / 'cut' / 'view_4.png').write_bytes(whole[: len(whole) // 2])
   fails(tmp_path / 'cut', new / '4', r'view_4\.png: cannot be read as an image')
+  fails(tmp_path / 'cut' / 'view_5.png', new / '4', r'view_5\.png: is one photograph\. Name the')
+  fails(room, tmp_path / 'cut' / 'view_5.png', r'view_5\.png: is a file\. Name a folder')
   (tmp_path / 'video.mp4').write_bytes(b'not a video')
   fails(tmp_path / 'video.mp4', new / '5', 'cannot be read as a video')
   fails(room, new / '5', 'was started with source')

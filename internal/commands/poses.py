@@ -13,11 +13,13 @@ of estimating them. docs/poses.md explains the report.
 from __future__ import annotations
 
 import argparse
+import collections
 import os
 
 from .. import cli
 from ..devices import starting
 from ..sfm import mapping, moved, pipeline
+from ..system import warnings
 
 
 def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -82,8 +84,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f'{check["status"]:>8}  {check["name"]}: {check["text"]}')
   for line in moved.lines(report['refinement']) if report['refinement'] else ():
     print(line)
+  failed = collections.defaultdict(list)
   for name, reason in report['failed'].items():
-    print(f'  failed  {name}: {reason}')
+    failed[reason].append(name)
+  for reason, names in failed.items():
+    print(f'  failed  {warnings.some(names)}: {reason}')
   cli.show_warnings(report['capture'] or {})
   print(f'\nLook at {os.path.join(args.scene, "preflight.png")}.')
   if report['cameras']:

@@ -241,8 +241,8 @@ def explain(row: Row, sizes: Sequence[int] = ()) -> str | None:
     return None
   if row.model is not None:
     return (
-      f'in a separate model of {sizes[row.model]} photographs, not connected to the largest one: '
-      'take photographs of the area between them'
+      f'in a separate model of {sizes[row.model]} photographs, not joined to the largest one: '
+      'photograph the way between, or pose them alone'
     )
   if row.sharpness < BLURRED:
     return f'blurred: {max(row.sharpness, 0.01):.0%} as sharp as its neighbours'

@@ -22,9 +22,9 @@ import shutil
 from collections.abc import Iterator, Sequence
 
 from .. import colmap
-from ..datasets import masks, pyramid
+from ..datasets import images, masks, pyramid
 from ..system import files
-from . import diagnosis, mapping, preflight, reconstruction, refine, video_frames
+from . import diagnosis, mapping, photo_files, preflight, reconstruction, refine, video_frames
 from . import given as given_lib
 from . import photos as photos_lib
 from .photos import FOLDER, Photo, PosesError
@@ -143,6 +143,8 @@ def _report(scene_dir: str, photos: Sequence[Photo]) -> dict:
 def _check(source: str, options: Options) -> None:
   if not files.exists(source):
     raise PosesError(f'{source}: no such video or folder of photographs.')
+  if files.is_file(source) and source.lower().endswith((*images.EXTENSIONS, *photo_files.ENDINGS)):
+    raise PosesError(f'{source}: is one photograph. Name the folder of the photographs.')
   if files.is_file(source) and options.masks:
     raise PosesError(f'{source}: --masks works with photographs, not with a video; leave it out.')
   if files.is_folder(source) and options.frames is not None:
@@ -174,6 +176,8 @@ def _check(source: str, options: Options) -> None:
 def _check_folders(source: str, scene_dir: str) -> None:
   """Raises a PosesError if the capture would mix with files that are not its own."""
   inner, outer = os.path.realpath(scene_dir), os.path.realpath(source)
+  if files.is_file(scene_dir):
+    raise PosesError(f'{scene_dir}: is a file. Name a folder for the capture, which may be new.')
   if files.is_folder(source) and os.path.commonpath([inner, outer]) == outer:
     raise PosesError(
       f'{scene_dir}: must not be inside the folder of photographs, {source}, since its pictures '
