@@ -87,7 +87,8 @@ def write(folder, poses, points, pairs, alike=()):
 
   Args:
     pairs: pairs (i, j) of photographs.
-    alike: triples (i, j, pixels [m, 2]): both photographs have features there, which match.
+    alike: triples (i, j, pixels): the photographs have features there, which match. One array
+      [m, 2] for both, or [2, m, 2].
   """
   pycolmap = reconstruction.colmap()
   pixels, inside = project(poses, points)
@@ -99,9 +100,10 @@ def write(folder, poses, points, pairs, alike=()):
     features = [pixels[k][inside[k]] for k in range(len(ids))]
     extra = []
     for i, j, added in alike:
-      numbers = [len(features[k]) + np.arange(len(added)) for k in (i, j)]
+      added = np.broadcast_to(added, (2, *np.shape(added)[-2:]))
+      numbers = [len(features[k]) + np.arange(added.shape[1]) for k in (i, j)]
       extra.append((i, j, np.stack(numbers, 1)))
-      features[i], features[j] = np.r_[features[i], added], np.r_[features[j], added]
+      features[i], features[j] = np.r_[features[i], added[0]], np.r_[features[j], added[1]]
     for image_id, rows in zip(ids, features):
       db.write_keypoints(image_id, rows.astype(np.float32))
     found = [(i, j, np.flatnonzero(inside[i] & inside[j])) for i, j in pairs]
@@ -190,6 +192,16 @@ def test_look_alikes_that_cover_a_part_of_the_picture_do_not_count(tmp_path, poi
   found = capture.test(poses)
   assert found.is_clean
   assert found.share > 0
+
+
+def test_matches_of_neighbours_count_whatever_they_cover(tmp_path, points):
+  """As where the way round the end of a thin wall joins two faces that look alike."""
+  middle = np.random.default_rng(0).uniform(-60, 60, (1500, 2)) + np.array(SIZE) / 2
+  poses = ring()
+  alike = [(0, 2, np.stack([middle, middle + np.array([0, 40])]))]
+  found = write(tmp_path, poses, points, near(N, 2), alike).test(poses)
+  assert found.contradicted == (('00.jpg', '02.jpg'),)
+  assert found.verdict == evidence.BAD
 
 
 def test_a_pure_rotation_contradicts_nothing(tmp_path, points):

@@ -6,7 +6,8 @@ photographs that match best see the same points in the same places.
 
 Matches can also be wrong, where two parts of a scene look alike. Those seldom count: they cover a
 part of the pictures, and true neighbours match better. So a pair counts if it is one of the
-strongest of either photograph and its matches cover the whole overlap of the pictures.
+strongest of either photograph, and its matches cover the whole overlap of the pictures or the two
+are neighbours in the order, which cannot be look-alikes.
 
 Two places that match as one contradict no pair. What stands beside them can tell (`folds`), and the
 order of the photographs: who goes from one to the other without a photograph leaves a jump.
@@ -188,7 +189,7 @@ class Matches:
     against = self._against(views, CONTRADICTED)
     numbers = {id(pair) for pair in against}
     strong = self.strongest(set(views))
-    found = [p for p in strong if id(p) in numbers and self.coverage(p) >= COVERED]
+    found = [p for p in strong if id(p) in numbers and self._counts(p)]
     total = sum(len(p.rows) for p in self.pairs if p.a in views and p.b in views)
     seen = [(v.pose, v.points[v.ids >= 0], v.ids[v.ids >= 0]) for v in views.values()]
     return Evidence(
@@ -247,6 +248,10 @@ class Matches:
   def neighbours(self) -> int:
     """How far apart neighbours in the order are at most; they are no look-alikes."""
     return max(2, len(self.names) // 20)
+
+  def _counts(self, pair: Pair) -> bool:
+    """Whether a strong pair is surely of one place, so that right poses agree with its matches."""
+    return self._are_neighbours(pair) or self.coverage(pair) >= COVERED
 
   def _are_neighbours(self, pair: Pair) -> bool:
     return self.is_ordered and self.apart(pair) <= self.neighbours
