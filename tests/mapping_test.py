@@ -172,10 +172,11 @@ def test_a_repair_that_fails_does_not_undo_the_others(capsys):
   assert 'repair failed' in capsys.readouterr().out
 
 
-def test_a_folded_result_comes_after_one_that_look_alikes_contradict():
+@pytest.mark.parametrize('sign', [{'folded': 0.4}, {'beside': 1}])
+def test_a_folded_result_comes_after_one_that_look_alikes_contradict(sign):
   attempts = Attempts({})
   folded, right = outcome('folded', 20, 1), outcome('right', 20, 30)
-  folded = dataclasses.replace(folded, evidence=dataclasses.replace(folded.evidence, folded=0.4))
+  folded = dataclasses.replace(folded, evidence=dataclasses.replace(folded.evidence, **sign))
   attempts.attempts = [folded, right]
   assert attempts.best() is right
 

@@ -6,8 +6,8 @@ photographs that match best see the same points in the same places.
 
 Matches can also be wrong, where two parts of a scene look alike. Those seldom count: they cover a
 part of the pictures, and true neighbours match better. So a pair counts if it is one of the
-strongest of either photograph, and its matches cover the whole overlap of the pictures or the two
-are neighbours in the order, which cannot be look-alikes.
+strongest of either photograph and its matches cover the whole overlap of the pictures. Neighbours
+in the order are seldom look-alikes: they count whatever their matches cover, but then prove less.
 
 Two places that match as one contradict no pair. What stands beside them can tell (`folds`), and the
 order of the photographs: who goes from one to the other without a photograph leaves a jump.
@@ -61,10 +61,11 @@ class Evidence:
 
   tested: int  # Strong pairs whose photographs are both in the model.
   contradicted: tuple[tuple[str, str], ...]  # The strong pairs that the model contradicts.
-  in_order: int  # Those of them that are neighbours in the order of the photographs.
+  in_order: int  # Those of them that cover the overlap and are neighbours in the order.
   share: float  # Of all matches, those in contradicted pairs, strong or weak.
   jumps: tuple[tuple[str, str], ...] = ()  # As `Matches.jumps` returns them.
   folded: float = 0.0  # Share of the pairs from one place that see different points.
+  beside: int = 0  # Contradicted pairs of neighbours in the order, whatever they cover.
 
   @property
   def is_clean(self) -> bool:
@@ -72,7 +73,7 @@ class Evidence:
 
   @property
   def verdict(self) -> str:
-    """Returns GOOD, DOUBTFUL or BAD; neighbours in the order cannot be look-alikes."""
+    """Returns GOOD, DOUBTFUL or BAD; neighbours that cover the overlap are no look-alikes."""
     if self.in_order:
       return BAD
     untold = self.jumps or self.folded > FOLDED or not self.tested
@@ -189,16 +190,19 @@ class Matches:
     against = self._against(views, CONTRADICTED)
     numbers = {id(pair) for pair in against}
     strong = self.strongest(set(views))
-    found = [p for p in strong if id(p) in numbers and self._counts(p)]
+    against_strong = [p for p in strong if id(p) in numbers]
+    beside = {id(p) for p in against_strong if self._are_neighbours(p)}
+    covered = {id(p) for p in against_strong if self.coverage(p) >= COVERED}
     total = sum(len(p.rows) for p in self.pairs if p.a in views and p.b in views)
     seen = [(v.pose, v.points[v.ids >= 0], v.ids[v.ids >= 0]) for v in views.values()]
     return Evidence(
       tested=len(strong),
-      contradicted=tuple((p.a, p.b) for p in found),
-      in_order=sum(map(self._are_neighbours, found)),
+      contradicted=tuple((p.a, p.b) for p in against_strong if id(p) in beside | covered),
+      in_order=len(beside & covered),
       share=sum(len(p.rows) for p in against) / max(total, 1),
       jumps=tuple(self.jumps(strong, set(views))),
       folded=folds.share_of_pairs(seen),
+      beside=len(beside),
     )
 
   def contradicting(self, model, tolerance: float) -> list[Pair]:
@@ -248,10 +252,6 @@ class Matches:
   def neighbours(self) -> int:
     """How far apart neighbours in the order are at most; they are no look-alikes."""
     return max(2, len(self.names) // 20)
-
-  def _counts(self, pair: Pair) -> bool:
-    """Whether a strong pair is surely of one place, so that right poses agree with its matches."""
-    return self._are_neighbours(pair) or self.coverage(pair) >= COVERED
 
   def _are_neighbours(self, pair: Pair) -> bool:
     return self.is_ordered and self.apart(pair) <= self.neighbours

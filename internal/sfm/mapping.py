@@ -68,7 +68,7 @@ class Attempt:
   def is_usable(self, count: int) -> bool:
     """Returns whether most of `count` photographs are posed, and at most look-alikes contradict."""
     found = self.evidence
-    if found is None or self.posed <= _FEW * count:
+    if found is None or found.beside or self.posed <= _FEW * count:
       return False
     return found.verdict != evidence.BAD and found.folded <= evidence.FOLDED
 
