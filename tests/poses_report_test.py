@@ -163,6 +163,7 @@ def findings(**kwargs):
     'photographs': 24,
     'size': [4000, 3000],
     'focal': [3000.0, 3000.0],
+    'off_centre': [4.0, -3.0],
     'view_degrees': 67.0,
     'exif_focal': 2950.0,
   }
@@ -204,6 +205,9 @@ def test_each_check_can_fail():
   assert graded('focal length', cameras=({**camera, 'view_degrees': 5},)).status == preflight.BAD
   square = {**camera, 'focal': [3000.0, 2800.0]}
   assert 'stretched' in graded('focal length', cameras=(square,)).text
+  cropped = {**camera, 'off_centre': [-20.4, 38.2]}
+  assert 'its axis is 20 px left, 38 px below' in graded('focal length', cameras=(cropped,)).text
+  assert 'axis' not in graded('focal length').text
   odd = graded('focal length', cameras=({**camera, 'exif_focal': 2000.0},))
   assert odd.status == preflight.BAD
   assert 'EXIF says 2000' in odd.text

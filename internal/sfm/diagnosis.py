@@ -19,7 +19,7 @@ import scipy.sparse.csgraph
 from .. import colmap, paths
 from ..devices import starting
 from ..system import files
-from . import evidence, mapping, reconstruction
+from . import evidence, mapping, principal_point, reconstruction
 from . import photos as photos_lib
 
 MODELS = 'sparse'
@@ -275,6 +275,7 @@ def _cameras(scene_dir: str, model) -> list[dict]:
         'photographs': photographs,
         'size': size.tolist(),
         'focal': focal.tolist(),
+        'off_centre': principal_point.from_centre(camera).tolist(),
         'view_degrees': float(np.degrees(2 * np.arctan(size / focal / 2)).max()),
         'exif_focal': initial.mean_focal_length() if initial.has_prior_focal_length else None,
       }

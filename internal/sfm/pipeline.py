@@ -24,7 +24,16 @@ from collections.abc import Iterator, Sequence
 from .. import colmap
 from ..datasets import images, masks, pyramid
 from ..system import files
-from . import diagnosis, mapping, photo_files, preflight, reconstruction, refine, video_frames
+from . import (
+  diagnosis,
+  mapping,
+  photo_files,
+  preflight,
+  principal_point,
+  reconstruction,
+  refine,
+  video_frames,
+)
 from . import given as given_lib
 from . import photos as photos_lib
 from .photos import FOLDER, Photo, PosesError
@@ -267,5 +276,7 @@ def _reconstruct(scene_dir: str, names: list[str], pairs: int, mapper: str) -> N
   if mapping.read_models(folder, same) is not None:
     return
   models, account = mapping.reconstruct(scene_dir, names, mapper, made_from)
+  if models:
+    models[0], account['principal_points'] = principal_point.refine(models[0])
   mapping.write_models(scene_dir, diagnosis.MODELS, models, {**made_from, **account})
   mapping.forget(scene_dir)

@@ -16,6 +16,7 @@ from . import photos as photos_lib
 from .evidence import BAD, DOUBTFUL, FOLDED, GOOD
 
 FILE = 'preflight'
+_OFF_CENTRE = 0.01  # Of the longer side; a principal point nearer to the centre is not mentioned.
 _PARALLEL = 0.998  # Mean of the unit directions: within about 4 degrees.
 
 
@@ -162,6 +163,10 @@ def _focal(found) -> list[Check]:
   for camera in found.cameras:
     fx, fy = camera['focal']
     status, text = GOOD, f'{fx:.0f} px, field of view {camera["view_degrees"]:.0f} degrees'
+    right, down = camera['off_centre']
+    if np.hypot(right, down) > _OFF_CENTRE * max(camera['size']):
+      across, along = 'left' if right < 0 else 'right', 'above' if down < 0 else 'below'
+      text += f'; its axis is {abs(right):.0f} px {across}, {abs(down):.0f} px {along} the centre'
     if not 25 <= camera['view_degrees'] <= 110:
       status, text = BAD, f'{text}: unlikely for a real lens'
     elif abs(fx / fy - 1) > 0.02:

@@ -21,7 +21,7 @@ from .. import alignment
 from ..system import files, progress
 from . import agreement as agreement_lib
 from . import moved as moved_lib
-from . import reconstruction
+from . import principal_point, reconstruction
 from .agreement import FEW, Matches
 from .diagnosis import MODELS
 from .given import Given, camera_from_opengl, opengl_from_camera
@@ -63,6 +63,7 @@ def refine(scene_dir: str, given: Given, fix_intrinsics: bool):
   _place(model, before)
   adjuster = _Adjuster(model, cache, _constant(model, camera_ids, fix_intrinsics))
   adjuster.run()
+  model, centres = principal_point.refine(model, adjuster.constant)
   verified = _observed(model)
   if len(verified & set(before)) < 3:
     raise PosesError(
@@ -72,6 +73,7 @@ def refine(scene_dir: str, given: Given, fix_intrinsics: bool):
   report = _finish(model, given, before, verified, camera_ids, adjuster.constant)
   after = {image.name: image.cam_from_world() for image in _registered(model)}
   report |= {
+    'principal_points': centres,
     'agreement_before': agreement,
     'agreement_after': matches.agreement(after, model.cameras),
   }
