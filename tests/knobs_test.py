@@ -555,6 +555,7 @@ KNOBS = {
     'grid_gain': (field, '10.0', *GRID),
     'grid_fading_features': (field, 'True', *GRID),
     'grid_coarse_to_fine': (field, '0.5', *GRID),
+    'grid_fade_by': (field, "'length'", *GRID),
     'warp_fn': (field, 'None'),
     'density_activation': (field, "'exp'"),
     'density_bias': (field, '0.5'),

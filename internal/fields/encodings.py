@@ -173,6 +173,7 @@ class HashGrid(Encoding):
       downweighting (`grid.fading`): the network can tell features near 0 from faded ones.
     coarse_to_fine: fraction of training over which levels come in, coarse to fine; 0 for all from
       the start. See `detail`.
+    fade_by: the size of a Gaussian that fades its levels, 'volume' or 'length'; see `grid.in_cube`.
   """
 
   levels: int
@@ -186,6 +187,7 @@ class HashGrid(Encoding):
   gain: float = 1.0
   fading_features: bool = False
   coarse_to_fine: float = 0.0
+  fade_by: str = 'volume'
 
   @property
   def num_features(self) -> int:
@@ -206,12 +208,13 @@ class HashGrid(Encoding):
       'gain': cfg.grid_gain,
       'fading_features': cfg.grid_fading_features,
       'coarse_to_fine': cfg.grid_coarse_to_fine,
+      'fade_by': cfg.grid_fade_by,
       'name': 'grid',
     }
 
   @nn.compact
   def __call__(self, gaussians: structs.Gaussians) -> Array:
-    x, scale = grid.in_cube(gaussians.mean, gaussians.cov)  # [..., 3], [...]
+    x, scale = grid.in_cube(gaussians.mean, gaussians.cov, self.fade_by)  # [..., 3], [...]
     if self.fading_features:  # They start as large as the tables' features.
       start = nn.initializers.constant(self.init_bound * self.gain)
       fading_scale = self.param('fading_scale', start, (self.levels,))
