@@ -376,7 +376,7 @@ class TestHashGrid:
 
   def test_fading_by_length(self):
     params, ball = _params(), _gaussians((9,))
-    by_volume, by_length = (jax.jit(_grid(fade_by=by).apply) for by in ('volume', 'length'))
+    by_volume, by_length = (jax.jit(_grid(fade_by_length=by).apply) for by in (False, True))
     np.testing.assert_allclose(by_length(params, ball), by_volume(params, ball), atol=1e-5)
     # As long as three of the coarsest cells, and thin.
     line = ball.replace(cov=jnp.broadcast_to(jnp.diag(jnp.float32([9, 1e-6, 1e-6])), (9, 3, 3)))

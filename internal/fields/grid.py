@@ -34,7 +34,7 @@ def table_size(resolution: int, log2_size: int) -> int:
   return min((resolution + 1) ** 3, 2**log2_size)
 
 
-def in_cube(mean: Array, cov: Array, fade_by: str = 'volume') -> tuple[Array, Array]:
+def in_cube(mean: Array, cov: Array, by_length: bool = False) -> tuple[Array, Array]:
   """Converts Gaussians to points with scales, in units of the cube.
 
   Contracted points lie inside the cube. Without contraction, points outside [-2, 2]^3 are clipped
@@ -43,13 +43,13 @@ def in_cube(mean: Array, cov: Array, fade_by: str = 'volume') -> tuple[Array, Ar
   Args:
     mean: [..., 3].
     cov: [..., 3, 3].
-    fade_by: the scale is 'volume' (`isotropic_scale`) or 'length' (`longest_scale`).
+    by_length: scales are `longest_scale` instead of `isotropic_scale`.
 
   Returns:
     Points x [..., 3] in [0, 1], and scales [...].
   """
   x = jnp.clip(mean / (2 * _RADIUS) + 0.5, 0, 1)
-  scale = {'volume': isotropic_scale, 'length': longest_scale}[fade_by](cov)
+  scale = longest_scale(cov) if by_length else isotropic_scale(cov)
   return x, scale / (2 * _RADIUS)
 
 
