@@ -210,9 +210,6 @@ class MLP(Checked):
   grid_fading_features: bool | Sequence[bool] = False
   # Fraction of training over which levels come in, coarse to fine (0: all from the start).
   grid_coarse_to_fine: float | Sequence[float] = 0.0
-  # In rendering, fade the levels whose cells are smaller than a Gaussian's length, instead of the
-  # cube root of its volume: one point then does not stand for a long interval's fine features.
-  grid_fade_by_length: bool | Sequence[bool] = False
   # Contraction of space before encoding (None: none).
   warp_fn: Literal['contract', 'donerf', 'inverted_sphere'] | Callable | None = None
   # Density as a function of raw density; the gradient of 'exp' is bounded above exp(15).

@@ -265,38 +265,6 @@ class TestScale:
     assert np.all((scale > 1e-6) & (scale < 2e-3))
 
 
-class TestLongestScale:
-  scale = staticmethod(jax.jit(grid.longest_scale))
-
-  @pytest.mark.parametrize('shape', [(1, 1, 1), (1, 1, 0), (1, 0, 0)], ids=['ball', 'disc', 'line'])
-  def test_is_the_length_of_equal_axes(self, shape):
-    q = np.linalg.qr(RNG.normal(size=(20, 3, 3)))[0]
-    for length in (1e-6, 0.03, 100.0):
-      cov = length**2 * (q * np.float64(shape)) @ np.swapaxes(q, -1, -2)
-      np.testing.assert_allclose(self.scale(np.float32(cov)), length, rtol=1e-5)
-
-  def test_is_the_mean_variance_weighted_by_variances(self):
-    cov, sd = _random_cov(50, 3.0)
-    expected = np.sqrt(np.sum(sd**4, -1) / np.sum(sd**2, -1))
-    np.testing.assert_allclose(self.scale(np.float32(cov)), expected, rtol=1e-5)
-    assert np.all(expected <= sd.max(-1))
-    assert np.all(expected > sd.max(-1) / 3**0.5)
-
-  def test_follows_the_interval_where_the_volume_does_not(self):
-    # A ray's interval, a thousand times longer than wide; then twice as long.
-    cov = np.float32([np.diag([1e-6, 1e-6, v]) for v in (1.0, 4.0)])
-    one, two = self.scale(cov)
-    np.testing.assert_allclose([one, two], [1, 2], rtol=1e-5)
-    assert np.all(grid.isotropic_scale(cov) < 0.02)
-
-  def test_stays_positive_and_finite(self):
-    minus = np.diag([1.0, -1e-7, 1e-3])
-    awkward = np.stack([np.zeros((3, 3)), np.ones((3, 3)), minus, 1e-30 * np.eye(3)])
-    awkward = np.concatenate([awkward, 1e12 * np.eye(3)[None]])
-    assert np.all(self.scale(np.float32(awkward)) > 0)
-    assert_finite(grid.longest_scale, awkward)
-
-
 class TestFading:
   def test_matches_the_formula_and_the_mass_of_a_cell(self):
     s = np.float64([0.01, 0.03, 0.1, 1.0])
@@ -373,20 +341,6 @@ class TestHashGrid:
       fade = np.asarray(grid.fading(jnp.float32(0.01 / 4), n))
       expected = np.stack([_twin(table, p, n) for p in x]) * fade
       np.testing.assert_allclose(out[:, 2 * i : 2 * i + 2], expected, atol=1e-4)
-
-  def test_fading_by_length(self):
-    params, ball = _params(), _gaussians((9,))
-    by_volume, by_length = (jax.jit(_grid(fade_by_length=by).apply) for by in (False, True))
-    np.testing.assert_allclose(by_length(params, ball), by_volume(params, ball), atol=1e-5)
-    # As long as three of the coarsest cells, and thin.
-    line = ball.replace(cov=jnp.broadcast_to(jnp.diag(jnp.float32([9, 1e-6, 1e-6])), (9, 3, 3)))
-    a, b = np.asarray(by_volume(params, line)), np.asarray(by_length(params, line))
-    for i, n in enumerate((4, 16, 64)):
-      features = slice(2 * i, 2 * i + 2)
-      ratio = grid.fading(jnp.float32(3 / 4), n) / grid.fading(
-        jnp.float32(9 ** (1 / 6) * 0.01 / 4), n
-      )
-      np.testing.assert_allclose(b[:, features], ratio * a[:, features], atol=1e-4)
 
   def test_multisamples_are_faded_separately_and_averaged(self):
     params = _params()

@@ -72,19 +72,11 @@ def key():
   return jax.random.key(0)
 
 
-def field(settings, which, jitter=True, **how):
+def field(settings, which, **how):
   """One MLP, with its parameters' initialisation."""
   gaussians = structs.Gaussians(jnp.ones((1, 2, 3)), jnp.ones((1, 2, 3, 3)))
   init = mlp.MLP(getattr(settings, which), **how).init_with_output
-  own = lambda key: key if jitter else None  # noqa: E731
-  return text_of(jax.make_jaxpr(lambda k: init(k, own(k), gaussians, jnp.ones((1, 3))))(key()))
-
-
-def field_in_rendering(settings, which):
-  return field(settings, which, jitter=False)
-
-
-FIELDS = field, field_in_rendering
+  return text_of(jax.make_jaxpr(lambda key: init(key, key, gaussians, jnp.ones((1, 3))))(key()))
 
 
 def on_a_gpu(settings, _):
@@ -563,7 +555,6 @@ KNOBS = {
     'grid_gain': (field, '10.0', *GRID),
     'grid_fading_features': (field, 'True', *GRID),
     'grid_coarse_to_fine': (field, '0.5', *GRID),
-    'grid_fade_by_length': (field_in_rendering, 'True', *GRID),
     'warp_fn': (field, 'None'),
     'density_activation': (field, "'exp'"),
     'density_bias': (field, '0.5'),
@@ -627,8 +618,8 @@ def outcome(probe, owner, settings, folder=None):
   """Runs a probe; caches results of probes without files by their settings."""
   if probe in ABOUT_FILES:
     return probe(settings, str(folder))
-  part = PARTS[owner] if probe in FIELDS else ''
-  used = dataclasses.astuple(getattr(settings, part)) if part else (settings,)
+  part = PARTS[owner] if probe is field else ''
+  used = (settings,) if probe is not field else dataclasses.astuple(getattr(settings, part))
   case = probe, repr(used)
   if case not in _outcomes:
     _outcomes[case] = probe(settings, part)
@@ -661,7 +652,7 @@ PROBES = {case[0]: case[2:] for knobs in KNOBS.values() for case in knobs.values
 def test_probes_are_deterministic(probe, tmp_path):
   """Otherwise every setting would seem to have an effect."""
   base = *BASE, *SHORT, *(b.format('NerfMLP') for b in PROBES[probe])
-  where = 'nerf_mlp' if probe in FIELDS else str(tmp_path)
+  where = 'nerf_mlp' if probe is field else str(tmp_path)
   a, b = (probe(configs.load_config([], base), where) for _ in range(2))
   assert not differ(a, b)
 

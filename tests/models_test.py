@@ -823,15 +823,6 @@ class TestGrid:
     jax.tree.map(np.testing.assert_array_equal, *start)
     assert _differs(apply(changed, None, RAYS, 0.0)[0][-1].rgb, start[0][0][-1].rgb)
 
-  def test_long_intervals_fade_in_rendering_alone(self):
-    bindings = 'NerfMLP.grid_fade_by_length = True', 'PropMLP.grid_fade_by_length = (False, True)'
-    still = [_forward(*GRID, *b) for b in ((), bindings)]
-    np.testing.assert_array_equal(*(history[0].weights for _, history in still))
-    assert _differs(*(history[1].weights for _, history in still))
-    assert _differs(*(renderings[-1].rgb for renderings, _ in still))
-    jittered = [_forward(*GRID, *b, key=KEY) for b in ((), bindings)]
-    jax.tree.map(np.testing.assert_array_equal, *jittered)
-
   def test_density_elsewhere_is_that_of_the_same_moment(self):
     settings, params, _ = _make(*GRID, 'NerfMLP.grid_coarse_to_fine = 0.5')
     model, tdist = models.build(settings), jnp.tile(jnp.linspace(0.3, 1.1, 5), (6, 1))

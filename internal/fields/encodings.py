@@ -38,11 +38,6 @@ class Encoding(nn.Module):
     """Returns the constructor's arguments for an `mlp.MLP`; its encoding_options override them."""
     return {'name': 'encoding'}
 
-  @classmethod
-  def rendering_arguments(cls, field: Any) -> dict[str, Any]:
-    """Returns the arguments that are others without jitter, in rendering."""
-    return {}
-
   def arrange(self, rows: Array) -> Array:
     """Reorders and pads kernel rows [num_features, ...] to match the features."""
     return rows
@@ -178,7 +173,6 @@ class HashGrid(Encoding):
       downweighting (`grid.fading`): the network can tell features near 0 from faded ones.
     coarse_to_fine: fraction of training over which levels come in, coarse to fine; 0 for all from
       the start. See `detail`.
-    fade_by_length: downweight by a Gaussian's length instead of its volume; see `grid.in_cube`.
   """
 
   levels: int
@@ -192,7 +186,6 @@ class HashGrid(Encoding):
   gain: float = 1.0
   fading_features: bool = False
   coarse_to_fine: float = 0.0
-  fade_by_length: bool = False
 
   @property
   def num_features(self) -> int:
@@ -216,13 +209,9 @@ class HashGrid(Encoding):
       'name': 'grid',
     }
 
-  @classmethod
-  def rendering_arguments(cls, field: Any) -> dict[str, Any]:
-    return {'fade_by_length': field.config.grid_fade_by_length}
-
   @nn.compact
   def __call__(self, gaussians: structs.Gaussians) -> Array:
-    x, scale = grid.in_cube(gaussians.mean, gaussians.cov, self.fade_by_length)  # [..., 3], [...]
+    x, scale = grid.in_cube(gaussians.mean, gaussians.cov)  # [..., 3], [...]
     if self.fading_features:  # They start as large as the tables' features.
       start = nn.initializers.constant(self.init_bound * self.gain)
       fading_scale = self.param('fading_scale', start, (self.levels,))

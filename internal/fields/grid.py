@@ -34,7 +34,7 @@ def table_size(resolution: int, log2_size: int) -> int:
   return min((resolution + 1) ** 3, 2**log2_size)
 
 
-def in_cube(mean: Array, cov: Array, by_length: bool = False) -> tuple[Array, Array]:
+def in_cube(mean: Array, cov: Array) -> tuple[Array, Array]:
   """Converts Gaussians to points with scales, in units of the cube.
 
   Contracted points lie inside the cube. Without contraction, points outside [-2, 2]^3 are clipped
@@ -43,14 +43,12 @@ def in_cube(mean: Array, cov: Array, by_length: bool = False) -> tuple[Array, Ar
   Args:
     mean: [..., 3].
     cov: [..., 3, 3].
-    by_length: scales are `longest_scale` instead of `isotropic_scale`.
 
   Returns:
     Points x [..., 3] in [0, 1], and scales [...].
   """
   x = jnp.clip(mean / (2 * _RADIUS) + 0.5, 0, 1)
-  scale = longest_scale(cov) if by_length else isotropic_scale(cov)
-  return x, scale / (2 * _RADIUS)
+  return x, isotropic_scale(cov) / (2 * _RADIUS)
 
 
 def isotropic_scale(cov: Array) -> Array:
@@ -75,24 +73,6 @@ def isotropic_scale(cov: Array) -> Array:
   rest = bc - ab / first * ac
   third = jnp.maximum(c - ac / first * ac - rest / second * rest, least)
   return jnp.exp((jnp.log(first) + jnp.log(second) + jnp.log(third)) / 6)
-
-
-def longest_scale(cov: Array) -> Array:
-  """Computes sqrt(tr(cov^2) / tr(cov)), the length of a Gaussian's long axes.
-
-  With v the variances along the principal axes, this is the root of sum(v^2) / sum(v): their mean,
-  weighted by themselves. It is exact if those that are not 0 are equal (a ball, a disc, a line) and
-  never exceeds the largest. Unlike an eigenvalue it is smooth.
-
-  Args:
-    cov: [..., 3, 3], positive semidefinite up to rounding.
-
-  Returns:
-    Scales [...], positive.
-  """
-  total = jnp.maximum(jnp.trace(cov, axis1=-2, axis2=-1), math.SMALL)
-  shares = jnp.sum((cov / total[..., None, None]) ** 2, (-1, -2))  # [...], at most 1.
-  return jnp.sqrt(total * jnp.maximum(shares, math.EPS))
 
 
 def fading(scale: Array, resolution: int) -> Array:

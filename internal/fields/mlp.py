@@ -69,8 +69,7 @@ class MLP(nn.Module):
     """Evaluates the field.
 
     Args:
-      key: PRNG key for the configured noise, or one key per ray [...]; None in rendering, without
-        noise.
+      key: PRNG key for the configured noise, or one key per ray [...]; None disables noise.
       gaussians: mean [..., n, 3] and cov [..., n, 3, 3] in world space, with an axis k after n if
         `multisampled`.
       viewdirs: [..., 3] unit vectors, or None for view-independent colour.
@@ -82,8 +81,7 @@ class MLP(nn.Module):
     """
     cfg = self.config
     density_key, bottleneck_key = math.split_keys(key, 2)
-    # [..., n], [..., n, c]
-    raw, x = self._trunk(gaussians, viewdirs is not None, train_frac, rendering=key is None)
+    raw, x = self._trunk(gaussians, viewdirs is not None, train_frac)  # [..., n], [..., n, c]
     raw = _add_noise(density_key, raw, cfg.density_noise)
     density = _DENSITIES[cfg.density_activation](raw + cfg.density_bias)
     if cfg.disable_rgb:
@@ -97,15 +95,13 @@ class MLP(nn.Module):
     # Padding lets a sigmoid reach 0 and 1 at finite inputs.
     return density, rgb * (1 + 2 * cfg.rgb_padding) - cfg.rgb_padding
 
-  def _encode(
-    self, gaussians: structs.Gaussians, train_frac, rendering: bool
-  ) -> tuple[Array, encodings.Encoding]:
+  def _encode(self, gaussians: structs.Gaussians, train_frac) -> tuple[Array, encodings.Encoding]:
     """Returns features [..., n, f] of the warped Gaussians in `dtype`, and the encoding."""
     cfg = self.config
     warp = _WARPS[cfg.warp_fn]
     if warp is not None:
       gaussians = structs.Gaussians(*coord.linearize(warp, gaussians.mean, gaussians.cov))
-    encoding = self._encoding(rendering)
+    encoding = self._encoding()
     features = encoding(gaussians)
     if self.multisampled and features.ndim == gaussians.mean.ndim:
       features = jnp.mean(features, -2)  # A plug-in's features are of each Gaussian [..., n, k, f].
@@ -114,7 +110,7 @@ class MLP(nn.Module):
       features *= _as_row(detail, features.ndim)
     return features.astype(self.dtype), encoding
 
-  def _encoding(self, rendering: bool) -> encodings.Encoding:
+  def _encoding(self) -> encodings.Encoding:
     """Returns the configured encoding.
 
     Raises:
@@ -122,9 +118,8 @@ class MLP(nn.Module):
     """
     cfg = self.config
     kind = plugins.encoding[cfg.encoding]
-    own = kind.arguments(self) | (kind.rendering_arguments(self) if rendering else {})
     try:
-      return kind(**{**own, **cfg.encoding_options})
+      return kind(**{**kind.arguments(self), **cfg.encoding_options})
     except TypeError as e:
       raise configs.ConfigError(
         f'{type(cfg).__name__}.encoding_options must be arguments of the encoding '
@@ -132,7 +127,7 @@ class MLP(nn.Module):
       ) from None
 
   def _trunk(
-    self, gaussians: structs.Gaussians, by_view: bool, train_frac, rendering: bool
+    self, gaussians: structs.Gaussians, by_view: bool, train_frac
   ) -> tuple[Array, Array | None]:
     """Evaluates the hidden layers and the heads.
 
@@ -141,7 +136,7 @@ class MLP(nn.Module):
       if colour depends on the view, else the last hidden layer; None if neither is configured.
     """
     cfg = self.config
-    encoded, encoding = self._encode(gaussians, train_frac, rendering)
+    encoded, encoding = self._encode(gaussians, train_frac)
     bins = encoded.shape[:-1]
     encoded = encoded.reshape(-1, encoded.shape[-1])  # [m, f]
     bottleneck_width = cfg.bottleneck_width if by_view and not cfg.disable_rgb else 0
