@@ -23,6 +23,7 @@ from . import evidence, mapping, principal_point, reconstruction
 from . import photos as photos_lib
 
 MODELS = 'sparse'
+_HOW = 'mapper', 'attempts', 'principal_points'  # What the report has of the models' stamp.
 BLURRED = 0.35  # Times the median sharpness of the photographs around it.
 FEW_FEATURES = 500
 FEW_MATCHES = 30  # COLMAP's mapper requires this many of each photograph.
@@ -104,7 +105,7 @@ def _test(scene_dir: str, photos, models) -> evidence.Evidence | None:
 def _how_made(folder: str) -> dict | None:
   with contextlib.suppress(FileNotFoundError, files.FileError):  # A damaged one is left out.
     stamp = files.read_json(os.path.join(folder, mapping.STAMP), dict)
-    return {key: stamp[key] for key in ('mapper', 'attempts') if key in stamp} or None
+    return {key: stamp[key] for key in _HOW if key in stamp} or None
   return None
 
 
