@@ -17,7 +17,7 @@ from textured_corner import FOCAL, SIZE, VIEWS, render_room, room_pose, true_mod
 
 from internal import colmap, configs, datasets
 from internal.datasets import images
-from internal.sfm import incremental, mapping, pairs, reconstruction
+from internal.sfm import incremental, mapping, pairs, principal_point, reconstruction
 from internal.sfm import photos as photos_lib
 from internal.sfm import pipeline as pipeline_lib
 
@@ -175,8 +175,12 @@ def test_the_largest_model_comes_first(monkeypatch, tmp_path):
   monkeypatch.setattr(reconstruction.colmap(), 'ReconstructionManager', manager)
   monkeypatch.setattr(reconstruction.colmap(), 'IncrementalPipeline', pipeline)
   reconstruction.database(tmp_path).close()
-  models, _ = mapping.reconstruct(str(tmp_path), [], 'incremental', {})
-  assert [model.num_reg_images() for model in models] == [9, 6, 4]
+  monkeypatch.setattr(principal_point, 'refine', lambda model: (model, [{'camera': 1}]))
+  pipeline_lib._reconstruct(str(tmp_path), [], 1, 'incremental')
+  written = [(tmp_path / 'sparse' / str(k) / 'images.bin').read_text() for k in range(3)]
+  assert written == ['9', '6', '4']
+  stamp = json.loads((tmp_path / 'sparse' / mapping.STAMP).read_text())
+  assert stamp['principal_points'] == [{'camera': 1}]
 
 
 def test_a_missing_colmap_says_what_to_install(monkeypatch, room, tmp_path):

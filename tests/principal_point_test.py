@@ -33,7 +33,7 @@ def test_finds_the_axis_of_cropped_pictures():
   adjusted, [found] = principal_point.refine(model)
   sure = 4 * NOISE * found['deviation']
   assert 0 < found['deviation'] < 0.005 * 1024
-  np.testing.assert_allclose(found['from_centre'], (28, -24), atol=sure)
+  np.testing.assert_allclose(found['off_centre'], (28, -24), atol=sure)
   [camera] = adjusted.cameras.values()
   np.testing.assert_allclose(camera.params[:2], (900, 910), atol=5)
   assert adjusted.compute_mean_reprojection_error() == pytest.approx(

@@ -132,13 +132,23 @@ def list_images(folder: str, endings: tuple[str, ...] = EXTENSIONS) -> list[str]
     DataError: a folder may not be read.
   """
   found = []
-  for root, folders, names in os.walk(folder, onerror=_refuse_denied):
-    folders[:] = [name for name in folders if not name.startswith('.')]
+  for root, _, names in walk(folder):
     for name in names:
       if name.lower().endswith(endings) and not name.startswith('.'):
         path = os.path.relpath(os.path.join(root, name), folder)
         found.append(path.replace(os.sep, '/'))
   return sorted(found)
+
+
+def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
+  """Walks a folder as os.walk does, but not into hidden folders.
+
+  Raises:
+    DataError: a folder may not be read.
+  """
+  for root, folders, names in os.walk(folder, onerror=_refuse_denied):
+    folders[:] = [name for name in folders if not name.startswith('.')]
+    yield root, folders, names
 
 
 def _refuse_denied(error: OSError) -> None:

@@ -276,7 +276,7 @@ def _cameras(scene_dir: str, model) -> list[dict]:
         'photographs': photographs,
         'size': size.tolist(),
         'focal': focal.tolist(),
-        'off_centre': principal_point.from_centre(camera).tolist(),
+        'off_centre': principal_point.off_centre(camera).tolist(),
         'view_degrees': float(np.degrees(2 * np.arctan(size / focal / 2)).max()),
         'exif_focal': initial.mean_focal_length() if initial.has_prior_focal_length else None,
       }

@@ -261,8 +261,8 @@ def _linked_folders(folder: str) -> list[str]:
   """Lists the links to folders in a folder and below it, which `images.list_images` leaves out."""
   return sorted(
     os.path.relpath(path, folder)
-    for root, folders, _ in os.walk(folder)
-    for path in (os.path.join(root, name) for name in folders if name[0] != '.')
+    for root, folders, _ in images.walk(folder)
+    for path in (os.path.join(root, name) for name in folders)
     if os.path.islink(path)
   )
 

@@ -1,8 +1,8 @@
 """Finds where the lens's axis meets the picture, once the poses are good.
 
 Mappers keep the principal point at the picture's centre. If it is elsewhere, as in stabilised video
-and in crops, then rotations, positions and tangential distortion make up for the most of it, but
-not for all. A last bundle adjustment therefore sets the principal point free.
+and in crops, then rotations, positions and tangential distortion make up for most of it, but not
+for all. A last bundle adjustment therefore sets the principal point free.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ def refine(model, kept: Collection[int] = ()) -> tuple[Any, list[dict]]:
 
   Returns:
     The adjusted Reconstruction, and of each camera whose principal point was found a dict for JSON:
-    its id, `from_centre` (x, y) in pixels, and its `deviation` in pixels, the larger of x and y.
+    its id, `off_centre` (x, y) in pixels, and its `deviation` in pixels, the larger of x and y.
   """
+  if not set(model.cameras) - set(kept):
+    return model, []
   found = {k: v for k, v in _deviations(model).items() if k not in kept}
   while sure := {k for k, v in found.items() if v <= _SURE * _side(model.cameras[k])}:
     adjusted = reconstruction.colmap().Reconstruction(model)
@@ -42,12 +44,12 @@ def refine(model, kept: Collection[int] = ()) -> tuple[Any, list[dict]]:
       summary = _adjuster(adjusted, adjusted.reg_image_ids(), set(model.cameras) - sure).solve()
     if not summary.is_solution_usable():
       break
-    offsets = {k: from_centre(adjusted.cameras[k]) for k in sorted(sure)}
+    offsets = {k: off_centre(adjusted.cameras[k]) for k in sorted(sure)}
     wrong = {k for k, v in offsets.items() if abs(v).max() > _FARTHEST * _side(model.cameras[k])}
     if not wrong:
       adjusted.update_point_3d_errors()
       return adjusted, [
-        {'camera': k, 'from_centre': v.round(2).tolist(), 'deviation': round(found[k], 3)}
+        {'camera': k, 'off_centre': v.round(2).tolist(), 'deviation': round(found[k], 3)}
         for k, v in offsets.items()
       ]
     found = {k: v for k, v in found.items() if k not in wrong}
@@ -96,7 +98,7 @@ def _side(camera) -> int:
   return max(camera.width, camera.height)
 
 
-def from_centre(camera) -> np.ndarray:
+def off_centre(camera) -> np.ndarray:
   """Returns where a camera's principal point is, (x, y) in pixels from the picture's centre."""
   point = np.array([camera.principal_point_x, camera.principal_point_y])
   return point - np.array([camera.width, camera.height]) / 2
