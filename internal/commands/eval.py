@@ -15,11 +15,9 @@ aliasing, and writes to eval/multiscale.
 
 from __future__ import annotations
 
-import collections
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
 
 import numpy as np
 
@@ -36,7 +34,6 @@ from ..training import checkpoints, run_folder, runlog
 from ..vis import pictures
 
 _POLL_SECONDS = 10
-_WORKERS = 4  # Threads, and images that wait for one.
 _PAIR_WIDTH = 480  # Pixels of truth and prediction side by side on the contact sheet.
 
 
@@ -125,50 +122,27 @@ def evaluate(run: trained.TrainedRun, rows: Sequence[int], render_image: Callabl
     The content of results.json; None on processes other than the main one.
   """
   compute_lpips, lpips_absent = load_lpips() if processes.is_main() else (None, None)
-  waiting, done = collections.deque(), []
+  per_image, pairs = [], []
   refine = left_halves.make_refiner(run) if run.settings.config.eval_refine_cameras else None
-
-  def finish_first():
-    done.append(waiting.popleft().result())
-    scores = done[-1][0]
-    line = f'{scores["name"]}  {metrics_lib.format_metrics(scores)}'
-    progress.say(f'{len(done)}/{len(rows)} {line}  {scores["seconds"]:.1f}s')
-
-  # Scores and pictures of several images are made while the next ones are rendered.
-  with futures.ThreadPoolExecutor(_WORKERS) as pool:
-    for k, row in enumerate(progress.track(rows, 'evaluating', processes.is_main())):
-      cams, at = run.scene.cameras, row
-      if refine:
-        cams, at = refine(row), 0
-      began = time.monotonic()
-      rendering = render_image(run.params, cams, at, run.train_fraction)
-      seconds = time.monotonic() - began
-      if processes.is_main():
-        waiting.append(pool.submit(finish_image, run, k, row, rendering, seconds, compute_lpips))
-        if len(waiting) > _WORKERS:
-          finish_first()
-    while waiting:
-      finish_first()
-  if not processes.is_main():
-    return None
-  per_image, pairs = zip(*done)
-  return write_outputs(run, per_image, [p for p in pairs if p is not None], lpips_absent)
-
-
-def finish_image(run, k: int, row: int, rendering: dict, seconds: float, compute_lpips) -> tuple:
-  """Writes a rendered image's pictures; returns its entry of results.json and its reduced pair.
-
-  The pair of truth and prediction is None with Config.eval_save_output = False.
-  """
-  scores, truth = score_image(run, row, rendering, compute_lpips)
-  entry = {**scores, 'seconds': seconds}
-  if not run.settings.config.eval_save_output:
-    return entry, None
-  stem = os.path.join(run.folder, 'eval', f'{k:03d}_{run.scene.stem(row)}')
-  note = f'PSNR {scores["psnr"]:.2f}   SSIM {scores["ssim"]:.3f}'
-  save_pictures(stem, rendering, truth, note)
-  pair = np.concatenate([truth, pictures.to_uint8(rendering['rgb'])], 1)
-  return entry, pictures.shrink(pair, _PAIR_WIDTH)
+  for k, row in enumerate(progress.track(rows, 'evaluating', processes.is_main())):
+    cams, at = run.scene.cameras, row
+    if refine:
+      cams, at = refine(row), 0
+    began = time.monotonic()
+    rendering = render_image(run.params, cams, at, run.train_fraction)
+    seconds = time.monotonic() - began
+    if processes.is_main():
+      scores, truth = score_image(run, row, rendering, compute_lpips)
+      per_image.append({**scores, 'seconds': seconds})
+      line = f'{scores["name"]}  {metrics_lib.format_metrics(scores)}'
+      progress.say(f'{k + 1}/{len(rows)} {line}  {seconds:.1f}s')
+      if run.settings.config.eval_save_output:
+        stem = os.path.join(run.folder, 'eval', f'{k:03d}_{run.scene.stem(row)}')
+        note = f'PSNR {scores["psnr"]:.2f}   SSIM {scores["ssim"]:.3f}'
+        save_pictures(stem, rendering, truth, note)
+        pair = np.concatenate([truth, pictures.to_uint8(rendering['rgb'])], 1)
+        pairs.append(pictures.shrink(pair, _PAIR_WIDTH))
+  return write_outputs(run, per_image, pairs, lpips_absent) if processes.is_main() else None
 
 
 def score_image(run: trained.TrainedRun, row: int, rendering: dict, compute_lpips) -> tuple:
