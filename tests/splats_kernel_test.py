@@ -23,8 +23,10 @@ def make(count, capacity, **kwargs):
 
 def check(features, lists):
   rows = rasterizer._rows(features, lists)
+  segments = tile_kernel.cut(lists.begin, lists.end, len(rows))
   draw = functools.partial(tile_kernel.draw, across=ACROSS, interpret=True)
-  colors, through = jax.jit(draw)(rows, lists.begin, lists.end)
+  drawn = jax.jit(draw)(rows, lists.begin, lists.end, segments)
+  colors, through, _ = drawn
   blend = jax.jit(rasterizer._blend_groups, static_argnums=2)
   expected = blend(features, lists, ACROSS)
   np.testing.assert_allclose(colors, expected[0], atol=3e-4)
@@ -33,8 +35,7 @@ def check(features, lists):
   wanted = tuple(jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in expected)
   by_kernel = functools.partial(tile_kernel.gradients, across=ACROSS, interpret=True)
   rows_gradient = jax.jit(by_kernel)(
-    rows, lists.begin, lists.end, colors=colors, through=through, g_colors=wanted[0],
-    g_through=wanted[1],
+    rows, lists.begin, lists.end, segments, drawn=drawn, g_colors=wanted[0], g_through=wanted[1]
   )  # fmt: skip
   used = int(lists.end[-1])
   np.testing.assert_array_equal(rows_gradient[used:], 0)  # Rows of no tile.
@@ -60,6 +61,16 @@ def test_it_stops_where_a_tile_is_opaque():
   features = features.at[:, 5].set(jnp.where(features[:, 5] > 0, 0.95, 0))
   through = check(features, lists)
   assert (np.asarray(through).max(1) < 1e-3).any()
+
+
+def test_long_lists_are_cut_into_segments(monkeypatch):
+  monkeypatch.setattr(tile_kernel, 'SEGMENT', 64)
+  features, lists = make(700, 9000, seed=5, spread=0.8, log_scale=-0.5)
+  assert int(jnp.max(lists.end - lists.begin)) > 4 * 64
+  through = np.asarray(check(features, lists))
+  # Some quarters of tiles are opaque while others are not.
+  quarters = through.reshape(len(through), 4, -1).max(-1) < 1e-4
+  assert (quarters.any(1) & ~quarters.all(1)).any()
 
 
 def test_a_gpu_program_contains_the_kernel_and_others_do_not():

@@ -147,14 +147,7 @@ def _groups(lists: _Lists) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _blend(features: Array, lists: _Lists, across: int) -> tuple[Array, Array]:
   """Composites each tile's list: colours [t, 3, p] without background, and what passes [t, p]."""
-  if lists.side != TILE:  # The kernel draws tiles of TILE only.
-    return _blend_groups(features, lists, across)
-  return jax.lax.platform_dependent(
-    features,
-    lists,
-    cuda=lambda f, lists: tile_kernel.draw(_rows(f, lists), lists.begin, lists.end, across),
-    default=functools.partial(_blend_groups, across=across),
-  )
+  return _blend_forward(features, lists, across)[0]
 
 
 def _rows(features: Array, lists: _Lists) -> Array:
@@ -182,22 +175,33 @@ def _blend_groups(features: Array, lists: _Lists, across: int) -> tuple[Array, A
 
 
 def _blend_forward(features, lists, across):
-  drawn = _blend(features, lists, across)
-  return drawn, (features, lists, drawn)
+  in_groups = functools.partial(_blend_groups, across=across)
+  if lists.side != TILE:  # The kernel draws tiles of TILE only.
+    drawn = in_groups(features, lists)
+    return drawn, (features, lists, drawn)
+  segments = tile_kernel.cut(lists.begin, lists.end, len(lists.ids))
+  shape = len(segments.tile), 4, TILE**2
+
+  def by_kernel(features, lists):
+    rows = _rows(features, lists)
+    return tile_kernel.draw(rows, lists.begin, lists.end, segments, across)
+
+  def plain(features, lists):
+    return *in_groups(features, lists), jnp.zeros(shape)
+
+  drawn = jax.lax.platform_dependent(features, lists, cuda=by_kernel, default=plain)
+  return drawn[:2], (features, lists, drawn)
 
 
 def _blend_backward(across, kept, gradients):
   features, lists, drawn = kept
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), lists)
+  in_groups = functools.partial(_differentiate_groups, across)
+  by_kernel = functools.partial(_sum_rows, across)
   if lists.side != TILE:
-    return _differentiate_groups(across, features, lists, drawn, gradients), zeros
+    return in_groups(features, lists, drawn, gradients), zeros
   total = jax.lax.platform_dependent(
-    features,
-    lists,
-    drawn,
-    gradients,
-    cuda=functools.partial(_sum_rows, across),
-    default=functools.partial(_differentiate_groups, across),
+    features, lists, drawn, gradients, cuda=by_kernel, default=in_groups
   )
   return total, zeros
 
@@ -205,7 +209,8 @@ def _blend_backward(across, kept, gradients):
 def _sum_rows(across, features, lists, drawn, gradients):
   """Sums the derivatives of a Gaussian's pairs: [n, 9]."""
   rows = _rows(features, lists)
-  parts = tile_kernel.gradients(rows, lists.begin, lists.end, across, *drawn, *gradients)
+  segments = tile_kernel.cut(lists.begin, lists.end, len(lists.ids))
+  parts = tile_kernel.gradients(rows, lists.begin, lists.end, segments, across, drawn, *gradients)
   used = jnp.arange(len(rows)) < lists.end[-1]
   ids = jnp.where(used, lists.ids, len(features))  # Others would all be added to one row.
   return jnp.zeros_like(features).at[ids].add(parts[:, :_FEATURES], mode='drop')
@@ -217,7 +222,7 @@ def _differentiate_groups(across, features, lists, drawn, gradients):
   d color / d alpha_i = T_i c_i - S_i / (1 - alpha_i), and d through / d alpha_i is
   -through / (1 - alpha_i).
   """
-  colors, through = drawn
+  colors, through = drawn[:2]
   groups = _groups(lists)
 
   def group(total, tiles):
@@ -314,7 +319,10 @@ def _weights(f: Array, pixels: tuple[Array, Array], through: Array) -> tuple[Arr
   alpha = jnp.where(alpha >= gaussians.MIN_ALPHA, alpha, 0)
   passed = _running(jnp.multiply, 1 - alpha, 1)
   before = jnp.pad(passed[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=1) * through[:, None]
-  return alpha * before, through * passed[:, -1], alpha, dx, dy, before
+  shown = before > tile_kernel.OPAQUE  # The pixel is not finished.
+  alpha = jnp.where(shown, alpha, 0)
+  after = jnp.max(jnp.where(shown, (through * passed[:, -1])[:, None], before), 1)
+  return alpha * before, after, alpha, dx, dy, before
 
 
 def _running(combine, x: Array, start: float) -> Array:
