@@ -15,6 +15,8 @@ aliasing, and writes to eval/multiscale.
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +37,7 @@ from ..vis import pictures
 
 _POLL_SECONDS = 10
 _PAIR_WIDTH = 480  # Pixels of truth and prediction side by side on the contact sheet.
+_WRITERS = 4  # Threads that compress and write pictures.
 
 
 class EvalError(UserError):
@@ -122,26 +125,32 @@ def evaluate(run: trained.TrainedRun, rows: Sequence[int], render_image: Callabl
     The content of results.json; None on processes other than the main one.
   """
   compute_lpips, lpips_absent = load_lpips() if processes.is_main() else (None, None)
-  per_image, pairs = [], []
+  per_image, pairs, written = [], [], collections.deque()
   refine = left_halves.make_refiner(run) if run.settings.config.eval_refine_cameras else None
-  for k, row in enumerate(progress.track(rows, 'evaluating', processes.is_main())):
-    cams, at = run.scene.cameras, row
-    if refine:
-      cams, at = refine(row), 0
-    began = time.monotonic()
-    rendering = render_image(run.params, cams, at, run.train_fraction)
-    seconds = time.monotonic() - began
-    if processes.is_main():
-      scores, truth = score_image(run, row, rendering, compute_lpips)
-      per_image.append({**scores, 'seconds': seconds})
-      line = f'{scores["name"]}  {metrics_lib.format_metrics(scores)}'
-      progress.say(f'{k + 1}/{len(rows)} {line}  {seconds:.1f}s')
-      if run.settings.config.eval_save_output:
-        stem = os.path.join(run.folder, 'eval', f'{k:03d}_{run.scene.stem(row)}')
-        note = f'PSNR {scores["psnr"]:.2f}   SSIM {scores["ssim"]:.3f}'
-        save_pictures(stem, rendering, truth, note)
-        pair = np.concatenate([truth, pictures.to_uint8(rendering['rgb'])], 1)
-        pairs.append(pictures.shrink(pair, _PAIR_WIDTH))
+  # Only compressing and writing run beside the loop: no threads compute with JAX.
+  with concurrent.futures.ThreadPoolExecutor(_WRITERS) as writers:
+    for k, row in enumerate(progress.track(rows, 'evaluating', processes.is_main())):
+      cams, at = run.scene.cameras, row
+      if refine:
+        cams, at = refine(row), 0
+      began = time.monotonic()
+      rendering = render_image(run.params, cams, at, run.train_fraction)
+      seconds = time.monotonic() - began
+      if processes.is_main():
+        scores, truth = score_image(run, row, rendering, compute_lpips)
+        per_image.append({**scores, 'seconds': seconds})
+        line = f'{scores["name"]}  {metrics_lib.format_metrics(scores)}'
+        progress.say(f'{k + 1}/{len(rows)} {line}  {seconds:.1f}s')
+        if run.settings.config.eval_save_output:
+          stem = os.path.join(run.folder, 'eval', f'{k:03d}_{run.scene.stem(row)}')
+          note = f'PSNR {scores["psnr"]:.2f}   SSIM {scores["ssim"]:.3f}'
+          written.append(writers.submit(save_pictures, stem, rendering, truth, note))
+          if len(written) > _WRITERS:  # No more pictures wait in memory.
+            written.popleft().result()
+          pair = np.concatenate([truth, pictures.to_uint8(rendering['rgb'])], 1)
+          pairs.append(pictures.shrink(pair, _PAIR_WIDTH))
+    for job in written:
+      job.result()
   return write_outputs(run, per_image, pairs, lpips_absent) if processes.is_main() else None
 
 
