@@ -153,7 +153,7 @@ def rotate_sh(sh: np.ndarray, rotation: np.ndarray) -> np.ndarray:
   for degree in (1, 2, 3):
     band = slice(degree**2, (degree + 1) ** 2)
     matrix = np.linalg.lstsq(after[:, band], before[:, band], rcond=None)[0]
-    rotated[:, band] = np.einsum('ij,njc->nic', matrix, rotated[:, band])
+    rotated[:, band] = np.einsum('ij,njc->nic', matrix, rotated[:, band], optimize=True)
   return rotated
 
 

@@ -8,7 +8,6 @@ from scipy import spatial
 from .. import structs
 from ..datasets.images import in_threads
 from ..errors import UserError
-from ..rendering import surface_points
 from . import gaussians
 
 SHELL = 500.0  # Normalised units: what lies deeper in a picture is put at this depth.
@@ -54,7 +53,8 @@ def initial(
 
 def _pixels(cams: structs.Cameras, row: int, image: dict, most: int) -> tuple[np.ndarray, ...]:
   """Draws opaque pixels: their positions, colours, normals (0 at edges) and widths in the world."""
-  origins, directions = surface_points.pixel_rays(cams, row)  # [h, w, 3]
+  # In numpy and for the drawn pixels only: threads must not compute with JAX.
+  camera = gaussians.pinhole(cams, row)
   reach = np.minimum(np.nan_to_num(image['distance_median'], nan=SHELL), SHELL)  # [h, w]
   change = np.hypot(*np.gradient(np.asarray(image['rgb'], np.float64), axis=(0, 1))).sum(-1)
   share = 1 + change / max(change.mean(), 1e-6)
@@ -66,7 +66,9 @@ def _pixels(cams: structs.Cameras, row: int, image: dict, most: int) -> tuple[np
   last = np.array(share.shape)[:, None] - 1
 
   def point(y, x):
-    return origins[y, x].astype(np.float64) + reach[y, x, None] * directions[y, x]
+    plane = (np.stack([x, y], -1) + 0.5 - camera.centre) / camera.focal
+    ray = np.concatenate([plane, np.ones_like(plane[:, :1])], -1) @ camera.rotation
+    return camera.position + reach[y, x, None] * ray
 
   def slope(axis):  # Per pixel, from the pixel before to the one behind.
     low, high = (np.clip([y, x] + sign * axis, 0, last) for sign in (-1, 1))

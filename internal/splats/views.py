@@ -6,7 +6,7 @@ World means the normalised world, in which the training cameras fill [-1, 1]^3.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -95,7 +95,7 @@ def photographs(run: trained.TrainedRun, rows: Iterable[int]) -> tuple[list[int]
       f'Leaving out {len(rows) - len(kept)} of {len(rows)} photographs, of another size than '
       'the first one or no perspective lens.'
     )
-  resample = _Pinhole(scene.cameras)
+  resample = _Pinhole(scene.cameras, kept)
   try:
     masks = scenes.read_masks(folder, scene, kept)
     photos = scenes.read_images(folder, scene, kept)
@@ -113,16 +113,26 @@ def without_distortion(cams: structs.Cameras) -> structs.Cameras:
 
 
 class _Pinhole:
-  """Turns photographs into those of pinholes with the same focal length and centre."""
+  """Turns photographs into those of pinholes with the same focal length and centre.
 
-  def __init__(self, cams: structs.Cameras):
+  Lenses are made at first, in one thread: they are computed with JAX.
+  """
+
+  def __init__(self, cams: structs.Cameras, rows: Sequence[int]):
     self._cams, self._maps = cams, {}
+    for row in rows:
+      if np.any(cams.distortion[row]) and self._lens(row) not in self._maps:
+        self._maps[self._lens(row)] = self._map(row)
+
+  def _lens(self, row: int) -> tuple[bytes, bytes]:
+    """Returns what cameras of the same intrinsics have in common."""
+    return tuple(np.asarray(x[row]).tobytes() for x in (self._cams.pixtocam, self._cams.distortion))
 
   def __call__(self, row: int, photo: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """Returns [h, w, 4] uint8 of a photograph [h, w, 3]; alpha is 255 where a pixel counts."""
     counts = np.ones(photo.shape[:2], bool) if mask is None else mask
     if np.any(self._cams.distortion[row]):
-      (y, x), inside = self._map(row)
+      (y, x), inside = self._maps[self._lens(row)]
       channels = [
         ndimage.map_coordinates(photo[..., k].astype(np.float32), (y, x), order=3, mode='nearest')
         for k in range(3)
@@ -135,17 +145,13 @@ class _Pinhole:
     """Returns where each pixel is in the photograph, [2, h, w] (y, x), and whether it is in it."""
     cams = self._cams
     matrix, lens = np.asarray(cams.pixtocam[row], np.float64), np.asarray(cams.distortion[row])
-    key = matrix.tobytes(), lens.tobytes()
-    if key not in self._maps:
-      width, height = np.asarray(cams.size)[row].tolist()
-      u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-      plane = np.stack([u, v, np.ones_like(u)], -1) @ matrix.T
-      bent = cameras.distort(plane[..., 0], plane[..., 1], lens, fisheye=False)
-      x, y = np.moveaxis(np.stack([*bent, np.ones_like(u)], -1) @ np.linalg.inv(matrix).T, -1, 0)[
-        :2
-      ]
-      # Where a lens folds, positions run backwards; there it is not defined.
-      folds = (np.gradient(x, axis=1) <= 0) | (np.gradient(y, axis=0) <= 0)
-      inside = (abs(x - width / 2) <= width / 2 - 0.5) & (abs(y - height / 2) <= height / 2 - 0.5)
-      self._maps[key] = np.float32([y - 0.5, x - 0.5]), inside & ~folds
-    return self._maps[key]
+    width, height = np.asarray(cams.size)[row].tolist()
+    u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+    plane = np.stack([u, v, np.ones_like(u)], -1) @ matrix.T
+    bent = cameras.distort(plane[..., 0], plane[..., 1], lens, fisheye=False)
+    back = np.stack([*bent, np.ones_like(u)], -1) @ np.linalg.inv(matrix).T
+    x, y = back[..., 0], back[..., 1]
+    # Where a lens folds, positions run backwards; there it is not defined.
+    folds = (np.gradient(x, axis=1) <= 0) | (np.gradient(y, axis=0) <= 0)
+    inside = (abs(x - width / 2) <= width / 2 - 0.5) & (abs(y - height / 2) <= height / 2 - 0.5)
+    return np.float32([y - 0.5, x - 0.5]), inside & ~folds
