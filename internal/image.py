@@ -13,6 +13,7 @@ Array = jax.Array
 
 _SSIM_WINDOW = 11
 _SSIM_SIGMA = 1.5
+_SSIM_BLOCK = 64  # Pixels along a side that one product computes.
 _SSIM_K1, _SSIM_K2 = 0.01, 0.03
 _CORRECTION_ROUNDS = 5
 _CLIPPED = 0.5 / 255  # Values this close to 0 or 1 may be saturated.
@@ -61,25 +62,28 @@ def crop(img: Array, border: int) -> Array:
   return img[..., border : height - border, border : width - border, :]
 
 
-@jax.custom_vjp
 def _blur(img: Array) -> Array:
   """Applies the Gaussian window: [..., h, w, c] -> [..., h - 10, w - 10, c], no padding."""
-  # Shifted sums, because a convolution on GPUs may round its inputs to TF32.
-  offsets = np.arange(_SSIM_WINDOW) - (_SSIM_WINDOW - 1) / 2
-  window = np.exp(-0.5 * (offsets / _SSIM_SIGMA) ** 2)
-  window = [float(x) for x in window / window.sum()]
-  height, width = (n - _SSIM_WINDOW + 1 for n in img.shape[-3:-1])
-  img = sum(x * img[..., i : i + height, :, :] for i, x in enumerate(window))
-  return sum(x * img[..., i : i + width, :] for i, x in enumerate(window))
+  return _blur_along(_blur_along(img, -3), -2)
 
 
-def _blur_backward(_, gradient: Array) -> tuple[Array]:
-  """The window is symmetric: the gradient is the blurred one. XLA's own is three times as slow."""
-  edge = (_SSIM_WINDOW - 1, _SSIM_WINDOW - 1)
-  return (_blur(jnp.pad(gradient, [(0, 0)] * (gradient.ndim - 3) + [edge, edge, (0, 0)])),)
+def _blur_along(img: Array, axis: int) -> Array:
+  """Applies the window along one axis: products of a band matrix and blocks of the image.
 
-
-_blur.defvjp(lambda img: (_blur(img), None), _blur_backward)
+  Precision is the highest, because GPUs may round the inputs of products to TF32. On CPUs this is
+  two to four times as fast as sums of shifted images.
+  """
+  margin, count = _SSIM_WINDOW - 1, img.shape[axis] - _SSIM_WINDOW + 1
+  size = min(_SSIM_BLOCK, count)
+  blocks = -(-count // size)
+  offsets = np.arange(size + margin) - np.arange(size)[:, None] - margin / 2
+  window = np.exp(-0.5 * (offsets / _SSIM_SIGMA) ** 2) * (abs(offsets) <= margin / 2)
+  window = np.float32(window / window.sum(1, keepdims=True))  # [size, size + margin]
+  rows = jnp.moveaxis(img, axis, 0)
+  rows = jnp.pad(rows, [(0, blocks * size - count)] + [(0, 0)] * (img.ndim - 1))
+  parts = jnp.stack([rows[k * size : (k + 1) * size + margin] for k in range(blocks)])
+  sums = jnp.einsum('yh,kh...->ky...', window, parts, precision='highest')
+  return jnp.moveaxis(sums.reshape(-1, *rows.shape[1:])[:count], 0, axis)
 
 
 @jax.jit
