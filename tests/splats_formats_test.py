@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import zlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +82,16 @@ def test_spz_round_trip_keeps_what_its_bits_can_hold(tmp_path):
     assert np.abs(read.sh[:, band] - splats.sh[:, band])[inside].max() <= half
   turns = [transform.Rotation.from_quat(s.quaternions, scalar_first=True) for s in (read, splats)]
   assert np.degrees((turns[0].inv() * turns[1]).magnitude()).max() < 0.3
+
+
+def test_gzip_in_pieces_is_one_member_of_the_same_bytes(monkeypatch):
+  monkeypatch.setattr(formats, '_PIECE', 100)
+  data = np.random.default_rng(0).integers(0, 9, 1000).astype(np.uint8).tobytes()
+  for size in (0, 1, 100, 101, 1000):
+    packed, reader = formats._gzip(data[:size]), zlib.decompressobj(zlib.MAX_WBITS | 16)
+    assert reader.decompress(packed) == data[:size]
+    assert reader.eof
+    assert not reader.unused_data  # Browsers read one member only.
 
 
 def test_spz_has_the_described_layout():

@@ -29,8 +29,8 @@ def check(features, lists):
   colors, through, _ = drawn
   blend = jax.jit(rasterizer._blend_groups, static_argnums=2)
   expected = blend(features, lists, ACROSS)
-  np.testing.assert_allclose(colors, expected[0], atol=3e-4)
-  np.testing.assert_allclose(through, expected[1], atol=3e-4)
+  np.testing.assert_allclose(colors, expected[0], atol=1e-5)
+  np.testing.assert_allclose(through, expected[1], atol=1e-5)
   rng = np.random.default_rng(0)
   wanted = tuple(jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in expected)
   by_kernel = functools.partial(tile_kernel.gradients, across=ACROSS, interpret=True)
@@ -44,7 +44,7 @@ def check(features, lists):
   by_groups = functools.partial(rasterizer._differentiate_groups, ACROSS)
   truth = np.asarray(jax.jit(by_groups)(features, lists, expected, wanted))
   scale = np.abs(truth).max(0)
-  np.testing.assert_allclose(found / scale, truth / scale, atol=2e-3)
+  np.testing.assert_allclose(found / scale, truth / scale, atol=1e-4)
   assert (scale > 0.01).all()
   return through
 
