@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests that take too long for CI, about twenty-five minutes on two cores. Meant to run on a schedule.
+# Runs the tests that take too long for CI, about half an hour on two cores. Meant to run on a schedule.
 #
 #   scripts/hammer.sh                          # 12,000 damaged inputs, 200 killed training runs
 #   FUZZ_CASES=600 KILLS=20 scripts/hammer.sh  # a short one

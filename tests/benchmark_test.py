@@ -256,6 +256,7 @@ class TestOtherParts:
     assert [('error' in p['train'], 'error' in p['render']) for p in points] == [(True, False)] * 3
     assert 'failed' in capsys.readouterr().out
 
+  @pytest.mark.hammer
   def test_a_sweep_measures_nothing_twice(self, tmp_path, stand_ins):
     results = run(tmp_path, '--only', 'train', '--sweep', 'batch', '--seconds', '0')
     points = results['sweep']['batch']
@@ -263,6 +264,7 @@ class TestOtherParts:
     assert [kind for kind, *_ in stand_ins] == ['train', *['train', 'render'] * 2, 'render',
                                                 'train', 'render']  # fmt: skip
 
+  @pytest.mark.hammer
   def test_busy_processes_beside_one_and_many_steps_a_dispatch(self, tmp_path, monkeypatch):
     alive, made = [], []
 

@@ -30,6 +30,7 @@ KILLS = (
 )
 
 
+@pytest.mark.hammer
 def test_killed_during_uploads_it_resumes_to_the_bits(stand_in, start_training, whole, tmp_path):
   bucket, env = stand_in
   tmp_path.joinpath('tmp').mkdir()

@@ -80,6 +80,7 @@ def test_free_memory_is_what_the_shards_of_arguments_leave():
   assert described.free_memory(chip, args) == 950 - 80 - 50
 
 
+@pytest.mark.hammer
 def test_micro_batches_are_chosen_by_compiling_for_the_chip():
   """As in training: the fewest micro-batches whose program fits. All rays at once need 2.9 MB."""
   chip = described.Chip(memory=2e6, flops=1e12, bandwidth=1e12)

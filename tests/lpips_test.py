@@ -150,7 +150,7 @@ class TestDistance:
 
   def test_black_images_are_no_division_by_zero(self, installed):
     black = np.zeros((16, 16, 3))
-    assert set(lpips.load()(black, black).values()) == {0.0}
+    assert all(abs(v) < 1e-9 for v in lpips.load()(black, black).values())  # Nor NaN.
 
   @pytest.mark.parametrize(
     ('shape', 'other', 'word'),

@@ -147,6 +147,7 @@ def test_two_processes_in_a_bucket_both_signalled_then_one_killed(
   assert resume_test.same(bucket.get(tmp_path / 'run'), one_with_two)
 
 
+@pytest.mark.hammer
 def test_four_processes_in_a_bucket_one_killed(start_all, stand_in, tmp_path):
   """Steps 15 to 28 run twice, before and after the kill."""
   bucket, env = stand_in
@@ -228,6 +229,7 @@ def test_two_with_two_devices_each_train_and_evaluate_as_one_with_four(
   assert abs(psnrs[0] - psnrs[1]) < 0.05
 
 
+@pytest.mark.hammer
 def test_a_process_hangs(start_all, tmp_path):
   processes = start_all(tmp_path / 'run', 2, constants=HEARTBEAT)
   assert processes[0].until(lambda: 'first step' in processes[0].text())

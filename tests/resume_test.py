@@ -222,6 +222,7 @@ class TestTwoPrograms:
     assert first.wait() == 0, first.text()
     assert same(run, whole)
 
+  @pytest.mark.hammer
   def test_eval_beside_training_never_calls_a_checkpoint_damaged(
     self, start_training, runner, tmp_path
   ):
@@ -246,6 +247,7 @@ class TestTwoPrograms:
     assert not (run / 'checkpoints').exists()
 
 
+@pytest.mark.hammer
 def test_a_closed_pipe_ends_training_with_a_checkpoint(start_training, whole, tmp_path):
   run, pipe = tmp_path / 'run', tmp_path / 'pipe'
   os.mkfifo(pipe)

@@ -375,6 +375,7 @@ class TestProgram:
     assert capsys.readouterr().out.count('as published') == 9
     assert not (tmp_path / 'out').exists()
 
+  @pytest.mark.hammer
   def test_the_job_array_has_the_unfinished_scenes(self, stand_in, tmp_path, sbatch):
     self.main(tmp_path, '--scenes', 'garden')
     self.main(tmp_path, '--slurm=--partition=a', '--submit')

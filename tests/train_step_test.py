@@ -124,6 +124,7 @@ def test_a_step_has_one_all_reduce(micro_batches):
   assert not re.findall(rf'= .* (?:{others})(?:-start)?\(', text)
 
 
+@pytest.mark.hammer
 def test_micro_batches_are_as_few_as_fit():
   settings, mesh = tiny.settings('Config.batch_size = 256'), tiny.mesh(1)
 
@@ -155,6 +156,7 @@ def test_micro_batches_divide_the_rays_of_a_device():
     choices(8, 'Config.micro_batches = 5')
 
 
+@pytest.mark.hammer
 def test_pixels_on_the_host_give_the_same_batches():
   settings = tiny.settings()
   device, stats_device = _run(settings, tiny.mesh(2), 2)
@@ -253,6 +255,7 @@ GRID = (
 )
 
 
+@pytest.mark.hammer
 def test_grids_split_over_devices_and_micro_batches():
   stats, whole = _first_gradient(*GRID, 'Config.micro_batches = 1')
   stats_split, split = _first_gradient(*GRID, 'Config.micro_batches = 2', devices=2)
