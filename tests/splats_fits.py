@@ -5,8 +5,9 @@
 The field is rendered once. A fit is STEPS:SHARE, the number of steps and the share of photographs
 among them (see distil.Options), or STEPS:SHARE:DEVIATION: then each photograph keeps its detail,
 but has the colours of the field's picture from the same camera once both are blurred with this
-deviation in pixels. That removes what differs between photographs only, such as exposure. Writes
-the scores of each test image to OUT/fits.json, and the comparison of each fit as a picture.
+deviation in pixels. So photographs of different exposure get the field's. All fits begin with the
+Gaussians that suit the first one's number of steps. Writes the mean scores on the test images to
+OUT/fits.json, and the comparison of each fit as a picture.
 """
 
 import argparse
@@ -21,10 +22,10 @@ import numpy as np
 from scipy import ndimage
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from internal import cli, structs
+from internal import cli
 from internal.datasets import images
 from internal.rendering import trained
-from internal.splats import comparison, distil, fit, surfaces, views
+from internal.splats import comparison, distil, views
 from internal.system import files
 from internal.vis import pictures
 
@@ -56,34 +57,24 @@ def main() -> None:
   args = parser.parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
   run, began = trained.open_trained(args.run), time.monotonic()
-  rows, photos = views.photographs(run, run.scene.train)
-  width = int(np.asarray(run.scene.cameras.size)[run.scene.train[0], 0])
-  cams = views.teacher_cameras(run.scene, args.views, width)
-  field, rendered = views.render_teacher(run, cams)
-  short = [int(text.split(':')[0]) <= distil._SHORT for text in args.fits]
-  firsts = {
-    covering: surfaces.initial(
-      cams, rendered, round(distil._FIRST * args.max_splats), args.max_splats, covering
-    )
-    for covering in sorted(set(short))
+  fits = {text: [float(x) for x in text.split(':')] for text in args.fits}
+  options = {
+    text: distil.Options(args.max_splats, int(steps), args.views, share)
+    for text, (steps, share, *_) in fits.items()
   }
-  del rendered
-  at_photos: views.Views | None = None
+  material = distil.prepare(run, options[args.fits[0]])
   print(f'{time.monotonic() - began:.0f} s before the fits', flush=True)
-  found = {}
-  for text, covering in zip(args.fits, short):
-    steps, share, *deviation = (float(x) for x in text.split(':'))
-    options = distil.Options(args.max_splats, int(steps), args.views, share)
-    own = photos
+  found, at_photos = {}, None
+  for text, (_, _, *deviation) in fits.items():
+    own = material
     if deviation:
       if at_photos is None:
-        there: structs.Cameras = views.without_distortion(run.scene.cameras.take(rows))
+        there = views.without_distortion(run.scene.cameras.take(material.rows))
         at_photos = views.render_teacher(run, there)[0]
-      own = with_colors_of(at_photos, photos, deviation[0])
+      photos = with_colors_of(at_photos, material.photos, deviation[0])
+      own = dataclasses.replace(material, photos=photos)
     began = time.monotonic()
-    splats = distil.optimise(firsts[covering], field, own, distil.background_of(run), options)
-    splats = fit.bury(splats, fit.least_scales(splats.means, field.cameras))
-    jax.block_until_ready(splats)
+    splats = jax.block_until_ready(distil.fitted(run, own, options[text]))
     seconds = time.monotonic() - began
     scores, picture = comparison.compare(jax.tree.map(np.asarray, splats), run)
     found[text] = scores | {'seconds': seconds, 'splats': len(splats.means)}

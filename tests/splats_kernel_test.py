@@ -23,9 +23,8 @@ def make(count, capacity, **kwargs):
 
 def check(features, lists):
   rows = rasterizer._rows(features, lists)
-  segments = tile_kernel.cut(lists.begin, lists.end, len(rows))
   draw = functools.partial(tile_kernel.draw, across=ACROSS, interpret=True)
-  drawn = jax.jit(draw)(rows, lists.begin, lists.end, segments)
+  drawn = jax.jit(draw)(rows, lists.begin, lists.end, lists.segments)
   colors, through, _ = drawn
   blend = jax.jit(rasterizer._blend_groups, static_argnums=2)
   expected = blend(features, lists, ACROSS)
@@ -35,7 +34,8 @@ def check(features, lists):
   wanted = tuple(jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in expected)
   by_kernel = functools.partial(tile_kernel.gradients, across=ACROSS, interpret=True)
   rows_gradient = jax.jit(by_kernel)(
-    rows, lists.begin, lists.end, segments, drawn=drawn, g_colors=wanted[0], g_through=wanted[1]
+    rows, lists.begin, lists.end, lists.segments, drawn=drawn, g_colors=wanted[0],
+    g_through=wanted[1],
   )  # fmt: skip
   used = int(lists.end[-1])
   np.testing.assert_array_equal(rows_gradient[used:], 0)  # Rows of no tile.

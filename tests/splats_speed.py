@@ -9,7 +9,6 @@ of each part, and how far the kernel's results are from those of plain XLA.
 
 import argparse
 import functools
-import json
 import os
 import pathlib
 import sys
@@ -21,9 +20,9 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from internal import cli
+from internal.export import points
 from internal.rendering import trained
 from internal.splats import distil, fit, formats, gaussians, rasterizer
-from internal.system import files
 
 SIZE = (800, 533)
 
@@ -48,9 +47,8 @@ def random_scene(count: int) -> tuple[gaussians.Splats, gaussians.Pinhole]:
 def exported_scene(folder: str) -> tuple[gaussians.Splats, gaussians.Pinhole]:
   """Returns a run's exported Gaussians and its first training camera."""
   run, out = trained.open_trained(folder), os.path.join(folder, 'export')
-  offset = json.loads(files.read_text(os.path.join(out, 'offset.json')))['offset']
   to_world = np.array(run.scene.world_transform, np.float64)
-  to_world[:3, 3] += to_world[:3, :3] @ offset
+  to_world[:3, 3] += to_world[:3, :3] @ points.offset(run.scene)
   splats = formats.moved(formats.read_ply(os.path.join(out, 'splats.ply')), to_world)
   camera = gaussians.pinhole(run.scene.cameras, run.scene.train[0])
   return jax.tree.map(np.float32, (splats, camera))

@@ -136,19 +136,20 @@ def evaluate(run: trained.TrainedRun, rows: Sequence[int], render_image: Callabl
       began = time.monotonic()
       rendering = render_image(run.params, cams, at, run.train_fraction)
       seconds = time.monotonic() - began
-      if processes.is_main():
-        scores, truth = score_image(run, row, rendering, compute_lpips)
-        per_image.append({**scores, 'seconds': seconds})
-        line = f'{scores["name"]}  {metrics_lib.format_metrics(scores)}'
-        progress.say(f'{k + 1}/{len(rows)} {line}  {seconds:.1f}s')
-        if run.settings.config.eval_save_output:
-          stem = os.path.join(run.folder, 'eval', f'{k:03d}_{run.scene.stem(row)}')
-          note = f'PSNR {scores["psnr"]:.2f}   SSIM {scores["ssim"]:.3f}'
-          written.append(writers.submit(save_pictures, stem, rendering, truth, note))
-          if len(written) > _WRITERS:  # No more pictures wait in memory.
-            written.popleft().result()
-          pair = np.concatenate([truth, pictures.to_uint8(rendering['rgb'])], 1)
-          pairs.append(pictures.shrink(pair, _PAIR_WIDTH))
+      if not processes.is_main():
+        continue
+      scores, truth = score_image(run, row, rendering, compute_lpips)
+      per_image.append({**scores, 'seconds': seconds})
+      line = f'{scores["name"]}  {metrics_lib.format_metrics(scores)}'
+      progress.say(f'{k + 1}/{len(rows)} {line}  {seconds:.1f}s')
+      if run.settings.config.eval_save_output:
+        stem = os.path.join(run.folder, 'eval', f'{k:03d}_{run.scene.stem(row)}')
+        note = f'PSNR {scores["psnr"]:.2f}   SSIM {scores["ssim"]:.3f}'
+        written.append(writers.submit(save_pictures, stem, rendering, truth, note))
+        if len(written) > _WRITERS:  # No more pictures wait in memory.
+          written.popleft().result()
+        pair = np.concatenate([truth, pictures.to_uint8(rendering['rgb'])], 1)
+        pairs.append(pictures.shrink(pair, _PAIR_WIDTH))
     for job in written:
       job.result()
   return write_outputs(run, per_image, pairs, lpips_absent) if processes.is_main() else None

@@ -32,6 +32,16 @@ class Options:
   seed: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Material:
+  """What fits start from."""
+
+  first: gaussians.Splats
+  field: views.Views  # Pictures of the field.
+  rows: list[int]  # Of the photographs in the scene.
+  photos: views.Views
+
+
 def distil(run: trained.TrainedRun, options: Options) -> gaussians.Splats:
   """Makes Gaussians that look like a trained field.
 
@@ -42,15 +52,25 @@ def distil(run: trained.TrainedRun, options: Options) -> gaussians.Splats:
     ExportError: the run's rays are in NDC.
     UserError: the field shows no surface.
   """
+  return fitted(run, prepare(run, options), options)
+
+
+def prepare(run: trained.TrainedRun, options: Options) -> Material:
+  """Renders the field, makes the first Gaussians and reads the photographs; raises as `distil`."""
   width = int(np.asarray(run.scene.cameras.size)[run.scene.train[0], 0])
   cams = views.teacher_cameras(run.scene, options.views, width, options.seed)
   field, images = views.render_teacher(run, cams)
   count = max(1, round(_FIRST * options.max_splats))
   short = options.steps <= _SHORT
-  splats = surfaces.initial(cams, images, count, options.max_splats, covering=short)
+  first = surfaces.initial(cams, images, count, options.max_splats, covering=short)
   del images
-  photos = views.photographs(run, run.scene.train)[1]
-  splats = optimise(splats, field, photos, background_of(run), options)
+  return Material(first, field, *views.photographs(run, run.scene.train))
+
+
+def fitted(run: trained.TrainedRun, material: Material, options: Options) -> gaussians.Splats:
+  """Fits the first Gaussians and removes the dead ones."""
+  field = material.field
+  splats = optimise(material.first, field, material.photos, background_of(run), options)
   return fit.bury(splats, fit.least_scales(splats.means, field.cameras))
 
 

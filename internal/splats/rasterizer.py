@@ -55,6 +55,7 @@ class _Lists:
   ids: Array  # [m] int32, Gaussians of all tiles' lists, one after the other.
   begin: Array  # [t] int32, where a tile's list begins.
   end: Array  # [t] int32
+  segments: tile_kernel.Segments
   needed: Array  # [] int32
   side: int = flax.struct.field(pytree_node=False)  # Of a tile, in pixels.
 
@@ -133,7 +134,8 @@ def _make_lists(
   tile = jnp.where(used, tile, count)
   tile, ids = jax.lax.sort((tile, order[rank]), num_keys=1, is_stable=True)
   edges = jnp.searchsorted(tile, jnp.arange(count + 1, dtype=jnp.int32)).astype(jnp.int32)
-  return _Lists(ids, edges[:-1], edges[1:], ends[-1], side)
+  begin, end = edges[:-1], edges[1:]
+  return _Lists(ids, begin, end, tile_kernel.cut(begin, end, capacity), ends[-1], side)
 
 
 def _groups(lists: _Lists) -> Array:
@@ -179,15 +181,13 @@ def _blend_forward(features, lists, across):
   if lists.side != TILE:  # The kernel draws tiles of TILE only.
     drawn = in_groups(features, lists)
     return drawn, (features, lists, drawn)
-  segments = tile_kernel.cut(lists.begin, lists.end, len(lists.ids))
-  shape = len(segments.tile), 4, TILE**2
 
   def by_kernel(features, lists):
     rows = _rows(features, lists)
-    return tile_kernel.draw(rows, lists.begin, lists.end, segments, across)
+    return tile_kernel.draw(rows, lists.begin, lists.end, lists.segments, across)
 
   def plain(features, lists):
-    return *in_groups(features, lists), jnp.zeros(shape)
+    return *in_groups(features, lists), jnp.zeros((len(lists.segments.tile), 4, TILE**2))
 
   drawn = jax.lax.platform_dependent(features, lists, cuda=by_kernel, default=plain)
   return drawn[:2], (features, lists, drawn)
@@ -209,8 +209,9 @@ def _blend_backward(across, kept, gradients):
 def _sum_rows(across, features, lists, drawn, gradients):
   """Sums the derivatives of a Gaussian's pairs: [n, 9]."""
   rows = _rows(features, lists)
-  segments = tile_kernel.cut(lists.begin, lists.end, len(lists.ids))
-  parts = tile_kernel.gradients(rows, lists.begin, lists.end, segments, across, drawn, *gradients)
+  parts = tile_kernel.gradients(
+    rows, lists.begin, lists.end, lists.segments, across, drawn, *gradients
+  )
   used = jnp.arange(len(rows)) < lists.end[-1]
   ids = jnp.where(used, lists.ids, len(features))  # Others would all be added to one row.
   return jnp.zeros_like(features).at[ids].add(parts[:, :_FEATURES], mode='drop')

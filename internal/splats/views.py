@@ -131,8 +131,8 @@ class _Pinhole:
   def __call__(self, row: int, photo: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """Returns [h, w, 4] uint8 of a photograph [h, w, 3]; alpha is 255 where a pixel counts."""
     counts = np.ones(photo.shape[:2], bool) if mask is None else mask
-    if np.any(self._cams.distortion[row]):
-      (y, x), inside = self._maps[self._lens(row)]
+    if lens := self._maps.get(self._lens(row)):
+      (y, x), inside = lens
       channels = [
         ndimage.map_coordinates(photo[..., k].astype(np.float32), (y, x), order=3, mode='nearest')
         for k in range(3)
