@@ -26,7 +26,7 @@ class Options:
   """How to distil."""
 
   max_splats: int = 1_000_000
-  steps: int = 12_000  # One picture each.
+  steps: int = 20_000  # One picture each.
   views: int = 400  # Pictures of the field, from which a step draws one.
   photo_share: float = 0.8  # At least this part of the steps takes a training photograph instead.
   seed: int = 0
