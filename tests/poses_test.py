@@ -1,10 +1,12 @@
 """Tests of pose estimation on renderings of a textured room, whose cameras are known."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -47,7 +49,22 @@ def make_until(source, scene, module, name, after):
     return original(*args, **kwargs)
 
   setattr(module, name, patched)
-  pairs.BLOCK, incremental._SNAPSHOT_SECONDS = 4, 0
+  reconstruction._FEATURES_AT_ONCE, incremental._SNAPSHOT_SECONDS = 8, 0
+  pipeline_lib.make(str(source), str(scene))
+
+
+def make_until_some_match(source, scene):
+  """Runs `make`; kills the process when some pairs are matched."""
+  original = reconstruction._count_matched
+
+  def patched(db):
+    count = original(db)
+    if count:
+      os.kill(os.getpid(), signal.SIGKILL)
+    return count
+
+  reconstruction._PAIRS_AT_ONCE, reconstruction._POLL_SECONDS = 4, 0.01
+  reconstruction._count_matched = patched
   pipeline_lib.make(str(source), str(scene))
 
 
@@ -59,8 +76,8 @@ def scene(room, tmp_path_factory):
   context = multiprocessing.get_context('forkserver')
   context.set_forkserver_preload(['internal.sfm.pipeline', 'poses_test'])  # One import for all.
 
-  def kill(*args):
-    process = context.Process(target=make_until, args=(room, folder, *args))
+  def kill(*args, target=make_until):
+    process = context.Process(target=target, args=(room, folder, *args))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -70,7 +87,7 @@ def scene(room, tmp_path_factory):
   kill('pycolmap', 'extract_features', 1)
   with reconstruction.database(folder) as db:
     progress['features'] = db.num_keypoints()
-  kill('pycolmap', 'match_image_pairs', 1)
+  kill(target=make_until_some_match)
   with reconstruction.database(folder) as db:
     progress['pairs'] = db.num_matched_image_pairs()
   kill('incremental', '_save_snapshot', 7)
@@ -164,6 +181,9 @@ def test_the_largest_model_comes_first(monkeypatch, tmp_path):
 
     def num_points3D(self):
       return 1
+
+    def point3D_ids(self):
+      return []
 
     def write_binary(self, folder):
       Path(folder, 'images.bin').write_text(str(self._images))
@@ -327,12 +347,44 @@ def test_similar_photographs_close_loops():
 def test_exhaustive_and_sequential_pairs():
   assert pairs.exhaustive(4) == {(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)}
   near = pairs.sequential(300)
-  assert {(0, 1), (0, 4), (0, 6), (0, 12), (0, 32), (0, 64), (0, 128), (287, 299)} <= near
-  assert not {(0, 5), (0, 129), (0, 299)} & near
+  assert {(0, 1), (0, 4), (0, 6), (0, 12), (0, 32), (287, 299)} <= near
+  assert not {(0, 5), (0, 33), (0, 299)} & near
   assert all(0 <= i < j < 300 for i, j in near)
-  blocks = pairs.blocks(near)
-  assert sorted(p for block in blocks for p in block) == sorted(near)
-  assert max(len({k for p in block for k in p}) for block in blocks) <= 2 * pairs.BLOCK
+  in_blocks = pairs.in_blocks(near)
+  assert sorted(in_blocks) == sorted(near)
+  # Few photographs have other pairs before and after.
+  assert max(len({k for p in in_blocks[i : i + 100] for k in p}) for i in range(900)) < 60
+
+
+def test_matching_ends_early_if_interrupted(scene, tmp_path, monkeypatch):
+  folder, _ = scene
+  shutil.copy(folder / reconstruction.DATABASE, tmp_path)
+  with contextlib.closing(sqlite3.connect(tmp_path / reconstruction.DATABASE)) as db:
+    db.execute('DELETE FROM matches')
+    db.execute('DELETE FROM two_view_geometries')
+    db.commit()
+  count = reconstruction._count_matched
+
+  def interrupt_once_some_are_matched(db):
+    if count(db):
+      raise KeyboardInterrupt
+    return 0
+
+  def matched():
+    with reconstruction.database(str(tmp_path)) as db:
+      return count(db)
+
+  monkeypatch.setattr(reconstruction, '_PAIRS_AT_ONCE', 4)
+  monkeypatch.setattr(reconstruction, '_POLL_SECONDS', 0.01)
+  names = sorted(reconstruction.image_ids(str(tmp_path)))
+  wanted = pairs.exhaustive(len(names))
+  with monkeypatch.context() as patch:
+    patch.setattr(reconstruction, '_count_matched', interrupt_once_some_are_matched)
+    with pytest.raises(KeyboardInterrupt):
+      reconstruction.match_pairs(str(tmp_path), names, wanted)
+  assert 0 < matched() < len(wanted)
+  reconstruction.match_pairs(str(tmp_path), names, wanted)
+  assert matched() == len(wanted)
 
 
 @pytest.mark.parametrize(

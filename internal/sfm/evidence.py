@@ -215,16 +215,18 @@ class Matches:
 
   def _views(self, model) -> dict[str, View]:
     views = {}
+    known = np.sort(np.fromiter(model.point3D_ids(), np.int64))
+    xyz = np.array([model.points3D[k].xyz for k in known.tolist()]).reshape(-1, 3)
     for k in model.reg_image_ids():
       image = model.image(k)
       features = self._features.get(image.name)
       if features is None:
         continue
       points, ids = np.full((len(features), 3), np.nan), np.full(len(features), -1, np.int64)
-      if len(image.points2D) == len(features):  # Otherwise the model has features of its own.
-        for i, point in enumerate(image.points2D):
-          if point.has_point3D():
-            points[i], ids[i] = model.points3D[point.point3D_id].xyz, point.point3D_id
+      if image.num_points2D() == len(features):  # Otherwise the model has features of its own.
+        rows, seen = image.get_observation_point2D_idxs(), image.points2D
+        ids[rows] = [seen[row].point3D_id for row in rows]
+        points[rows] = xyz[np.searchsorted(known, ids[rows])]
       rays = image.camera.cam_from_img(features)  # [f, 2]
       pose = image.cam_from_world().matrix()
       views[image.name] = View(image.name, pose, rays, points, ids)

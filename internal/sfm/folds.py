@@ -34,14 +34,18 @@ def share_of_pairs(photographs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarra
   if not photographs:
     return 0.0
   poses, points, ids = zip(*photographs)
-  known, counts = np.unique(np.concatenate(ids), return_counts=True)
-  often = known[counts >= _SEEN]
-  keep = [np.isin(rows, often) for rows in ids]
+  _, rows, counts = np.unique(np.concatenate(ids), return_inverse=True, return_counts=True)
+  ids = np.split(rows, np.cumsum([len(x) for x in ids])[:-1])  # From 0, without gaps.
+  keep = [counts[rows] >= _SEEN for rows in ids]
   points = [xyz[rows] for xyz, rows in zip(points, keep)]
   ids = [rows[kept] for rows, kept in zip(ids, keep)]
-  cells = [
-    c for i, j in _from_one_place(poses, points) if (c := _cells(poses[j], points, ids, i, j))
-  ]
+  near, cells = _from_one_place(poses, points), []
+  for j in np.unique(near[:, 1]):
+    own, seen = _project(poses[j], points[j]), np.zeros(len(counts), bool)
+    seen[ids[j]] = True
+    for i in near[near[:, 1] == j, 0]:
+      if found := _cells(own, _project(poses[j], points[i]), seen[ids[i]]):
+        cells.append(found)
   if not cells:
     return 0.0
   usual = np.median([common.sum() / smaller.sum() for smaller, common in cells])
@@ -66,13 +70,19 @@ def _from_one_place(poses, points) -> np.ndarray:
   return np.random.default_rng(0).permutation(pairs)[:_MOST]
 
 
-def _cells(pose: np.ndarray, points, ids, i: int, j: int) -> tuple[np.ndarray, np.ndarray] | None:
-  """Counts points in the cells of photograph j, whose pose is given.
+def _cells(
+  own: np.ndarray, other: np.ndarray, both: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+  """Counts points in the cells of a photograph.
+
+  Args:
+    own: [p, 2] its points, projected, NaN for those behind it.
+    other: [q, 2] the points of another photograph, projected into this one.
+    both: [q] whether this one sees them too.
 
   Returns:
     For cells with enough of both: the smaller number of points, and the number of common ones.
   """
-  own, other = (_project(pose, points[k]) for k in (j, i))
   own = own[np.isfinite(own).all(1)]
   if len(own) < _FEWEST * _CELLS:
     return None
@@ -82,9 +92,9 @@ def _cells(pose: np.ndarray, points, ids, i: int, j: int) -> tuple[np.ndarray, n
     (np.minimum((xy - low) / (high - low) * _GRID, np.array(_GRID) - 1)).astype(int) @ [1, _GRID[0]]
     for xy in (own, other[inside])
   ]
-  counts = [np.bincount(k, minlength=_GRID[0] * _GRID[1]) for k in at]
-  common = at[1][np.isin(ids[i][inside], ids[j])]
-  common = np.bincount(common, minlength=len(counts[0]))
+  size = _GRID[0] * _GRID[1]
+  counts = [np.bincount(k, minlength=size) for k in at]
+  common = np.bincount(at[1][both[inside]], minlength=size)
   smaller = np.minimum(*counts)
   enough = smaller >= _FEWEST
   return (smaller[enough], common[enough]) if enough.sum() >= _CELLS else None

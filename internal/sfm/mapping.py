@@ -36,7 +36,7 @@ _FEW = 0.75  # Share of posed photographs up to which a model is as bad as a tor
 _LOOK_ALIKE = 0.5  # Coverage below which a pair may be of two places that look alike.
 _NEAR = 1 / 8  # Share of the order within which pairs are near: 45 degrees of a ring.
 _DRIFT = 0.03  # Error of a pair (`evidence.pair_error`) above what a chain drifts: two degrees.
-_TRACKS = 1000  # Of each photograph, that global mapping places cameras by; points come from all.
+_TRACKS = 400  # Of each photograph, that global mapping places cameras by; points come from all.
 _STAGES = 5  # Rotations, tracks, positions, bundle adjustment and triangulation.
 
 
@@ -266,7 +266,8 @@ def _in_child(scene_dir: str, mapper: str, dropped: Sequence[evidence.Pair] = ()
       for pair in dropped:
         db.delete_two_view_geometry(ids[pair.a], ids[pair.b])
   try:
-    _watch(_start_child(mapper, copy, os.path.join(scene_dir, photos.FOLDER), work), mapper)
+    images = os.path.join(scene_dir, photos.FOLDER)
+    _watch(_start_child(mapper, copy, images, work, 'precise' if dropped else 'quick'), mapper)
     models = [
       reconstruction.colmap().Reconstruction(os.path.join(work, name))
       for name in filter(str.isdigit, os.listdir(work))
@@ -313,7 +314,7 @@ def _watch(child: subprocess.Popen, mapper: str) -> None:
 
 def run_child() -> None:
   """The process of `_in_child`: maps the database in sys.argv into the folder in sys.argv."""
-  mapper, database, images, output = sys.argv[1:]
+  mapper, database, images, output, precision = sys.argv[1:]
   threading.Thread(target=_end_with_parent, daemon=True).start()
   pycolmap = reconstruction.colmap()
   pycolmap.logging.logtostderr = True
@@ -328,7 +329,10 @@ def run_child() -> None:
   with pycolmap.Database.open(database) as db:
     known = all(camera.has_prior_focal_length for camera in db.read_all_cameras())
   if not known:
-    pycolmap.calibrate_view_graph(database)
+    calibration = pycolmap.ViewGraphCalibrationOptions()
+    # Else they come from fundamental matrices: good enough where many pairs agree, not for chains.
+    calibration.reestimate_relative_pose = precision == 'precise'
+    pycolmap.calibrate_view_graph(database, calibration)
   options = pycolmap.GlobalPipelineOptions()
   options.min_model_size = incremental.SMALLEST_MODEL
   options.random_seed = options.mapper.random_seed = 0

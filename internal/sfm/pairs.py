@@ -9,18 +9,18 @@ comes from the features of the capture itself, so nothing is downloaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import scipy.cluster.vq
 
 FEW = 60  # Photographs up to which all pairs are matched.
 EXHAUSTIVE = 200  # The same for photographs in no order.
-NEIGHBOURS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128)  # Offsets of the neighbours to match.
+NEIGHBOURS = (1, 2, 3, 4, 6, 8, 12, 16, 32)  # Offsets of the neighbours to match.
 ALIKE = 16  # Similar photographs besides the neighbours, in an ordered capture: they close loops.
 ALIKE_ALONE = 50  # Similar photographs in an unordered capture.
 WORDS = 64  # Size of the vocabulary.
-_SAMPLES = 60_000  # Features that the vocabulary is fitted to.
+_SAMPLES, _SPREAD = 60_000, 6_000  # Features that the vocabulary is fitted to, and begins with.
 _PER_PHOTO = 2048  # Features used of a photograph, largest first.
 BLOCK = 12  # A block has the pairs of 12 photographs with 12 others.
 
@@ -70,7 +70,9 @@ def similarities(read: Callable[[int], np.ndarray], n: int) -> np.ndarray:
   sample = np.concatenate(sample).astype(np.float32)
   if len(sample) < WORDS:
     return np.eye(n)
-  words, _ = scipy.cluster.vq.kmeans2(sample, WORDS, iter=20, minit='++', seed=rng)
+  few = sample[:: len(sample) // _SPREAD + 1]  # Spreading words takes longer than moving them.
+  words, _ = scipy.cluster.vq.kmeans2(few, WORDS, iter=1, minit='++', seed=rng)
+  words, _ = scipy.cluster.vq.kmeans2(sample, words, iter=20, minit='matrix')
   vectors = np.stack([_vlad(read(i)[:_PER_PHOTO].astype(np.float32), words) for i in range(n)])
   return vectors @ vectors.T
 
@@ -92,9 +94,6 @@ def _vlad(descriptors: np.ndarray, words: np.ndarray) -> np.ndarray:
   return total.ravel() / max(np.linalg.norm(total), 1e-9)
 
 
-def blocks(pairs: Sequence[Pair]) -> list[list[Pair]]:
-  """Groups pairs into blocks of few photographs, so that COLMAP reads their features once."""
-  result = {}
-  for i, j in sorted(pairs):
-    result.setdefault((i // BLOCK, j // BLOCK), []).append((i, j))
-  return list(result.values())
+def in_blocks(pairs: Iterable[Pair]) -> list[Pair]:
+  """Sorts pairs so that those of few photographs, whose features COLMAP then keeps, are near."""
+  return sorted(pairs, key=lambda pair: (pair[0] // BLOCK, pair[1] // BLOCK, pair))

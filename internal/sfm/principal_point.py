@@ -18,6 +18,7 @@ from . import reconstruction
 
 _SURE = 0.005  # Largest standard deviation, as a part of the picture's longer side.
 _FARTHEST = 0.2  # From the centre, as a part of the longer side; farther out it is a wrong result.
+_TOLERANCE = 1e-6  # Relative change of the cost that ends the adjustment; of turns, 1e-3 degrees.
 _SAMPLE = 50  # Photographs of a camera from which the standard deviation is computed.
 
 
@@ -91,6 +92,7 @@ def _adjuster(model, image_ids: Collection[int], kept: Collection[int]):
   config.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
   options = pycolmap.BundleAdjustmentOptions()
   options.refine_principal_point, options.print_summary = True, False
+  options.ceres.solver_options.function_tolerance = _TOLERANCE
   return pycolmap.create_default_ceres_bundle_adjuster(options, config, model)
 
 
