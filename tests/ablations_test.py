@@ -455,6 +455,16 @@ def test_the_demo_ladder_is_that_of_the_paper():
       assert getattr(getattr(made[label], part), key) == value
       assert getattr(getattr(full, part), key) != value
   assert made['small NeRF MLP'].nerf_mlp.net_width < full.nerf_mlp.net_width
+  baselines = {
+    'NeRF': 'nerf', 'mip-NeRF': 'mipnerf', 'NeRF with two more MLPs, as NeRF++': 'nerfpp',
+    'mip-NeRF with the bigger MLP': 'mipnerf_big',
+  }  # fmt: skip
+  sizes = 'net_depth', 'net_width', 'num_prop_samples', 'num_nerf_samples', 'max_deg_point'
+  for label, name in baselines.items():
+    for field, value in ROWS[name][0].items():
+      part, _, key = field.partition('.')
+      assert key in sizes or getattr(getattr(made[label], part), key) == value, (label, field)
+  assert set(made) == {*names, 'small NeRF MLP', *baselines}
 
 
 @pytest.mark.parametrize(('config', 'file'), [('fast', 'zip'), ('grid', 'zip_grid')])

@@ -69,16 +69,19 @@ class FakeModel:
   def reg_image_ids(self):
     return range(len(self._names))
 
+  def point3D_ids(self):
+    return set(self.points3D)
+
   def image(self, k):
     pose = reconstruction.colmap().Rigid3d(self._poses[k])
+    count = len(self._points[k])
     return types.SimpleNamespace(
       name=self._names[k],
       camera=camera(),
       cam_from_world=lambda: pose,
-      points2D=[
-        types.SimpleNamespace(point3D_id=k * 100_000 + i, has_point3D=lambda: True)
-        for i in range(len(self._points[k]))
-      ],
+      num_points2D=lambda: count,
+      get_observation_point2D_idxs=lambda: list(range(count)),
+      points2D=[types.SimpleNamespace(point3D_id=k * 100_000 + i) for i in range(count)],
     )
 
 

@@ -78,8 +78,8 @@ def test_the_world_and_its_scale_do_not_matter():
 
 def test_cells_are_those_of_a_double_loop():
   poses, points, ids = zip(*capture())
-  smaller, common = folds._cells(poses[3], points, ids, N + 3, 3)
   own, other = (folds._project(poses[3], points[k]) for k in (3, N + 3))
+  smaller, common = folds._cells(own, other, np.isin(ids[N + 3], ids[3]))
   low, high = own.min(0), own.max(0)
   expected = []
   for row in range(6):
