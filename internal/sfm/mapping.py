@@ -36,7 +36,8 @@ _FEW = 0.75  # Share of posed photographs up to which a model is as bad as a tor
 _LOOK_ALIKE = 0.5  # Coverage below which a pair may be of two places that look alike.
 _NEAR = 1 / 8  # Share of the order within which pairs are near: 45 degrees of a ring.
 _DRIFT = 0.03  # Error of a pair (`evidence.pair_error`) above what a chain drifts: two degrees.
-_TRACKS = 400  # Of each photograph, that global mapping places cameras by; points come from all.
+# Of each photograph, that global mapping places cameras by; points come from all.
+_TRACKS = {'quick': 400, 'precise': 1000}
 _STAGES = 5  # Rotations, tracks, positions, bundle adjustment and triangulation.
 
 
@@ -251,7 +252,7 @@ def _in_child(scene_dir: str, mapper: str, dropped: Sequence[evidence.Pair] = ()
   """Runs a mapper in a process of its own, so that it can be stopped and a crash is an error.
 
   It works on a copy of the database, in which focal lengths are calibrated and the `dropped` pairs
-  are missing.
+  are missing. If there are some, it maps more precisely, since chains of few pairs bend.
   """
   work = os.path.join(scene_dir, photos.STAGING, uuid.uuid4().hex)
   os.makedirs(work)
@@ -330,13 +331,13 @@ def run_child() -> None:
     known = all(camera.has_prior_focal_length for camera in db.read_all_cameras())
   if not known:
     calibration = pycolmap.ViewGraphCalibrationOptions()
-    # Else they come from fundamental matrices: good enough where many pairs agree, not for chains.
+    # Else they come from fundamental matrices, which is good enough where many pairs agree.
     calibration.reestimate_relative_pose = precision == 'precise'
     pycolmap.calibrate_view_graph(database, calibration)
   options = pycolmap.GlobalPipelineOptions()
   options.min_model_size = incremental.SMALLEST_MODEL
   options.random_seed = options.mapper.random_seed = 0
-  options.mapper.track_required_tracks_per_view = _TRACKS
+  options.mapper.track_required_tracks_per_view = _TRACKS[precision]
   pycolmap.global_mapping(database, images, output, options)
 
 
