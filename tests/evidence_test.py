@@ -81,7 +81,9 @@ class FakeModel:
       cam_from_world=lambda: pose,
       num_points2D=lambda: count,
       get_observation_point2D_idxs=lambda: list(range(count)),
-      points2D=[types.SimpleNamespace(point3D_id=k * 100_000 + i) for i in range(count)],
+      get_observation_points2D=lambda: [
+        types.SimpleNamespace(point3D_id=k * 100_000 + i) for i in range(count)
+      ],
     )
 
 

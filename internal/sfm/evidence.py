@@ -224,8 +224,8 @@ class Matches:
         continue
       points, ids = np.full((len(features), 3), np.nan), np.full(len(features), -1, np.int64)
       if image.num_points2D() == len(features):  # Otherwise the model has features of its own.
-        rows, seen = image.get_observation_point2D_idxs(), image.points2D
-        ids[rows] = [seen[row].point3D_id for row in rows]
+        rows = image.get_observation_point2D_idxs()
+        ids[rows] = [point.point3D_id for point in image.get_observation_points2D()]
         points[rows] = xyz[np.searchsorted(known, ids[rows])]
       rays = image.camera.cam_from_img(features)  # [f, 2]
       pose = image.cam_from_world().matrix()
