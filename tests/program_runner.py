@@ -168,6 +168,7 @@ def _run(program, args, output, env, constants, writes) -> None:
   except BaseException:
     traceback.print_exc()
   finally:
+    threading._shutdown()  # Waits for threads, as a program that was not forked does at its end.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
