@@ -4,13 +4,15 @@ import gzip
 import struct
 import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import plyfile
 import pytest
+from scipy import spatial
 from scipy.spatial import transform
 
-from internal.splats import formats, gaussians
+from internal.splats import formats, gaussians, rounding
 
 
 def make_splats(n=200, seed=0):
@@ -77,11 +79,38 @@ def test_spz_round_trip_keeps_what_its_bits_can_hold(tmp_path):
   opacity = [1 / (1 + np.exp(-s.opacity_logits)) for s in (read, splats)]
   np.testing.assert_allclose(*opacity, atol=0.5001 / 255)
   np.testing.assert_allclose(read.sh[:, 0], splats.sh[:, 0], atol=0.51 / 255 / 0.15)
-  for band, half in ((slice(1, 4), 1.01 / 128), (slice(4, 16), 2.01 / 128)):
-    inside = np.abs(splats.sh[:, band]) < 0.9
-    assert np.abs(read.sh[:, band] - splats.sh[:, band])[inside].max() <= half
+  inside = np.abs(splats.sh[:, 1:]) < 0.9
+  assert np.abs(read.sh[:, 1:] - splats.sh[:, 1:])[inside].max() <= 0.51 / 128
   turns = [transform.Rotation.from_quat(s.quaternions, scalar_first=True) for s in (read, splats)]
   assert np.degrees((turns[0].inv() * turns[1]).magnitude()).max() < 0.3
+
+
+def test_spz_is_rounded_as_coarsely_as_allowed_and_neighbours_stand_together():
+  splats, rng = make_splats(4000), np.random.default_rng(1)
+  splats = splats.replace(sh=0.5 * splats.sh)
+  allowed = rounding.Steps(*(10 ** rng.uniform(-2.5, a, 4000) for a in (0, 0, -0.5, 0)))
+  plain, packed = formats.pack_spz(splats), formats.pack_spz(splats, allowed)
+  assert len(packed) < 0.75 * len(plain)
+  read = formats.unpack_spz(packed)
+  # Those whose positions are still near their own tell which is which.
+  far, row = spatial.cKDTree(splats.means).query(read.means)
+  assert sorted(row[far < 0.05]) == sorted(set(row[far < 0.05]))
+  row, read = row[far < 0.05], jax.tree.map(lambda x: x[far < 0.05], read)
+  assert len(row) > 1500
+  for found, own, step, unit in (
+    (read.means, splats.means, allowed.means, 2**-18),
+    (read.log_scales, splats.log_scales, allowed.log_scales, 1 / 16),
+    (read.sh[:, 0], splats.sh[:, 0], allowed.color, 1 / 255 / 0.15),
+    (read.sh[:, 1:].reshape(-1, 45), splats.sh[:, 1:].reshape(-1, 45), allowed.harmonics, 1 / 128),
+  ):
+    error = np.abs(found - own.reshape(len(own), -1)[row]).max(-1)
+    inside = np.abs(own.reshape(len(own), -1)[row]).max(-1) < (0.9 if unit == 1 / 128 else np.inf)
+    half = np.maximum(step[row] * np.sqrt(2), unit) / 2  # The nearest power of two.
+    assert (error <= 1.01 * half)[inside].all()
+    assert np.mean((error > 0.2 * half)[inside]) > 0.5
+  # Those of one step follow a curve through space.
+  apart = np.linalg.norm(np.diff(read.means, axis=0), axis=-1)
+  assert np.median(apart) < 0.5 * np.median(np.linalg.norm(np.diff(splats.means, axis=0), axis=-1))
 
 
 def test_gzip_in_pieces_is_one_member_of_the_same_bytes(monkeypatch):

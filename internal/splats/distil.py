@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import structs
 from ..rendering import trained
 from ..system import progress
-from . import fit, gaussians, rasterizer, surfaces, views
+from . import fit, gaussians, rasterizer, rounding, surfaces, views
 
 _FIRST = 0.6  # Part of the Gaussians that the first ones are; the fit adds the others.
 _RELOCATIONS = 30  # Over the fit, all before the last fifth of its steps.
 _SHORT = 500  # Steps of a fit up to which it gains from Gaussians that cover the pictures at first.
 _REST = 10  # Steps between relocations, at least.
 _REPORTS = 10  # Progress lines.
+_ROUNDING_VIEWS = 64  # At least; what few views miss would be rounded too coarsely.
 _SPARE = 1.6  # Room in the lists of pairs over the most that a picture needed; more is compiled.
 
 
@@ -57,14 +59,30 @@ def distil(run: trained.TrainedRun, options: Options) -> gaussians.Splats:
 
 def prepare(run: trained.TrainedRun, options: Options) -> Material:
   """Renders the field, makes the first Gaussians and reads the photographs; raises as `distil`."""
-  width = int(np.asarray(run.scene.cameras.size)[run.scene.train[0], 0])
-  cams = views.teacher_cameras(run.scene, options.views, width, options.seed)
+  cams = teacher_cameras(run, options)
   field, images = views.render_teacher(run, cams)
   count = max(1, round(_FIRST * options.max_splats))
   short = options.steps <= _SHORT
   first = surfaces.initial(cams, images, count, options.max_splats, covering=short)
   del images
   return Material(first, field, *views.photographs(run, run.scene.train))
+
+
+def teacher_cameras(run: trained.TrainedRun, options: Options) -> structs.Cameras:
+  """Returns the cameras from which the field is rendered, as wide as the first photograph."""
+  width = int(np.asarray(run.scene.cameras.size)[run.scene.train[0], 0])
+  return views.teacher_cameras(run.scene, options.views, width, options.seed)
+
+
+def rounding_steps(
+  run: trained.TrainedRun, splats: gaussians.Splats, options: Options
+) -> rounding.Steps:
+  """Returns how coarsely Gaussians may be rounded so that views stay as they are."""
+  enough = dataclasses.replace(options, views=max(options.views, _ROUNDING_VIEWS))
+  cams = teacher_cameras(run, enough)
+  pinholes = [gaussians.pinhole(cams, row) for row in range(len(cams.size))]
+  capacity = capacity_for(needed_pairs(splats, pinholes))
+  return rounding.steps(splats, pinholes, background_of(run), capacity)
 
 
 def fitted(run: trained.TrainedRun, material: Material, options: Options) -> gaussians.Splats:

@@ -21,7 +21,7 @@ from scipy.spatial import transform as rotation_lib
 from ..datasets import images
 from ..errors import UserError
 from ..system import files, progress
-from . import gaussians
+from . import gaussians, rounding
 
 _REST = gaussians.SH_COEFFICIENTS - 1
 _COLUMNS = (
@@ -37,9 +37,6 @@ _HALF_TURN = np.diag([1.0, -1, -1, 1])  # Between the axes of .ply and .spz.
 _SPZ_MAGIC, _SPZ_VERSION, _SPZ_ANTIALIASED = 0x5053474E, 3, 1
 _SPZ_HEADER = '<IIIBBBB'  # Magic, version, count, SH degree, fractional bits, flags, reserved.
 _SPZ_COLOR = 0.15  # A byte of colour is 255 (0.15 f_dc + 0.5).
-# Of the 256 steps of a harmonic only multiples of these are used: 7 and 6 of 8 bits. The usual 5
-# and 4 bits cost over 1 dB on the demo; all 8 make the file a third larger.
-_SPZ_SH_STEPS = np.repeat([2, 4], [3, 12])  # Degree 1, degrees 2 and 3.
 _SPZ_LARGEST = 255 / 16 - 10  # Log-scale.
 _GZIP_HEADER = b'\x1f\x8b\x08' + bytes(6) + b'\xff'  # Deflate; no name, no time, any system.
 _PIECE = 2**20  # Bytes that a thread compresses at once.
@@ -115,32 +112,61 @@ def read_ply(path: str) -> gaussians.Splats:
   )
 
 
-def pack_spz(splats: gaussians.Splats) -> bytes:
+def pack_spz(splats: gaussians.Splats, steps: rounding.Steps | None = None) -> bytes:
   """Encodes Gaussians in the axes of a .ply as a .spz of version 3.
 
   Positions have as many of their 24 bits after the point as the farthest allows; log-scales are
-  rounded to 1/16, harmonics are clipped to [-1, 1].
+  rounded to 1/16, harmonics are clipped to [-1, 1]. With `steps`, only multiples of powers of two
+  near to these are used, which compress better, and Gaussians stand beside those with the same
+  steps and, among these, beside their neighbours.
   """
   splats = moved(splats, _HALF_TURN)
   n = len(splats.means)
   farthest = max(float(np.abs(splats.means).max(initial=0)), 1e-6)
   bits = int(np.clip(np.floor(np.log2((2**23 - 1) / farthest)), 0, 23))
-  fixed = np.clip(np.round(splats.means * 2.0**bits), -(2**23), 2**23 - 1).astype('<i4')
-  opacity = 255 / (1 + np.exp(-splats.opacity_logits))
-  color = 255 * (_SPZ_COLOR * splats.sh[:, 0] + 0.5)
-  steps = np.float32(_SPZ_SH_STEPS)[None, :, None]
-  sh = np.float32(splats.sh[:, 1:])  # 45 of the 59 numbers of a Gaussian.
-  sh = np.round((128 * sh + 128) / steps) * steps
+  color = 255 * (_SPZ_COLOR * splats.sh[:, 0] + 0.5) - 128
+  means, log_scales, sh = splats.means * 2.0**bits, 16 * splats.log_scales, 128 * splats.sh[:, 1:]
+  order = np.arange(n)
+  if steps is not None:
+    means = _rounded(means, steps.means * 2.0**bits)
+    log_scales = _rounded(log_scales, steps.log_scales * 16)
+    color = _rounded(color, steps.color * 255 * _SPZ_COLOR)
+    sh = _rounded(sh, steps.harmonics * 128)
+    order = np.lexsort((_curve(means), _power(steps.harmonics * 128)))
+  fixed = np.clip(np.round(means), -(2**23), 2**23 - 1).astype('<i4')
   header = struct.pack(
     _SPZ_HEADER, _SPZ_MAGIC, _SPZ_VERSION, n, 3, bits, _SPZ_ANTIALIASED, 0
   )  # fmt: skip
   parts = [
     np.ascontiguousarray(fixed[..., None].view(np.uint8)[..., :3]),
-    *(_bytes(x) for x in (opacity, color, 16 * (splats.log_scales + 10))),
+    _bytes(255 / (1 + np.exp(-splats.opacity_logits))),
+    _bytes(color + 128),
+    _bytes(log_scales + 160),
     _pack_rotations(splats.quaternions),
-    _bytes(sh),
+    _bytes(sh + 128),
   ]
-  return _gzip(header + b''.join(part.tobytes() for part in parts))
+  return _gzip(header + b''.join(part[order].tobytes() for part in parts))
+
+
+def _power(steps: np.ndarray) -> np.ndarray:
+  """Returns the powers of two nearest to steps in units of the format, at least one unit."""
+  return 2.0 ** np.clip(np.round(np.log2(steps)), 0, 23)
+
+
+def _rounded(x: np.ndarray, steps: np.ndarray) -> np.ndarray:
+  """Rounds [n, ...] to multiples of `_power` of steps [n]."""
+  power = _power(steps).reshape(-1, *[1] * (x.ndim - 1))
+  return np.round(x / power) * power
+
+
+def _curve(fixed: np.ndarray) -> np.ndarray:
+  """Returns the places of 24-bit positions [n, 3] on a curve through space: bits in turns, [n]."""
+  whole = np.int64(np.clip(fixed, -(2**23), 2**23 - 1)) + 2**23 >> 3  # 3 x 21 bits fit.
+  place = np.zeros(len(whole), np.int64)
+  for bit in range(21):
+    for axis in range(3):
+      place |= (whole[:, axis] >> bit & 1) << (3 * bit + axis)
+  return place
 
 
 def _gzip(data: bytes) -> bytes:
@@ -228,13 +254,13 @@ def unpack_spz(content: bytes, name: str = '.spz') -> gaussians.Splats:
   return moved(splats, _HALF_TURN)
 
 
-def write_spz(path: str, splats: gaussians.Splats) -> None:
+def write_spz(path: str, splats: gaussians.Splats, steps: rounding.Steps | None = None) -> None:
   """Writes `pack_spz`, atomically; tells how many Gaussians are too large for it."""
   large = int(np.sum(np.max(splats.log_scales, -1, initial=0) > _SPZ_LARGEST))
   if large:
     progress.say(f'{large:,} Gaussians are larger than a .spz can say. Prefer the .ply.')
   with files.whole(path) as temporary, open(temporary, 'wb') as f:
-    f.write(pack_spz(splats))
+    f.write(pack_spz(splats, steps))
 
 
 def read_spz(path: str) -> gaussians.Splats:

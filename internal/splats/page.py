@@ -19,7 +19,7 @@ from .. import paths, structs
 from ..datasets import scenes
 from ..rendering import orbits
 from ..system import files
-from . import formats, gaussians
+from . import formats, gaussians, rounding
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _TEMPLATE, _SCRIPTS = 'page.html.jinja', ('splats.js', 'page.js')
@@ -27,7 +27,13 @@ _TEMPLATE, _SCRIPTS = 'page.html.jinja', ('splats.js', 'page.js')
 _FLIP = np.array([1.0, -1, -1])
 
 
-def write(path: str, splats: gaussians.Splats, scene: scenes.Scene, title: str) -> None:
+def write(
+  path: str,
+  splats: gaussians.Splats,
+  scene: scenes.Scene,
+  title: str,
+  steps: rounding.Steps | None = None,
+) -> None:
   """Writes the page, atomically.
 
   Args:
@@ -35,8 +41,9 @@ def write(path: str, splats: gaussians.Splats, scene: scenes.Scene, title: str) 
     splats: Gaussians in the normalised world, whose units suit the range of numbers of a .spz.
     scene: the capture, for its cameras.
     title: the window's title.
+    steps: how coarsely the Gaussians may be rounded, see `formats.pack_spz`.
   """
-  packed = formats.pack_spz(splats)
+  packed = formats.pack_spz(splats, steps)
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(_HERE), autoescape=False, undefined=jinja2.StrictUndefined
   )
