@@ -88,7 +88,8 @@ def test_spz_round_trip_keeps_what_its_bits_can_hold(tmp_path):
 def test_spz_is_rounded_as_coarsely_as_allowed_and_neighbours_stand_together():
   splats, rng = make_splats(4000), np.random.default_rng(1)
   splats = splats.replace(sh=0.5 * splats.sh)
-  allowed = rounding.Steps(*(10 ** rng.uniform(-2.5, a, 4000) for a in (0, 0, -0.5, 0)))
+  steps = (10 ** rng.uniform(-2.5, a, 4000) for a in (0, 0, -0.5, 0))
+  allowed = rounding.Steps(*steps, seen=np.zeros((4000, 15)))
   plain, packed = formats.pack_spz(splats), formats.pack_spz(splats, allowed)
   assert len(packed) < 0.75 * len(plain)
   read = formats.unpack_spz(packed)
@@ -111,6 +112,22 @@ def test_spz_is_rounded_as_coarsely_as_allowed_and_neighbours_stand_together():
   # Those of one step follow a curve through space.
   apart = np.linalg.norm(np.diff(read.means, axis=0), axis=-1)
   assert np.median(apart) < 0.5 * np.median(np.linalg.norm(np.diff(splats.means, axis=0), axis=-1))
+
+
+def test_spz_keeps_the_colour_of_the_mean_view_when_harmonics_are_lost():
+  splats, turn = make_splats(1), transform.Rotation.random(random_state=2).as_matrix()
+  splats = splats.replace(sh=0.5 * splats.sh)
+  seen_along = jnp.float32([[0.6, -0.64, 0.48]])
+  basis = np.asarray(gaussians.sh_basis(seen_along))
+  steps = rounding.Steps(
+    *np.float64([[1e-6], [1e-6], [1e-6], [1e9]]), seen=basis[:, 1:] / basis[0, 0]
+  )
+  matrix = np.eye(4)
+  matrix[:3, :3] = 3 * turn
+  read = formats.unpack_spz(formats.pack_spz(formats.moved(splats, matrix), steps.moved(matrix)))
+  assert not np.abs(read.sh[:, 1:]).max()
+  colors = gaussians.sh_colors(jnp.float32(splats.sh), seen_along)
+  np.testing.assert_allclose(0.5 + gaussians.SH_0 * read.sh[:, 0], colors, atol=0.6 / 255 * 2)
 
 
 def test_gzip_in_pieces_is_one_member_of_the_same_bytes(monkeypatch):

@@ -30,6 +30,10 @@ def test_steps_are_those_of_the_weights_in_a_picture(monkeypatch):
   assert expected.max() < rounding._COLOR
   np.testing.assert_allclose(found.color, expected, rtol=0.1)
   np.testing.assert_array_equal(found.color, found.harmonics)
+  toward = np.asarray(splats.means) - camera.position
+  toward /= np.linalg.norm(toward, axis=-1, keepdims=True)
+  basis = np.asarray(gaussians.sh_basis(toward))
+  np.testing.assert_allclose(found.seen, basis[:, 1:] / basis[:, :1], atol=1e-4)
 
 
 def test_rounding_costs_what_it_may(monkeypatch):
@@ -65,5 +69,7 @@ def test_what_no_view_shows_is_rounded_within_limits():
   np.testing.assert_allclose(found.means, 0.25 * size, rtol=1e-5)
   for name, limit in (('log_scales', 0.25), ('color', 0.1), ('harmonics', 1.0)):
     np.testing.assert_allclose(getattr(found, name), limit, rtol=1e-6)
-  np.testing.assert_allclose(found.scaled(3.0).means, 3 * found.means)
-  np.testing.assert_array_equal(found.scaled(3.0).color, found.color)
+  assert not found.seen.any()
+  moved = found.moved(np.diag([3.0, 3, 3, 1]))
+  np.testing.assert_allclose(moved.means, 3 * found.means)
+  np.testing.assert_array_equal(moved.color, found.color)

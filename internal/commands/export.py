@@ -167,8 +167,7 @@ def export_splats(args, run: trained.TrainedRun, out: str, offset: np.ndarray) -
   path = {name: os.path.join(out, name) for name in _SPLAT_FILES}
   in_capture, steps = formats.moved(splats, to_file), distil.rounding_steps(run, splats, options)
   formats.write_ply(path['splats.ply'], in_capture)
-  scale = np.cbrt(np.linalg.det(to_file[:3, :3]))
-  formats.write_spz(path['splats.spz'], in_capture, steps.scaled(scale))
+  formats.write_spz(path['splats.spz'], in_capture, steps.moved(to_file))
   if 'page' in args.what:
     path[_PAGE] = os.path.join(out, _PAGE)
     page.write(path[_PAGE], splats, run.scene, os.path.basename(os.path.abspath(args.run)), steps)

@@ -36,8 +36,9 @@ _HALF_TURN = np.diag([1.0, -1, -1, 1])  # Between the axes of .ply and .spz.
 
 _SPZ_MAGIC, _SPZ_VERSION, _SPZ_ANTIALIASED = 0x5053474E, 3, 1
 _SPZ_HEADER = '<IIIBBBB'  # Magic, version, count, SH degree, fractional bits, flags, reserved.
-_SPZ_COLOR = 0.15  # A byte of colour is 255 (0.15 f_dc + 0.5).
-_SPZ_LARGEST = 255 / 16 - 10  # Log-scale.
+# What a unit of a byte stands for; a byte of colour is 255 (0.15 f_dc + 0.5).
+_SPZ_COLOR, _SPZ_LOG_SCALE, _SPZ_SH = 1 / (0.15 * 255), 1 / 16, 1 / 128
+_SPZ_LARGEST = 255 * _SPZ_LOG_SCALE - 10  # Log-scale.
 _GZIP_HEADER = b'\x1f\x8b\x08' + bytes(6) + b'\xff'  # Deflate; no name, no time, any system.
 _PIECE = 2**20  # Bytes that a thread compresses at once.
 _SPZ_ROTATION = 511 * np.sqrt(2)  # Of a component that is at most sqrt(1/2), in 9 bits and a sign.
@@ -117,45 +118,55 @@ def pack_spz(splats: gaussians.Splats, steps: rounding.Steps | None = None) -> b
 
   Positions have as many of their 24 bits after the point as the farthest allows; log-scales are
   rounded to 1/16, harmonics are clipped to [-1, 1]. With `steps`, only multiples of powers of two
-  near to these are used, which compress better, and Gaussians stand beside those with the same
-  steps and, among these, beside their neighbours.
+  near to these are used, which compress better, and the constant harmonic takes what the others
+  lose in the mean view. Gaussians then stand beside those with the same steps and, among these,
+  beside their neighbours in space.
   """
   splats = moved(splats, _HALF_TURN)
   n = len(splats.means)
   farthest = max(float(np.abs(splats.means).max(initial=0)), 1e-6)
   bits = int(np.clip(np.floor(np.log2((2**23 - 1) / farthest)), 0, 23))
-  color = 255 * (_SPZ_COLOR * splats.sh[:, 0] + 0.5) - 128
-  means, log_scales, sh = splats.means * 2.0**bits, 16 * splats.log_scales, 128 * splats.sh[:, 1:]
   order = np.arange(n)
   if steps is not None:
-    means = _rounded(means, steps.means * 2.0**bits)
-    log_scales = _rounded(log_scales, steps.log_scales * 16)
-    color = _rounded(color, steps.color * 255 * _SPZ_COLOR)
-    sh = _rounded(sh, steps.harmonics * 128)
-    order = np.lexsort((_curve(means), _power(steps.harmonics * 128)))
-  fixed = np.clip(np.round(means), -(2**23), 2**23 - 1).astype('<i4')
+    splats = _coarser(splats, steps.moved(_HALF_TURN), 2.0**-bits)
+    order = np.lexsort((_curve(splats.means * 2.0**bits), _power(steps.harmonics, _SPZ_SH)))
+  fixed = np.clip(np.round(splats.means * 2.0**bits), -(2**23), 2**23 - 1).astype('<i4')
   header = struct.pack(
     _SPZ_HEADER, _SPZ_MAGIC, _SPZ_VERSION, n, 3, bits, _SPZ_ANTIALIASED, 0
   )  # fmt: skip
   parts = [
     np.ascontiguousarray(fixed[..., None].view(np.uint8)[..., :3]),
     _bytes(255 / (1 + np.exp(-splats.opacity_logits))),
-    _bytes(color + 128),
-    _bytes(log_scales + 160),
+    _bytes(splats.sh[:, 0] / _SPZ_COLOR + 127.5),
+    _bytes((splats.log_scales + 10) / _SPZ_LOG_SCALE),
     _pack_rotations(splats.quaternions),
-    _bytes(sh + 128),
+    _bytes(splats.sh[:, 1:] / _SPZ_SH + 128),
   ]
   return _gzip(header + b''.join(part[order].tobytes() for part in parts))
 
 
-def _power(steps: np.ndarray) -> np.ndarray:
-  """Returns the powers of two nearest to steps in units of the format, at least one unit."""
-  return 2.0 ** np.clip(np.round(np.log2(steps)), 0, 23)
+def _coarser(splats: gaussians.Splats, steps: rounding.Steps, unit: float) -> gaussians.Splats:
+  """Rounds Gaussians to multiples of `_power` of the steps; positions are stored in `unit`."""
+  sh = _rounded(splats.sh[:, 1:], steps.harmonics, _SPZ_SH)
+  lost = splats.sh[:, 1:] - np.clip(sh, -1, 1 - _SPZ_SH)
+  zero = _SPZ_COLOR / 2  # What the byte 128 stands for.
+  constant = splats.sh[:, 0] + np.einsum('nkc,nk->nc', lost, steps.seen) - zero
+  constant = _rounded(constant, steps.color, _SPZ_COLOR) + zero
+  return splats.replace(
+    means=_rounded(splats.means, steps.means, unit),
+    log_scales=_rounded(splats.log_scales, steps.log_scales, _SPZ_LOG_SCALE),
+    sh=np.concatenate([constant[:, None], sh], 1),
+  )
 
 
-def _rounded(x: np.ndarray, steps: np.ndarray) -> np.ndarray:
+def _power(steps: np.ndarray, unit: float) -> np.ndarray:
+  """Returns the powers of two times `unit` that are nearest to steps, at least `unit`."""
+  return unit * 2.0 ** np.clip(np.round(np.log2(steps / unit)), 0, 23)
+
+
+def _rounded(x: np.ndarray, steps: np.ndarray, unit: float) -> np.ndarray:
   """Rounds [n, ...] to multiples of `_power` of steps [n]."""
-  power = _power(steps).reshape(-1, *[1] * (x.ndim - 1))
+  power = _power(steps, unit).reshape(-1, *[1] * (x.ndim - 1))
   return np.round(x / power) * power
 
 
@@ -242,11 +253,11 @@ def unpack_spz(content: bytes, name: str = '.spz') -> gaussians.Splats:
   low = np.concatenate([raw[0].reshape(n, 3, 1, 3), np.zeros((n, 3, 1, 1), np.uint8)], -1)
   fixed = np.roll(low, 1, -1).copy().view('<i4')[..., 0, 0] >> 8  # Keeps the sign.
   opacity = np.clip(raw[1][:, 0] / 255, 1e-3 / 255, 1 - 1e-3 / 255)
-  color = (raw[2] / 255 - 0.5) / _SPZ_COLOR
-  rest = (raw[5].reshape(n, _REST, 3) - 128.0) / 128
+  color = (raw[2] - 127.5) * _SPZ_COLOR
+  rest = (raw[5].reshape(n, _REST, 3) - 128.0) * _SPZ_SH
   splats = gaussians.Splats(
     means=fixed / 2.0**bits,
-    log_scales=raw[3] / 16 - 10,
+    log_scales=raw[3] * _SPZ_LOG_SCALE - 10,
     quaternions=_unpack_rotations(raw[4].copy().view('<u4')[:, 0]),
     opacity_logits=np.log(opacity / (1 - opacity)),
     sh=np.concatenate([color[:, None], rest], 1),

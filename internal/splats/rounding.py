@@ -7,6 +7,9 @@ the same to the pictures' error, so q is inverse to the root of that sum.
 The sums of all parameters come from one gradient a view: that of the product of the picture with
 random signs, whose square has the sum as its mean (Bekas et al. 2007, "An estimator for the
 diagonal of a matrix").
+
+Harmonics do not err independently: a fit lets those of a Gaussian add up in the directions that it
+has seen. So the constant one takes what rounding the others changes in the mean view.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import numpy as np
 
 from . import gaussians, rasterizer
 
-_ERROR = 10**-4.6  # Mean squared error of pictures that rounding may add, in a linear estimate.
+_ERROR = 10**-4.8  # Mean squared error of pictures that rounding may add, in a linear estimate.
 _PARAMETERS = 59  # Of a Gaussian.
 # Views may come that the estimate has not seen, so there are limits:
 _COLOR = 0.1  # For the constant harmonic, 0.03 of full brightness.
@@ -30,16 +33,20 @@ _POSITION = 0.25  # In deviations, their geometric mean.
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-  """Of what each number of a Gaussian may be rounded to a multiple; [n] each."""
+  """Of what each number of n Gaussians may be rounded to a multiple; [n] each, but for `seen`."""
 
   means: np.ndarray  # In the unit of the positions.
   log_scales: np.ndarray
   color: np.ndarray  # The constant harmonic.
   harmonics: np.ndarray  # Degrees 1 to 3.
+  seen: np.ndarray  # [n, 15] their basis functions over the constant one, mean over the views.
 
-  def scaled(self, factor: float) -> Steps:
-    """Returns the steps in a unit of which one of the old is `factor`."""
-    return dataclasses.replace(self, means=factor * self.means)
+  def moved(self, transform: np.ndarray) -> Steps:
+    """Returns the steps of Gaussians to which a similarity [4, 4] is applied."""
+    scale = np.cbrt(np.linalg.det(transform[:3, :3]))
+    seen = np.pad(self.seen, ((0, 0), (1, 0)))[..., None]
+    seen = gaussians.rotate_sh(seen, transform[:3, :3] / scale)[:, 1:, 0]
+    return dataclasses.replace(self, means=scale * self.means, seen=seen)
 
 
 def steps(
@@ -67,15 +74,19 @@ def steps(
       return jnp.sum(signs * rasterizer.render(moving, camera, background, capacity).rgb)
 
     g = jax.grad(product)(splats)
-    parts = jnp.mean(g.means**2, -1), jnp.mean(g.log_scales**2, -1), jnp.mean(g.sh[:, 0] ** 2, -1)
+    together = jnp.mean(g.sh * g.sh[:, :1], -1)  # [n, 16]
+    parts = jnp.mean(g.means**2, -1), jnp.mean(g.log_scales**2, -1), together
     return jax.tree.map(jnp.add, total, parts)
 
-  total = (jnp.zeros(len(splats.means)),) * 3
+  n = len(splats.means)
+  total = jnp.zeros(n), jnp.zeros(n), jnp.zeros((n, gaussians.SH_COEFFICIENTS))
   for k, camera in enumerate(cameras):
     total = add(total, jax.random.key(k), camera)
   numbers = 3 * sum(int(np.prod(camera.size)) for camera in cameras)
-  each = _ERROR * numbers / (_PARAMETERS * max(len(splats.means), 1))
-  means, log_scales, sh = (np.sqrt(12 * each / np.maximum(part, 1e-20)) for part in total)
+  each = _ERROR * numbers / (_PARAMETERS * max(n, 1))
+  *rest, together = (np.asarray(part, np.float64) for part in total)
+  sums = *rest, together[:, 0]
+  means, log_scales, sh = (np.sqrt(12 * each / np.maximum(part, 1e-20)) for part in sums)
   size = np.exp(np.mean(np.asarray(splats.log_scales, np.float64), -1))
   # The basis functions have the same mean square over directions, so one sum stands for all 16.
   return Steps(
@@ -83,4 +94,5 @@ def steps(
     log_scales=np.minimum(log_scales, _LOG_SCALE),
     color=np.minimum(sh, _COLOR),
     harmonics=np.minimum(sh, _HARMONIC),
+    seen=together[:, 1:] / np.maximum(together[:, :1], 1e-20),
   )
