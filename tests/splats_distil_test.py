@@ -1,7 +1,9 @@
 """Tests of the first Gaussians, of the fit, and of the command that exports them."""
 
+import base64
 import dataclasses
 import pathlib
+import re
 
 import export_test
 import jax
@@ -186,7 +188,17 @@ def ball_run(scene, monkeypatch):
   monkeypatch.setattr(renderer, 'make_image_renderer', lambda *_, **__: export_test.render_ball)
 
 
-def test_the_command_writes_splats_in_the_captures_frame(ball_run, scene, tmp_path, capsys):
+def test_the_command_writes_splats_in_the_captures_frame(
+  ball_run, scene, tmp_path, capsys, monkeypatch
+):
+  found = []
+
+  def rounding_steps(*args):
+    found.append(distil_rounding(*args))
+    return dataclasses.replace(found[0], means=np.full(len(found[0].means), 2.0**-5))
+
+  distil_rounding = distil.rounding_steps
+  monkeypatch.setattr(distil, 'rounding_steps', rounding_steps)
   arguments = ['--max_splats', '400', '--splat_steps', '0', '--splat_views', '6']
   export.main([str(tmp_path), '--what', 'page', *arguments])
   printed = capsys.readouterr().out
@@ -208,10 +220,17 @@ def test_the_command_writes_splats_in_the_captures_frame(ball_run, scene, tmp_pa
   assert np.argmax(behind) == (~behind).sum()
   rows, xyz = rows[~behind], xyz[~behind]
   np.testing.assert_allclose(np.linalg.norm(xyz - centre, axis=-1), 0.8, atol=1e-3)
+  # The copies in the .spz and the page are rounded: in the page's units to 1/32, here to 1/16.
   packed = formats.read_spz(str(folder / 'splats.spz')).means  # In another order.
   packed = packed[np.linalg.norm(packed - centre, axis=-1) < 100]
   assert len(packed) == len(xyz)
-  assert spatial.cKDTree(packed).query(xyz)[0].max() < 0.03
+  np.testing.assert_array_equal(packed % 2.0**-4, 0)
+  assert spatial.cKDTree(packed).query(xyz)[0].max() <= np.sqrt(3) * 2.0**-5 + 1e-6
+  text = re.search('>(H4sI[^<]+)<', (folder / 'page.html').read_text())[1]
+  shown = formats.unpack_spz(base64.b64decode(text)).means
+  np.testing.assert_array_equal(shown % 2.0**-5, 0)
+  assert np.any(shown % 2.0**-4)
+  assert np.all(found[0].means[:20] > 0)
   # Colours show positions in the normalised world.
   world = xyz @ scene.world_transform[:3, :3].T + scene.world_transform[:3, 3]
   dc = np.stack([rows[f'f_dc_{k}'] for k in range(3)], -1)

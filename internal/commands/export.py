@@ -165,12 +165,13 @@ def export_splats(args, run: trained.TrainedRun, out: str, offset: np.ndarray) -
   splats = closed_splats(run, options)
   about = {'splats': len(splats.means), 'step': run.step, 'seconds': time.monotonic() - began}
   path = {name: os.path.join(out, name) for name in _SPLAT_FILES}
-  in_capture, steps = formats.moved(splats, to_file), distil.rounding_steps(run, splats, options)
+  in_capture = formats.moved(splats, to_file)
   formats.write_ply(path['splats.ply'], in_capture)
-  formats.write_spz(path['splats.spz'], in_capture, steps.moved(to_file))
+  coarse = distil.rounding_steps(run, splats, options)
+  formats.write_spz(path['splats.spz'], in_capture, coarse.moved(to_file))
   if 'page' in args.what:
     path[_PAGE] = os.path.join(out, _PAGE)
-    page.write(path[_PAGE], splats, run.scene, os.path.basename(os.path.abspath(args.run)), steps)
+    page.write(path[_PAGE], splats, run.scene, os.path.basename(os.path.abspath(args.run)), coarse)
   # Last, since it renders the test images with the field too.
   scores, lost = comparison.compare(splats, run)
   about |= dataclasses.asdict(options) | scores

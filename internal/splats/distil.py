@@ -19,7 +19,6 @@ _RELOCATIONS = 30  # Over the fit, all before the last fifth of its steps.
 _SHORT = 500  # Steps of a fit up to which it gains from Gaussians that cover the pictures at first.
 _REST = 10  # Steps between relocations, at least.
 _REPORTS = 10  # Progress lines.
-_ROUNDING_VIEWS = 64  # At least; what few views miss would be rounded too coarsely.
 _SPARE = 1.6  # Room in the lists of pairs over the most that a picture needed; more is compiled.
 
 
@@ -77,10 +76,13 @@ def teacher_cameras(run: trained.TrainedRun, options: Options) -> structs.Camera
 def rounding_steps(
   run: trained.TrainedRun, splats: gaussians.Splats, options: Options
 ) -> rounding.Steps:
-  """Returns how coarsely Gaussians may be rounded so that views stay as they are."""
-  enough = dataclasses.replace(options, views=max(options.views, _ROUNDING_VIEWS))
-  cams = teacher_cameras(run, enough)
+  """Returns how coarsely Gaussians in the normalised world may be rounded.
+
+  The views that stay as they are: those that they have been fitted to. Raises as `distil`.
+  """
+  cams, scene = teacher_cameras(run, options), run.scene
   pinholes = [gaussians.pinhole(cams, row) for row in range(len(cams.size))]
+  pinholes += [gaussians.pinhole(scene.cameras, row) for row in views.drawable(scene, scene.train)]
   capacity = capacity_for(needed_pairs(splats, pinholes))
   return rounding.steps(splats, pinholes, background_of(run), capacity)
 

@@ -117,10 +117,10 @@ def pack_spz(splats: gaussians.Splats, steps: rounding.Steps | None = None) -> b
   """Encodes Gaussians in the axes of a .ply as a .spz of version 3.
 
   Positions have as many of their 24 bits after the point as the farthest allows; log-scales are
-  rounded to 1/16, harmonics are clipped to [-1, 1]. With `steps`, only multiples of powers of two
-  near to these are used, which compress better, and the constant harmonic takes what the others
-  lose in the mean view. Gaussians then stand beside those with the same steps and, among these,
-  beside their neighbours in space.
+  rounded to 1/16, harmonics are clipped to [-1, 1]. With `steps`, of the same frame, only multiples
+  of powers of two up to these are used, which compress better, and the constant harmonic takes what
+  the others lose in the mean view. Gaussians of equal steps then stand together, in the order of a
+  curve through space.
   """
   splats = moved(splats, _HALF_TURN)
   n = len(splats.means)
@@ -147,9 +147,9 @@ def pack_spz(splats: gaussians.Splats, steps: rounding.Steps | None = None) -> b
 
 def _coarser(splats: gaussians.Splats, steps: rounding.Steps, unit: float) -> gaussians.Splats:
   """Rounds Gaussians to multiples of `_power` of the steps; positions are stored in `unit`."""
-  sh = _rounded(splats.sh[:, 1:], steps.harmonics, _SPZ_SH)
-  lost = splats.sh[:, 1:] - np.clip(sh, -1, 1 - _SPZ_SH)
-  zero = _SPZ_COLOR / 2  # What the byte 128 stands for.
+  sh = np.clip(_rounded(splats.sh[:, 1:], steps.harmonics, _SPZ_SH), -1, 1 - _SPZ_SH)
+  lost = splats.sh[:, 1:] - sh
+  zero = _SPZ_COLOR / 2  # What the byte 128 stands for, from which multiples are counted.
   constant = splats.sh[:, 0] + np.einsum('nkc,nk->nc', lost, steps.seen) - zero
   constant = _rounded(constant, steps.color, _SPZ_COLOR) + zero
   return splats.replace(
@@ -160,8 +160,8 @@ def _coarser(splats: gaussians.Splats, steps: rounding.Steps, unit: float) -> ga
 
 
 def _power(steps: np.ndarray, unit: float) -> np.ndarray:
-  """Returns the powers of two times `unit` that are nearest to steps, at least `unit`."""
-  return unit * 2.0 ** np.clip(np.round(np.log2(steps / unit)), 0, 23)
+  """Returns the largest powers of two times `unit` up to steps, at least `unit`."""
+  return unit * 2.0 ** np.floor(np.log2(np.fmax(steps, unit) / unit))
 
 
 def _rounded(x: np.ndarray, steps: np.ndarray, unit: float) -> np.ndarray:

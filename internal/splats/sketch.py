@@ -8,7 +8,7 @@ import os
 from ..datasets import scenes
 from ..export import points
 from ..viewer import additions
-from . import formats, page
+from . import formats, page, rounding
 
 _FILES = {'splats.ply': formats.read_ply, 'splats.spz': formats.read_spz}  # The exact one first.
 
@@ -26,6 +26,7 @@ def find(run: str, scene: scenes.Scene) -> additions.Additions | None:
   to_world = scene.world_transform.copy()
   to_world[:3, 3] += to_world[:3, :3] @ points.offset(scene)  # To which the file is relative.
   splats = formats.moved(paths[path](path), to_world)
+  packed = formats.pack_spz(splats, rounding.fixed(len(splats.means)))
   look = f'const look = {json.dumps(page.look(scene))};'
   script = '\n'.join([page.read_scripts('splats.js'), look, page.read_scripts('sketch.js')])
-  return additions.Additions(script, {'splats.spz': formats.pack_spz(splats)})
+  return additions.Additions(script, {'splats.spz': packed})

@@ -78,18 +78,22 @@ def render_teacher(run: trained.TrainedRun, cams: structs.Cameras) -> tuple[View
   return Views(pinholes, colors), rendered
 
 
-def photographs(run: trained.TrainedRun, rows: Iterable[int]) -> tuple[list[int], Views]:
-  """Returns the rows and pictures of photographs that can be drawn, as a pinhole sees them.
+def drawable(scene: scenes.Scene, rows: Iterable[int]) -> list[int]:
+  """Returns the rows of perspective cameras that have the size of the first training image."""
+  lens, size = np.asarray(scene.cameras.lens), np.asarray(scene.cameras.size)
+  fits = (lens == structs.PERSPECTIVE) & (size == size[scene.train[0]]).all(-1)
+  return [row for row in rows if fits[row]]
 
-  These are the photographs of perspective cameras that have the size of the first training image.
+
+def photographs(run: trained.TrainedRun, rows: Iterable[int]) -> tuple[list[int], Views]:
+  """Returns the rows and pictures of `drawable` photographs, as a pinhole sees them.
+
   Lens distortion is removed by cubic splines. Masked pixels do not count, and neither do those that
   the photograph does not show. Prints how many photographs are left out. If they cannot be read,
   prints why and returns none.
   """
   scene, folder, rows = run.scene, run.settings.config.data_dir or '', list(rows)
-  lens, size = np.asarray(scene.cameras.lens), np.asarray(scene.cameras.size)
-  fits = (lens == structs.PERSPECTIVE) & (size == size[scene.train[0]]).all(-1)
-  kept = [row for row in rows if fits[row]]
+  kept = drawable(scene, rows)
   if len(kept) < len(rows):
     progress.say(
       f'Leaving out {len(rows) - len(kept)} of {len(rows)} photographs, of another size than '
