@@ -61,6 +61,7 @@ def test_the_page_runs(folder):
   assert 'mean of 2 images at step 4' in said
 
 
+@pytest.mark.hammer
 def test_the_notebook_runs(folder):
   cells = json.loads((ROOT / 'notebooks' / 'quickstart.ipynb').read_text())['cells']
   code = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')

@@ -206,7 +206,14 @@ def stand_ins(monkeypatch):
 
   for kind in ('train', 'render'):
     monkeypatch.setattr(programs, f'{kind}_program', make(kind))
+  leave_garbage(monkeypatch)
   return made
+
+
+def leave_garbage(monkeypatch):
+  """Without programs there is no memory to free, and what other tests left is much to look at."""
+  for module in (benchmark, programs):
+    monkeypatch.setattr(module, 'gc', SimpleNamespace(collect=lambda: None))
 
 
 class TestRun:
@@ -347,6 +354,7 @@ class TestAgainst:
 
       return SimpleNamespace(rays=64, facts={}, time=time)
 
+    leave_garbage(monkeypatch)
     monkeypatch.setattr(programs, 'matmul_row', lambda *_: {**product, 'tflops': now['tflops']})
     monkeypatch.setattr(programs, 'synthetic_program', lambda kind, *_: program(kind))
     return now

@@ -91,6 +91,7 @@ def one_with_two(start_training, tmp_path_factory):
   return one_process(start_training, run, 2, constants=SPLIT)
 
 
+@pytest.mark.hammer
 def test_two_processes_one_signalled_then_one_killed(start_all, one_with_two, tmp_path):
   """The run ends with the bits of one process with two devices."""
   run, start = tmp_path / 'run', functools.partial(start_all, constants=SPLIT)

@@ -91,8 +91,8 @@ OF_PHOTOGRAPHS = (
 @pytest.mark.parametrize(
   ('bindings', 'micro_batches', 'devices'),
   [
-    (MANY_DRAWS, 4, 1),
-    (MANY_DRAWS, 1, 8),
+    pytest.param(MANY_DRAWS, 4, 1, marks=pytest.mark.hammer),
+    pytest.param(MANY_DRAWS, 1, 8, marks=pytest.mark.hammer),
     (MANY_DRAWS, 2, 8),
     (("Config.batching = 'single_image'",), 2, 8),
     (OF_PHOTOGRAPHS, 2, 8),
@@ -307,8 +307,8 @@ def _abstract(tree):
   [
     ('360', "Model.mlp_dtype = 'float32'"),
     ('360', "Model.mlp_dtype = 'bfloat16'"),
-    ('360_grid', "Model.mlp_dtype = 'bfloat16'"),
-    ('360_fast', 'Model.deterministic_grid = True'),
+    pytest.param('360_grid', "Model.mlp_dtype = 'bfloat16'", marks=pytest.mark.hammer),
+    pytest.param('360_fast', 'Model.deterministic_grid = True', marks=pytest.mark.hammer),
   ],
 )
 def test_training_and_rendering_lower_for_tpu_cuda_and_cpu(name, binding):
