@@ -40,6 +40,7 @@ def _lower(settings, mesh):
   return step_fn.lower(state, sharding.replicate(cams, mesh), store)
 
 
+@pytest.mark.hammer
 def test_eight_devices_compute_what_one_does():
   settings = tiny.settings()
   one, stats_one = _run(settings, tiny.mesh(1), 3)
@@ -94,7 +95,7 @@ OF_PHOTOGRAPHS = (
     pytest.param(MANY_DRAWS, 4, 1, marks=pytest.mark.hammer),
     pytest.param(MANY_DRAWS, 1, 8, marks=pytest.mark.hammer),
     (MANY_DRAWS, 2, 8),
-    (("Config.batching = 'single_image'",), 2, 8),
+    pytest.param(("Config.batching = 'single_image'",), 2, 8, marks=pytest.mark.hammer),
     (OF_PHOTOGRAPHS, 2, 8),
   ],
 )
@@ -165,6 +166,7 @@ def test_pixels_on_the_host_give_the_same_batches():
   jax.tree.map(np.testing.assert_array_equal, device.params, host.params)
 
 
+@pytest.mark.hammer
 def test_same_seed_same_run_other_seed_other_run():
   a, _ = _run(tiny.settings(), tiny.mesh(1), 2)
   b, _ = _run(tiny.settings(), tiny.mesh(1), 2)
