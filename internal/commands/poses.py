@@ -39,8 +39,8 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     choices=pipeline.MATCHING,
     default='auto',
     help='which pairs of photographs to match: all of them (exhaustive), neighbours in time and '
-    'similar ones (sequential), or only similar ones (alike); auto takes exhaustive up to 200 '
-    'photographs, above that sequential if they are in order, else alike',
+    'similar ones (sequential), or only similar ones (alike); auto takes exhaustive up to 60 '
+    'photographs, or 200 in no order, above that sequential if they are in order, else alike',
   )
   parser.add_argument(
     '--mapper',
