@@ -211,7 +211,7 @@ def stand_ins(monkeypatch):
 
 
 def leave_garbage(monkeypatch):
-  """Without programs there is no memory to free, and what other tests left is much to look at."""
+  """Skips garbage collection, which frees nothing of stand-ins and takes long after other tests."""
   for module in (benchmark, programs):
     monkeypatch.setattr(module, 'gc', SimpleNamespace(collect=lambda: None))
 

@@ -394,7 +394,7 @@ def run(tmp_path_factory):
   return folder, settings, mesh, sorted((str(p) for p in files), key=os.path.getsize)
 
 
-@cases(0.015)
+@cases(0.03)
 @hypothesis.given(data=st.data())
 def test_damaged_checkpoints(run, data):
   folder, settings, mesh, files = run

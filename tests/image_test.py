@@ -93,14 +93,15 @@ class TestSsim:
     for noise in (0.003, 0.05, 0.4):
       a = natural(rng)
       b = np.clip(a + rng.normal(0, noise, a.shape), 0, 1)
-      assert image.ssim(jnp.float32(a), jnp.float32(b)) == pytest.approx(ssim_twin(a, b), abs=1e-5)
+      assert image.ssim(jnp.float32(a), jnp.float32(b)) == pytest.approx(ssim_twin(a, b), abs=2e-6)
 
   def test_golden_numbers(self):
     y, x = np.mgrid[:24, :32] / 8.0
     a = np.stack([0.5 + 0.4 * np.sin(x + y), 0.5 + 0.4 * np.cos(x), np.full_like(x, 0.3)], -1)
     b = np.stack([a[..., 0] ** 1.2, 0.9 * a[..., 1], a[..., 2] + 0.02 * np.sin(9 * x)], -1)
-    # Computed once by `ssim_twin`; detects a change of both.
-    assert image.ssim(jnp.float32(a), jnp.float32(b)) == pytest.approx(0.92824786, abs=1e-5)
+    # Computed once by `ssim_twin`; detects a change of both. In the constant channel, variances
+    # cancel: rounding left 2.1e-6 on one of two processors.
+    assert image.ssim(jnp.float32(a), jnp.float32(b)) == pytest.approx(0.92824786, abs=4e-6)
 
   def test_is_symmetric_and_one_for_equal_images(self, rng):
     a, b = jnp.float32(natural(rng)), jnp.float32(natural(rng))
