@@ -38,6 +38,7 @@ _RANGES = {
   'dtu_light_cond': (0, 7),
   'grid_coarse_to_fine': (0, 1),
   'depth_loss_rays': (0, 1),
+  'lr_cooldown': (0, 1),
   'min_images_fraction': (0, 1),
   'robust_quantile': (0, 1),
   'camera_start': (0, 1),

@@ -445,6 +445,7 @@ KNOBS = {
     'lr_final': (optimizer, '0.001'),
     'lr_delay_steps': (optimizer, '10'),
     'lr_delay_mult': (optimizer, '0.5'),
+    'lr_cooldown': (optimizer, '1.0'),
     'adam_beta1': (optimizer, '0.5'),
     'adam_beta2': (optimizer, '0.5'),
     'adam_eps': (optimizer, '0.1'),

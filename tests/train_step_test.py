@@ -216,6 +216,15 @@ def test_learning_rate_follows_the_schedule():
   np.testing.assert_allclose(rate(250000), 2e-5, rtol=1e-4)
 
 
+def test_learning_rate_cools_down_to_zero():
+  rates = []
+  for fraction in ('0.0', '0.2'):
+    config = tiny.settings('Config.max_steps = 1000', f'Config.lr_cooldown = {fraction}').config
+    rates.append([float(train_step.learning_rate(config)(k)) for k in (700, 800, 850, 990, 1000)])
+  factors = np.divide(rates[1], rates[0])
+  np.testing.assert_allclose(factors, [1, 1, 0.75, 0.05, 0], atol=1e-6)
+
+
 def test_gradients_are_clipped_by_their_norm():
   clip = train_step.clip_by_norm(1.0)
   for grads, wanted in (((3.0, 4.0), (0.6, 0.8)), ((0.3, 0.4), (0.3, 0.4)), ((0, 0), (0, 0))):

@@ -49,7 +49,7 @@ def list_rows(table: reproduce.Table) -> None:
   for row in table.rows.values():
     record = table.measured.get(row.name)
     state = f'{record["psnr"]:.2f} dB' if record else 'not measured'
-    print(f'{row.name:<16} {row.scene}; {os.path.basename(row.config)}; {row.time}; {state}')
+    print(f'{row.name:<24} {row.scene}; {os.path.basename(row.config)}; {row.time}; {state}')
 
 
 def find_data(row: reproduce.Row, args: argparse.Namespace) -> str:

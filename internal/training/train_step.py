@@ -22,11 +22,17 @@ _ONE = np.int32(1)
 
 
 def learning_rate(config: configs.Config) -> Callable[[Array], Array]:
-  """Returns the schedule: log-linear decay with a sine warm-up (arXiv:2111.12077, section 4)."""
+  """Returns the schedule: log-linear decay with a sine warm-up (arXiv:2111.12077, section 4).
+
+  With `lr_cooldown`, the rate also falls linearly to 0 at the end.
+  """
 
   def schedule(step):
     # max_steps, not last_step: a run that exits early keeps the rates of the whole schedule.
-    rate = math.log_lerp(step / config.max_steps, config.lr_init, config.lr_final)
+    done = step / config.max_steps
+    rate = math.log_lerp(done, config.lr_init, config.lr_final)
+    if config.lr_cooldown > 0:
+      rate *= jnp.clip((1 - done) / config.lr_cooldown, 0, 1)
     if config.lr_delay_steps <= 0:
       return rate
     ramp = jnp.sin(jnp.pi / 2 * jnp.clip(step / config.lr_delay_steps, 0, 1))
