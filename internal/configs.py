@@ -112,7 +112,8 @@ class Config(Checked):
   lr_final: float = 0.00002  # Learning rate at max_steps; log-linear in between.
   lr_delay_steps: int = 512  # Steps of warm-up (0: none).
   lr_delay_mult: float = 0.01  # Factor on the learning rate at the start of the warm-up.
-  # Fraction of max_steps at the end over which the learning rate also falls linearly to 0.
+  # Fraction of max_steps at the end over which the learning rate also falls linearly to 0 (but not
+  # those of cameras and exposures).
   lr_cooldown: float = 0.0
   adam_beta1: float = 0.9  # Adam: decay of the mean of the gradients, per step.
   adam_beta2: float = 0.999  # Adam: decay of the mean of their squares, per step.
