@@ -46,10 +46,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def list_rows(table: reproduce.Table) -> None:
   """Prints all rows: what they cost and what is stored of them."""
+  width = max(map(len, table.rows))
   for row in table.rows.values():
     record = table.measured.get(row.name)
     state = f'{record["psnr"]:.2f} dB' if record else 'not measured'
-    print(f'{row.name:<24} {row.scene}; {os.path.basename(row.config)}; {row.time}; {state}')
+    print(f'{row.name:<{width}} {row.scene}; {os.path.basename(row.config)}; {row.time}; {state}')
 
 
 def find_data(row: reproduce.Row, args: argparse.Namespace) -> str:
