@@ -7,6 +7,7 @@ section 3).
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,17 @@ def _cells(x: Array, resolution: int) -> list[tuple[Array, Array]]:
   return cells
 
 
+def _is_dense(resolution: int, size: int) -> bool:
+  """Returns whether a table of so many rows has one per vertex."""
+  return (resolution + 1) ** 3 <= size
+
+
+def _strides(resolution: int | Array, dense: bool) -> tuple[Array, Array, Array]:
+  """Returns the factors of the coordinates x, y and z in the number of a row."""
+  side = jnp.uint32(resolution) + 1
+  return (jnp.uint32(1), side, side * side) if dense else tuple(map(np.uint32, _PRIMES))
+
+
 def _corner(cells, resolution: int, size: int, corner: np.ndarray) -> tuple[Array, Array]:
   """Returns the table row and the trilinear weight of a corner of the cells.
 
@@ -110,14 +122,14 @@ def _corner(cells, resolution: int, size: int, corner: np.ndarray) -> tuple[Arra
     cells: from `_cells`.
     resolution: cells per axis.
     size: rows of the table.
-    corner: 0 to 7, one bit per axis; several corners broadcast with [...].
+    corner: 0 to 7, one bit per axis; they broadcast with [...].
   """
-  dense = (resolution + 1) ** 3 <= size
-  strides = (1, resolution + 1, (resolution + 1) ** 2) if dense else _PRIMES
+  dense = _is_dense(resolution, size)
+  strides = _strides(resolution, dense)
   row, weight = jnp.uint32(0), 1.0
   for axis, ((cell, high), stride) in enumerate(zip(cells, strides)):
     upper = corner >> axis & 1
-    along = (cell + upper) * np.uint32(stride)  # Wraps at 2^32, as the hash requires.
+    along = (cell + upper) * stride  # Wraps at 2^32, as the hash requires.
     row = row + along if dense else row ^ along
     weight *= jnp.where(upper, high, 1 - high)
   return (row if dense else row & np.uint32(size - 1)), weight
@@ -140,10 +152,24 @@ def _features(table: Array, x: Array, resolution: int) -> Array:
 
 def _interpolate(table: Array, x: Array, resolution: int) -> Array:
   """Computes `lookup`, differentiable by autodiff with respect to x."""
-  # XLA fuses eight small gathers with their sum, and stores no intermediate results.
+  return _weighted_sum(table, x, resolution, _is_dense(resolution, len(table)))
+
+
+# Traced once for all levels that hash into tables of one size.
+@functools.partial(jax.jit, static_argnames='dense', inline=True)
+def _weighted_sum(table: Array, x: Array, resolution: int | Array, dense: bool) -> Array:
+  """Computes `lookup` for a level whose table has a row per vertex (`dense`), or hashes."""
   cells, total = _cells(x, resolution), 0.0
-  for corner in _CORNERS:
-    row, weight = _corner(cells, resolution, len(table), corner)
+  strides = _strides(resolution, dense)
+  # Of each axis, the parts of row and weight at the lower and at the upper end of the cell.
+  rows = [((cell + 0) * n, (cell + 1) * n) for (cell, _), n in zip(cells, strides)]
+  weights = [(1 - high, high) for _, high in cells]
+  # XLA fuses eight small gathers with their sum, and stores no intermediate results.
+  for ends in itertools.product((0, 1), repeat=3):  # Of z, y and x.
+    x_row, y_row, z_row = (row[end] for row, end in zip(rows, ends[::-1]))
+    x_weight, y_weight, z_weight = (weight[end] for weight, end in zip(weights, ends[::-1]))
+    row = x_row + y_row + z_row if dense else (x_row ^ y_row ^ z_row) & np.uint32(len(table) - 1)
+    weight = x_weight * y_weight * z_weight
     total += weight[..., None] * table.at[row].get(mode='promise_in_bounds')  # [..., f]
   return total
 
