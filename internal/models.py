@@ -53,7 +53,12 @@ class Model(nn.Module):
       self.glo = nn.Embed(cfg.num_glo_embeddings, cfg.num_glo_features)
 
   def __call__(
-    self, key: Array | None, rays: structs.Rays, train_frac: float | Array, use_glo: bool = True
+    self,
+    key: Array | None,
+    rays: structs.Rays,
+    train_frac: float | Array,
+    use_glo: bool = True,
+    proposal_rays: int | None = None,
   ) -> tuple[list[structs.Rendering | None], list[structs.RayHistory]]:
     """Renders rays.
 
@@ -63,6 +68,8 @@ class Model(nn.Module):
       rays: rays with leading axes [...].
       train_frac: fraction of training completed, in [0, 1], for annealing.
       use_glo: use each image's appearance vector; otherwise zeros.
+      proposal_rays: number of the last rays along the first axis through which gradients reach the
+        proposals; None for all. It does not change the result.
 
     Returns:
       A Rendering (None if the level has no colour) and a RayHistory for each level.
@@ -82,7 +89,8 @@ class Model(nn.Module):
       tdist = s_to_t(sdist)  # [..., n + 1]
       gaussians = self._cast(sample_key, level, rays, tdist)  # [..., n]
       # [..., n], [..., n, 3]
-      density, rgb = self._query(mlp_key, level, rays, gaussians, glo, train_frac)
+      trained = proposal_rays if level < cfg.num_levels - 1 else None
+      density, rgb = self._query_in_parts(trained, mlp_key, level, rays, gaussians, glo, train_frac)
       if cfg.gradient_scaling > 0:
         scale = render.gradient_scale(tdist, rays.directions, cfg.gradient_scaling)  # [..., n]
         density = math.scale_gradient(density, scale)
@@ -163,6 +171,21 @@ class Model(nn.Module):
     if cfg.disable_integration:
       gaussians = gaussians.replace(cov=jnp.zeros_like(gaussians.cov))
     return gaussians
+
+  def _query_in_parts(self, trained: int | None, key, level: int, rays, gaussians, glo, train_frac):
+    """As `_query`, with gradients through the last `trained` rays only (None: all)."""
+    if trained is None or trained == rays.radii.shape[0]:
+      return self._query(key, level, rays, gaussians, glo, train_frac)
+    per_ray = rays, gaussians, glo
+
+    def part(rows: slice):
+      own_key = key if key is None or key.ndim == 0 else key[rows]
+      of_rays = jax.tree.map(lambda x: x[rows], per_ray)
+      return self._query(own_key, level, *of_rays, train_frac)
+
+    # Evaluated apart: of what has no gradient, the backward pass computes nothing.
+    parts = jax.lax.stop_gradient(part(slice(None, -trained))), part(slice(-trained, None))
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
   def _query(
     self, key, level: int, rays: structs.Rays, gaussians: structs.Gaussians, glo, train_frac

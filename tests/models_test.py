@@ -446,6 +446,32 @@ class TestGradients:
     assert norms[trained] > 1e-6
     assert norms[untouched] == 0
 
+  @pytest.mark.parametrize(
+    'key', [None, KEY, jax.random.split(KEY, 6)], ids=['none', 'one', 'each']
+  )
+  def test_some_rays_train_the_proposals_and_all_train_the_rest(self, key):
+    settings, params, _ = _make('Config.interlevel_rays = 0.3')  # 2 of 6, the last ones.
+    model, batch = models.build(settings), structs.Batch(RAYS, jnp.full((6, 3), 0.2))
+    whole = configs.Config(interlevel_rays=1.0)
+
+    def loss(params, rows, count, config):
+      renderings, history = model.apply({'params': params}, key, RAYS, 0.5, proposal_rays=count)
+      history = jax.tree.map(lambda x: x[rows], history)
+      renderings, some = jax.tree.map(lambda x: x[rows], (renderings, batch))
+      terms = losses.total(config, params, renderings, history, some)[1]
+      return sum(terms.values()), terms
+
+    slopes = jax.value_and_grad(loss, has_aux=True)
+    (_, terms), grads = slopes(params, slice(None), 2, settings.config)
+    (_, of_all), all_grads = slopes(params, slice(None), None, whole)
+    (_, of_two), two_grads = slopes(params, slice(-2, None), None, whole)
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-9)
+    same(terms['data'], of_all['data'])
+    same(terms['interlevel'], of_two['interlevel'])
+    jax.tree.map(same, grads['nerf_mlp'], all_grads['nerf_mlp'])
+    jax.tree.map(same, grads['prop_mlp'], two_grads['prop_mlp'])
+    assert _norms(grads)['prop_mlp'] > 1e-6
+
   @pytest.mark.parametrize('opaque', [True, False])
   @pytest.mark.parametrize('start', ['zero', 'random'])
   def test_finite_at_extremes(self, opaque, start):
