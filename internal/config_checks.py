@@ -22,7 +22,7 @@ _RANGES = {
       'render_video_fps', 'render_spline_n_interp', 'render_spline_degree', 'net_depth',
       'net_width', 'skip_layer', 'net_width_viewdirs', 'num_levels', 'num_prop_samples',
       'num_nerf_samples', 'num_glo_embeddings', 'grid_levels', 'grid_min_resolution',
-      'grid_max_resolution', 'grid_log2_size', 'grid_features',
+      'grid_max_resolution', 'grid_log2_size', 'grid_features', 'interlevel_every',
     ),
     (1, None),
   ),
@@ -38,7 +38,6 @@ _RANGES = {
   'dtu_light_cond': (0, 7),
   'grid_coarse_to_fine': (0, 1),
   'depth_loss_rays': (0, 1),
-  'interlevel_rays': (0, 1),
   'lr_cooldown': (0, 1),
   'min_images_fraction': (0, 1),
   'robust_quantile': (0, 1),
@@ -50,7 +49,7 @@ _MAX_FAR = 1e8  # The square of a much larger distance overflows float32.
 _POSITIVE = (
   'charb_padding', 'interlevel_blur', 'lr_init', 'lr_final', 'camera_lr_init', 'camera_lr_final',
   'exposure_lr_init', 'exposure_lr_final', 'near_anneal_rate', 'grid_decay_growth', 'grid_init',
-  'grid_gain', 'depth_loss_rays', 'interlevel_rays',
+  'grid_gain', 'depth_loss_rays',
 )  # fmt: skip
 
 
@@ -197,10 +196,10 @@ def _config_conflict(config: Any) -> str | None:
   power = config.distortion_power
   if power is not None and not (len(power) == 2 and power[1] > 0):
     return f'Config.distortion_power must be (lambda, scale) with scale > 0, got {power}.'
-  if config.interlevel_rays < 1 and config.data_coarse_loss_mult > 0:
+  if config.interlevel_every > 1 and config.data_coarse_loss_mult > 0:
     return (
-      'Config.interlevel_rays must be 1 if Config.data_coarse_loss_mult also trains proposals, got '
-      f'{config.interlevel_rays}.'
+      'Config.interlevel_every must be 1 where Config.data_coarse_loss_mult trains proposals, got '
+      f'{config.interlevel_every}.'
     )
   return _patch_conflict(config)
 

@@ -91,7 +91,7 @@ class Config(Checked):
   interlevel_loss_mult: float = 1.0  # Multiplier of the interlevel loss (0: none).
   interlevel_loss_type: Literal['bound', 'blur'] = 'bound'  # Eq. 13, or Zip-NeRF's smooth one.
   interlevel_blur: Sequence[float] = (0.03, 0.003)  # 'blur': half-width in s per proposal level.
-  interlevel_rays: float = 1.0  # Fraction of a step's rays that train the proposals.
+  interlevel_every: int = 1  # Every n-th ray of a step trains the proposals (1: all).
   distortion_loss_mult: float = 0.01  # Multiplier of the distortion loss, Eq. 15 (0: none).
   # (lambda, scale): the distortion loss is of P(scale t, lambda), the power ladder of metric
   # distance t; Zip-NeRF has (-0.25, 1e4). None: of s.
@@ -173,10 +173,6 @@ class Config(Checked):
   z_variation: float = 0.0  # Ellipse: height variation, as a fraction of the cameras' range.
   z_phase: float = 0.0  # Ellipse: phase of the height variation, in turns (0: starts highest).
   vis_num_rays: int = 16  # Rays in the histogram plots written during training (0: no plots).
-
-  def proposal_rays(self, rays: int) -> int | None:
-    """Returns how many of so many rays train the proposals (`interlevel_rays`); None for all."""
-    return None if self.interlevel_rays == 1 else max(1, round(self.interlevel_rays * rays))
 
   @property
   def last_step(self) -> int:

@@ -205,15 +205,11 @@ def _data_coarse(inputs: Inputs) -> Array:
 
 @plugins.loss('interlevel')
 def _interlevel(inputs: Inputs) -> Array:
-  count = inputs.config.proposal_rays(inputs.batch.rgb.shape[0])
-  history = inputs.history if count is None else [_last_rays(h, count) for h in inputs.history]
+  every = inputs.config.interlevel_every  # The rays that train them; see `Model.__call__`.
+  history = jax.tree.map(lambda x: x[every - 1 :: every], list(inputs.history))
   if inputs.config.interlevel_loss_type == 'blur':
     return interlevel_blur(history, inputs.config.interlevel_blur)
   return interlevel(history)
-
-
-def _last_rays(history: structs.RayHistory, count: int) -> structs.RayHistory:
-  return jax.tree.map(lambda x: x[-count:], history)
 
 
 plugins.loss('distortion')(lambda i: distortion(i.history, i.config.distortion_power))

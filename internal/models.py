@@ -58,7 +58,7 @@ class Model(nn.Module):
     rays: structs.Rays,
     train_frac: float | Array,
     use_glo: bool = True,
-    proposal_rays: int | None = None,
+    proposals_every: int = 1,
   ) -> tuple[list[structs.Rendering | None], list[structs.RayHistory]]:
     """Renders rays.
 
@@ -68,8 +68,9 @@ class Model(nn.Module):
       rays: rays with leading axes [...].
       train_frac: fraction of training completed, in [0, 1], for annealing.
       use_glo: use each image's appearance vector; otherwise zeros.
-      proposal_rays: number of the last rays along the first axis through which gradients reach the
-        proposals; None for all. It does not change the result.
+      proposals_every: gradients reach the proposals through every n-th ray along the first axis,
+        whose length must be a multiple of n. With a key per ray, or none, it does not change the
+        result.
 
     Returns:
       A Rendering (None if the level has no colour) and a RayHistory for each level.
@@ -89,8 +90,8 @@ class Model(nn.Module):
       tdist = s_to_t(sdist)  # [..., n + 1]
       gaussians = self._cast(sample_key, level, rays, tdist)  # [..., n]
       # [..., n], [..., n, 3]
-      trained = proposal_rays if level < cfg.num_levels - 1 else None
-      density, rgb = self._query_in_parts(trained, mlp_key, level, rays, gaussians, glo, train_frac)
+      every = proposals_every if level < cfg.num_levels - 1 else 1
+      density, rgb = self._query_in_parts(every, mlp_key, level, rays, gaussians, glo, train_frac)
       if cfg.gradient_scaling > 0:
         scale = render.gradient_scale(tdist, rays.directions, cfg.gradient_scaling)  # [..., n]
         density = math.scale_gradient(density, scale)
@@ -172,20 +173,25 @@ class Model(nn.Module):
       gaussians = gaussians.replace(cov=jnp.zeros_like(gaussians.cov))
     return gaussians
 
-  def _query_in_parts(self, trained: int | None, key, level: int, rays, gaussians, glo, train_frac):
-    """As `_query`, with gradients through the last `trained` rays only (None: all)."""
-    if trained is None or trained == rays.radii.shape[0]:
+  def _query_in_parts(self, every: int, key, level: int, rays, gaussians, glo, train_frac):
+    """As `_query`, with gradients through every n-th ray only."""
+    if every == 1:
       return self._query(key, level, rays, gaussians, glo, train_frac)
-    per_ray = rays, gaussians, glo
 
-    def part(rows: slice):
-      own_key = key if key is None or key.ndim == 0 else key[rows]
-      of_rays = jax.tree.map(lambda x: x[rows], per_ray)
-      return self._query(own_key, level, *of_rays, train_frac)
+    def part(last: bool):  # The last ray of each n neighbours, or the others.
+      def take(x):
+        groups = x.reshape(-1, every, *x.shape[1:])
+        return groups[:, -1] if last else groups[:, :-1].reshape(-1, *x.shape[1:])
+
+      own_key = key if key is None or key.ndim == 0 else take(key)
+      return self._query(own_key, level, *jax.tree.map(take, (rays, gaussians, glo)), train_frac)
+
+    def join(others, last):
+      groups = others.reshape(-1, every - 1, *others.shape[1:]), last[:, None]
+      return jnp.concatenate(groups, 1).reshape(-1, *last.shape[1:])
 
     # Evaluated apart: of what has no gradient, the backward pass computes nothing.
-    parts = jax.lax.stop_gradient(part(slice(None, -trained))), part(slice(-trained, None))
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    return jax.tree.map(join, jax.lax.stop_gradient(part(False)), part(True))
 
   def _query(
     self, key, level: int, rays: structs.Rays, gaussians: structs.Gaussians, glo, train_frac

@@ -195,8 +195,11 @@ def test_unknown_name_lists_the_nearest_known(binding, suggestion):
     ('PropMLP.grid_levels = (5, 6.5)', 'PropMLP.grid_levels must be int | Sequence[int]'),
     ("Config.interlevel_loss_type = 'spline'", "'bound', 'blur'"),
     ('Config.interlevel_blur = (0.03, 0)', 'Config.interlevel_blur must be positive'),
-    ('Config.interlevel_rays = 1.5', 'Config.interlevel_rays must be 0 to 1'),
-    ('Config.interlevel_rays = 0.0', 'Config.interlevel_rays must be positive'),
+    ('Config.interlevel_every = 0', 'Config.interlevel_every must be at least 1'),
+    (
+      'Config.interlevel_every = 2\nConfig.data_coarse_loss_mult = 0.1',
+      'Config.interlevel_every must be 1 where Config.data_coarse_loss_mult trains proposals',
+    ),
     ('Config.distortion_power = (-0.25,)', 'Config.distortion_power must be (lambda, scale)'),
     ('Config.distortion_power = (-0.25, 0.0)', 'scale > 0'),
     ('Config.grid_decay_growth = 0.0', 'Config.grid_decay_growth must be positive'),

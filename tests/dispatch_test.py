@@ -1,7 +1,12 @@
 """Many training steps in one dispatch: the same bits, where they end, how far they go ahead."""
 
+import dataclasses
 import functools
 import json
+import os
+import pathlib
+import re
+import threading
 import types
 
 import captures
@@ -11,8 +16,11 @@ import pytest
 import tiny
 
 from internal import configs, datasets, structs
-from internal.devices import sharding
-from internal.training import batches, checkpoints, dispatch, loop, train_step
+from internal.datasets import images
+from internal.devices import memory, sharding, starting
+from internal.errors import UserError
+from internal.evaluation import train_renders
+from internal.training import batches, checkpoints, dispatch, loop, pixel_store, train_step
 
 GRID = (
   *(f"{part}.encoding = 'grid'" for part in ('PropMLP', 'NerfMLP')),
@@ -187,6 +195,114 @@ def trained(tmp_path_factory):
       loop.train(settings, scene, tiny.mesh(1), on_step=on_step, on_step_every=10)
     runs[name] = folder / name, settings, called, sizes
   return runs
+
+
+class TestStart:
+  """The step compiles while pictures are read and the state is created."""
+
+  @pytest.fixture
+  def run(self, tmp_path):
+    captures.write_colmap(tmp_path / 'data', n=9, size=(16, 16))
+    bindings = (
+      f"Config.data_dir = '{tmp_path}/data'", f"Config.checkpoint_dir = '{tmp_path}/run'",
+      'Config.factor = 0', 'Config.max_steps = 4', 'Config.print_every = 2',
+      'Config.train_render_every = 2',
+    )  # fmt: skip
+    settings = tiny.settings(*bindings)
+    return settings, datasets.load_dataset(settings.config)
+
+  @pytest.mark.parametrize('on', ['device', 'host'])
+  def test_what_it_compiles_is_what_the_loop_runs(self, run, on, monkeypatch):
+    settings, scene = run
+    config = dataclasses.replace(settings.config, pixels_on=on)
+    programs = []
+
+    def take(step_fn, *args, real=train_step.TrainStep.__call__):
+      programs.append(dict(step_fn._programs))
+      return real(step_fn, *args)
+
+    monkeypatch.setattr(train_step.TrainStep, '__call__', take)
+    loop.train(dataclasses.replace(settings, config=config), scene, tiny.mesh(1))
+    assert len(programs) >= 2
+    assert all(p.keys() == programs[0].keys() and len(p) == 1 for p in programs)
+
+  def test_memory_is_what_remains_beside_all_arguments(self, run, monkeypatch):
+    settings, scene = run
+    monkeypatch.setattr(memory, 'free_memory', lambda _: 10**9)
+    made, real = [], train_step.make_train_step
+    monkeypatch.setattr(
+      train_step, 'make_train_step', lambda *a, **k: made.append(real(*a, **k)) or made[0]
+    )
+    loop.train(settings, scene, tiny.mesh(1))
+    state = train_step.create_state(settings)
+    cams = pixel_store.training_cameras(settings, scene)
+    known = sum(np.asarray(x).nbytes for x in jax.tree.leaves((state, cams)))
+    pixels = 3 * 16 * 16 * len(scene.train) + 4 * len(scene.train)
+    assert made[0].free == 10**9 - known - pixels
+
+  @pytest.mark.parametrize('fails', [False, True])
+  def test_test_renders_are_compiled_beside_it_on_accelerators(self, run, fails, monkeypatch):
+    settings, scene = run
+    monkeypatch.setattr(starting, 'has_accelerator', lambda: True)
+    renders = train_renders.TestRenders(settings, scene, tiny.mesh(1))
+    threads, compiled = [], []
+
+    def warm_up(params, real=renders.warm_up):
+      threads.append(threading.current_thread().name)
+      if fails:
+        raise RuntimeError('no memory')  # It is tried again when it is needed.
+      real(params)
+
+    def compiling(*args, real=memory._compile):
+      compiled.append(threading.current_thread().name)
+      return real(*args)
+
+    monkeypatch.setattr(renders, 'warm_up', warm_up)
+    monkeypatch.setattr(memory, '_compile', compiling)
+    loop.train(settings, scene, tiny.mesh(1), render_test=renders)
+    assert threads == [name for name in threads if name != 'MainThread']
+    assert len(threads) == 1
+    # The step, and the chunk of a test image: there, or when it is first rendered.
+    assert sorted(compiled) == sorted(['MainThread', 'MainThread' if fails else threads[0]])
+    pictures = os.listdir(os.path.join(settings.config.checkpoint_dir, 'train_renders'))
+    assert sorted(name[-11:] for name in pictures) == ['0000002.png'] * 2 + ['0000004.png'] * 2
+
+  def test_an_unreadable_picture_ends_the_run(self, run):
+    settings, scene = run
+    path = os.path.join(settings.config.data_dir, scene.files[scene.train[1]])
+    with open(path, 'r+b') as f:
+      f.truncate(200)
+    with pytest.raises(images.DataError, match=re.escape(path)):
+      loop.train(settings, scene, tiny.mesh(1))
+
+  @pytest.mark.parametrize('binding', ['Config.micro_batches = 5', 'Config.batch_size = 63'])
+  def test_bad_settings_leave_a_finished_run_unchanged(self, run, binding):
+    settings, scene = run
+    loop.train(settings, scene, tiny.mesh(1))
+    folder = settings.config.checkpoint_dir
+    paths = [pathlib.Path(folder, name) for name in ('config.gin', 'scene.json', 'metrics.jsonl')]
+    before = [path.read_bytes() for path in paths]
+    name, value = binding.removeprefix('Config.').split(' = ')
+    config = dataclasses.replace(settings.config, max_steps=8, **{name: int(value)})
+    with pytest.raises(UserError, match=name):
+      loop.train(dataclasses.replace(settings, config=config), scene, tiny.mesh(2))
+    assert before == [path.read_bytes() for path in paths]
+
+  def test_a_failure_stops_the_reading(self, run, monkeypatch):
+    settings, scene = run
+    told = []
+
+    def read(config, scene, progress, stop):
+      told.append(stop.wait(20))
+
+    def fit(*_, **__):
+      raise RuntimeError('no compiler')
+
+    monkeypatch.setattr(pixel_store, 'read', read)
+    monkeypatch.setattr(train_step.TrainStep, 'fit', fit)
+    with pytest.raises(RuntimeError, match='no compiler'):
+      loop.train(settings, scene, tiny.mesh(1))
+    assert told == [True]
 
 
 class TestLoop:

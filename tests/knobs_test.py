@@ -226,6 +226,9 @@ def training(settings, folder):
     def __init__(self, most):
       self.most = most
 
+    def fit(self, *args, on_lowered):
+      pass
+
     def __call__(self, state, cams, pixels, count):
       done.append(('dispatch', count))
       return state, stats
@@ -252,7 +255,8 @@ def training(settings, folder):
   with pytest.MonkeyPatch.context() as patch:
     for owner, name, stand_in in (
       (run_folder, 'start_run', lambda *_: (types.SimpleNamespace(params={}), [], 1)),
-      (pixel_store, 'load', lambda *_: (store, 'device')),
+      (pixel_store, 'read', lambda *_: store),
+      (pixel_store, 'put_on_device', lambda *_: store),
       (train_step, 'make_train_step', lambda *_, most, **__: Step(most)),
       (renderer, 'make_image_renderer', lambda *_: rendered),
       (renderer, 'make_ray_probe', probed),
@@ -282,7 +286,7 @@ def place_of_pixels(settings, folder):
     config = dataclasses.replace(config, pixel_cache_dir=os.path.join(folder, 'elsewhere'))
   store = pixel_store.read(config, scene, progress=False)
   made = sorted(glob.glob(os.path.join(folder, '**', '*.rgb'), recursive=True, include_hidden=True))
-  return pixel_store.keep_on_device(config, store), type(store.rgb), made
+  return pixel_store.place(config, scene), type(store.rgb), made
 
 
 def patience(settings, folder):
@@ -433,6 +437,7 @@ KNOBS = {
       'Config.interlevel_blur = (0.1,)',
       "Config.interlevel_loss_type = 'blur'",
     ),
+    'interlevel_every': (step, '2'),
     'distortion_loss_mult': (loss, '0.5'),
     'distortion_power': (loss, '(-0.25, 100.0)'),
     'weight_decay_mults': (loss, "{'nerf_mlp/a': 0.1}"),

@@ -449,22 +449,22 @@ class TestGradients:
   @pytest.mark.parametrize(
     'key', [None, KEY, jax.random.split(KEY, 6)], ids=['none', 'one', 'each']
   )
-  def test_some_rays_train_the_proposals_and_all_train_the_rest(self, key):
-    settings, params, _ = _make('Config.interlevel_rays = 0.3')  # 2 of 6, the last ones.
+  @pytest.mark.parametrize('more', [(), ('Model.num_glo_features = 2',)], ids=['plain', 'glo'])
+  def test_every_nth_ray_trains_the_proposals_and_all_train_the_rest(self, key, more):
+    settings, params, _ = _make('Config.interlevel_every = 3', *more)
     model, batch = models.build(settings), structs.Batch(RAYS, jnp.full((6, 3), 0.2))
-    whole = configs.Config(interlevel_rays=1.0)
+    whole = configs.Config()
 
-    def loss(params, rows, count, config):
-      renderings, history = model.apply({'params': params}, key, RAYS, 0.5, proposal_rays=count)
-      history = jax.tree.map(lambda x: x[rows], history)
-      renderings, some = jax.tree.map(lambda x: x[rows], (renderings, batch))
-      terms = losses.total(config, params, renderings, history, some)[1]
+    def loss(params, rows, every, config):
+      renderings, history = model.apply({'params': params}, key, RAYS, 0.5, proposals_every=every)
+      taken = jax.tree.map(lambda x: x[rows], (renderings, history, batch))
+      terms = losses.total(config, params, *taken)[1]
       return sum(terms.values()), terms
 
     slopes = jax.value_and_grad(loss, has_aux=True)
-    (_, terms), grads = slopes(params, slice(None), 2, settings.config)
-    (_, of_all), all_grads = slopes(params, slice(None), None, whole)
-    (_, of_two), two_grads = slopes(params, slice(-2, None), None, whole)
+    (_, terms), grads = slopes(params, slice(None), 3, settings.config)
+    (_, of_all), all_grads = slopes(params, slice(None), 1, whole)
+    (_, of_two), two_grads = slopes(params, np.array([2, 5]), 1, whole)
     same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-9)
     same(terms['data'], of_all['data'])
     same(terms['interlevel'], of_two['interlevel'])

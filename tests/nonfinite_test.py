@@ -184,6 +184,16 @@ class TestPrograms:
     program(flags=('--replay_step', '5'))
     assert 'gradient of each of the 40 rays are finite' in capsys.readouterr().out
 
+  def test_a_replay_looks_at_the_proposals_of_all_rays(self, program, monkeypatch):
+    made, real = [], train_step.make_loss_gradient
+    monkeypatch.setattr(
+      train_step, 'make_loss_gradient', lambda s: made.append(s.config.interlevel_every) or real(s)
+    )
+    every = 'Config.interlevel_every = 4'
+    program(every)
+    program(every, flags=('--replay_step', '2'))
+    assert made == [4, 4, 1] or made == [4, 1, 4]
+
   def test_a_blocked_run_ends_also_when_resumed(self, program, tmp_path):
     """The learning rate is so large that the second step is non-finite."""
     bindings = ('Config.lr_init = 1e30', 'Config.lr_final = 1e30', 'Config.max_skipped_updates = 5')

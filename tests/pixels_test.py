@@ -1,8 +1,11 @@
 """Training pixels in memory and in a mapped cache file, which is never used incomplete."""
 
 import errno
+import glob
 import os
 import shutil
+import threading
+import types
 from concurrent import futures
 
 import captures
@@ -14,7 +17,7 @@ import tiny
 
 from internal import configs, datasets
 from internal.datasets import images
-from internal.training import batches, pixel_store
+from internal.training import batches, pixel_store, train_step
 
 
 @pytest.fixture
@@ -56,9 +59,7 @@ def test_pixels_on_disk_equal_those_in_memory(capture):
   store = read(capture)
   assert isinstance(store.rgb, pixel_store.MappedPixels)
   assert (
-    pixel_store.stored_bytes(store)
-    == pixel_store.stored_bytes(read(capture, 'host'))
-    == wanted.nbytes
+    store.rgb.nbytes == sum(plane.nbytes for plane in read(capture, 'host').rgb) == wanted.nbytes
   )
   np.testing.assert_array_equal(np.stack([*store.rgb.planes()], -1), wanted)
 
@@ -231,9 +232,40 @@ def test_more_pixels_than_32_bits_can_index_stay_off_the_device(monkeypatch):
     2_500_000_000 + 3 * 4 + 2
   ]
   monkeypatch.setattr(pixel_store, 'available_memory', lambda: 2**50)
-  assert not pixel_store.keep_on_device(configs.Config(), store)
+  found = types.SimpleNamespace(cameras=types.SimpleNamespace(size=size), train=(0, 1))
+  assert pixel_store.place(configs.Config(), found) == 'host'
   with pytest.raises(configs.ConfigError, match=r'fewer than 2\^31 training pixels'):
-    pixel_store.keep_on_device(configs.Config(pixels_on='device'), store)
+    pixel_store.place(configs.Config(pixels_on='device'), found)
+
+
+@pytest.mark.parametrize('on', ['device', 'host', 'disk'])
+def test_what_a_step_takes_is_known_before_the_pictures_are_read(capture, on):
+  settings = configs.load_config(
+    (), [f"Config.data_dir = '{capture}'", f"Config.pixels_on = '{on}'", 'Config.batch_size = 8']
+  )
+  found, mesh = datasets.load_dataset(settings.config), tiny.mesh(2)
+  told = pixel_store.of_a_step(settings.config, found, mesh, on == 'device')
+  pixels, place = pixel_store.load(settings, found, mesh)
+  assert place == on == pixel_store.place(settings.config, found)
+  if on != 'device':
+    cams = pixel_store.training_cameras(settings, found)
+    draw = train_step.make_draw(settings.config, mesh)
+    pixels = train_step.host_pixels(draw, 0, pixels, cams.size, mesh)
+  want, got = (jax.tree.flatten(tree) for tree in (pixels, told))
+  assert want[1] == got[1]
+  for a, b in zip(want[0], got[0]):
+    assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+    assert jax.typeof(a) == jax.typeof(b)
+
+
+@pytest.mark.parametrize('on', ['host', 'disk'])
+def test_reading_can_be_stopped_and_leaves_nothing(capture, on):
+  config, stop = configs.Config(data_dir=capture, pixels_on=on), threading.Event()
+  found = datasets.load_dataset(config)
+  stop.set()
+  with pytest.raises(futures.CancelledError):
+    pixel_store.read(config, found, False, stop)
+  assert not glob.glob(os.path.join(capture, '.pixels', '*.rgb*'))
 
 
 def test_reads_the_large_synthetic_capture(tmp_path):

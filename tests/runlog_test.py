@@ -5,9 +5,12 @@ import io
 import json
 import math
 import os
+import struct
 
 import numpy as np
 import pytest
+from PIL import Image
+from tensorboardX.proto import event_pb2
 
 from internal.training import runlog
 
@@ -83,6 +86,27 @@ def test_a_clock_that_stands_still_or_jumps_gives_no_rate(tmp_path, seconds):
   log.steps(1, [_stats(1)], 1, seconds, 64)
   log.close()
   assert 'rays_per_sec' not in _rows(tmp_path)[0]
+
+
+def test_tensorboard_shows_numbers_and_pictures(tmp_path):
+  log = runlog.RunLog(str(tmp_path), 0, 10)
+  picture = np.full((16, 24, 3), (200, 100, 50), np.uint8)
+  log.scalars(3, {'psnr': 21.5}, 'test')
+  log.picture(4, 'test/x', picture)
+  log.close()
+  (path,) = (tmp_path / 'tensorboard').iterdir()
+  content, found = path.read_bytes(), []
+  while content:  # Length, its checksum, the event, its checksum.
+    (length,) = struct.unpack('<Q', content[:8])
+    found.append(event_pb2.Event.FromString(content[12 : 12 + length]))
+    content = content[16 + length :]
+  number, shown = ([(e.step, v) for e in found for v in e.summary.value if v.HasField(kind)]
+                   for kind in ('simple_value', 'image'))  # fmt: skip
+  assert [(step, v.tag, v.simple_value) for step, v in number] == [(3, 'test/psnr', 21.5)]
+  ((step, value),) = shown
+  assert (step, value.tag, value.image.width, value.image.height) == (4, 'test/x', 24, 16)
+  decoded = np.asarray(Image.open(io.BytesIO(value.image.encoded_image_string)))
+  np.testing.assert_allclose(decoded, picture, atol=3)
 
 
 @pytest.mark.parametrize('number', [errno.ENOSPC, errno.EDQUOT])

@@ -196,6 +196,16 @@ def test_free_memory_is_that_of_the_fullest_device():
   assert memory.free_memory(sharding.make_mesh()) is None  # CPU.
 
 
+def test_bytes_of_shapes_are_those_of_a_device_share():
+  mesh = tiny.mesh(2)
+  rows = sharding.placed_shapes({'large': np.zeros((2**20, 2), np.float32)}, mesh)
+  same = sharding.replicated_shapes({'x': np.zeros(5), 'k': np.zeros(3, np.uint8)}, mesh)
+  assert memory.sharded_bytes(rows) == 4 * 2**20  # Half of its rows.
+  assert memory.sharded_bytes(same) == 4 * 5 + 3  # Doubles become floats.
+  there = sharding.place(np.ones((2**20, 2), np.float32), mesh)
+  assert (there.sharding, there.shape) == (rows['large'].sharding, rows['large'].shape)
+
+
 _CHOOSE = """
 import jax, jax.numpy as jnp
 from internal.devices import memory, processes

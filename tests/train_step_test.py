@@ -97,6 +97,7 @@ OF_PHOTOGRAPHS = (
     (MANY_DRAWS, 2, 8),
     pytest.param(("Config.batching = 'single_image'",), 2, 8, marks=pytest.mark.hammer),
     (OF_PHOTOGRAPHS, 2, 8),
+    (('Config.interlevel_every = 4',), 2, 8),
   ],
 )
 def test_any_split_into_devices_and_micro_batches_has_the_same_gradient(
@@ -155,6 +156,10 @@ def test_micro_batches_divide_the_rays_of_a_device():
     configs.ConfigError, match=r'micro_batches must divide .* got 5 for 8 .*64 on 8'
   ):
     choices(8, 'Config.micro_batches = 5')
+  assert choices(1, 'Config.batch_size = 24', 'Config.interlevel_every = 4') == (1, 2)
+  for told in ((), ('Config.micro_batches = 4',)):
+    with pytest.raises(configs.ConfigError, match=r'interlevel_every must divide the \d+ rays'):
+      choices(4, 'Config.batch_size = 24', 'Config.interlevel_every = 4', *told)
 
 
 @pytest.mark.hammer

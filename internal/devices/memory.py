@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,12 @@ def free_memory(mesh: Mesh) -> int | None:
   if not all('bytes_limit' in s and 'bytes_in_use' in s for s in stats):
     return None
   return min(s['bytes_limit'] - s['bytes_in_use'] for s in stats)
+
+
+def sharded_bytes(tree) -> int:
+  """Returns the bytes that arrays, or shapes with shardings, take on each device."""
+  shard = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # noqa: E731
+  return sum(map(shard, jax.tree.leaves(tree)))
 
 
 def peak_bytes(devices: Iterable[jax.Device]) -> int:
@@ -52,10 +59,15 @@ def compiler_options() -> dict[str, bool]:
   return {'xla_gpu_enable_triton_gemm': False} if jax.default_backend() == 'gpu' else {}
 
 
-def _compile(function: Callable, args) -> tuple[jax.stages.Compiled | None, Exception | None]:
+def _compile(
+  function: Callable, args, on_lowered: Callable[[], None] | None
+) -> tuple[jax.stages.Compiled | None, Exception | None]:
   """Returns (program, None), or (None, error) if XLA runs out of memory."""
   try:
-    return function.lower(*args).compile(compiler_options()), None
+    lowered = function.lower(*args)
+    if on_lowered:
+      on_lowered()
+    return lowered.compile(compiler_options()), None
   except jax.errors.JaxRuntimeError as error:
     if not is_exhausted(error):
       raise
@@ -70,7 +82,8 @@ def is_exhausted(error: Exception) -> bool:
 class FirstFit:
   """A function compiled as the first of several variants that fits in device memory.
 
-  The first call chooses the variant, when all other data is already on the devices. A variant fits
+  The first call chooses the variant; `free` says how much memory there is besides the arguments and
+  all other data. A variant fits
   if it needs, besides its arguments, at most 90% of the free memory of the fullest device. All
   processes choose the same variant. If memory is unknown (CPU), the first variant is chosen.
 
@@ -90,7 +103,7 @@ class FirstFit:
     Args:
       variant: returns the jit-compiled function of a choice.
       choices: choices in order of decreasing memory.
-      free: returns the number of free bytes, or None.
+      free: returns the number of free bytes besides the arguments, or None.
     """
     self.variant, self.choices, self._free = variant, tuple(choices), free
     self.choice = self.needed = self.free = None
@@ -104,14 +117,20 @@ class FirstFit:
     """Lowers the chosen variant; before the first call, the first one."""
     return self.variant(self.choice or self.choices[0]).lower(*args)
 
-  def fit(self, *args) -> jax.stages.Compiled:
-    """Returns the program for arguments of these shapes, compiling it if necessary."""
+  def fit(self, *args, on_lowered: Callable[[], None] | None = None) -> jax.stages.Compiled:
+    """Returns the program for arguments of these shapes, compiling it if necessary.
+
+    Args:
+      *args: arrays, or jax.ShapeDtypeStruct with their shardings.
+      on_lowered: called once the first variant is traced, which needs Python, before XLA compiles
+        it, which does not.
+    """
     leaves, structure = jax.tree.flatten(args)
     kind = (structure, *map(jax.typeof, leaves))
     if kind not in self._programs:
       first = self.choice is None  # Later shapes keep the first choice.
       self._programs[kind] = (
-        self._choose(args) if first else self.lower(*args).compile(compiler_options())
+        self._choose(args, on_lowered) if first else self.lower(*args).compile(compiler_options())
       )
     return self._programs[kind]
 
@@ -122,11 +141,12 @@ class FirstFit:
     of = '' if self.free is None else f' of {self.free / 1e9:.3g} GB free'
     return f'{self.needed / 1e9:.3g} GB{of} memory'
 
-  def _choose(self, args) -> jax.stages.Compiled:
+  def _choose(self, args, on_lowered: Callable[[], None] | None) -> jax.stages.Compiled:
     jax.block_until_ready(args)  # Running programs still hold memory.
     self.free = self._free()
     for choice in self.choices:
-      program, error = _compile(self.variant(choice), args)
+      program, error = _compile(self.variant(choice), args, on_lowered)
+      on_lowered = None
       self.needed = None if error else _needed_memory(program)
       known = self.needed is not None and self.free is not None
       fits = not error and not (known and self.needed > _SHARE * self.free)

@@ -81,6 +81,23 @@ def placement(tree, mesh: Mesh):
   return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh))
 
 
+def placed_shapes(tree, mesh: Mesh):
+  """Returns the shapes of a training state as `place` shards it."""
+  return _shapes(tree, placement(tree, mesh))
+
+
+def replicated_shapes(tree, mesh: Mesh):
+  """Returns the shapes of what `replicate` returns."""
+  return _shapes(tree, jax.tree.map(lambda _: replicated(mesh), tree))
+
+
+def _shapes(tree, shardings):
+  def shape(x, sharding):
+    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype), sharding=sharding)
+
+  return jax.tree.map(shape, tree, shardings)
+
+
 def place(tree, mesh: Mesh):
   """Shards a training state, the same on every host, as it is kept between steps."""
   return _put(tree, placement(tree, mesh))

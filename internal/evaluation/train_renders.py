@@ -8,7 +8,7 @@ import time
 import numpy as np
 from jax.sharding import Mesh
 
-from .. import configs, coord
+from .. import configs, coord, structs
 from ..datasets import scenes
 from ..devices import processes
 from ..rendering import renderer
@@ -24,16 +24,32 @@ class TestRenders:
     self.settings, self.config, self.scene = settings, settings.config, scene
     self.render_image = renderer.make_image_renderer(settings, mesh)
     self.probe_rays = renderer.make_ray_probe(settings, mesh)
-    near_far, model = (self.config.near, self.config.far), settings.model
-    _, self.s_to_t = coord.ray_warps(model.raydist_fn, *near_far, model.raydist_options)
     count = min(self.config.train_render_images, len(scene.test))
     spread = np.linspace(0, len(scene.test) - 1, count).round().astype(int)
     self.rows = [scene.test[k] for k in spread]
     self.folder = os.path.join(self.config.checkpoint_dir, 'train_renders')
 
+  def warm_up(self, params: dict) -> None:
+    """Compiles what a call needs, by rendering a few pixels."""
+    if not self.rows:
+      return
+    row, cams = self.rows[0], self._cameras(params)
+    size = np.array(cams.size)
+    width, height = size[row]
+    size[row] = 4, 4
+    self.render_image(params, cams.replace(size=size), row, 0.0)
+    if self.config.vis_num_rays > 0:
+      self.probe_rays(params, cams, row, 0.0)
+    black = np.zeros((height, width, 3), np.float32)
+    mask = scenes.read_mask(self.config.data_dir, self.scene, row)
+    metrics_lib.image_metrics(black, black, self.config, mask)
+
+  def _cameras(self, params: dict) -> structs.Cameras:
+    return camera_refinement.refined_scene(self.settings, self.scene, params).cameras
+
   def __call__(self, params: dict, step: int, log: runlog.RunLog) -> None:
     frac = float(train_step.train_fraction(step, self.config.max_steps))
-    cams = camera_refinement.refined_scene(self.settings, self.scene, params).cameras
+    cams = self._cameras(params)
     scores = []
     for row in self.rows:
       began = time.monotonic()
@@ -51,9 +67,9 @@ class TestRenders:
       log.picture(step, f'test/{name}', sheet)
     if self.rows and self.config.vis_num_rays > 0:
       history = self.probe_rays(params, cams, self.rows[0], frac)
-      picture = pictures.ray_picture(
-        *history, max_rays=self.config.vis_num_rays, s_to_t=self.s_to_t
-      )
+      near_far, model = (self.config.near, self.config.far), self.settings.model
+      _, s_to_t = coord.ray_warps(model.raydist_fn, *near_far, model.raydist_options)
+      picture = pictures.ray_picture(*history, max_rays=self.config.vis_num_rays, s_to_t=s_to_t)
       if processes.is_main():
         pictures.write_png(os.path.join(self.folder, f'rays_step{step:07d}.png'), picture)
         log.picture(step, 'test/rays', picture)

@@ -50,8 +50,8 @@ def _sample_flops(params: Mapping, mlp: configs.MLP, settings, colour: bool) -> 
   return forward, both
 
 
-def ray_flops(settings: configs.Settings) -> dict[str, int]:
-  """Counts the FLOPs of one ray's matrix products: {'train', 'render'}.
+def ray_flops(settings: configs.Settings) -> dict[str, float]:
+  """Counts the FLOPs of a ray's matrix products, in the mean: {'train', 'render'}.
 
   Counts what the model requires. Recomputation to save memory does not count, nor do colours of
   proposal levels that no loss uses.
@@ -65,7 +65,9 @@ def ray_flops(settings: configs.Settings) -> dict[str, int]:
   for level in range(cfg.num_levels - 1):
     name = f'prop_mlp_{level}' if cfg.separate_prop_mlps else 'prop_mlp'
     prop = nerf if cfg.single_mlp else (params[name], settings.prop_mlp)
-    train += cfg.num_prop_samples * _sample_flops(*prop, settings, coarse_colour)[1]
+    forward, both = _sample_flops(*prop, settings, coarse_colour)
+    # Every n-th ray alone has a backward pass.
+    train += cfg.num_prop_samples * (forward + (both - forward) / settings.config.interlevel_every)
     render += cfg.num_prop_samples * _sample_flops(*prop, settings, False)[0]
   return {'train': train, 'render': render}
 

@@ -10,6 +10,7 @@ import os
 import re
 import reprlib
 import stat
+import threading
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -94,7 +95,7 @@ def whole(path: str) -> Iterator[str]:
     raise FileError(f'{path}: cannot be written; only Config.checkpoint_dir can be in a bucket.')
   os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
   stem, ending = os.path.splitext(path)
-  temporary = f'{stem}.{os.getpid()}.part{ending}'
+  temporary = f'{stem}.{os.getpid()}-{threading.get_ident()}.part{ending}'
   try:
     with named_errors(path):
       yield temporary

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO
@@ -20,6 +21,7 @@ from . import bucket, files, signals
 _SECONDS_PER_LINE = 15.0  # Without a terminal.
 _quiet = False
 _bars: list[Bar] = []  # Active bars, the innermost last.
+_lock = threading.RLock()  # Bars come and go in several threads.
 
 
 def set_quiet() -> None:
@@ -96,10 +98,11 @@ class Bar:
 
   def __enter__(self) -> Bar:
     self._began = self._printed = time.monotonic()
-    if self._enabled and is_live():
-      self._shown = _bars[-1]._shown if _bars else self._start()  # Nested bars stack.
-      self._task = self._shown.add_task(self.label, total=self.total, text='')
-      _bars.append(self)
+    with _lock:
+      if self._enabled and is_live():
+        self._shown = _bars[-1]._shown if _bars else self._start()  # Nested bars stack.
+        self._task = self._shown.add_task(self.label, total=self.total, text='')
+        _bars.append(self)
     return self
 
   def _start(self) -> rich.progress.Progress:
@@ -112,12 +115,13 @@ class Bar:
     return shown
 
   def __exit__(self, *_) -> None:
-    if self._shown:
-      _bars.remove(self)
-      self._shown.remove_task(self._task)
-      if not _bars:
-        self._shown.stop()
-      self._shown = None
+    with _lock:
+      if self._shown:
+        _bars.remove(self)
+        self._shown.remove_task(self._task)
+        if not _bars:
+          self._shown.stop()
+        self._shown = None
 
   def advance(self, count: float = 1) -> None:
     """Adds to the amount done."""

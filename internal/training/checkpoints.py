@@ -317,15 +317,6 @@ def notes(checkpoint_dir: str, step: int) -> dict[str, Any]:
   return files.read_json(os.path.join(folder_of(checkpoint_dir, step), _NOTES))
 
 
-def _abstract_state(settings: configs.Settings, mesh) -> structs.TrainState:
-  state = train_step.abstract_state(settings)
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    state,
-    sharding.placement(state, mesh),
-  )
-
-
 def _named_shapes(tree) -> dict[str, tuple[int, ...]]:
   """Returns shapes by path; attributes, names and indices give the same path."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -345,8 +336,21 @@ def _check_same_architecture(folder: str, saved, wanted: structs.TrainState) -> 
       )
 
 
-def restore(checkpoint_dir: str, settings: configs.Settings, mesh, step: int) -> structs.TrainState:
+def restore(
+  checkpoint_dir: str,
+  settings: configs.Settings,
+  mesh,
+  step: int,
+  wanted: structs.TrainState | None = None,
+) -> structs.TrainState:
   """Restores a checkpoint, sharded for `mesh`, whatever devices it was saved from.
+
+  Args:
+    checkpoint_dir: the run's folder.
+    settings: the run's settings.
+    mesh: the devices.
+    step: the checkpoint's step.
+    wanted: `sharding.placed_shapes` of the state, if they are known already.
 
   Raises:
     CheckpointError: the checkpoint is damaged, has another architecture, or was removed meanwhile.
@@ -355,7 +359,8 @@ def restore(checkpoint_dir: str, settings: configs.Settings, mesh, step: int) ->
   try:
     if reason := damage(checkpoint_dir, step):
       raise CheckpointError(f'Checkpoint {folder} is damaged: {reason}.')
-    state = _read(folder, _abstract_state(settings, mesh), step)
+    wanted = wanted or sharding.placed_shapes(train_step.abstract_state(settings), mesh)
+    state = _read(folder, wanted, step)
   except Exception as e:  # The processes agree below.
     error = e
   if processes.on_all(error is None):

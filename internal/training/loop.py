@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from typing import Protocol
 
 import jax
 from jax.sharding import Mesh
 
 from .. import configs, models, structs
 from ..datasets import scenes
-from ..devices import memory, processes, sharding
+from ..devices import memory, processes, sharding, starting
 from ..errors import UserError
 from ..system import bucket, progress, signals
 from . import (
@@ -29,7 +32,16 @@ from . import (
 )
 
 OnStep = Callable[[int, dict], float]
-RenderTest = Callable[[dict, int, runlog.RunLog], None]
+
+
+class RenderTest(Protocol):
+  """Renders test images during training."""
+
+  def __call__(self, params: dict, step: int, log: runlog.RunLog) -> None:
+    """Renders them with the parameters after a step."""
+
+  def warm_up(self, params: dict) -> None:
+    """Compiles what that needs; called in a thread, before the first step."""
 
 
 class _Clock:
@@ -93,8 +105,7 @@ def train(
     mesh: devices to train on; all devices by default.
     on_step: callback `on_step(step, params)`. Returns the seconds to leave out of the timing.
       `params` are valid until the callback returns.
-    render_test: callback `render_test(params, step, log)`, called every Config.train_render_every
-      steps to render test images.
+    render_test: called every Config.train_render_every steps to render test images.
     on_step_every: steps between calls of `on_step`, which is also called after the last step; 0
       calls it between dispatches, several times a second if steps are short.
 
@@ -146,12 +157,11 @@ def _train(
   own_every = on_step_every if on_step else 0
   stops = config.print_every, config.checkpoint_every, render_every, config.gc_every, own_every
   watched = on_step is not None and not on_step_every
-  most, fixed = dispatch.shape(settings, mesh, stops, watched)
-  state, rows, step_fn = _start(settings, scene, mesh, start, most, fixed)
-  cams, load_pixels, place = _load_data(settings, scene, mesh)
-  steps = dispatch.Dispatcher(step_fn, cams, load_pixels, place == 'device', rows, watched)
-  log = _open_log(settings, start, render_every)
-  log.say(_describe(settings, scene, mesh, start, place))
+  began = time.monotonic()
+  comes = render_every and start // render_every < last // render_every
+  state, steps, step_fn, log = _start(
+    settings, scene, mesh, start, stops, render_test if comes else None, watched
+  )
   clock = _Clock()
   with signals.postponed() as request:  # A signal ends the loop between two dispatches.
     while step < last:
@@ -162,7 +172,8 @@ def _train(
         # Before the next dispatch, which donates the buffers of state.params.
         clock.leave_out(on_step(step, state.params))
       if step == start + 1:
-        _say_compiled(log, step_fn, clock.lap(state.params)[1])
+        clock.lap(state.params)
+        _say_compiled(log, step_fn, time.monotonic() - began)
       elif before == start + 1 and steps.is_adaptive:  # The first dispatch without compiling.
         _set_pace(steps, *clock.so_far(state.params))
       render_now = _is_due(step, render_every)  # 0 without `render_test`.
@@ -203,35 +214,103 @@ def _is_due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
+@contextlib.contextmanager
+def _threads() -> Iterator[tuple[futures.ThreadPoolExecutor, threading.Event]]:
+  """Yields threads, and an event that is set if the block is left by an exception."""
+  stop = threading.Event()
+  with futures.ThreadPoolExecutor() as pool:
+    try:
+      yield pool, stop
+    except BaseException:
+      stop.set()
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
+
+
 def _start(
-  settings: configs.Settings, scene: scenes.Scene, mesh: Mesh, start: int, most: int, fixed: bool
-) -> tuple[structs.TrainState, list, train_step.TrainStep]:
-  """Restores or creates the state and the step function, then prepares the run's folder."""
-  folder = settings.config.checkpoint_dir
+  settings: configs.Settings,
+  scene: scenes.Scene,
+  mesh: Mesh,
+  start: int,
+  stops: Sequence[int],
+  render_test: RenderTest | None,
+  watched: bool,
+) -> tuple[structs.TrainState, dispatch.Dispatcher, train_step.TrainStep, runlog.RunLog]:
+  """Compiles the steps; meanwhile, threads read the photographs and create the state.
+
+  Args:
+    settings: the run's settings.
+    scene: the capture.
+    mesh: the devices.
+    start: the step to resume from, or 0.
+    stops: intervals after which a dispatch ends.
+    render_test: also to be compiled, if this process is alone and has an accelerator.
+    watched: see `dispatch.shape`.
+  """
+  config, alone = settings.config, jax.process_count() == 1
+  most, fixed = dispatch.shape(settings, mesh, stops, watched)
   if start:
-    run_folder.check_same_scene(folder, scene)  # Before `write_run` overwrites scene.json.
-  state, rows, micro_batches = run_folder.start_run(settings, mesh, start)
-  step_fn = train_step.make_train_step(settings, mesh, fewest=micro_batches, most=most, fixed=fixed)
-  if processes.is_main():
-    # Only now, so that a run that cannot be restored leaves its folder unchanged.
-    run_lock.check()
-    run_folder.tidy(folder, start)
-    run_folder.write_run(folder, settings, scene)
-  return state, rows, step_fn
+    run_folder.check_same_scene(config.checkpoint_dir, scene)  # `write_run` changes scene.json.
+  with _threads() as (pool, stop):
+    free, place = memory.free_memory(mesh), pixel_store.place(config, scene)
+    reading = pool.submit(pixel_store.read, config, scene, processes.is_main(), stop)
+    cams = pixel_store.training_cameras(settings, scene)
+    create = train_step.creation(settings)
+    shapes = sharding.placed_shapes(jax.eval_shape(create), mesh)
+    # From here on, on a CPU one thread at a time computes: two that wait for each other can hang.
+    creating = pool.submit(run_folder.start_run, settings, mesh, start, create, shapes)
 
+    def load():
+      pixels = reading.result()
+      if place == 'device':
+        pixels = pixel_store.put_on_device(pixels, mesh)
+      return sharding.replicate(cams, mesh), pixels
 
-def _load_data(
-  settings: configs.Settings, scene: scenes.Scene, mesh: Mesh
-) -> tuple[structs.Cameras, Callable, str]:
-  """Returns the replicated cameras, `load_pixels(step)` for the step function, and the place."""
-  pixels, place = pixel_store.load(settings, scene, mesh)
-  cams = pixel_store.training_cameras(settings, scene)
-  replicated = sharding.replicate(cams, mesh)
-  if place == 'device':
-    return replicated, lambda _: pixels, place  # The step function looks up its own pixels.
-  draw = train_step.make_draw(settings.config, mesh, replicated.supervision)
-  load_pixels = lambda step: train_step.host_pixels(draw, step, pixels, cams.size, mesh)  # noqa: E731
-  return replicated, load_pixels, place
+    loading = pool.submit(load) if starting.has_accelerator() else None
+    # While several processes restore, they wait for each other; and a run that cannot be restored
+    # must leave its folder unchanged.
+    fewest = 1 if alone and not start else creating.result()[2]
+    args = (
+      shapes,
+      sharding.replicated_shapes(cams, mesh),
+      pixel_store.of_a_step(config, scene, mesh, place == 'device'),
+    )
+    if free is not None:  # Whether or not the arguments are on the devices already.
+      free -= memory.sharded_bytes(args)
+    step_fn = train_step.make_train_step(
+      settings, mesh, lambda _: free, fewest=fewest, most=most, fixed=fixed, shapes=shapes
+    )
+    if processes.is_main():
+      run_lock.check()
+      run_folder.tidy(config.checkpoint_dir, start)
+      run_folder.write_run(config.checkpoint_dir, settings, scene)
+    log = _open_log(settings, start, config.train_render_every if render_test else 0)
+    log.say(_describe(settings, scene, mesh, start, models.num_params(shapes.params), place))
+    warmed = []
+
+    def warm_up():
+      loading.result()  # Which leaves less memory.
+      render_test.warm_up(creating.result()[0].params)
+
+    def on_lowered():
+      for done in (reading, creating):
+        if done.done():
+          done.result()  # Raises what has gone wrong.
+      if alone and render_test and loading:  # Other processes would have to do it together.
+        warmed.append(pool.submit(warm_up))
+
+    step_fn.fit(*args, on_lowered=on_lowered)
+    state, rows, _ = creating.result()
+    on_mesh, pixels = loading.result() if loading else load()
+    # XLA times kernels to choose among them, so no step may run meanwhile. What fails here fails
+    # again when it is needed.
+    futures.wait(warmed)
+  on_device, load_pixels = place == 'device', lambda _: pixels  # The step looks up its own.
+  if not on_device:
+    draw = train_step.make_draw(config, mesh, on_mesh.supervision)
+    load_pixels = lambda step: train_step.host_pixels(draw, step, pixels, cams.size, mesh)  # noqa: E731
+  steps = dispatch.Dispatcher(step_fn, on_mesh, load_pixels, on_device, rows, watched)
+  return state, steps, step_fn, log
 
 
 def _open_log(settings: configs.Settings, start: int, render_every: int) -> runlog.RunLog:
@@ -241,11 +320,16 @@ def _open_log(settings: configs.Settings, start: int, render_every: int) -> runl
 
 
 def _describe(
-  settings: configs.Settings, scene: scenes.Scene, mesh: Mesh, start: int, place: str
+  settings: configs.Settings,
+  scene: scenes.Scene,
+  mesh: Mesh,
+  start: int,
+  num_params: int,
+  place: str,
 ) -> str:
-  config, params = settings.config, train_step.abstract_state(settings).params
+  config = settings.config
   return (
-    f'{models.num_params(params):,} parameters, {len(scene.train)} training images, '
+    f'{num_params:,} parameters, {len(scene.train)} training images, '
     f'pixels on the {place}, {mesh.size} x {mesh.devices.flat[0].device_kind}; '
     f'steps {start:,} to {config.last_step:,} -> {config.checkpoint_dir}'
   )
@@ -253,7 +337,8 @@ def _describe(
 
 def _say_compiled(log: runlog.RunLog, step_fn: train_step.TrainStep, seconds: float) -> None:
   parts = f'in {step_fn.micro_batches} micro-batches, ' if step_fn.micro_batches > 1 else ''
-  log.say(f'first step after {progress.duration(seconds)} (compiling); {parts}{step_fn.account()}')
+  took = f'first step after {progress.duration(seconds)} (reading and compiling)'
+  log.say(f'{took}; {parts}{step_fn.account()}')
 
 
 def _log_steps(

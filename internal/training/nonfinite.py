@@ -83,8 +83,9 @@ def _make_probe(settings: configs.Settings, mesh: Mesh) -> Callable:
   gradient norm of each part.
   """
   config = settings.config
-  # Groups of rays are no patches, and a weight of 0 does not hide a non-finite loss.
-  single = dataclasses.replace(config, robust_quantile=0.0)
+  # Groups of rays are no patches, and a weight of 0 does not hide a non-finite loss. In a group,
+  # other rays would be the n-th ones.
+  single = dataclasses.replace(config, robust_quantile=0.0, interlevel_every=1)
   loss_gradient = train_step.make_loss_gradient(dataclasses.replace(settings, config=single))
 
   def probe(params, step, cams, rgb, rows):

@@ -14,6 +14,7 @@ import json
 import mmap
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import IO
@@ -35,6 +36,7 @@ _VERSION = 1  # Of the file format.
 _MORE_SPACE = (
   'Set Config.pixel_cache_dir to a folder with more space, or Config.factor for smaller images.'
 )
+_NEVER = threading.Event()  # Is not set.
 _READERS, _PER_READER = 32, 128  # Threads, and pixels per thread.
 
 
@@ -72,11 +74,6 @@ def num_bytes(scene: scenes.Scene) -> int:
   return int(3 * scene.cameras.size[list(scene.train)].astype(np.int64).prod(-1).sum())
 
 
-def stored_bytes(store: batches.PixelStore) -> int:
-  """Returns the number of bytes of a store's pixels."""
-  return sum(p.nbytes for p in store.rgb) if isinstance(store.rgb, tuple) else store.rgb.nbytes
-
-
 def _number_in(path: str, before: str = '') -> int | None:
   """Reads the number after `before` in a system file; None if there is none."""
   try:
@@ -95,25 +92,39 @@ def available_memory() -> int | None:
   return min(known, default=None)
 
 
-def read(config: configs.Config, scene: scenes.Scene, progress: bool = True) -> batches.PixelStore:
+def read(
+  config: configs.Config,
+  scene: scenes.Scene,
+  progress: bool = True,
+  stop: threading.Event | None = None,
+) -> batches.PixelStore:
   """Decodes the training images into memory, or into a file if they need over half of it.
+
+  Args:
+    config: where to put the pixels.
+    scene: the capture.
+    progress: whether to show a progress bar.
+    stop: ends the reading once it is set.
 
   Raises:
     DataError, DataNotFoundError: as `scene.read_image`.
     PixelCacheError: the file cannot be written.
+    futures.CancelledError: `stop` was set.
   """
-  first = batches.first_pixels(scene.cameras.size[list(scene.train)])
-  free = available_memory()
-  too_many = free is not None and num_bytes(scene) > _SHARE * free
-  if config.pixels_on == 'disk' or (config.pixels_on == 'auto' and too_many):
-    return batches.PixelStore(_mapped(config, scene, first, progress), first)
+  first = _first_pixels(scene)
+  if _keep_on_disk(config, scene):
+    return batches.PixelStore(_mapped(config, scene, first, progress, stop), first)
   planes = np.empty((3, num_bytes(scene) // 3), np.uint8)
 
   def keep(start: int, image: np.ndarray) -> None:
     planes[:, start : start + image.size // 3] = image.reshape(-1, 3).T
 
-  _decode(config.data_dir, scene, first, keep, progress)
+  _decode(config.data_dir, scene, first, keep, progress, stop)
   return batches.PixelStore(tuple(planes), first)
+
+
+def _first_pixels(scene: scenes.Scene) -> np.ndarray:
+  return batches.first_pixels(scene.cameras.size[list(scene.train)])
 
 
 def _decode(
@@ -122,10 +133,13 @@ def _decode(
   first: np.ndarray,
   keep: Callable[[int, np.ndarray], None],
   progress: bool,
+  stop: threading.Event | None,
 ) -> None:
   """Calls keep(index of its first pixel, image) for each training image, from threads."""
 
   def decode(k: int) -> None:
+    if stop is not None and stop.is_set():
+      raise futures.CancelledError
     keep(int(first[k]), scenes.read_image(data_dir, scene, scene.train[k]))
 
   images.in_threads(decode, range(len(scene.train)), 'reading images' if progress else None)
@@ -146,7 +160,11 @@ def _key(data_dir: str, scene: scenes.Scene) -> str:
 
 
 def _mapped(
-  config: configs.Config, scene: scenes.Scene, first: np.ndarray, progress: bool
+  config: configs.Config,
+  scene: scenes.Scene,
+  first: np.ndarray,
+  progress: bool,
+  stop: threading.Event | None,
 ) -> MappedPixels:
   """Maps the cache file; one process creates it if necessary."""
   folder = config.pixel_cache_dir or os.path.join(config.data_dir, _FOLDER)
@@ -154,12 +172,12 @@ def _mapped(
   try:
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, 'lock'), 'a+') as lock:
-      fcntl.flock(lock, fcntl.LOCK_EX)  # Released when the file is closed or the process ends.
+      _lock(lock, stop)
       if not _is_intact(path, num_bytes(scene), lock):
         # Outdated and incomplete files; processes that map them keep them.
         for old in glob.glob(os.path.join(glob.escape(folder), '*.rgb')):
           os.remove(old)
-        _make(path, config.data_dir, scene, first, progress)
+        _make(path, config.data_dir, scene, first, progress, stop)
         _record(path, run_seal.sha256(path), lock)
       return MappedPixels(path)
   except OSError as e:
@@ -172,6 +190,16 @@ def _mapped(
     raise PixelCacheError(
       f'{path}: cannot be written ({e.strerror}). {_MORE_SPACE if full else other}'
     ) from None
+
+
+def _lock(lock: IO[str], stop: threading.Event | None) -> None:
+  """Waits for the lock, which is released when the file is closed or the process ends."""
+  while True:
+    try:
+      return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      if (stop or _NEVER).wait(0.1):
+        raise futures.CancelledError from None
 
 
 def _stamp(path: str) -> list[int]:
@@ -201,7 +229,14 @@ def _is_intact(path: str, size: int, lock: IO[str]) -> bool:
   return True
 
 
-def _make(path: str, data_dir: str, scene: scenes.Scene, first: np.ndarray, progress: bool) -> None:
+def _make(
+  path: str,
+  data_dir: str,
+  scene: scenes.Scene,
+  first: np.ndarray,
+  progress: bool,
+  stop: threading.Event | None,
+) -> None:
   needed, free = num_bytes(scene), shutil.disk_usage(os.path.dirname(path)).free
   if needed > free:
     raise PixelCacheError(
@@ -215,17 +250,23 @@ def _make(path: str, data_dir: str, scene: scenes.Scene, first: np.ndarray, prog
         written = os.pwrite(f.fileno(), rest, at)
         rest, at = rest[written:], at + written
 
-    _decode(data_dir, scene, first, keep, progress)
+    _decode(data_dir, scene, first, keep, progress, stop)
     os.fsync(f.fileno())
 
 
-def keep_on_device(config: configs.Config, store: batches.PixelStore) -> bool:
+def _keep_on_disk(config: configs.Config, scene: scenes.Scene) -> bool:
+  free = available_memory()
+  too_many = free is not None and num_bytes(scene) > _SHARE * free
+  return config.pixels_on == 'disk' or (config.pixels_on == 'auto' and too_many)
+
+
+def keep_on_device(config: configs.Config, scene: scenes.Scene) -> bool:
   """Returns whether pixels go to the device: if configured, or if under a quarter of its memory.
 
   Raises:
     ConfigError: pixels_on is 'device', but there are too many for 32-bit indices.
   """
-  countable = store.first.dtype == np.int32
+  countable = _first_pixels(scene).dtype == np.int32
   if config.pixels_on == 'device' and not countable:
     raise configs.ConfigError(
       "Config.pixels_on = 'device' needs fewer than 2^31 training pixels; use 'auto', or "
@@ -235,7 +276,27 @@ def keep_on_device(config: configs.Config, store: batches.PixelStore) -> bool:
     return config.pixels_on == 'device'
   stats = jax.local_devices()[0].memory_stats() or {}
   limit = stats.get('bytes_limit') or available_memory()
-  return countable and (limit is None or stored_bytes(store) < limit / 4)
+  return countable and (limit is None or num_bytes(scene) < limit / 4)
+
+
+def place(config: configs.Config, scene: scenes.Scene) -> str:
+  """Returns where `load` puts the pixels: 'device', 'host' or 'disk'."""
+  if keep_on_device(config, scene):
+    return 'device'
+  return 'disk' if _keep_on_disk(config, scene) else 'host'
+
+
+def of_a_step(
+  config: configs.Config, scene: scenes.Scene, mesh: Mesh, on_device: bool
+) -> batches.PixelStore | jax.ShapeDtypeStruct:
+  """Returns the shapes of the pixels that a training step takes, before they are read.
+
+  They are those of all pixels if these are kept on the device, or else of a batch's colours.
+  """
+  if not on_device:
+    return jax.ShapeDtypeStruct((config.batch_size, 3), np.uint8, sharding=sharding.sharded(mesh))
+  plane = jax.ShapeDtypeStruct((num_bytes(scene) // 3,), np.uint8)
+  return sharding.replicated_shapes(batches.PixelStore((plane,) * 3, _first_pixels(scene)), mesh)
 
 
 def load(
@@ -247,13 +308,15 @@ def load(
     (store, place), where place is 'device', 'host' or 'disk'.
   """
   config = settings.config
-  store = read(config, scene, progress=processes.is_main())
-  on_disk = isinstance(store.rgb, MappedPixels)
-  if not keep_on_device(config, store):
-    return store, 'disk' if on_disk else 'host'
-  planes = store.rgb.planes() if on_disk else store.rgb
+  where, store = place(config, scene), read(config, scene, processes.is_main())
+  return (put_on_device(store, mesh) if where == 'device' else store), where
+
+
+def put_on_device(store: batches.PixelStore, mesh: Mesh) -> batches.PixelStore:
+  """Puts pixels that `read` has read on each device."""
+  planes = store.rgb if isinstance(store.rgb, tuple) else store.rgb.planes()
   on_device = tuple(sharding.replicate(plane, mesh) for plane in planes)
-  return batches.PixelStore(on_device, sharding.replicate(store.first, mesh)), 'device'
+  return batches.PixelStore(on_device, sharding.replicate(store.first, mesh))
 
 
 def training_cameras(settings: configs.Settings, scene: scenes.Scene) -> structs.Cameras:

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -157,17 +157,29 @@ def check_same_scene(checkpoint_dir: str, scene: scenes.Scene) -> None:
 
 
 def start_run(
-  settings: configs.Settings, mesh: Mesh, step: int
+  settings: configs.Settings,
+  mesh: Mesh,
+  step: int,
+  create: Callable | None = None,
+  shapes: structs.TrainState | None = None,
 ) -> tuple[structs.TrainState, list, int]:
   """Restores the checkpoint of `step`, or creates the initial state at step 0.
+
+  Args:
+    settings: the run's settings.
+    mesh: the devices.
+    step: the checkpoint's step, or 0.
+    create: `train_step.creation(settings)`, if it has been traced already.
+    shapes: its `sharding.placed_shapes`, likewise.
 
   Returns:
     (state, stats of the steps since the last log line, number of micro-batches).
   """
   folder = settings.config.checkpoint_dir
   if step == 0:
-    return sharding.place(train_step.create_state(settings), mesh), [], 1
-  state = checkpoints.restore(folder, settings, mesh, step)
+    create = create or train_step.creation(settings)
+    return sharding.place(create(), mesh), [], 1
+  state = checkpoints.restore(folder, settings, mesh, step, shapes)
   notes = checkpoints.notes(folder, step)
   window = [{name: np.float32(value) for name, value in row.items()} for row in notes['window']]
   return state, window, notes['micro_batches'] if notes['devices'] == mesh.size else 1

@@ -110,8 +110,17 @@ def update_finite(
   return structs.TrainState(state.step + 1, params, opt_state, skipped)
 
 
+def creation(settings: configs.Settings) -> Callable[[], structs.TrainState]:
+  """Returns a jitted function that creates the initial state, a pure function of Config.seed."""
+  return jax.jit(functools.partial(_create_state, settings))
+
+
 def create_state(settings: configs.Settings) -> structs.TrainState:
-  """Creates the initial training state, a pure function of Config.seed."""
+  """Creates the initial training state."""
+  return creation(settings)()
+
+
+def _create_state(settings: configs.Settings) -> structs.TrainState:
   key = jax.random.key(settings.config.seed)
   params = models.init_params(models.build(settings), key)
   optimizer = make_optimizer(settings.config)
@@ -128,7 +137,7 @@ def create_state(settings: configs.Settings) -> structs.TrainState:
 def abstract_state(settings: configs.Settings) -> structs.TrainState:
   """Returns the shapes and dtypes of `create_state`."""
   # Allocates nothing, so it can be asked about models that do not fit.
-  return jax.eval_shape(lambda: create_state(settings))
+  return jax.eval_shape(creation(settings))
 
 
 def train_fraction(step: Array, max_steps: int) -> Array:
@@ -176,13 +185,22 @@ def _micro_batch_choices(config: configs.Config, mesh: Mesh, fewest: int) -> lis
   """Returns candidate numbers of micro-batches: the configured one, or powers of two.
 
   Raises:
-    ConfigError: the rays, or patches, of a device are not divisible by Config.micro_batches.
+    ConfigError: the rays, or patches, of a device are not divisible by Config.micro_batches, or the
+      rays of a part by Config.interlevel_every.
   """
-  count = config.batch_size // config.patch_size**2 // mesh.size
+  rays, every = config.batch_size // mesh.size, config.interlevel_every
+  count = rays // config.patch_size**2
   what = 'patches' if config.patch_size > 1 else 'rays'
+  part = rays // max(1, config.micro_batches)
+  if part % every:
+    raise configs.ConfigError(
+      f'Config.interlevel_every must divide the {part} rays of a device (or of its micro-batch), '
+      f'got {every}.'
+    )
   if config.micro_batches == 0:
     # Powers of two halve the memory from one candidate to the next.
     powers = [2**k for k in range(count.bit_length()) if count % 2**k == 0]
+    powers = [n for n in powers if rays // n % every == 0]
     return [n for n in powers if n >= fewest] or powers[-1:]
   if count % config.micro_batches:
     raise configs.ConfigError(
@@ -222,7 +240,9 @@ def make_loss_gradient(settings: configs.Settings) -> Callable:
         config, cams, rows, rays.cam_idx, *batch.pixel
       )
       batch = batch.replace(rays=rays)
-    renderings, history = model.apply({'params': params}, keys, rays, frac)
+    renderings, history = model.apply(
+      {'params': params}, keys, rays, frac, proposals_every=config.interlevel_every
+    )
     if config.exposure != 'none':
       renderings = exposure.develop(cams, params[exposure.PART]['rows'], renderings, batch)
     robustly = config.robust_quantile > 0 and renderings[-1] is not None
@@ -243,7 +263,9 @@ def make_loss_gradient(settings: configs.Settings) -> Callable:
   return jax.grad(loss_fn, has_aux=True)
 
 
-def _make_gradient(settings: configs.Settings, mesh: Mesh, micro_batches: int) -> Callable:
+def _make_gradient(
+  settings: configs.Settings, mesh: Mesh, micro_batches: int, shapes: structs.TrainState
+) -> Callable:
   """Returns the loss gradient over the rays of all devices, for gathered parameters.
 
   Each device computes the gradient of its own rays in `micro_batches` parts. Gradients are averaged
@@ -260,7 +282,7 @@ def _make_gradient(settings: configs.Settings, mesh: Mesh, micro_batches: int) -
 
   # Parameters, training fraction and cameras are replicated; keys and batch are split by rays.
   whole, split = sharding.WHOLE, sharding.SPLIT
-  grads = sharding.specs(abstract_state(settings).params, mesh)
+  grads = sharding.specs(shapes.params, mesh)
   return sharding.per_device(gradient, mesh, (whole, split, split, whole, whole), (grads, whole))
 
 
@@ -292,9 +314,9 @@ class TrainStep(memory.FirstFit):
     """Lowers the chosen variant; before the first call, the first one."""
     return super().lower(state, cams, pixels, count)
 
-  def fit(self, state, cams, pixels, count=_ONE) -> jax.stages.Compiled:
+  def fit(self, state, cams, pixels, count=_ONE, on_lowered=None) -> jax.stages.Compiled:
     """Returns the program for arguments of these shapes, compiling it if necessary."""
-    return super().fit(state, cams, pixels, count)
+    return super().fit(state, cams, pixels, count, on_lowered=on_lowered)
 
   @property
   def micro_batches(self) -> int | None:
@@ -309,6 +331,7 @@ def make_train_step(
   fewest: int = 1,
   most: int = MOST_STEPS,
   fixed: bool = False,
+  shapes: structs.TrainState | None = None,
 ) -> TrainStep:
   """Creates the compiled training steps, `TrainStep`.
 
@@ -327,6 +350,7 @@ def make_train_step(
     most: the most steps of one call.
     fixed: compute `most` steps in each call, and drop those from `count` on. For GPUs, where the
       host must otherwise wait for the device after each step to learn whether another one follows.
+    shapes: `abstract_state(settings)`, if it is known already.
 
   Raises:
     UserError: the batch is not divisible by the devices, or a device's rays by the micro-batches.
@@ -335,10 +359,11 @@ def make_train_step(
   sharding.check_divisible('Config.batch_size', config.batch_size, mesh, config.patch_size**2)
   optimizer = make_optimizer(config)
   schedule, own = learning_rate(config), per_camera.parts(config)
-  placement = sharding.placement(abstract_state(settings), mesh)
+  shapes = shapes or abstract_state(settings)
+  placement = sharding.placement(shapes, mesh)
 
   def variant(micro_batches):
-    gradient = _make_gradient(settings, mesh, micro_batches)
+    gradient = _make_gradient(settings, mesh, micro_batches, shapes)
 
     @functools.partial(jax.jit, inline=True)  # Traced once for both uses in `_repeated`.
     def train_step(state, cams, pixels):

@@ -63,7 +63,8 @@ def to_uint8(img: np.ndarray) -> np.ndarray:
 def write_png(path: str, img: np.ndarray) -> None:
   """Writes an image [h, w, 3] atomically; creates the folder if necessary."""
   with files.whole(path) as temporary:
-    Image.fromarray(to_uint8(img)).save(temporary, format='PNG')
+    # Half the time of the default compression, and 3% larger for photographs.
+    Image.fromarray(to_uint8(img)).save(temporary, format='PNG', compress_level=1)
 
 
 def apply_colormap(x: np.ndarray) -> np.ndarray:
