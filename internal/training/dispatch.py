@@ -19,7 +19,7 @@ from . import train_step
 
 _SECONDS = 0.1  # Of a dispatch.
 _WATCHED_SECONDS = 0.025  # If something happens between dispatches, as when a viewer draws.
-_FIXED, _WATCHED_FIXED = 20, 5  # The same in steps of 360_fast.gin on an H200, 4.5 ms each.
+_FIXED, _WATCHED_FIXED = 20, 5  # The same in steps of 360_fast.gin on an H200, 4 ms each.
 
 
 def next_stop(step: int, last: int, intervals: Sequence[int]) -> int:
