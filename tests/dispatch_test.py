@@ -290,10 +290,10 @@ class TestStart:
 
   def test_a_failure_stops_the_reading(self, run, monkeypatch):
     settings, scene = run
-    told = []
+    stopped = []
 
     def read(config, scene, progress, stop):
-      told.append(stop.wait(20))
+      stopped.append(stop.wait(20))
 
     def fit(*_, **__):
       raise RuntimeError('no compiler')
@@ -302,7 +302,7 @@ class TestStart:
     monkeypatch.setattr(train_step.TrainStep, 'fit', fit)
     with pytest.raises(RuntimeError, match='no compiler'):
       loop.train(settings, scene, tiny.mesh(1))
-    assert told == [True]
+    assert stopped == [True]
 
 
 class TestLoop:

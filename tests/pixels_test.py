@@ -244,14 +244,14 @@ def test_what_a_step_takes_is_known_before_the_pictures_are_read(capture, on):
     (), [f"Config.data_dir = '{capture}'", f"Config.pixels_on = '{on}'", 'Config.batch_size = 8']
   )
   found, mesh = datasets.load_dataset(settings.config), tiny.mesh(2)
-  told = pixel_store.of_a_step(settings.config, found, mesh, on == 'device')
+  expected = pixel_store.of_a_step(settings.config, found, mesh, on == 'device')
   pixels, place = pixel_store.load(settings, found, mesh)
   assert place == on == pixel_store.place(settings.config, found)
   if on != 'device':
     cams = pixel_store.training_cameras(settings, found)
     draw = train_step.make_draw(settings.config, mesh)
     pixels = train_step.host_pixels(draw, 0, pixels, cams.size, mesh)
-  want, got = (jax.tree.flatten(tree) for tree in (pixels, told))
+  want, got = (jax.tree.flatten(tree) for tree in (pixels, expected))
   assert want[1] == got[1]
   for a, b in zip(want[0], got[0]):
     assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)

@@ -157,9 +157,9 @@ def test_micro_batches_divide_the_rays_of_a_device():
   ):
     choices(8, 'Config.micro_batches = 5')
   assert choices(1, 'Config.batch_size = 24', 'Config.interlevel_every = 4') == (1, 2)
-  for told in ((), ('Config.micro_batches = 4',)):
+  for more in ((), ('Config.micro_batches = 4',)):
     with pytest.raises(configs.ConfigError, match=r'interlevel_every must divide the \d+ rays'):
-      choices(4, 'Config.batch_size = 24', 'Config.interlevel_every = 4', *told)
+      choices(4, 'Config.batch_size = 24', 'Config.interlevel_every = 4', *more)
 
 
 @pytest.mark.hammer

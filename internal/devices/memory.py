@@ -24,9 +24,12 @@ def free_memory(mesh: Mesh) -> int | None:
 
 
 def sharded_bytes(tree) -> int:
-  """Returns the bytes that arrays, or shapes with shardings, take on each device."""
-  shard = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # noqa: E731
-  return sum(map(shard, jax.tree.leaves(tree)))
+  """Returns the bytes that arrays, or shapes with shardings, take on each device.
+
+  Values of the host, which have no sharding, do not count.
+  """
+  leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, 'sharding')]
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def peak_bytes(devices: Iterable[jax.Device]) -> int:
@@ -82,10 +85,10 @@ def is_exhausted(error: Exception) -> bool:
 class FirstFit:
   """A function compiled as the first of several variants that fits in device memory.
 
-  The first call chooses the variant; `free` says how much memory there is besides the arguments and
-  all other data. A variant fits
-  if it needs, besides its arguments, at most 90% of the free memory of the fullest device. All
-  processes choose the same variant. If memory is unknown (CPU), the first variant is chosen.
+  The first call chooses the variant; `free` tells how much memory the arguments and all other data
+  leave. A variant fits if it needs, besides its arguments, at most 90% of that on the fullest
+  device. All processes choose the same variant. If memory is unknown (CPU), the first variant is
+  chosen.
 
   Attributes:
     choice: the chosen variant; None before the first call.

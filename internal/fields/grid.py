@@ -164,7 +164,8 @@ def _weighted_sum(table: Array, x: Array, resolution: int | Array, dense: bool) 
   # Of each axis, the parts of row and weight at the lower and at the upper end of the cell.
   rows = [((cell + 0) * n, (cell + 1) * n) for (cell, _), n in zip(cells, strides)]
   weights = [(1 - high, high) for _, high in cells]
-  # XLA fuses eight small gathers with their sum, and stores no intermediate results.
+  # XLA fuses eight small gathers with their sum, and stores no intermediate results. `_corner` for
+  # each of them would be slower to trace.
   for ends in itertools.product((0, 1), repeat=3):  # Of z, y and x.
     x_row, y_row, z_row = (row[end] for row, end in zip(rows, ends[::-1]))
     x_weight, y_weight, z_weight = (weight[end] for weight, end in zip(weights, ends[::-1]))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 import os
 import re
 import time
@@ -86,33 +85,21 @@ def describe(topology: str) -> tuple[Chip, Mesh, int]:
   return CHIPS[kind], sharding.make_mesh(found), hosts
 
 
-def _abstract(tree, shardings):
-  return jax.tree.map(
-    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
-  )
-
-
-def _replicated(tree, mesh: Mesh):
-  return _abstract(tree, jax.tree.map(lambda _: sharding.replicated(mesh), tree))
-
-
 def _capture(settings: configs.Settings, mesh: Mesh, images: int, width: int, height: int):
   """Returns replicated cameras and pixels of a capture of this size, as shapes."""
   cams = per_camera.add_tables(settings, programs.ring(images, width, height))
-  plane = jax.ShapeDtypeStruct((images * width * height,), np.uint8)
-  store = batches.PixelStore((plane,) * 3, batches.first_pixels(np.asarray(cams.size)))
-  return _replicated(cams, mesh), _replicated(store, mesh)
+  return sharding.replicated_shapes((cams, batches.store_shapes(np.asarray(cams.size))), mesh)
 
 
 def train_arguments(settings: configs.Settings, mesh: Mesh, capture: tuple[int, int, int]):
   """Returns the training step's arguments as shapes: state, cameras, pixels."""
-  state = train_step.abstract_state(settings)
-  return (_abstract(state, sharding.placement(state, mesh)), *_capture(settings, mesh, *capture))
+  state = sharding.placed_shapes(train_step.abstract_state(settings), mesh)
+  return state, *_capture(settings, mesh, *capture)
 
 
 def render_arguments(settings: configs.Settings, mesh: Mesh, capture: tuple[int, int, int]):
   """Returns the chunk renderer's arguments as shapes."""
-  params = _replicated(train_step.abstract_state(settings).params, mesh)
+  params = sharding.replicated_shapes(train_step.abstract_state(settings).params, mesh)
   cams, _ = _capture(settings, mesh, *capture)
   return params, cams, np.int32(0), np.int32(0), np.float32(1)
 
@@ -170,11 +157,7 @@ def account(compiled: jax.stages.Compiled, chip: Chip, rays: int, seconds: float
 
 def free_memory(chip: Chip, args) -> int:
   """Returns the bytes that a program's arguments leave free on each device of a machine."""
-  sizes = [
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for x in jax.tree.leaves(args) if isinstance(x, jax.ShapeDtypeStruct)
-  ]  # fmt: skip
-  return int(_SHARE * chip.memory / chip.cores) - sum(sizes)
+  return int(_SHARE * chip.memory / chip.cores) - memory.sharded_bytes(args)
 
 
 def measure(program: memory.FirstFit, args, chip: Chip, rays: Callable) -> dict:

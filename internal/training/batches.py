@@ -40,6 +40,12 @@ def make_store(images: Sequence[np.ndarray]) -> PixelStore:
   return PixelStore(tuple(rgb), first_pixels(np.array([image.shape[:2] for image in images])))
 
 
+def store_shapes(size: np.ndarray) -> PixelStore:
+  """Returns the shapes of the store of images of sizes [n, 2]."""
+  count = int(np.asarray(size, np.int64).prod(-1).sum())
+  return PixelStore((jax.ShapeDtypeStruct((count,), np.uint8),) * 3, first_pixels(size))
+
+
 def make_supervision(
   size: np.ndarray,
   masks: Sequence[np.ndarray | None] | None = None,

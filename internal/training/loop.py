@@ -158,9 +158,9 @@ def _train(
   stops = config.print_every, config.checkpoint_every, render_every, config.gc_every, own_every
   watched = on_step is not None and not on_step_every
   began = time.monotonic()
-  comes = render_every and start // render_every < last // render_every
+  has_tests = render_every and start // render_every < last // render_every
   state, steps, step_fn, log = _start(
-    settings, scene, mesh, start, stops, render_test if comes else None, watched
+    settings, scene, mesh, start, stops, render_test if has_tests else None, watched
   )
   clock = _Clock()
   with signals.postponed() as request:  # A signal ends the loop between two dispatches.
@@ -280,10 +280,7 @@ def _start(
     step_fn = train_step.make_train_step(
       settings, mesh, lambda _: free, fewest=fewest, most=most, fixed=fixed, shapes=shapes
     )
-    if processes.is_main():
-      run_lock.check()
-      run_folder.tidy(config.checkpoint_dir, start)
-      run_folder.write_run(config.checkpoint_dir, settings, scene)
+    _prepare_folder(settings, scene, start)
     log = _open_log(settings, start, config.train_render_every if render_test else 0)
     log.say(_describe(settings, scene, mesh, start, models.num_params(shapes.params), place))
     warmed = []
@@ -305,12 +302,21 @@ def _start(
     # XLA times kernels to choose among them, so no step may run meanwhile. What fails here fails
     # again when it is needed.
     futures.wait(warmed)
-  on_device, load_pixels = place == 'device', lambda _: pixels  # The step looks up its own.
-  if not on_device:
+  if place == 'device':
+    load_pixels = lambda _: pixels  # noqa: E731
+  else:
     draw = train_step.make_draw(config, mesh, on_mesh.supervision)
     load_pixels = lambda step: train_step.host_pixels(draw, step, pixels, cams.size, mesh)  # noqa: E731
-  steps = dispatch.Dispatcher(step_fn, on_mesh, load_pixels, on_device, rows, watched)
+  steps = dispatch.Dispatcher(step_fn, on_mesh, load_pixels, place == 'device', rows, watched)
   return state, steps, step_fn, log
+
+
+def _prepare_folder(settings: configs.Settings, scene: scenes.Scene, start: int) -> None:
+  """Tidies the run's folder and writes its settings and scene (main process only)."""
+  if processes.is_main():
+    run_lock.check()
+    run_folder.tidy(settings.config.checkpoint_dir, start)
+    run_folder.write_run(settings.config.checkpoint_dir, settings, scene)
 
 
 def _open_log(settings: configs.Settings, start: int, render_every: int) -> runlog.RunLog:

@@ -36,7 +36,6 @@ _VERSION = 1  # Of the file format.
 _MORE_SPACE = (
   'Set Config.pixel_cache_dir to a folder with more space, or Config.factor for smaller images.'
 )
-_NEVER = threading.Event()  # Is not set.
 _READERS, _PER_READER = 32, 128  # Threads, and pixels per thread.
 
 
@@ -69,9 +68,14 @@ class MappedPixels:
       yield np.ascontiguousarray(self._table[:, channel])
 
 
+def _sizes(scene: scenes.Scene) -> np.ndarray:
+  """Returns the widths and heights [n, 2] of the training images."""
+  return scene.cameras.size[list(scene.train)]
+
+
 def num_bytes(scene: scenes.Scene) -> int:
   """Returns the number of bytes of the training pixels."""
-  return int(3 * scene.cameras.size[list(scene.train)].astype(np.int64).prod(-1).sum())
+  return int(3 * _sizes(scene).astype(np.int64).prod(-1).sum())
 
 
 def _number_in(path: str, before: str = '') -> int | None:
@@ -111,7 +115,7 @@ def read(
     PixelCacheError: the file cannot be written.
     futures.CancelledError: `stop` was set.
   """
-  first = _first_pixels(scene)
+  first, stop = batches.first_pixels(_sizes(scene)), stop or threading.Event()
   if _keep_on_disk(config, scene):
     return batches.PixelStore(_mapped(config, scene, first, progress, stop), first)
   planes = np.empty((3, num_bytes(scene) // 3), np.uint8)
@@ -123,22 +127,18 @@ def read(
   return batches.PixelStore(tuple(planes), first)
 
 
-def _first_pixels(scene: scenes.Scene) -> np.ndarray:
-  return batches.first_pixels(scene.cameras.size[list(scene.train)])
-
-
 def _decode(
   data_dir: str,
   scene: scenes.Scene,
   first: np.ndarray,
   keep: Callable[[int, np.ndarray], None],
   progress: bool,
-  stop: threading.Event | None,
+  stop: threading.Event,
 ) -> None:
   """Calls keep(index of its first pixel, image) for each training image, from threads."""
 
   def decode(k: int) -> None:
-    if stop is not None and stop.is_set():
+    if stop.is_set():
       raise futures.CancelledError
     keep(int(first[k]), scenes.read_image(data_dir, scene, scene.train[k]))
 
@@ -164,7 +164,7 @@ def _mapped(
   scene: scenes.Scene,
   first: np.ndarray,
   progress: bool,
-  stop: threading.Event | None,
+  stop: threading.Event,
 ) -> MappedPixels:
   """Maps the cache file; one process creates it if necessary."""
   folder = config.pixel_cache_dir or os.path.join(config.data_dir, _FOLDER)
@@ -192,13 +192,13 @@ def _mapped(
     ) from None
 
 
-def _lock(lock: IO[str], stop: threading.Event | None) -> None:
+def _lock(lock: IO[str], stop: threading.Event) -> None:
   """Waits for the lock, which is released when the file is closed or the process ends."""
   while True:
     try:
       return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      if (stop or _NEVER).wait(0.1):
+      if stop.wait(0.1):
         raise futures.CancelledError from None
 
 
@@ -235,7 +235,7 @@ def _make(
   scene: scenes.Scene,
   first: np.ndarray,
   progress: bool,
-  stop: threading.Event | None,
+  stop: threading.Event,
 ) -> None:
   needed, free = num_bytes(scene), shutil.disk_usage(os.path.dirname(path)).free
   if needed > free:
@@ -266,7 +266,7 @@ def keep_on_device(config: configs.Config, scene: scenes.Scene) -> bool:
   Raises:
     ConfigError: pixels_on is 'device', but there are too many for 32-bit indices.
   """
-  countable = _first_pixels(scene).dtype == np.int32
+  countable = batches.first_pixels(_sizes(scene)).dtype == np.int32
   if config.pixels_on == 'device' and not countable:
     raise configs.ConfigError(
       "Config.pixels_on = 'device' needs fewer than 2^31 training pixels; use 'auto', or "
@@ -295,8 +295,7 @@ def of_a_step(
   """
   if not on_device:
     return jax.ShapeDtypeStruct((config.batch_size, 3), np.uint8, sharding=sharding.sharded(mesh))
-  plane = jax.ShapeDtypeStruct((num_bytes(scene) // 3,), np.uint8)
-  return sharding.replicated_shapes(batches.PixelStore((plane,) * 3, _first_pixels(scene)), mesh)
+  return sharding.replicated_shapes(batches.store_shapes(_sizes(scene)), mesh)
 
 
 def load(
