@@ -204,7 +204,19 @@ def weight_gradient_in_xla(x, g):
   return jnp.dot(x.T, g, preferred_element_type=FULL), jnp.sum(g.astype(FULL), 0)
 
 
-def spy(monkeypatch, product, weight_gradient):
+def layer_gradient_in_xla(x, g, w, *, outer=None):
+  """The twin of hopper.layer_gradient."""
+  assert hopper.fits_layer(*x.shape, g.shape[1])
+  dx = jnp.dot(g, w.T, preferred_element_type=FULL)
+  dx += 0 if outer is None else outer[0][:, None] * outer[1][None]
+  dx = jnp.where(x > 0, dx, 0)
+  return dx.astype(HALF), jnp.dot(x.T, g, preferred_element_type=FULL), jnp.sum(dx, 0)
+
+
+TWINS = product_in_xla, weight_gradient_in_xla, layer_gradient_in_xla
+
+
+def spy(monkeypatch, kernels=TWINS):
   """Replaces the kernels; returns a list that collects calls as names with the options used."""
   calls = []
 
@@ -213,7 +225,7 @@ def spy(monkeypatch, product, weight_gradient):
     calls.append(' '.join([name, *sorted(used)]))
     return fn(*args, **options)
 
-  for name, fn in (('product', product), ('weight_gradient', weight_gradient)):
+  for name, fn in zip(('product', 'weight_gradient', 'layer_gradient'), kernels, strict=True):
     monkeypatch.setattr(hopper, name, functools.partial(spied, name, fn))
   return calls
 
@@ -230,8 +242,8 @@ class TestFused:
     return collections.Counter(calls)
 
   def test_two_layers_join_and_heads(self, monkeypatch):
-    calls = spy(monkeypatch, product_in_xla, weight_gradient_in_xla)
-    args = *_parameters(2, (0, 1), 256, 384, 256), _features(384, 384, HALF)
+    calls = spy(monkeypatch)
+    args = *_parameters(2, (0, 1), 512, 384, 512), _features(768, 384, HALF)
     assert self._compare(calls, *args) == {
       'product bias relu': 1,
       'product mask outer': 1,
@@ -239,30 +251,45 @@ class TestFused:
       'weight_gradient': 4,
     }
 
+  def test_narrow_layers(self, monkeypatch):
+    calls = spy(monkeypatch)
+    args = *_parameters(3, (0, 1), 256, 384, 256), _features(384, 384, HALF)
+    assert self._compare(calls, *args) == {
+      'product bias relu': 1,
+      'layer_gradient outer': 1,
+      'layer_gradient': 2,
+      'weight_gradient': 2,
+    }
+
+  def test_density_alone(self, monkeypatch):
+    calls = spy(monkeypatch)
+    args = *_parameters(3, (0,), 256, 384, 0), _features(384, 384, HALF)
+    assert self._compare(calls, *args) == {'layer_gradient': 2, 'weight_gradient': 1}
+
   def test_no_heads(self, monkeypatch):
-    calls = spy(monkeypatch, product_in_xla, weight_gradient_in_xla)
+    calls = spy(monkeypatch)
     layers, _ = _parameters(3, (0,), 256, 256, 0)
-    wanted = {'product mask': 2, 'weight_gradient': 3}
+    wanted = {'layer_gradient': 2, 'weight_gradient': 1}
     assert self._compare(calls, layers, None, _features(256, 256, HALF)) == wanted
 
   @pytest.mark.parametrize(
     ('width', 'features', 'bottleneck', 'rows', 'wanted'),
     [
       (256, 256, 256, 200, {}),
-      (128, 256, 256, 256, {}),
-      (256, 200, 256, 256, {'weight_gradient': 2, 'product mask': 1, 'product mask outer': 1}),
-      (256, 256, 200, 256, {'weight_gradient': 3, 'product mask': 1, 'product bias relu': 1}),
+      (128, 256, 200, 256, {}),
+      (256, 200, 256, 256, {'layer_gradient': 1, 'layer_gradient outer': 1}),
+      (256, 256, 200, 256, {'weight_gradient': 2, 'layer_gradient': 1, 'product bias relu': 1}),
     ],
   )
   def test_shapes_that_do_not_fit(self, monkeypatch, width, features, bottleneck, rows, wanted):
-    calls = spy(monkeypatch, product_in_xla, weight_gradient_in_xla)
+    calls = spy(monkeypatch)
     args = *_parameters(2, (0, 1), width, features, bottleneck), _features(rows, features, HALF)
     assert self._compare(calls, *args) == wanted
 
   @needs_interpreter
   def test_kernels_compute_what_xla_does(self, monkeypatch):
     options = {'interpret': INTERPRET, 'blocks': 3}
-    kernels = [functools.partial(k, **options) for k in (hopper.product, hopper.weight_gradient)]
-    calls = spy(monkeypatch, *kernels)
+    kernels = hopper.product, hopper.weight_gradient, hopper.layer_gradient
+    calls = spy(monkeypatch, [functools.partial(k, **options) for k in kernels])
     args = *_parameters(2, (0, 1), 256, 256, 256), _features(256, 256, HALF)
-    assert sum(self._compare(calls, *args).values()) == 7
+    assert sum(self._compare(calls, *args).values()) == 5

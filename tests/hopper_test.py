@@ -109,6 +109,34 @@ class TestWeightGradient:
     self._check(interpret, 384, 384, 256, 5, 1)
 
 
+@needs_interpreter
+class TestLayerGradient:
+  def _check(self, interpret, m, k, blocks, teams, outer=None):
+    assert hopper._teams(m, k // 128, blocks) == teams
+    x, g = _normal(0, m, k).at[:, ::5].set(0), _normal(1, m, 256) / 16 + 0.01
+    w = _normal(2, k, 256) / 16
+    dx, dw, sums = hopper.layer_gradient(x, g, w, outer=outer, blocks=blocks, interpret=interpret)
+    exact = _product_twin([g], [w.T], outer=outer, mask=x)
+    assert np.std(exact) > 0.1
+    _assert_rounded(dx, exact)
+    assert dw.dtype == sums.dtype == jnp.float32
+    np.testing.assert_allclose(dw, _wide(x).T @ _wide(g), atol=1e-4)
+    np.testing.assert_allclose(sums, exact.sum(0), atol=1e-3)
+
+  def test_one_team_of_two_blocks(self, interpret):
+    self._check(interpret, 64 * 5, 256, 2, 1)  # Five tiles wrap around a ring of three.
+
+  def test_teams_with_unequal_shares_of_the_rows(self, interpret):
+    outer = _normal(3, 64 * 7, dtype=jnp.float32), _normal(4, 256, dtype=jnp.float32)
+    self._check(interpret, 64 * 7, 256, 5, 2, outer)
+
+  def test_one_block_a_team(self, interpret):
+    self._check(interpret, 64 * 6, 128, 132, 2)  # Of 132 blocks, two fill their rings.
+
+  def test_wider_input(self, interpret):
+    self._check(interpret, 64 * 3, 384, 3, 1)
+
+
 class TestFits:
   def test_a_gradient_s_parts_fill_the_ring_with_whole_rounds(self):
     checked = 0
@@ -166,6 +194,22 @@ class TestFits:
       assert hopper.fits(2 * rows, depth, width)
 
   @pytest.mark.parametrize(
+    ('sizes', 'expected'),
+    [
+      ((192, 256, 256), True),
+      ((16384 * 32, 1024, 256), True),
+      ((16384 * 128 + 64, 256, 256), True),
+      ((16384 * 128 + 32, 256, 256), False),
+      ((1024, 192, 256), False),
+      ((1024, 256, 512), False),
+      ((1024, 0, 256), False),
+      ((128, 256, 256), False),  # Fewer tiles than the ring has slots.
+    ],
+  )
+  def test_narrow_layers(self, sizes, expected):
+    assert hopper.fits_layer(*sizes) is expected
+
+  @pytest.mark.parametrize(
     ('backend', 'capability', 'expected'),
     [('cpu', '9.0', False), ('gpu', '8.0', False), ('gpu', '9.0', True), ('gpu', '10.0', False)],
   )
@@ -213,6 +257,17 @@ class TestLowering:
     args = _shape(4096, 256), _shape(4096, 512)
     assert len(kernels(lower_for_cuda(hopper.weight_gradient, *args))) == 1
 
+  def test_layer_gradient(self):
+    def gradient(x, g, w, outer):
+      return hopper.layer_gradient(x, g, w, outer=outer)
+
+    outer = _shape(4096, dtype=jnp.float32), _shape(512, dtype=jnp.float32)
+    args = _shape(4096, 512), _shape(4096, 256), _shape(512, 256)
+    texts = [lower_for_cuda(jax.jit(gradient), *args, o) for o in (None, outer)]
+    hashes = [kernels(text) for text in texts]
+    assert [len(h) for h in hashes] == [1, 1]
+    assert hashes[0] != hashes[1]
+
   def test_identical_calls_share_a_kernel(self):
     """The gradient of eight layers has 19 products; compiling each separately takes minutes."""
     full = functools.partial(_shape, dtype=jnp.float32)
@@ -227,7 +282,7 @@ class TestLowering:
       return jnp.sum(density) + jnp.sum(bottleneck.astype(jnp.float32))
 
     text = lower_for_cuda(jax.jit(jax.grad(total, (0, 1))), tuple(layers), heads, _shape(4096, 256))
-    calls = len(re.findall(r'call @(?:product|weight_gradient)', text))
-    assert calls == 19
+    calls = len(re.findall(r'call @(?:product|weight_gradient|layer_gradient)', text))
+    assert calls == 18
     assert len(set(kernels(text))) <= 6
     assert len(kernels(text)) <= 7

@@ -217,20 +217,46 @@ def _input_gradient(g: Array, w: Array, x: Array, fused: bool, outer=None) -> Ar
   return jnp.where(x > 0, dx, 0).astype(x.dtype)
 
 
-def _heads_gradient(heads: Heads | None, x: Array, d_out, fused: bool) -> tuple[Array, Heads]:
-  """Returns the gradient before the last ReLU, whose output is x [m, width], and the heads'."""
+def _layer_gradient(x: Array, g: Array, w: Array, fused: bool, outer=None):
+  """Computes the gradients of a layer y = x @ w + bias of which x is the output of a ReLU.
+
+  Args:
+    x: [m, k] output of the ReLU.
+    g: [m, n] gradient of y.
+    w: [k, n] kernel, in g's dtype.
+    fused: use the Hopper kernels if they support the shape.
+    outer: ([m], [k]) whose outer product is added to the gradient of x, or None.
+
+  Returns:
+    The gradient before the ReLU [m, k], and the kernel's [k, n] in float32. Then what comes with
+    them, in float32: the bias's, sum(g, 0) [n], and the sum of the first over rows [k]. One of the
+    two is None.
+  """
+  if fused and hopper.fits_layer(len(x), *w.shape):
+    before, dw, total = hopper.layer_gradient(x, g, w, outer=outer)
+    return before, dw, None, total
+  return _input_gradient(g, w, x, fused, outer), *_weight_gradient(x, g, fused), None
+
+
+def _heads_gradient(heads: Heads | None, x: Array, d_out, fused: bool):
+  """Returns the gradient before the last ReLU, whose output is x [m, width], and the heads'.
+
+  Returns:
+    [m, width]; its sum over rows [width] in float32, or None if that would cost another pass; and
+    the heads' gradients.
+  """
   if heads is None:
-    return jnp.where(x > 0, d_out, 0), None
+    return jnp.where(x > 0, d_out, 0), None, None
   d_density, d_bottleneck = d_out  # [m], [m, b]
   to_density = jnp.sum(x.astype(jnp.float32) * d_density[:, None], 0)  # [width]
   if heads.bottleneck is None:
-    g = jnp.where(x > 0, d_density[:, None] * heads.density[None], 0).astype(x.dtype)
-    return g, Heads(to_density, None)
-  to_bottleneck, _ = _weight_gradient(x, d_bottleneck, fused)  # [width, b]
+    by_row = jnp.where(x > 0, d_density[:, None], 0)  # The density head has one column.
+    g = (by_row * heads.density[None]).astype(x.dtype)
+    return g, jnp.sum(by_row, 0) * heads.density, Heads(to_density, None)
   w = heads.bottleneck.astype(x.dtype)
-  # The density head has one column: its contribution is an outer product.
-  g = _input_gradient(d_bottleneck, w, x, fused, (d_density, heads.density))
-  return g, Heads(to_density, to_bottleneck)
+  outer = d_density, heads.density
+  g, to_bottleneck, _, total = _layer_gradient(x, d_bottleneck, w, fused, outer)
+  return g, total, Heads(to_density, to_bottleneck)
 
 
 def _backward(fused, residuals, d_out):
@@ -251,19 +277,20 @@ def _backward(fused, residuals, d_out):
 
 def _gradients(layers, heads, encoded, results, d_out, fused: bool):
   """Returns the gradients of the layers, the heads and the features."""
-  g, d_heads = _heads_gradient(heads, results[-1], d_out, fused)  # [m, width], before the ReLU.
+  g, total, d_heads = _heads_gradient(heads, results[-1], d_out, fused)  # Before the ReLU.
   d_layers, d_encoded = [], jnp.zeros((), encoded.dtype)
   for i in reversed(range(len(layers))):
-    x = results[i - 1] if i else None
-    grads = [_weight_gradient(a, g, fused) for a, _ in _inputs(layers[i], x, encoded)]
-    dws = [dw for dw, _ in grads]
-    of_x = None if layers[i].of_x is None else dws.pop(0)
-    of_encoded = None if layers[i].of_encoded is None else dws.pop(0)
-    d_layers.append(Layer(of_x, of_encoded, grads[0][1]))
-    if of_encoded is not None:  # XLA removes this if the features' gradient is not used.
-      d_encoded += g @ layers[i].of_encoded.astype(g.dtype).T
-    if of_x is not None:
-      g = _input_gradient(g, layers[i].of_x.astype(g.dtype), x, fused)
+    of_x, of_encoded, after, sums = None, None, g, [total]  # sums: of `after` over rows, if known.
+    if layers[i].of_encoded is not None:  # XLA removes the product if nothing uses its result.
+      d_encoded += after @ layers[i].of_encoded.astype(after.dtype).T
+      of_encoded, known = _weight_gradient(encoded, after, fused)
+      sums.append(known)
+    if layers[i].of_x is not None:
+      w = layers[i].of_x.astype(after.dtype)
+      g, of_x, known, total = _layer_gradient(results[i - 1], after, w, fused)
+      sums.append(known)
+    sums = [s for s in sums if s is not None] or [jnp.sum(after.astype(jnp.float32), 0)]
+    d_layers.append(Layer(of_x, of_encoded, sums[0]))
   return tuple(reversed(d_layers)), d_heads, d_encoded
 
 

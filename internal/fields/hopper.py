@@ -2,9 +2,10 @@
 
 XLA calls cuBLAS for matrix products and runs what cuBLAS cannot fuse as separate passes over
 gigabytes of activations. `product` fuses the sum of two products, a bias or an outer product, and a
-ReLU or its mask; `weight_gradient` fuses the bias's gradient. Both are Pallas kernels for Mosaic
-GPU: in each block, one warpgroup copies tiles into a ring buffer in shared memory and two others
-multiply them. dense.py has the same computation in plain XLA.
+ReLU or its mask; `weight_gradient` fuses the bias's gradient; `layer_gradient` fuses all gradients
+of a narrow layer. They are Pallas kernels for Mosaic GPU: in each block, one warpgroup copies tiles
+into a ring buffer in shared memory and two others multiply them. dense.py has the same computation
+in plain XLA.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _ROWS, _COLS = 128, 256  # A block's tile of the result.
 _WARPGROUPS = 2  # Number that multiply, each half of a tile's rows (of a gradient's columns).
 _PRODUCT_STAGES = 3  # Slots of the ring: with the result's tile they fill shared memory.
 _GRADIENT_STAGES = 4
+_LAYER_STAGES = 3  # The rest of shared memory holds the block's weights.
 _MASK_STEP = 2  # Step at which a tile's mask is fetched; by then the previous tile is stored.
 _FETCH_REGISTERS, _MULTIPLY_REGISTERS = 40, 232  # Per thread.
 
@@ -43,6 +45,12 @@ def fits(rows: int, depth: int, width: int) -> bool:
   """Returns whether the kernels support [rows, depth] x [depth, width] and its gradients."""
   whole_tiles = depth > 0 and not (rows % _ROWS or depth % _ROWS or width % _COLS)
   return whole_tiles and depth // _DEPTH >= _PRODUCT_STAGES and _parts(rows, depth, 1, 1) > 0
+
+
+def fits_layer(rows: int, depth: int, width: int) -> bool:
+  """Returns whether `layer_gradient` supports the layer [rows, depth] x [depth, width]."""
+  whole_tiles = depth > 0 and not (rows % _SUB or depth % _ROWS)
+  return whole_tiles and width == _COLS and _teams(rows, depth // _ROWS, depth // _ROWS) > 0
 
 
 def _parts(rows: int, depth: int, tiles: int, blocks: int) -> int:
@@ -71,12 +79,16 @@ def _blocks() -> int:
   return jax.devices()[0].core_count
 
 
-def _ring(stages: int, a: tuple[int, int], b: tuple[int, int]) -> list:
-  """Returns scratch types of a ring of tile pairs, with its `full` and `empty` barriers."""
+def _tile(*shape: int):
+  """Returns the scratch type of bfloat16 tiles in shared memory."""
+  return plgpu.SMEM(shape, jnp.bfloat16, transforms=_TRANSFORMS)
+
+
+def _ring(stages: int, *tiles: tuple[int, int]) -> list:
+  """Returns scratch types of a ring of groups of tiles, with its `full` and `empty` barriers."""
   return [
-    plgpu.SMEM((stages, *a), jnp.bfloat16, transforms=_TRANSFORMS),
-    plgpu.SMEM((stages, *b), jnp.bfloat16, transforms=_TRANSFORMS),
-    plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+    *(_tile(stages, *shape) for shape in tiles),
+    plgpu.Barrier(num_arrivals=len(tiles), num_barriers=stages),
     plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
   ]
 
@@ -152,9 +164,7 @@ def product(
   )
   scratch = [
     *_ring(_PRODUCT_STAGES, (_ROWS, _DEPTH), (_DEPTH, _COLS)),
-    plgpu.SMEM(
-      (_WARPGROUPS, _COLS // _SUB, _ROWS // _WARPGROUPS, _SUB), jnp.bfloat16, transforms=_TRANSFORMS
-    ),
+    _tile(_WARPGROUPS, _COLS // _SUB, _ROWS // _WARPGROUPS, _SUB),
     plgpu.Barrier(num_arrivals=_COLS // _SUB, num_barriers=_WARPGROUPS),
   ]
   extras = [*([] if bias is None else [bias]), *(outer or ()), *([] if mask is None else [mask])]
@@ -279,25 +289,25 @@ def _accumulate_tile(refs: _Refs, steps: int, my_rows, i, fetch_mask, acc):
   return acc[...]
 
 
+def _vector(ref, at, axis: int):
+  """Loads a part `at` of a vector along `axis` of a piece [_SUB, _SUB], broadcast to all of it."""
+  layout = plgpu.Layout.WGMMA.reduce(1 - axis)
+  part = plgpu.load(ref, (at,), layout=layout, optimized=False)
+  return lax.broadcast_in_dim(part, (_SUB, _SUB), [axis])
+
+
 def _finish_tile(refs: _Refs, acc, warpgroup, row, col, relu: bool) -> None:
   """Applies bias, outer product, ReLU and mask to a half tile, and starts storing it."""
-  half, pieces = _ROWS // _WARPGROUPS, range(_COLS // _SUB)
+  pieces = range(_COLS // _SUB)
   if refs.mask is not None:
     plgpu.barrier_wait(refs.mask_ready.at[warpgroup])
 
-  def vector(ref, start, size, axis):
-    """Loads a part of a vector along `axis` of a piece, broadcast along the other axis."""
-    layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-    part = plgpu.load(ref, (pl.ds(start, size),), layout=layout, optimized=False)
-    return lax.broadcast_in_dim(part, (half, _SUB), [axis])
-
   for p in pieces:
-    piece = acc[:, p * _SUB : (p + 1) * _SUB]
+    piece, cols = acc[:, p * _SUB : (p + 1) * _SUB], pl.ds(col + p * _SUB, _SUB)
     if refs.bias is not None:
-      piece += vector(refs.bias, col + p * _SUB, _SUB, 1)
+      piece += _vector(refs.bias, cols, 1)
     if refs.by_row is not None:
-      rows = vector(refs.by_row, row, half, 0)
-      piece += rows * vector(refs.by_col, col + p * _SUB, _SUB, 1)
+      piece += _vector(refs.by_row, pl.ds(row, _SUB), 0) * _vector(refs.by_col, cols, 1)
     if relu:
       piece = jnp.maximum(piece, 0.0)
     if refs.mask is not None:
@@ -333,7 +343,7 @@ def weight_gradient(
   )
   scratch = [
     *_ring(_GRADIENT_STAGES, (_DEPTH, _ROWS), (_DEPTH, _COLS)),
-    plgpu.SMEM((_WARPGROUPS, _SUB, _DEPTH), jnp.bfloat16, transforms=_TRANSFORMS),
+    _tile(_WARPGROUPS, _SUB, _DEPTH),
   ]
   dw, rows = _call(body, outs, scratch, parts * down * across, interpret)(x, g)
   # All _SUB rows of a row sum are equal.
@@ -397,3 +407,119 @@ def _gradient_kernel(x, g, dw, row_sums, x_ring, g_ring, full, empty, ones, *, d
     cols = pl.ds(j * _COLS + warpgroup * half, half)
     dw[part, pl.ds(i * _ROWS, _ROWS), cols] = totals[0]
     row_sums[part, i, :, cols] = totals[1]  # ones @ g: all its rows are equal.
+
+
+@functools.partial(jax.jit, static_argnames=('blocks', 'interpret'))
+def layer_gradient(
+  x: Array,
+  g: Array,
+  w: Array,
+  *,
+  outer: tuple[Array, Array] | None = None,
+  blocks: int | None = None,
+  interpret=None,
+) -> tuple[Array, Array, Array]:
+  """Computes all gradients of a narrow layer y = x @ w of which x is the output of a ReLU.
+
+  `product` and `weight_gradient` would each read x and g; memory bounds the time of narrow layers.
+
+  Args:
+    x: [m, k] bfloat16, input of the layer.
+    g: [m, n] bfloat16, gradient of y; n is 256.
+    w: [k, n] bfloat16.
+    outer: ([m], [k]) float32, whose outer product is added to the gradient of x, or None.
+    blocks: number of concurrent blocks (None: one per multiprocessor).
+    interpret: Pallas parameters for running without a GPU.
+
+  Returns:
+    The gradient before the ReLU, g @ w^T + outer where x > 0, else 0 [m, k] bfloat16; that of w
+    [k, n] float32; and the sum of the first over rows [k] float32, gradient of the bias before.
+  """
+  (m, k), n = x.shape, g.shape[1]
+  across = k // _ROWS
+  teams = _teams(m, across, blocks or _blocks())
+  body = functools.partial(
+    _layer_gradient_kernel, has_outer=outer is not None, across=across, teams=teams
+  )
+  outs = (
+    jax.ShapeDtypeStruct((m, k), jnp.bfloat16),
+    jax.ShapeDtypeStruct((teams, k, n), jnp.float32),
+    jax.ShapeDtypeStruct((teams, _SUB, k), jnp.float32),
+  )
+  scratch = [
+    *_ring(_LAYER_STAGES, (_SUB, _ROWS), (_SUB, n)),
+    _tile(n, _ROWS),
+    plgpu.Barrier(num_arrivals=1),
+    _tile(_WARPGROUPS, _SUB, _SUB),
+  ]
+  dx, dw, sums = _call(body, outs, scratch, teams * across, interpret)(x, g, w.T, *(outer or ()))
+  return dx, jnp.sum(dw, 0), jnp.sum(sums, (0, 1))
+
+
+def _teams(rows: int, across: int, blocks: int) -> int:
+  """Returns the number of teams of `across` blocks that share the rows; 0 if there are too few."""
+  return min(blocks // across, rows // (_SUB * _LAYER_STAGES))
+
+
+def _layer_gradient_kernel(x, g, wt, *refs, has_outer: bool, across: int, teams: int):
+  """The blocks of a team share rows: each has _ROWS columns of x, half of them a warpgroup's."""
+  by_row, by_col = refs[:2] if has_outer else (None, None)
+  dx, dw, sums, x_ring, g_ring, full, empty, w, w_ready, result = refs[2 * has_outer :]
+  warpgroup, block = lax.axis_index('warpgroup'), lax.axis_index('block')
+  team, first = lax.div(block, across), lax.rem(block, across) * _ROWS
+  steps = lax.div(x.shape[0] // _SUB - team + teams - 1, teams)  # Tiles team, team + teams, ...
+  stages = _LAYER_STAGES
+
+  def rows(step):
+    return pl.ds((team + step * teams) * _SUB, _SUB)
+
+  @pl.when(warpgroup == _WARPGROUPS)
+  def _fetch():
+    cols = pl.ds(first, _ROWS)
+    plgpu.copy_gmem_to_smem(wt.at[:, cols], w, w_ready)
+
+    def fetch(step, slot):
+      plgpu.copy_gmem_to_smem(x.at[rows(step), cols], x_ring.at[slot], full.at[slot])
+      plgpu.copy_gmem_to_smem(g.at[rows(step), :], g_ring.at[slot], full.at[slot])
+
+    _fetch_all(steps, stages, empty, fetch)
+
+  @pl.when(warpgroup < _WARPGROUPS)
+  def _multiply():
+    plgpu.set_max_registers(_MULTIPLY_REGISTERS, action='increase')
+    mine = pl.ds(warpgroup * _SUB, _SUB)  # Of the block's columns.
+    cols = pl.ds(first + warpgroup * _SUB, _SUB)
+    plgpu.barrier_wait(w_ready)
+
+    def accumulate(weights):
+      def one_tile(step, total):
+        slot = lax.rem(step, stages)
+        plgpu.barrier_wait(full.at[slot])
+
+        def inputs(acc):
+          plgpu.wgmma(acc, g_ring.at[slot], w.at[:, mine])
+          return acc[...]  # Waits for all products, so also for the previous tile's.
+
+        dx_tile = pl.run_scoped(inputs, plgpu.ACC((_SUB, _SUB), jnp.float32))
+        previous = empty.at[lax.rem(step + stages - 1, stages)]
+        pl.when(step > 0)(lambda: plgpu.barrier_arrive(previous))
+        # Runs while the other product is finished.
+        plgpu.wgmma(weights, x_ring.at[slot].at[:, mine].transpose((1, 0)), g_ring.at[slot])
+        if by_row is not None:
+          dx_tile += _vector(by_row, rows(step), 0) * _vector(by_col, cols, 1)
+        dx_tile = jnp.where(x_ring[slot, :, mine] > 0, dx_tile, 0.0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # `result` still held the previous tile.
+        result[warpgroup] = dx_tile.astype(jnp.bfloat16)
+        plgpu.commit_smem()  # Makes the writes visible to the copy engine.
+        plgpu.copy_smem_to_gmem(result.at[warpgroup], dx.at[rows(step), cols])
+        return total + dx_tile
+
+      zeros = plgpu.layout_cast(jnp.zeros((_SUB, _SUB), jnp.float32), plgpu.Layout.WGMMA)
+      total = lax.fori_loop(0, steps, one_tile, zeros)
+      plgpu.wgmma_wait(0)
+      plgpu.barrier_arrive(empty.at[lax.rem(steps - 1, stages)])
+      return weights[...], total
+
+    shape = plgpu.ACC((_SUB, g.shape[1]), jnp.float32)
+    dw[team, cols, :], sums[team, :, cols] = pl.run_scoped(accumulate, shape)
+    plgpu.wait_smem_to_gmem(0)  # A block must not end before its last stores.
