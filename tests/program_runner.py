@@ -6,6 +6,7 @@ own, with its own devices, and can be killed like any other.
 
 import gc
 import importlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -48,9 +49,13 @@ def xla_flags(devices: int) -> str:
   """Returns XLA's flags for some CPU devices and fast compilation, which takes most of the time."""
   flags = f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'
   if platform.machine() in ('x86_64', 'AMD64'):
-    # Older code for fusions compiles in half the time. What it fuses changes rounding where the
-    # processor fuses multiplications with additions, which AVX does not have.
-    flags += ' --xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX'
+    # What is fused changes rounding where the processor fuses multiplications with additions,
+    # which AVX does not have.
+    flags += ' --xla_cpu_max_isa=AVX'
+    # Older code for fusions compiles in half the time. XLA ends a program for a flag that it does
+    # not know, and from JAX 0.11 on it does not know this one.
+    if importlib.metadata.version('jaxlib').startswith('0.10.'):
+      flags += ' --xla_cpu_use_fusion_emitters=false'
   return flags
 
 
