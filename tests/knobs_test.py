@@ -132,7 +132,8 @@ def step(settings, _):
   traced = train_step.make_train_step(settings, tiny.mesh(1))
   state = train_step.abstract_state(settings)
   store = batches.make_store(images)
-  return text_of(traced.variant(traced.choices[0]).trace(state, cams, store, 1).jaxpr)
+  traced = traced.variant(traced.choices[0]).trace(state, cams, store, 1, 0)
+  return text_of(traced.jaxpr)
 
 
 def refining(settings, _):
@@ -141,7 +142,7 @@ def refining(settings, _):
   eye = np.broadcast_to(np.eye(camera_refinement.WIDTH, dtype=np.float32), (3, 11, 11))
   cams = cams.replace(supervision=structs.Supervision(preconditioner=eye))
   traced = train_step.make_train_step(settings, tiny.mesh(1))
-  args = train_step.abstract_state(settings), cams, batches.make_store(images), 1
+  args = train_step.abstract_state(settings), cams, batches.make_store(images), 1, 0
   return text_of(traced.variant(traced.choices[0]).trace(*args).jaxpr)
 
 

@@ -403,7 +403,7 @@ class TestTraining:
     step = train_step.make_train_step(settings, tiny.mesh(1)).variant(1)
     state = train_step.abstract_state(settings)
     store = batches.make_store(images)
-    jax.eval_shape(step, state, cams.replace(supervision=supervision), store, 1)
+    jax.eval_shape(step, state, cams.replace(supervision=supervision), store, 1, 0)
     assert seen[0].run_start.shape == supervision.run_start.shape
     assert seen[1].shape == (64,)
 

@@ -682,7 +682,7 @@ class TestGpuKernels:
       return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.asarray(x).dtype), tree)
 
     state = train_step.abstract_state(settings)
-    args = state, abstract(cams), abstract(batches.make_store(images)), np.int32(1)
+    args = state, abstract(cams), abstract(batches.make_store(images)), np.int32(1), np.int32(0)
     text = lower_for_cuda(train_step.make_train_step(settings, mesh).variant(1), *args)
     assert 6 < len(set(kernels(text))) <= 9
     scalar, frac = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, jnp.float32))

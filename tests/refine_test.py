@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import captures
 import numpy as np
@@ -73,6 +74,20 @@ def refined(photographs):
   )
   report = pipeline.make(str(photographs), str(root / 'scene'), pipeline.Options(given=path))
   return root / 'scene', poses, report
+
+
+def test_points_by_chance_do_not_support_a_pose():
+  points = {1: 1500, 2: 15, 3: 25, 4: 85, 5: 15, 6: 14}
+  matches = {(1, 2): 100, (1, 3): 1700, (1, 4): 1600, (2, 5): 200, (5, 6): 40, (1, 9): 99999}
+  images = {k: SimpleNamespace(image_id=k, name=f'{k}', num_points3D=n) for k, n in points.items()}
+  model = SimpleNamespace(reg_image_ids=lambda: list(images), image=images.get)
+  graph = SimpleNamespace(
+    num_matches_between_images=lambda a, b: matches.get((min(a, b), max(a, b)), 0)
+  )
+  adjuster = refine._Adjuster.__new__(refine._Adjuster)
+  adjuster._matches = graph
+  # Of its best pair, 3 has 1.5%, 4 has 5.3%; 6 has too few. 9 is not registered.
+  assert adjuster.observed(model) == {'1', '2', '4', '5'}
 
 
 def read_poses(scene):

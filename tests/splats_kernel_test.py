@@ -79,7 +79,8 @@ def as_if_on_an_h200():
   fields = {field.name for field in dataclasses.fields(jax.sharding.AbstractDevice)}
   known = {'device_kind': 'NVIDIA H200', 'num_cores': 132, 'platform': 'gpu'}
   device = jax.sharding.AbstractDevice(**{k: v for k, v in known.items() if k in fields})
-  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ('x',), abstract_device=device))
+  mesh = jax.sharding.AbstractMesh((1,), ('x',), abstract_device=device)
+  return jax.sharding.use_abstract_mesh(mesh)
 
 
 def test_a_gpu_program_contains_the_kernel_and_others_do_not():

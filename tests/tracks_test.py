@@ -125,5 +125,5 @@ def test_a_step_has_the_loss():
   settings = tiny.settings('Config.depth_loss_mult = 0.5')
   step = train_step.make_train_step(settings, tiny.mesh(8)).variant(1)
   state = train_step.abstract_state(settings)
-  _, stats = jax.eval_shape(step, state, cams, batches.make_store(pictures), 1)
+  _, stats = jax.eval_shape(step, state, cams, batches.make_store(pictures), 1, 0)
   assert 'loss_depth' in stats.names

@@ -40,6 +40,20 @@ def _lower(settings, mesh):
   return step_fn.lower(state, sharding.replicate(cams, mesh), store)
 
 
+def test_seeds_share_a_program():
+  programs, losses_of = set(), set()
+  for seed in (1, 2, -1):
+    settings = tiny.settings(f'Config.seed = {seed}')
+    programs.add(_lower(settings, tiny.mesh(1)).as_text())
+    _, (stats,) = _run(settings, tiny.mesh(1), 1)
+    losses_of.add(float(stats['loss']))
+    key, _ = train_step.step_keys(settings.config, 5)
+    wanted = jax.random.split(jax.random.fold_in(jax.random.key(seed), 5))[0]
+    np.testing.assert_array_equal(*map(jax.random.key_data, (key, wanted)))
+  assert len(programs) == 1
+  assert len(losses_of) == 3
+
+
 @pytest.mark.hammer
 def test_eight_devices_compute_what_one_does():
   settings = tiny.settings()
@@ -333,7 +347,8 @@ def test_training_and_rendering_lower_for_tpu_cuda_and_cpu(name, binding):
   mesh = Mesh(np.array(jax.devices()), (sharding.AXIS,))
   cams, images = tiny.capture()
   state = train_step.abstract_state(settings)
-  args = (state, _abstract(cams), _abstract(batches.make_store(images)), np.int32(1))
+  one = np.int32(1)
+  args = (state, _abstract(cams), _abstract(batches.make_store(images)), one, one)
   step_fn = train_step.make_train_step(settings, mesh)
   exported = jax.export.export(step_fn.variant(1), platforms=PLATFORMS)(*args)
   assert exported.platforms == PLATFORMS

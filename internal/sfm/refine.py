@@ -29,6 +29,7 @@ from .photos import FOLDER, PosesError
 
 _LIMITS = (0.04, 0.015, 0.0)  # Largest errors of the rounds, times the photographs' longer side.
 _LEAST = 4.0  # Pixels: the limit of the last round, COLMAP's.
+_SUPPORT = 0.05  # Share of a photograph's best pair of matches that must give it points.
 _OWN_LENS = 5  # Cameras of fewer photographs keep the given intrinsics.
 
 
@@ -64,7 +65,7 @@ def refine(scene_dir: str, given: Given, fix_intrinsics: bool):
   adjuster = _Adjuster(model, cache, _constant(model, camera_ids, fix_intrinsics))
   adjuster.run()
   model, centres = principal_point.refine(model, adjuster.constant)
-  verified = _observed(model)
+  verified = adjuster.observed(model)
   if len(verified & set(before)) < 3:
     raise PosesError(
       f'{given.path}: its poses of {len(verified & set(before))} photographs could be verified by '
@@ -94,11 +95,6 @@ def _registered(model) -> list:
   return [model.image(image_id) for image_id in model.reg_image_ids()]
 
 
-def _observed(model) -> set[str]:
-  """Returns the names of the registered images that observe enough points."""
-  return {image.name for image in _registered(model) if image.num_points3D >= FEW}
-
-
 def _constant(model, camera_ids: Mapping[str, int], fix_intrinsics: bool) -> set[int]:
   """Returns the given cameras whose intrinsics are kept."""
   if fix_intrinsics:
@@ -115,6 +111,7 @@ class _Adjuster:
 
   def __init__(self, model, cache, constant: set[int]):
     self.model, self.constant = model, constant
+    self._matches = cache.correspondence_graph
     self._mapper = reconstruction.colmap().IncrementalMapper(cache)
     self._mapper.begin_reconstruction(model)
     sides = [max(camera.width, camera.height) for camera in model.cameras.values()]
@@ -162,9 +159,25 @@ class _Adjuster:
       )
     self._set_aside()
 
+  def observed(self, model) -> set[str]:
+    """Returns the names of the registered images that observe enough points.
+
+    A wrong pose has some points too: matches that agree with it by chance, a hundredth of all.
+    """
+    images = _registered(model)
+
+    def needed(image) -> float:
+      others = (k.image_id for k in images if k.image_id != image.image_id)
+      most = max(
+        (self._matches.num_matches_between_images(image.image_id, k) for k in others), default=0
+      )
+      return max(FEW, _SUPPORT * most)
+
+    return {image.name for image in images if image.num_points3D >= needed(image)}
+
   def _set_aside(self) -> None:
     """Removes the photographs whose poses too few points support."""
-    observed = _observed(self.model)
+    observed = self.observed(self.model)
     for image in _registered(self.model):
       if image.name not in observed:
         self._mapper.observation_manager.deregister_frame(image.frame_id)

@@ -112,7 +112,8 @@ def update_finite(
 
 def creation(settings: configs.Settings) -> Callable[[], structs.TrainState]:
   """Returns a jitted function that creates the initial state, a pure function of Config.seed."""
-  return jax.jit(functools.partial(_create_state, settings))
+  create = jax.jit(functools.partial(_create_state, settings))
+  return functools.partial(create, _seed(settings.config))
 
 
 def create_state(settings: configs.Settings) -> structs.TrainState:
@@ -120,8 +121,13 @@ def create_state(settings: configs.Settings) -> structs.TrainState:
   return creation(settings)()
 
 
-def _create_state(settings: configs.Settings) -> structs.TrainState:
-  key = jax.random.key(settings.config.seed)
+def _seed(config: configs.Config) -> np.int32:
+  """Returns Config.seed as an argument of programs: as a constant, each would be compiled anew."""
+  return np.int64(config.seed).astype(np.int32)  # As `jax.random.key` does.
+
+
+def _create_state(settings: configs.Settings, seed: Array) -> structs.TrainState:
+  key = jax.random.key(seed)
   params = models.init_params(models.build(settings), key)
   optimizer = make_optimizer(settings.config)
   # One optimizer state per part, so that each is clipped by its own norm and skipped alone.
@@ -145,13 +151,17 @@ def train_fraction(step: Array, max_steps: int) -> Array:
   return jnp.clip(step / max(max_steps - 1, 1), 0, 1)
 
 
-def step_keys(config: configs.Config, step: Array) -> tuple[Array, Array]:
+def step_keys(
+  config: configs.Config, step: Array, seed: Array | None = None
+) -> tuple[Array, Array]:
   """Returns the keys of a step's batch and of its rays [batch_size], functions of (seed, step).
 
-  Each ray has its own key, so that its samples do not depend on sharding.
+  Each ray has its own key, so that its samples do not depend on sharding. The seed is
+  `config.seed`, unless given.
   """
+  seed = _seed(config) if seed is None else seed
   # Folding in the step, instead of a running key, lets a resumed run draw the same rays.
-  batch_key, model_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
+  batch_key, model_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
   return batch_key, jax.random.split(model_key, config.batch_size)
 
 
@@ -300,23 +310,27 @@ class TrainStep(memory.FirstFit):
   Attributes:
     most: the most steps of one call.
     fixed: whether each call computes `most` steps and drops those beyond `count`.
+    seed: the last argument of the variants.
   """
 
-  def __init__(self, variant: Callable, choices: list[int], free: Callable, most: int, fixed: bool):
+  def __init__(
+    self, variant: Callable, choices: list[int], free: Callable, most: int, fixed: bool,
+    seed: np.int32,
+  ):  # fmt: skip
     super().__init__(variant, choices, free)
-    self.most, self.fixed = most, fixed
+    self.most, self.fixed, self.seed = most, fixed, seed
 
   def __call__(self, state: structs.TrainState, cams, pixels, count: int | None = None):
-    state, stats = super().__call__(state, cams, pixels, np.int32(count or 1))
+    state, stats = super().__call__(state, cams, pixels, np.int32(count or 1), self.seed)
     return state, stats if count else stats.replace(numbers=stats.numbers[0])
 
-  def lower(self, state, cams, pixels, count=_ONE) -> jax.stages.Lowered:
+  def lower(self, state, cams, pixels, count=_ONE, seed=_ONE) -> jax.stages.Lowered:
     """Lowers the chosen variant; before the first call, the first one."""
-    return super().lower(state, cams, pixels, count)
+    return super().lower(state, cams, pixels, count, seed)
 
-  def fit(self, state, cams, pixels, count=_ONE, on_lowered=None) -> jax.stages.Compiled:
+  def fit(self, state, cams, pixels, count=_ONE, seed=_ONE, on_lowered=None) -> jax.stages.Compiled:
     """Returns the program for arguments of these shapes, compiling it if necessary."""
-    return super().fit(state, cams, pixels, count, on_lowered=on_lowered)
+    return super().fit(state, cams, pixels, count, seed, on_lowered=on_lowered)
 
   @property
   def micro_batches(self) -> int | None:
@@ -366,8 +380,8 @@ def make_train_step(
     gradient = _make_gradient(settings, mesh, micro_batches, shapes)
 
     @functools.partial(jax.jit, inline=True)  # Traced once for both uses in `_repeated`.
-    def train_step(state, cams, pixels):
-      batch_key, ray_keys = step_keys(config, state.step)
+    def train_step(state, cams, pixels, seed):
+      batch_key, ray_keys = step_keys(config, state.step, seed)
       ids = draw_pixels(config, batch_key, cams.size, cams.supervision)  # cam_idx, x, y
       known = batches.known_distances(batch_key, config.batch_size, cams.supervision)
       # Each device looks up and casts its own rays.
@@ -398,24 +412,24 @@ def make_train_step(
     return jax.jit(
       _repeated(train_step, most, fixed),
       donate_argnums=0,  # The new state reuses the buffers of the old one.
-      in_shardings=(placement, None, None, None),
+      in_shardings=(placement, None, None, None, None),
       out_shardings=(placement, sharding.replicated(mesh)),
     )
 
   choices = _micro_batch_choices(config, mesh, fewest)
-  return TrainStep(variant, choices, lambda: free_memory(mesh), most, fixed)
+  return TrainStep(variant, choices, lambda: free_memory(mesh), most, fixed, _seed(config))
 
 
 def _repeated(train_step: Callable, most: int, fixed: bool) -> Callable:
-  """Returns `train_steps(state, cams, pixels, count)`, which repeats one step; see `TrainStep`."""
+  """Returns `train_steps(state, cams, pixels, count, seed)`, which repeats a step: `TrainStep`."""
 
-  def train_steps(state, cams, pixels, count):
-    shape = jax.eval_shape(train_step, state, cams, pixels)[1]  # [k]
+  def train_steps(state, cams, pixels, count, seed):
+    shape = jax.eval_shape(train_step, state, cams, pixels, seed)[1]  # [k]
     length = most if isinstance(pixels, batches.PixelStore) else 1
 
     def take(i, carry):
       state, numbers = carry
-      after, stats = train_step(state, cams, pixels)
+      after, stats = train_step(state, cams, pixels, seed)
       if fixed and length > 1:
         after = jax.tree.map(functools.partial(jnp.where, i < count), after, state)
       return after, jax.lax.dynamic_update_index_in_dim(numbers, stats.numbers, i, 0)
