@@ -241,50 +241,35 @@ class TestFused:
     _assert_near(_slopes(_fused, *args), plain, 0.02)
     return collections.Counter(calls)
 
-  def test_two_layers_join_and_heads(self, monkeypatch):
+  @pytest.mark.parametrize(
+    ('depth', 'joins', 'sizes', 'rows', 'wanted'),
+    [
+      # All kernels fit: wide layers, narrow ones, and narrow ones with the density alone.
+      (2, (0, 1), (512, 384, 512), 768, (0, 0, 4, 1, 1, 1)),
+      (3, (0, 1), (256, 384, 256), 384, (2, 1, 2, 1, 0, 0)),
+      (3, (0,), (256, 384, 0), 384, (2, 0, 1, 0, 0, 0)),
+      # Some do not: because of the rows, the width, the features, the bottleneck.
+      (2, (0, 1), (256, 256, 256), 200, (0, 0, 0, 0, 0, 0)),
+      (2, (0, 1), (128, 256, 200), 256, (0, 0, 0, 0, 0, 0)),
+      (2, (0, 1), (256, 200, 256), 256, (1, 1, 0, 0, 0, 0)),
+      (2, (0, 1), (256, 256, 200), 256, (1, 0, 2, 1, 0, 0)),
+    ],
+  )
+  def test_what_fits_is_fused(self, monkeypatch, depth, joins, sizes, rows, wanted):
+    """`sizes` are width, features and bottleneck; `wanted` are numbers of calls."""
     calls = spy(monkeypatch)
-    args = *_parameters(2, (0, 1), 512, 384, 512), _features(768, 384, HALF)
-    assert self._compare(calls, *args) == {
-      'product bias relu': 1,
-      'product mask outer': 1,
-      'product mask': 1,
-      'weight_gradient': 4,
-    }
-
-  def test_narrow_layers(self, monkeypatch):
-    calls = spy(monkeypatch)
-    args = *_parameters(3, (0, 1), 256, 384, 256), _features(384, 384, HALF)
-    assert self._compare(calls, *args) == {
-      'product bias relu': 1,
-      'layer_gradient outer': 1,
-      'layer_gradient': 2,
-      'weight_gradient': 2,
-    }
-
-  def test_density_alone(self, monkeypatch):
-    calls = spy(monkeypatch)
-    args = *_parameters(3, (0,), 256, 384, 0), _features(384, 384, HALF)
-    assert self._compare(calls, *args) == {'layer_gradient': 2, 'weight_gradient': 1}
+    args = *_parameters(depth, joins, *sizes), _features(rows, sizes[1], HALF)
+    names = (
+      'layer_gradient', 'layer_gradient outer', 'weight_gradient', 'product bias relu',
+      'product mask', 'product mask outer',
+    )  # fmt: skip
+    assert self._compare(calls, *args) == {k: n for k, n in zip(names, wanted) if n}
 
   def test_no_heads(self, monkeypatch):
     calls = spy(monkeypatch)
     layers, _ = _parameters(3, (0,), 256, 256, 0)
     wanted = {'layer_gradient': 2, 'weight_gradient': 1}
     assert self._compare(calls, layers, None, _features(256, 256, HALF)) == wanted
-
-  @pytest.mark.parametrize(
-    ('width', 'features', 'bottleneck', 'rows', 'wanted'),
-    [
-      (256, 256, 256, 200, {}),
-      (128, 256, 200, 256, {}),
-      (256, 200, 256, 256, {'layer_gradient': 1, 'layer_gradient outer': 1}),
-      (256, 256, 200, 256, {'weight_gradient': 2, 'layer_gradient': 1, 'product bias relu': 1}),
-    ],
-  )
-  def test_shapes_that_do_not_fit(self, monkeypatch, width, features, bottleneck, rows, wanted):
-    calls = spy(monkeypatch)
-    args = *_parameters(2, (0, 1), width, features, bottleneck), _features(rows, features, HALF)
-    assert self._compare(calls, *args) == wanted
 
   @needs_interpreter
   def test_kernels_compute_what_xla_does(self, monkeypatch):
