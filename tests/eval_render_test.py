@@ -174,6 +174,32 @@ class TestEvaluate:
     folder, results = self.evaluate(scene, tmp_path, eval_only_once=False, eval_save_output=False)
     assert json.loads((folder / 'results_000070.json').read_text()) == results
 
+  def test_of_earlier_steps_only_numbers_are_written(self, scene, tmp_path, monkeypatch, capsys):
+    settings = dataclasses.replace(
+      tiny.settings(), config=configs.Config(data_dir=str(tmp_path / 'data'))
+    )
+    monkeypatch.setattr(run_folder, 'open_run', lambda folder, bindings: (settings, scene))
+    monkeypatch.setattr(checkpoints, 'all_steps', lambda run: [20, 50, 70])
+    monkeypatch.setattr(
+      checkpoints, 'restore_params', lambda run, settings, step, mesh: ({'w': np.ones(5)}, step)
+    )
+    made = []
+    monkeypatch.setattr(
+      renderer, 'make_image_renderer', lambda *_, **__: made.append(1) or fake_render
+    )
+    eval_program.main([str(tmp_path), '--steps', '50', '20'])
+    folder = tmp_path / 'eval'
+    assert sorted(os.listdir(folder)) == ['results_000020.json', 'results_000050.json']
+    found, notes = results_lib.read_steps(str(tmp_path))
+    assert [r['step'] for r in found] == [20, 50]
+    assert not notes
+    assert len(made) == 1
+    assert 'at step 50' in capsys.readouterr().out
+    with pytest.raises(eval_program.EvalError, match=r'--steps 30: .*no such.*\[20, 50, 70\]'):
+      eval_program.main([str(tmp_path), '--steps', '20', '30'])
+    with pytest.raises(SystemExit):
+      eval_program.main([str(tmp_path), '--steps', '20', '--multiscale'])
+
 
 @pytest.fixture
 def render(scene, tmp_path, monkeypatch):

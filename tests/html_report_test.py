@@ -131,6 +131,20 @@ def test_curves_of_what_was_logged(run):
   assert any('10,000 rays/s' in text for text in page.text)
 
 
+def test_the_curve_of_evaluated_checkpoints(run):
+  path, page = run()
+  found = json.loads((path.parent / 'results.json').read_text())
+  for step, psnr in ((70, 30.0), (20, 25.0)):
+    mean = {**found['mean'], 'psnr': psnr}
+    text = json.dumps({**found, 'step': step, 'mean': mean})
+    (path.parent / f'results_{step:06d}.json').write_text(text)
+  (path.parent / 'results_000030.json').write_text('{')
+  _, page = run()
+  assert [g['id'].split('-')[-2] for g in page.all('g') if '-line-' in g.get('id', '')] == ['line']
+  assert 'mean of 2 test images' in page.text
+  assert any('results_000030.json' in text for text in page.text)
+
+
 def test_without_pictures_it_says_so(run):
   _, page = run(eval_save_output=False)
   assert not page.all('img')

@@ -3,6 +3,7 @@
     python eval.py runs/bonsai
     python eval.py runs/bonsai --gin_bindings Config.vis_normals=True
     python eval.py runs/bonsai --multiscale
+    python eval.py runs/bonsai --steps 25000 100000
 
 Writes to RUN/eval: results.json, report.html (--report_only only rewrites it) and, as
 PNG files, the prediction, truth, error, depth and opacity of each test image. Settings and cameras
@@ -11,6 +12,9 @@ further checkpoints and evaluates those as well.
 
 --multiscale measures each test image at 1, 1/2, 1/4 and 1/8 of its size instead, which shows
 aliasing, and writes to eval/multiscale.
+
+--steps measures earlier checkpoints, which training keeps with Config.checkpoint_keep. It writes
+only eval/results_STEP.json of each, and the report's chart then shows them.
 """
 
 from __future__ import annotations
@@ -67,6 +71,21 @@ def steps_to_evaluate(run: str, config: configs.Config) -> Iterator[int]:
     time.sleep(_POLL_SECONDS)
 
 
+def check_steps(run: str, steps: Sequence[int]) -> None:
+  """Checks that the run has checkpoints of these steps.
+
+  Raises:
+    EvalError: one is missing.
+  """
+  found = checkpoints.all_steps(run)
+  missing = [step for step in steps if step not in found]
+  if missing:
+    raise EvalError(
+      f'--steps {missing[0]}: {run}/checkpoints has no such checkpoint, but {found or "none"}. '
+      'Training keeps the newest Config.checkpoint_keep; 0 keeps all.'
+    )
+
+
 def select_images(config: configs.Config, scene: scenes.Scene) -> list[int]:
   """Returns the rows of the test images to render.
 
@@ -118,8 +137,16 @@ def train_costs(run: str, step: int) -> tuple[float | None, int | None]:
   return rows[-1].get('train_seconds') if rows else None, max(peaks, default=None)
 
 
-def evaluate(run: trained.TrainedRun, rows: Sequence[int], render_image: Callable) -> dict | None:
+def evaluate(
+  run: trained.TrainedRun, rows: Sequence[int], render_image: Callable, numbers_only: bool = False
+) -> dict | None:
   """Renders the test images in `rows` and writes metrics, pictures and report.
+
+  Args:
+    run: the run at the checkpoint to evaluate.
+    rows: the test images.
+    render_image: see `TrainedRun.make_image_renderer`.
+    numbers_only: write only results_STEP.json.
 
   Returns:
     The content of results.json; None on processes other than the main one.
@@ -142,6 +169,8 @@ def evaluate(run: trained.TrainedRun, rows: Sequence[int], render_image: Callabl
       per_image.append({**scores, 'seconds': seconds})
       line = f'{scores["name"]}  {metrics_lib.format_metrics(scores)}'
       progress.say(f'{k + 1}/{len(rows)} {line}  {seconds:.1f}s')
+      if numbers_only:
+        continue
       if run.settings.config.eval_save_output:
         stem = os.path.join(run.folder, 'eval', f'{k:03d}_{run.scene.stem(row)}')
         note = f'PSNR {scores["psnr"]:.2f}   SSIM {scores["ssim"]:.3f}'
@@ -152,7 +181,18 @@ def evaluate(run: trained.TrainedRun, rows: Sequence[int], render_image: Callabl
         pairs.append(pictures.shrink(pair, _PAIR_WIDTH))
     for job in written:
       job.result()
-  return write_outputs(run, per_image, pairs, lpips_absent) if processes.is_main() else None
+  if not processes.is_main():
+    return None
+  results = make_results(run, per_image, lpips_absent)
+  if numbers_only or not run.settings.config.eval_only_once:
+    results_lib.write_json(results_lib.path_of_step(run.folder, run.step), results)
+  mean = metrics_lib.format_metrics(results['mean'])
+  print(f'mean of {len(per_image)} images at step {run.step:,}: {mean}')
+  if lpips_absent:
+    print(f'LPIPS is null: {lpips_absent}')
+  if not numbers_only:
+    write_outputs(run, results, pairs)
+  return results
 
 
 def score_image(run: trained.TrainedRun, row: int, rendering: dict, compute_lpips) -> tuple:
@@ -220,28 +260,30 @@ def make_results(
   )
 
 
-def write_outputs(run: trained.TrainedRun, per_image, pairs, lpips_absent: str | None) -> dict:
-  """Writes results.json, contact sheet and report, prints the means and returns the results."""
-  config, folder = run.settings.config, os.path.join(run.folder, 'eval')
-  results = make_results(run, per_image, lpips_absent)
+def write_outputs(run: trained.TrainedRun, results: dict, pairs: Sequence[np.ndarray]) -> None:
+  """Writes results.json, contact sheet and report, and prints where they are."""
+  folder = os.path.join(run.folder, 'eval')
   written = {'results': os.path.join(folder, 'results.json')}
   results_lib.write_json(written['results'], results)
-  if not config.eval_only_once:
-    results_lib.write_json(os.path.join(folder, f'results_{run.step:06d}.json'), results)
   if pairs:
-    captions = [f'{r["name"]}: truth, prediction   PSNR {r["psnr"]:.2f}' for r in per_image]
+    named = [f'{r["name"]}: truth, prediction   PSNR {r["psnr"]:.2f}' for r in results['per_image']]
     sheet_path = os.path.join(folder, 'contact_sheet.png')
-    pictures.write_png(sheet_path, pictures.contact_sheet(pairs, captions, _PAIR_WIDTH))
+    pictures.write_png(sheet_path, pictures.contact_sheet(pairs, named, _PAIR_WIDTH))
     written |= {'pictures': os.path.join(folder, '*.png'), 'all of them': sheet_path}
-  mean = metrics_lib.format_metrics(results['mean'])
-  print(f'mean of {len(per_image)} images at step {run.step:,}: {mean}')
-  if lpips_absent:
-    print(f'LPIPS is null: {lpips_absent}')
-  if config.eval_report:
+  if run.settings.config.eval_report:
     written['report'] = html_report.write(run.folder, run.settings, run.scene)
   bucket.push(run.folder)
   progress.summary({**written, 'next': cli.run_text('render', run.folder)})
-  return results
+
+
+def add_to_report(run: str, settings: configs.Settings, scene: scenes.Scene) -> None:
+  """Writes an existing report anew, after --steps, and prints where the files are."""
+  written = {'results': os.path.join(run, 'eval', 'results_*.json')}
+  bucket.fetch(run, 'eval/')
+  if os.path.exists(os.path.join(run, 'eval', html_report.NAME)):
+    written['report'] = html_report.write(run, settings, scene)
+  bucket.push(run)
+  progress.summary(written)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -254,7 +296,12 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument(
     '--multiscale', action='store_true', help='measure at 1, 1/2, 1/4 and 1/8 of the size'
   )
+  parser.add_argument(
+    '--steps', type=int, nargs='+', metavar='STEP', help='measure these checkpoints, in this order'
+  )
   args = parser.parse_args(argv)
+  if args.steps and (args.multiscale or args.report_only):
+    parser.error('--steps stands alone, without --multiscale and --report_only')
   folder = bucket.local(cli.run_folder(args))
   settings, scene = run_folder.open_run(folder, cli.bindings(args))
   bucket.fetch(folder, *(f'render/{name}' for name in html_report.VIDEOS))
@@ -275,11 +322,18 @@ def main(argv: list[str] | None = None) -> None:
         'Config.eval_refine_cameras measures halves of pictures, --multiscale whole ones; choose '
         'one of them.'
       )
+  if args.steps:
+    check_steps(folder, args.steps)
   render_image = mesh = None
-  for _ in steps_to_evaluate(folder, settings.config):
+  for step in args.steps or steps_to_evaluate(folder, settings.config):
     # The newest checkpoint now: training may already have replaced the one that was found.
-    run = trained.restore(folder, settings, scene, mesh=mesh)
+    run = trained.restore(folder, settings, scene, step if args.steps else None, mesh)
     # One renderer for all checkpoints, so that it is compiled only once.
     render_image = render_image or run.make_image_renderer(settings.config.vis_normals)
     mesh = run.mesh
-    (evaluate_scales if args.multiscale else evaluate)(run, rows, render_image)
+    if args.multiscale:
+      evaluate_scales(run, rows, render_image)
+    else:
+      evaluate(run, rows, render_image, numbers_only=bool(args.steps))
+  if args.steps and processes.is_main():
+    add_to_report(folder, settings, scene)

@@ -63,6 +63,7 @@ def write(run: str, settings: configs.Settings, scene: scenes.Scene) -> str:
   images, notes = _read_images(folder, found['per_image'], scene)
   videos, video_notes = _read_videos(os.path.join(run, 'render'))
   page, link = _read_page(run)
+  of_steps, step_notes = results.read_steps(run)
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(os.path.dirname(os.path.abspath(__file__))),
     autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
@@ -79,8 +80,11 @@ def write(run: str, settings: configs.Settings, scene: scenes.Scene) -> str:
     videos=videos,
     page=page,
     link=link,
-    notes=[*(f'Warning: {w}' for w in found.get('capture_warnings', ())), *notes, *video_notes],
-    charts=_make_charts(rows),
+    notes=[
+      *(f'Warning: {w}' for w in found.get('capture_warnings', ())),
+      *(*notes, *video_notes, *step_notes),
+    ],
+    charts=_make_charts(rows, of_steps),
     facts=_facts(found, rows, scene),
     published=_published(found, os.path.join(folder, 'results.json')),
     config=settings.text,
@@ -222,8 +226,18 @@ def _read_page(run: str) -> tuple[str, str]:
   return files.read_text(path) if small else '', f'../{_PAGE}'.replace(os.sep, '/')
 
 
-def _make_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Draws PSNR and loss over steps; returns title, series names and SVG of each chart."""
+def _make_charts(
+  rows: Sequence[Mapping[str, Any]], of_steps: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+  """Draws PSNR and loss over steps.
+
+  Args:
+    rows: what training logged.
+    of_steps: results of evaluated checkpoints.
+
+  Returns:
+    Title, series names and SVG of each chart.
+  """
 
   def series(key: str, name: str, dots: bool = False) -> charts.Series:
     points = [(row['step'], row[key]) for row in rows if row.get(key) is not None]
@@ -231,6 +245,9 @@ def _make_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
   terms = [key for row in rows[:1] for key in row if key.startswith('loss_')]
   psnr = [series('psnr', 'training rays'), series('test_psnr', 'test images', dots=True)]
+  if of_steps:
+    means = [(results['step'], results['mean']['psnr']) for results in of_steps]
+    psnr.append(charts.Series(f'mean of {of_steps[-1]["num_images"]} test images', means))
   losses = [series('loss', 'sum'), *(series(key, key.removeprefix('loss_')) for key in terms)]
   made = []
   for title, unit, lines, log in (

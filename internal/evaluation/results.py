@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -330,6 +331,22 @@ def _strict(value: Any) -> Any:
   if isinstance(value, np.generic):
     value = value.item()
   return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def path_of_step(run: str, step: int) -> str:
+  """Returns the path of the results at one of several evaluated steps."""
+  return os.path.join(run, 'eval', f'results_{step:06d}.json')
+
+
+def read_steps(run: str) -> tuple[list[dict[str, Any]], list[str]]:
+  """Returns the results at all evaluated steps, by step, and why others cannot be read."""
+  found, notes = [], []
+  for path in glob.glob(os.path.join(glob.escape(run), 'eval', 'results_[0-9]*.json')):
+    try:
+      found.append(read(path))
+    except ResultsError as reason:
+      notes.append(str(reason))
+  return sorted(found, key=lambda results: results['step']), notes
 
 
 def write_json(path: str, value: Any) -> None:
