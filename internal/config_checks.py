@@ -252,6 +252,16 @@ def _model_conflict(model: Any) -> str | None:
   return None
 
 
+def conflict_between(config: Any, model: Any) -> str | None:
+  """Returns the error message for settings of Config and Model that exclude each other, or None."""
+  if config.interlevel_every > 1 and not model.stop_level_grad:
+    return (
+      'Config.interlevel_every must be 1 where Model.stop_level_grad = False trains proposals by '
+      f'the last level, got {config.interlevel_every}.'
+    )
+  return None
+
+
 _CONFLICTS = {
   'Config': _config_conflict,
   'Model': _model_conflict,

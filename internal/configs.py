@@ -439,6 +439,8 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
     with _gin_errors(f'Bad gin config ({", ".join(gin_configs) or "no file"})'):
       gin.finalize()
       settings = Config(), Model(), PropMLP(), NerfMLP()
+      if problem := config_checks.conflict_between(*settings[:2]):
+        raise ConfigError(problem)
       return Settings(*settings, text=gin.operative_config_str())
   finally:
     gin.clear_config()  # Else a `NerfMLP()` in code would get this file's values.

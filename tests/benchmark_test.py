@@ -32,6 +32,14 @@ class TestRayFlops:
     prop = [(encoding, 16, 0), (16, 16, 16), (16, 1, 16)]
     assert costs.ray_flops(settings)['train'] == 4 * flops_of(nerf) + 2 * 8 * flops_of(prop)
 
+  def test_only_every_nth_ray_has_a_gradient_of_the_proposals(self):
+    flops = {n: costs.ray_flops(tiny.settings(f'Config.interlevel_every = {n}')) for n in (1, 4)}
+    prop = [(2 * 12 * 21, 16, 0), (16, 16, 16), (16, 1, 16)]
+    forward = 2 * sum(inputs * outputs for inputs, outputs, _ in prop)
+    saved = 2 * 8 * (flops_of(prop) - forward) * 3 / 4
+    assert flops[1]['train'] - flops[4]['train'] == pytest.approx(saved)
+    assert flops[1]['render'] == flops[4]['render']
+
   def test_the_encoding_joined_by_a_skip_needs_no_gradient(self):
     deep = 'NerfMLP.net_depth = 4'
     flops = [costs.ray_flops(tiny.settings(deep, f'NerfMLP.skip_layer = {k}')) for k in (2, 8)]

@@ -138,7 +138,7 @@ def test_gradients_reach_the_cameras(field):
     name: jax.tree.map(lambda x, k=3e3 if name == 'grid' else 1: k * x, part)
     for name, part in params['nerf_mlp'].items()
   }
-  batch_key, keys = train_step.step_keys(settings.config, jnp.array(0))
+  batch_key, keys = train_step.step_keys(settings.config, jnp.array(0), settings.config.seed)
   ids = batches.draw_pixels(batch_key, cams.size, settings.config.batch_size, 'all_images')
   rgb = batches.lookup(batches.make_store(images), cams.size, *ids)
   batch = batches.make_batch(cams, *ids, rgb)

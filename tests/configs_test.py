@@ -197,6 +197,10 @@ def test_unknown_name_lists_the_nearest_known(binding, suggestion):
     ('Config.interlevel_blur = (0.03, 0)', 'Config.interlevel_blur must be positive'),
     ('Config.interlevel_every = 0', 'Config.interlevel_every must be at least 1'),
     (
+      'Config.interlevel_every = 2\nModel.stop_level_grad = False',
+      'Config.interlevel_every must be 1 where Model.stop_level_grad = False trains proposals',
+    ),
+    (
       'Config.interlevel_every = 2\nConfig.data_coarse_loss_mult = 0.1',
       'Config.interlevel_every must be 1 where Config.data_coarse_loss_mult trains proposals',
     ),

@@ -20,7 +20,15 @@ from internal.datasets import images
 from internal.devices import memory, sharding, starting
 from internal.errors import UserError
 from internal.evaluation import train_renders
-from internal.training import batches, checkpoints, dispatch, loop, pixel_store, train_step
+from internal.training import (
+  batches,
+  checkpoints,
+  dispatch,
+  loop,
+  pixel_store,
+  run_folder,
+  train_step,
+)
 
 GRID = (
   *(f"{part}.encoding = 'grid'" for part in ('PropMLP', 'NerfMLP')),
@@ -240,6 +248,26 @@ class TestStart:
     pixels = 3 * 16 * 16 * len(scene.train) + 4 * len(scene.train)
     assert made[0].free == 10**9 - known - pixels
 
+  def test_a_state_that_does_not_fit_is_not_the_steps_fault(self, run, monkeypatch):
+    def fail(*_):
+      raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: the state')
+
+    begun, real = [], memory._compile
+    monkeypatch.setattr(run_folder, 'start_run', fail)
+    monkeypatch.setattr(memory, '_compile', lambda *a: begun.append(1) or real(*a))
+    with pytest.raises(jax.errors.JaxRuntimeError, match='the state'):
+      loop.train(*run, tiny.mesh(1))
+    assert len(begun) == 1
+
+  def test_where_the_pixels_go_is_decided_once(self, run, monkeypatch, capsys):
+    settings, scene = run
+    size = pixel_store.num_bytes(scene)
+    free = iter([3 * size, 3 * size])  # Too little for the device, enough for the host; later, 1.
+    monkeypatch.setattr(pixel_store, 'available_memory', lambda: next(free, 1))
+    loop.train(settings, scene, tiny.mesh(1))
+    assert 'pixels on the host' in capsys.readouterr().out
+    assert not os.path.exists(os.path.join(settings.config.data_dir, pixel_store._FOLDER))
+
   @pytest.mark.parametrize('fails', [False, True])
   def test_test_renders_are_compiled_beside_it_on_accelerators(self, run, fails, monkeypatch):
     settings, scene = run
@@ -292,7 +320,7 @@ class TestStart:
     settings, scene = run
     stopped = []
 
-    def read(config, scene, progress, stop):
+    def read(config, scene, progress, stop, where):
       stopped.append(stop.wait(20))
 
     def fit(*_, **__):

@@ -268,6 +268,21 @@ def test_reading_can_be_stopped_and_leaves_nothing(capture, on):
   assert not glob.glob(os.path.join(capture, '.pixels', '*.rgb*'))
 
 
+def test_checking_the_file_can_be_stopped(capture):
+  config, stop = configs.Config(data_dir=capture, pixels_on='disk'), threading.Event()
+  found = datasets.load_dataset(config)
+  pixel_store.read(config, found, False)
+  (path,) = glob.glob(os.path.join(capture, '.pixels', '*.rgb'))
+  os.utime(path, (0, 0))  # Its time differs from the recorded one, so it is hashed.
+  stop.set()
+  with pytest.raises(futures.CancelledError):
+    pixel_store.read(config, found, False, stop)
+  assert os.path.exists(path)
+  stop.clear()
+  pixel_store.read(config, found, False, stop)
+  assert os.path.getmtime(path) == 0  # It was intact, and was not made again.
+
+
 def test_reads_the_large_synthetic_capture(tmp_path):
   large_capture.main([str(tmp_path / 'c'), '--images=12', '--width=32', '--height=24'])
   store = read(str(tmp_path / 'c'))

@@ -16,11 +16,11 @@ from internal.rendering import renderer
 from internal.training import batches, exposure, train_step
 
 
-def _run(settings, mesh, steps, on_device=True):
+def _run(settings, mesh, steps, on_device=True, created=None):
   cams, images = tiny.capture()
   store = batches.make_store(images)
   step_fn = train_step.make_train_step(settings, mesh)
-  state = sharding.place(train_step.create_state(settings), mesh)
+  state = sharding.place(train_step.create_state(created or settings), mesh)
   draw = train_step.make_draw(settings.config, mesh)
   table = sharding.replicate(exposure.add_tables(settings.config, cams), mesh)
   pixels = sharding.replicate(store, mesh) if on_device else None
@@ -45,9 +45,13 @@ def test_seeds_share_a_program():
   for seed in (1, 2, -1):
     settings = tiny.settings(f'Config.seed = {seed}')
     programs.add(_lower(settings, tiny.mesh(1)).as_text())
-    _, (stats,) = _run(settings, tiny.mesh(1), 1)
-    losses_of.add(float(stats['loss']))
-    key, _ = train_step.step_keys(settings.config, 5)
+    losses = {
+      on_device: float(_run(settings, tiny.mesh(1), 1, on_device, tiny.settings())[1][0]['loss'])
+      for on_device in (True, False)
+    }  # Of one state, whatever the seed.
+    assert losses[True] == losses[False]
+    losses_of.add(losses[True])
+    key, _ = train_step.step_keys(settings.config, 5, train_step.seed_of(settings.config))
     wanted = jax.random.split(jax.random.fold_in(jax.random.key(seed), 5))[0]
     np.testing.assert_array_equal(*map(jax.random.key_data, (key, wanted)))
   assert len(programs) == 1
@@ -70,7 +74,7 @@ def test_eight_devices_compute_what_one_does():
 
 def test_each_ray_of_each_step_has_its_own_key():
   config = tiny.settings().config
-  keys = [jax.random.key_data(train_step.step_keys(config, k)[1]) for k in range(3)]
+  keys = [jax.random.key_data(train_step.step_keys(config, k, config.seed)[1]) for k in range(3)]
   assert len(np.unique(np.concatenate(keys), axis=0)) == 3 * 64
 
 
@@ -171,9 +175,12 @@ def test_micro_batches_divide_the_rays_of_a_device():
   ):
     choices(8, 'Config.micro_batches = 5')
   assert choices(1, 'Config.batch_size = 24', 'Config.interlevel_every = 4') == (1, 2)
-  for more in ((), ('Config.micro_batches = 4',)):
-    with pytest.raises(configs.ConfigError, match=r'interlevel_every must divide the \d+ rays'):
-      choices(4, 'Config.batch_size = 24', 'Config.interlevel_every = 4', *more)
+  every = 'Config.interlevel_every = 4'
+  for rays, more in ((6, ()), (3, ('Config.micro_batches = 2',))):
+    with pytest.raises(configs.ConfigError, match=rf'interlevel_every must divide the {rays} rays'):
+      choices(4, 'Config.batch_size = 24', every, *more)
+  with pytest.raises(configs.ConfigError, match=r'micro_batches must divide .* got 3 for 64'):
+    choices(1, 'Config.micro_batches = 3', every)
 
 
 @pytest.mark.hammer
@@ -193,7 +200,8 @@ def test_same_seed_same_run_other_seed_other_run():
   kernels, keys = [], []
   for settings in (tiny.settings(), tiny.settings('Config.seed = 7')):
     kernels.append(train_step.create_state(settings).params['nerf_mlp']['trunk_0']['kernel'])
-    keys.append(jax.tree.map(jax.random.key_data, train_step.step_keys(settings.config, 0)))
+    both = train_step.step_keys(settings.config, 0, settings.config.seed)
+    keys.append(jax.tree.map(jax.random.key_data, both))
   assert np.abs(kernels[0] - kernels[1]).max() > 1e-3
   assert all(map(np.any, jax.tree.map(np.not_equal, *keys)))  # Of the pixels and of the rays.
 

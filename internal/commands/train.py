@@ -35,7 +35,7 @@ _DEFAULT_CONFIG = 'fast'  # With --data, if no config is given.
 _MANY_PARAMS = 5_000_000  # Too many to train on a CPU in minutes.
 _GRID_NOTE = (
   'Note: hash grids have not been timed on a TPU. From counts of compiled instructions we expect '
-  'at most 39,000 rays/s on a v5e chip for 360_fast.gin. One H200 trains at 2,530,000 rays/s '
+  'at most 51,000 rays/s on a v5e chip for 360_fast.gin. One H200 trains at 2,530,000 rays/s '
   '(docs/tpu.md).'
 )
 

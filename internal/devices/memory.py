@@ -66,10 +66,10 @@ def _compile(
   function: Callable, args, on_lowered: Callable[[], None] | None
 ) -> tuple[jax.stages.Compiled | None, Exception | None]:
   """Returns (program, None), or (None, error) if XLA runs out of memory."""
+  lowered = function.lower(*args)
+  if on_lowered:
+    on_lowered()
   try:
-    lowered = function.lower(*args)
-    if on_lowered:
-      on_lowered()
     return lowered.compile(compiler_options()), None
   except jax.errors.JaxRuntimeError as error:
     if not is_exhausted(error):

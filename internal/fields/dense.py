@@ -228,9 +228,9 @@ def _layer_gradient(x: Array, g: Array, w: Array, fused: bool, outer=None):
     outer: ([m], [k]) whose outer product is added to the gradient of x, or None.
 
   Returns:
-    The gradient before the ReLU [m, k], and the kernel's [k, n] in float32. Then what comes with
-    them, in float32: the bias's, sum(g, 0) [n], and the sum of the first over rows [k]. One of the
-    two is None.
+    The gradient before the ReLU [m, k]; the kernel's [k, n]; the bias's, sum(g, 0) [n]; and the
+    sum of the first over rows [k]. The last three are float32. The joined kernel gives no bias's,
+    and the others give no sum of the first: None.
   """
   if fused and hopper.fits_layer(len(x), *w.shape):
     before, dw, total = hopper.layer_gradient(x, g, w, outer=outer)

@@ -162,7 +162,7 @@ def _weighted_sum(table: Array, x: Array, resolution: int | Array, dense: bool) 
   cells, total = _cells(x, resolution), 0.0
   strides = _strides(resolution, dense)
   # Of each axis, the parts of row and weight at the lower and at the upper end of the cell.
-  rows = [((cell + 0) * n, (cell + 1) * n) for (cell, _), n in zip(cells, strides)]
+  rows = [(cell * n, cell * n + n) for (cell, _), n in zip(cells, strides)]
   weights = [(1 - high, high) for _, high in cells]
   # XLA fuses eight small gathers with their sum, and stores no intermediate results. `_corner` for
   # each of them would be slower to trace.

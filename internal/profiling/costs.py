@@ -66,7 +66,7 @@ def ray_flops(settings: configs.Settings) -> dict[str, float]:
     name = f'prop_mlp_{level}' if cfg.separate_prop_mlps else 'prop_mlp'
     prop = nerf if cfg.single_mlp else (params[name], settings.prop_mlp)
     forward, both = _sample_flops(*prop, settings, coarse_colour)
-    # Every n-th ray alone has a backward pass.
+    # Only every n-th ray has a backward pass.
     train += cfg.num_prop_samples * (forward + (both - forward) / settings.config.interlevel_every)
     render += cfg.num_prop_samples * _sample_flops(*prop, settings, False)[0]
   return {'train': train, 'render': render}

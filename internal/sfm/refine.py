@@ -29,7 +29,7 @@ from .photos import FOLDER, PosesError
 
 _LIMITS = (0.04, 0.015, 0.0)  # Largest errors of the rounds, times the photographs' longer side.
 _LEAST = 4.0  # Pixels: the limit of the last round, COLMAP's.
-_SUPPORT = 0.05  # Share of a photograph's best pair of matches that must give it points.
+_SUPPORT = 0.05  # A photograph needs this share of its best pair's matches as points.
 _OWN_LENS = 5  # Cameras of fewer photographs keep the given intrinsics.
 
 

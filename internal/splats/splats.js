@@ -330,7 +330,7 @@ function makeView(canvas, splats, look, woken, failed) {
       if (moving) adapt(performance.now());
       return true;
     },
-    order() { return sorting || moving ? '' : sorted; },  // The direction for which what is drawn will stay.
+    order() { return sorting || moving ? '' : sorted; },  // What the drawn picture was sorted for; '' while it may still change.
   };
 }
 

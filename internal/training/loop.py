@@ -251,9 +251,11 @@ def _start(
   most, fixed = dispatch.shape(settings, mesh, stops, watched)
   if start:
     run_folder.check_same_scene(config.checkpoint_dir, scene)  # `write_run` changes scene.json.
+  # It is left when all threads have ended: XLA times kernels to choose among them, so no step may
+  # run before test renders are compiled.
   with _threads() as (pool, stop):
     free, place = memory.free_memory(mesh), pixel_store.place(config, scene)
-    reading = pool.submit(pixel_store.read, config, scene, processes.is_main(), stop)
+    reading = pool.submit(pixel_store.read, config, scene, processes.is_main(), stop, place)
     cams = pixel_store.training_cameras(settings, scene)
     create = train_step.creation(settings)
     shapes = sharding.placed_shapes(jax.eval_shape(create), mesh)
@@ -283,7 +285,6 @@ def _start(
     _prepare_folder(settings, scene, start)
     log = _open_log(settings, start, config.train_render_every if render_test else 0)
     log.say(_describe(settings, scene, mesh, start, models.num_params(shapes.params), place))
-    warmed = []
 
     def warm_up():
       loading.result()  # Which leaves less memory.
@@ -294,14 +295,11 @@ def _start(
         if done.done():
           done.result()  # Raises what has gone wrong.
       if alone and render_test and loading:  # Other processes would have to do it together.
-        warmed.append(pool.submit(warm_up))
+        pool.submit(warm_up)  # What fails here fails again when it is needed.
 
     step_fn.fit(*args, on_lowered=on_lowered)
     state, rows, _ = creating.result()
     on_mesh, pixels = loading.result() if loading else load()
-    # XLA times kernels to choose among them, so no step may run meanwhile. What fails here fails
-    # again when it is needed.
-    futures.wait(warmed)
   if place == 'device':
     load_pixels = lambda _: pixels  # noqa: E731
   else:

@@ -76,7 +76,7 @@ def check(checkpoint_dir: str, limit: int, step: int, rows: Sequence[Mapping]) -
 
 
 def _make_probe(settings: configs.Settings, mesh: Mesh) -> Callable:
-  """Returns `probe(params, step, cams, rgb, rows) -> (aux, norms)` over groups of a step's rays.
+  """Returns `probe(params, step, seed, cams, rgb, rows) -> (aux, norms)` over groups of rays.
 
   `rgb` [batch_size, 3] uint8 are the colours of the step's rays; `rows` [g, r] int32 indexes the
   rays of each group. Results have a leading axis [g]: the loss's auxiliary outputs, and the
@@ -88,8 +88,8 @@ def _make_probe(settings: configs.Settings, mesh: Mesh) -> Callable:
   single = dataclasses.replace(config, robust_quantile=0.0, interlevel_every=1)
   loss_gradient = train_step.make_loss_gradient(dataclasses.replace(settings, config=single))
 
-  def probe(params, step, cams, rgb, rows):
-    batch_key, ray_keys = train_step.step_keys(config, step)
+  def probe(params, step, seed, cams, rgb, rows):
+    batch_key, ray_keys = train_step.step_keys(config, step, seed)
     ids = train_step.draw_pixels(config, batch_key, cams.size, cams.supervision)
     known = batches.known_distances(batch_key, config.batch_size, cams.supervision)
     frac = train_step.train_fraction(step, config.max_steps)
@@ -104,7 +104,7 @@ def _make_probe(settings: configs.Settings, mesh: Mesh) -> Callable:
     return jax.lax.map(probe_group, rows)  # One at a time: each gradient is as large as the model.
 
   whole = sharding.WHOLE
-  probe = sharding.per_device(probe, mesh, (whole,) * 5, whole)
+  probe = sharding.per_device(probe, mesh, (whole,) * 6, whole)
   return jax.jit(probe, compiler_options=memory.compiler_options())
 
 
@@ -126,7 +126,8 @@ def find_rays(
     (index of the ray in the batch, its loss, loss terms and gradient norms by name).
   """
   probe, n = _make_probe(settings, mesh), settings.config.batch_size
-  args = state.params, state.step, cams, sharding.replicate(rgb, mesh)
+  seed = train_step.seed_of(settings.config)
+  args = state.params, state.step, seed, cams, sharding.replicate(rgb, mesh)
 
   def non_finite(rows):
     """Yields the non-finite groups of rays [r] and their values by name."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import glob
 import hashlib
+import io
 import json
 import mmap
 import os
@@ -28,7 +29,7 @@ from ..datasets import exposures, images, scenes, tracks
 from ..devices import processes, sharding
 from ..errors import UserError
 from ..system import files
-from . import batches, per_camera, run_seal
+from . import batches, per_camera
 
 _FOLDER = '.pixels'  # In the capture, unless Config.pixel_cache_dir is set.
 _SHARE = 0.5  # Maximum part of the free memory.
@@ -101,14 +102,16 @@ def read(
   scene: scenes.Scene,
   progress: bool = True,
   stop: threading.Event | None = None,
+  where: str | None = None,
 ) -> batches.PixelStore:
   """Decodes the training images into memory, or into a file if they need over half of it.
 
   Args:
-    config: where to put the pixels.
+    config: settings of the pixels.
     scene: the capture.
     progress: whether to show a progress bar.
     stop: ends the reading once it is set.
+    where: what `place` returned, if it was called: the free memory may have changed since.
 
   Raises:
     DataError, DataNotFoundError: as `scene.read_image`.
@@ -116,7 +119,7 @@ def read(
     futures.CancelledError: `stop` was set.
   """
   first, stop = batches.first_pixels(_sizes(scene)), stop or threading.Event()
-  if _keep_on_disk(config, scene):
+  if where == 'disk' or (where != 'host' and _keep_on_disk(config, scene)):
     return batches.PixelStore(_mapped(config, scene, first, progress, stop), first)
   planes = np.empty((3, num_bytes(scene) // 3), np.uint8)
 
@@ -173,12 +176,12 @@ def _mapped(
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, 'lock'), 'a+') as lock:
       _lock(lock, stop)
-      if not _is_intact(path, num_bytes(scene), lock):
+      if not _is_intact(path, num_bytes(scene), lock, stop):
         # Outdated and incomplete files; processes that map them keep them.
         for old in glob.glob(os.path.join(glob.escape(folder), '*.rgb')):
           os.remove(old)
         _make(path, config.data_dir, scene, first, progress, stop)
-        _record(path, run_seal.sha256(path), lock)
+        _record(path, _sha256(path, stop), lock)
       return MappedPixels(path)
   except OSError as e:
     if e.errno is None:  # From decoding an image.
@@ -202,6 +205,24 @@ def _lock(lock: IO[str], stop: threading.Event) -> None:
         raise futures.CancelledError from None
 
 
+class _Reader(io.FileIO):
+  """A file whose reading ends with CancelledError once `stop` is set."""
+
+  def __init__(self, path: str, stop: threading.Event):
+    super().__init__(path)
+    self._stop = stop
+
+  def readinto(self, buffer) -> int:
+    if self._stop.is_set():
+      raise futures.CancelledError
+    return super().readinto(buffer)
+
+
+def _sha256(path: str, stop: threading.Event) -> str:
+  with _Reader(path, stop) as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
 def _stamp(path: str) -> list[int]:
   status = os.stat(path)
   return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
@@ -212,7 +233,7 @@ def _record(path: str, sha256: str, lock: IO[str]) -> None:
   json.dump({'file': os.path.basename(path), 'stamp': _stamp(path), 'sha256': sha256}, lock)
 
 
-def _is_intact(path: str, size: int, lock: IO[str]) -> bool:
+def _is_intact(path: str, size: int, lock: IO[str], stop: threading.Event) -> bool:
   """Returns whether the cache file has the content that was recorded in the open lock file."""
   lock.seek(0)
   try:
@@ -223,7 +244,7 @@ def _is_intact(path: str, size: int, lock: IO[str]) -> bool:
   if name != os.path.basename(path) or not os.path.isfile(path) or os.path.getsize(path) != size:
     return False
   if stamp != _stamp(path):  # Hashing takes about a second per gigabyte.
-    if run_seal.sha256(path) != sha256:
+    if _sha256(path, stop) != sha256:
       return False
     _record(path, sha256, lock)
   return True
@@ -307,7 +328,8 @@ def load(
     (store, place), where place is 'device', 'host' or 'disk'.
   """
   config = settings.config
-  where, store = place(config, scene), read(config, scene, processes.is_main())
+  where = place(config, scene)
+  store = read(config, scene, processes.is_main(), where=where)
   return (put_on_device(store, mesh) if where == 'device' else store), where
 
 

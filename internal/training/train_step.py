@@ -113,7 +113,7 @@ def update_finite(
 def creation(settings: configs.Settings) -> Callable[[], structs.TrainState]:
   """Returns a jitted function that creates the initial state, a pure function of Config.seed."""
   create = jax.jit(functools.partial(_create_state, settings))
-  return functools.partial(create, _seed(settings.config))
+  return functools.partial(create, seed_of(settings.config))
 
 
 def create_state(settings: configs.Settings) -> structs.TrainState:
@@ -121,7 +121,7 @@ def create_state(settings: configs.Settings) -> structs.TrainState:
   return creation(settings)()
 
 
-def _seed(config: configs.Config) -> np.int32:
+def seed_of(config: configs.Config) -> np.int32:
   """Returns Config.seed as an argument of programs: as a constant, each would be compiled anew."""
   return np.int64(config.seed).astype(np.int32)  # As `jax.random.key` does.
 
@@ -151,15 +151,11 @@ def train_fraction(step: Array, max_steps: int) -> Array:
   return jnp.clip(step / max(max_steps - 1, 1), 0, 1)
 
 
-def step_keys(
-  config: configs.Config, step: Array, seed: Array | None = None
-) -> tuple[Array, Array]:
+def step_keys(config: configs.Config, step: Array, seed: Array) -> tuple[Array, Array]:
   """Returns the keys of a step's batch and of its rays [batch_size], functions of (seed, step).
 
-  Each ray has its own key, so that its samples do not depend on sharding. The seed is
-  `config.seed`, unless given.
+  Each ray has its own key, so that its samples do not depend on sharding.
   """
-  seed = _seed(config) if seed is None else seed
   # Folding in the step, instead of a running key, lets a resumed run draw the same rays.
   batch_key, model_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
   return batch_key, jax.random.split(model_key, config.batch_size)
@@ -182,13 +178,13 @@ def make_draw(
   `supervision` is that of the training cameras.
   """
 
-  # An argument of the jitted function, because a closure would compile the tables in as constants.
-  def draw(step, size, supervision):
-    batch_key, _ = step_keys(config, step)
+  # Arguments of the jitted function, because a closure would compile them in as constants.
+  def draw(step, size, supervision, seed):
+    batch_key, _ = step_keys(config, step, seed)
     return draw_pixels(config, batch_key, size, supervision)
 
   draw = jax.jit(draw, out_shardings=sharding.replicated(mesh))
-  return lambda step, size: draw(step, size, supervision)
+  return lambda step, size: draw(step, size, supervision, seed_of(config))
 
 
 def _micro_batch_choices(config: configs.Config, mesh: Mesh, fewest: int) -> list[int]:
@@ -201,23 +197,23 @@ def _micro_batch_choices(config: configs.Config, mesh: Mesh, fewest: int) -> lis
   rays, every = config.batch_size // mesh.size, config.interlevel_every
   count = rays // config.patch_size**2
   what = 'patches' if config.patch_size > 1 else 'rays'
+  if config.micro_batches and count % config.micro_batches:
+    raise configs.ConfigError(
+      f'Config.micro_batches must divide the {what} of a device, got {config.micro_batches} for '
+      f'{count} (Config.batch_size {config.batch_size} on {mesh.size}); 0 chooses automatically.'
+    )
   part = rays // max(1, config.micro_batches)
   if part % every:
     raise configs.ConfigError(
       f'Config.interlevel_every must divide the {part} rays of a device (or of its micro-batch), '
       f'got {every}.'
     )
-  if config.micro_batches == 0:
-    # Powers of two halve the memory from one candidate to the next.
-    powers = [2**k for k in range(count.bit_length()) if count % 2**k == 0]
-    powers = [n for n in powers if rays // n % every == 0]
-    return [n for n in powers if n >= fewest] or powers[-1:]
-  if count % config.micro_batches:
-    raise configs.ConfigError(
-      f'Config.micro_batches must divide the {what} of a device, got {config.micro_batches} for '
-      f'{count} (Config.batch_size {config.batch_size} on {mesh.size}); 0 chooses automatically.'
-    )
-  return [config.micro_batches]
+  if config.micro_batches:
+    return [config.micro_batches]
+  # Powers of two halve the memory from one candidate to the next.
+  powers = [2**k for k in range(count.bit_length()) if count % 2**k == 0]
+  powers = [n for n in powers if rays // n % every == 0]
+  return [n for n in powers if n >= fewest] or powers[-1:]
 
 
 def _mean_of_parts(fn: Callable, parts: int, tree):
@@ -367,7 +363,8 @@ def make_train_step(
     shapes: `abstract_state(settings)`, if it is known already.
 
   Raises:
-    UserError: the batch is not divisible by the devices, or a device's rays by the micro-batches.
+    UserError: the batch is not divisible by the devices, a device's rays by the micro-batches, or
+      the rays of one of these by Config.interlevel_every.
   """
   config = settings.config
   sharding.check_divisible('Config.batch_size', config.batch_size, mesh, config.patch_size**2)
@@ -417,7 +414,7 @@ def make_train_step(
     )
 
   choices = _micro_batch_choices(config, mesh, fewest)
-  return TrainStep(variant, choices, lambda: free_memory(mesh), most, fixed, _seed(config))
+  return TrainStep(variant, choices, lambda: free_memory(mesh), most, fixed, seed_of(config))
 
 
 def _repeated(train_step: Callable, most: int, fixed: bool) -> Callable:
