@@ -417,6 +417,37 @@ class TestScene:
     run_folder.check_same_scene(run[0], scene)
     assert 'are not compared' in capsys.readouterr().err
 
+  def test_other_sizes_of_the_training_images_are_named(self, run):
+    scene = datasets.load_dataset(run[1])
+    scene.cameras.size[scene.train[0]] = 8, 8
+    with pytest.raises(checkpoints.CheckpointError, match='was 16x16, and is 8x8 now'):
+      run_folder.check_same_scene(run[0], scene)
+
+  def test_a_finished_run_with_other_settings_is_refused(self, run):
+    folder, data = f'Config.checkpoint_dir = {run[0]!r}', f'Config.data_dir = {run[1].data_dir!r}'
+    same = (folder, data, 'Config.llffhold = 3', 'Config.max_steps = 7', 'Config.print_every = 9')
+    settings = tiny.settings(*same)
+    scene = datasets.load_dataset(settings.config)
+    run_folder.check_finished(settings, scene)
+    other = tiny.settings(*same, 'NerfMLP.net_width_viewdirs = 5', 'Config.far = 3.0')
+    with pytest.raises(
+      checkpoints.CheckpointError,
+      match=r'Config\.far from 1000000\.0 to 3.* \(2 settings differ',
+    ):
+      run_folder.check_finished(other, scene)
+
+  def test_settings_that_change_are_recorded_with_the_step(self, run, capsys):
+    settings = tiny.settings(
+      'Config.llffhold = 3', 'Config.lr_init = 0.5', 'Config.print_every = 9'
+    )
+    scene = datasets.load_dataset(run[1])
+    run_folder.write_run(run[0], settings, scene, 1200)
+    wanted = 'Settings changed at step 1,200: Config.lr_init from 0.002 to 0.5.'
+    assert wanted in capsys.readouterr().err
+    run_folder.write_run(run[0], settings, scene, 1300)  # The same again.
+    assert capsys.readouterr().err == ''
+    assert run_seal.warnings(run[0]) == [wanted]
+
   @pytest.mark.parametrize('share', [0, 0.2, 0.5, 0.9, 0.99])
   def test_a_cut_config_is_refused(self, run, share):
     path = Path(run[0]) / 'config.gin'

@@ -18,7 +18,7 @@ from internal.datasets import scenes
 from internal.evaluation import lpips
 from internal.evaluation import results as results_lib
 from internal.rendering import renderer, trained, videos
-from internal.training import checkpoints, run_folder
+from internal.training import checkpoints, run_folder, run_seal
 from internal.vis import video
 
 
@@ -165,6 +165,12 @@ class TestEvaluate:
     (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     _, results = self.evaluate(scene, tmp_path, eval_save_output=False)
     assert (results['train_seconds'], results['train_peak_bytes']) == (140, 900)
+
+  def test_what_was_doubtful_in_training_stays_in_the_results(self, scene, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_seal, 'warnings', lambda folder: [f'of {folder}'])
+    folder, results = self.evaluate(scene, tmp_path, eval_save_output=False)
+    assert results['capture_warnings'] == [*scene.report.get('warnings', ()), f'of {tmp_path}']
+    assert f'Warning: of {tmp_path}' in (folder / 'report.html').read_text()
 
   def test_pictures_can_be_left_out(self, scene, tmp_path):
     folder, _ = self.evaluate(scene, tmp_path, eval_save_output=False)

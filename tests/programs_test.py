@@ -125,6 +125,11 @@ def test_a_finished_run_has_nothing_to_do(run, capture, quick):
   assert 'Nothing to do' in quick('train', *_train_bindings(capture, run))
 
 
+def test_a_finished_run_is_not_taken_for_one_with_other_settings(run, capture, quick):
+  said = quick('train', *_train_bindings(capture, run, 'Config.lr_init = 0.5'), code=1)
+  _one_line(said, str(run), 'Config.lr_init from', 'to 0.5', 'Set another')
+
+
 def test_flags_resume_what_bindings_have_begun(run, capture, quick):
   bindings = [b for b in TINY if 'max_steps' not in b]
   flags = ['--data', str(capture), '--out', str(run), '--factor', '0', '--steps', '12']

@@ -36,7 +36,7 @@ from ..evaluation import metrics as metrics_lib
 from ..evaluation import results as results_lib
 from ..rendering import trained
 from ..system import bucket, files, progress
-from ..training import checkpoints, run_folder, runlog
+from ..training import checkpoints, run_folder, run_seal, runlog
 from ..vis import pictures
 
 _POLL_SECONDS = 10
@@ -253,7 +253,7 @@ def make_results(
     models.num_params(run.params),
     lpips_absent,
     seconds,
-    report.get('warnings', ()),
+    (*report.get('warnings', ()), *run_seal.warnings(run.folder)),
     report.get('reduction'),
     by_scale,
     peak_bytes,

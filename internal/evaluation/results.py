@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import glob
 import hashlib
@@ -22,22 +21,13 @@ from .. import configs, models
 from ..datasets import pyramid, scenes
 from ..errors import UserError
 from ..system import files
+from ..training import method
 from . import lpips
 from .metrics import METRICS
 
 _ALL_METRICS = (*METRICS, *lpips.METRICS)
 SCHEMA_VERSION = 2  # Of results.json.
 OWN_SPLIT = "the capture's own"
-
-# Fields of Config in which runs of one method may differ: paths, logging and rendering.
-# Evaluation is described by 'protocol', and early_exit_steps by 'step'.
-_NOT_THE_METHOD = (
-  'data_dir', 'checkpoint_dir', 'factor', 'pixels_on', 'pixel_cache_dir', 'micro_batches',
-  'early_exit_steps', 'plugins', 'min_images_fraction', 'allow_unlikely_cameras',
-)  # fmt: skip
-_NOT_THE_METHOD_PREFIXES = (
-  'eval_', 'render_', 'train_render_', 'z_', 'vis_', 'print_', 'checkpoint_', 'gc_',
-)  # fmt: skip
 
 _DESCRIPTION = (
   'Test images rendered at full size, clipped and quantised to 8 bits. PSNR: -10 log10 of the mean '
@@ -190,37 +180,16 @@ def protocol(
   }
 
 
-def _plain(value: Any) -> Any:
-  """Normalises a setting for comparison as JSON: tuples become lists, integers floats."""
-  if isinstance(value, (list, tuple)):
-    return [_plain(v) for v in value]
-  if isinstance(value, Mapping):
-    return {key: _plain(v) for key, v in value.items()}
-  return float(value) if type(value) is int else value
-
-
 def config_hash(settings: configs.Settings, with_seed: bool = True) -> str:
   """Returns 16 hex digits that identify the method, independent of scene and machine.
 
   Only values that differ from the default count, so that a new knob keeps existing hashes. With the
   default seed, the hashes with and without it are the same.
   """
-  changed = {}
-  defaults = configs.Config(), configs.Model(), configs.PropMLP(), configs.NerfMLP()
-  parts = settings.config, settings.model, settings.prop_mlp, settings.nerf_mlp
-  for part, default in zip(parts, defaults):
-    for name in (field.name for field in dataclasses.fields(part)):
-      full = f'{type(part).__name__}.{name}'
-      if name in _NOT_THE_METHOD or full in configs.ACCEPTED:
-        continue
-      if full == 'Config.seed' and not with_seed:
-        continue
-      if part is settings.config and name.startswith(_NOT_THE_METHOD_PREFIXES):
-        continue
-      value = _plain(getattr(part, name))
-      if value != _plain(getattr(default, name)):
-        changed[full] = value
-  return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:16]
+  chosen = method.chosen(settings)
+  if not with_seed:
+    chosen.pop('Config.seed', None)
+  return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -280,7 +249,7 @@ def make(
     num_params: number of the model's parameters.
     lpips_absent: why LPIPS was not measured, if so.
     train_seconds: training time up to the step, if known.
-    capture_warnings: warnings of loading the capture for training.
+    capture_warnings: warnings of loading the capture for training, and of the training itself.
     reduction: how the pictures were reduced (`pyramid.Pictures`); None if unknown.
     by_scale: of a multi-scale evaluation the `per_image` of each factor, instead of `per_image`.
     train_peak_bytes: memory of training, if known.

@@ -124,7 +124,9 @@ def train(
   # The listing is cheap; checkpoints are verified here only if there may be nothing to do.
   newest = processes.from_main(checkpoints.latest_step(folder) or 0)
   if newest >= last and checkpoints.start_step(folder) >= last:
-    print(f'Nothing to do: {folder} has step {newest:,} of {last:,}.')
+    run_folder.check_finished(settings, scene)
+    more = f'; {last:,} steps were asked for' if newest > last else ''
+    print(f'Nothing to do: {folder} has step {newest:,}{more}.')
     # A training that was killed after its last step may have left its lock and other files.
     with contextlib.suppress(UserError, OSError), run_lock.locked(folder):
       if processes.is_main():
@@ -314,7 +316,7 @@ def _prepare_folder(settings: configs.Settings, scene: scenes.Scene, start: int)
   if processes.is_main():
     run_lock.check()
     run_folder.tidy(settings.config.checkpoint_dir, start)
-    run_folder.write_run(settings.config.checkpoint_dir, settings, scene)
+    run_folder.write_run(settings.config.checkpoint_dir, settings, scene, start)
 
 
 def _open_log(settings: configs.Settings, start: int, render_every: int) -> runlog.RunLog:

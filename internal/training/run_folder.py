@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 from .. import configs, structs
 from ..datasets import images, scenes, sparse_points
 from ..devices import sharding
+from ..errors import UserError
 from ..system import bucket
-from . import checkpoints, run_seal, train_step
+from . import checkpoints, method, run_seal, train_step
 from .checkpoints import CheckpointError
 from .run_seal import CONFIG, POINTS, SCENE
 
@@ -51,15 +52,26 @@ def refresh(checkpoint_dir: str) -> None:
     copy.fetch([run_seal.FILE])  # Last, since training writes it first.
 
 
-def write_run(checkpoint_dir: str, settings: configs.Settings, scene: scenes.Scene) -> None:
-  """Writes and seals config.gin, scene.json and the sparse points (main process only)."""
+def write_run(
+  checkpoint_dir: str, settings: configs.Settings, scene: scenes.Scene, start: int = 0
+) -> None:
+  """Writes and seals config.gin, scene.json and the sparse points (main process only).
+
+  Warns if a run that resumes at step `start` goes on with other settings, and records it.
+  """
 
   def write_files(folder: str) -> None:
     scenes.save_scene(os.path.join(folder, SCENE), scene)
     sparse_points.save(folder, settings.config, scene)
 
   run = run_seal.run_id(checkpoint_dir) or checkpoints.saved_run_id(checkpoint_dir)
-  run_seal.write(checkpoint_dir, run or uuid.uuid4().hex, settings.text, write_files)
+  changes = changed_settings(checkpoint_dir, settings) if start else {}
+  warnings = []
+  if changes:
+    text = ', '.join(f'{name} {change}' for name, change in changes.items())
+    warnings = [f'Settings changed at step {start:,}: {text}.']
+    print(bucket.shown(f'Warning: {checkpoint_dir}: {warnings[0]}'), file=sys.stderr)
+  run_seal.write(checkpoint_dir, run or uuid.uuid4().hex, settings.text, write_files, warnings)
   bucket.push(checkpoint_dir)
 
 
@@ -120,6 +132,39 @@ def open_run(
   return settings, scenes.load_scene(paths[1])
 
 
+def changed_settings(checkpoint_dir: str, settings: configs.Settings) -> dict[str, str]:
+  """Returns the settings of the method that the run was not trained with; see `method.changes`."""
+  path = os.path.join(checkpoint_dir, CONFIG)
+  if not os.path.isfile(path):
+    return {}
+  try:
+    return method.changes(configs.load_config([path]), settings)
+  except (UserError, OSError) as e:  # It is about to be written anew.
+    text = f'Warning: the settings are not compared with those of the run: {e}'
+    print(bucket.shown(text), file=sys.stderr)
+    return {}
+
+
+def check_finished(settings: configs.Settings, scene: scenes.Scene) -> None:
+  """Checks that a finished run is of this scene and these settings, whatever their max_steps.
+
+  Raises:
+    CheckpointError: it is not.
+  """
+  folder = settings.config.checkpoint_dir
+  refresh(folder)
+  check_same_scene(folder, scene)
+  changes = changed_settings(folder, settings)
+  changes.pop('Config.max_steps', None)
+  if changes:
+    name, change = next(iter(changes.items()))
+    more = f' ({len(changes)} settings differ)' if len(changes) > 1 else ''
+    raise CheckpointError(
+      f'{folder} has a finished run with other settings: {name} {change}{more}. Set another '
+      'Config.checkpoint_dir, or remove that folder.'
+    )
+
+
 def check_same_scene(checkpoint_dir: str, scene: scenes.Scene) -> None:
   """Checks that a run resumes with the training images and poses that it started with.
 
@@ -137,22 +182,34 @@ def check_same_scene(checkpoint_dir: str, scene: scenes.Scene) -> None:
     print(bucket.shown(text), file=sys.stderr)
     return  # `write_run` is about to write it anew.
   way_out = (
-    f'Set Config.data_dir and llffhold as in {checkpoint_dir}/{CONFIG}, or set another '
+    f'Set Config.data_dir, factor and llffhold as in {checkpoint_dir}/{CONFIG}, or set another '
     'Config.checkpoint_dir to train from scratch.'
   )
-  poses = [{s.names[row]: s.cameras.camtoworld[row] for row in s.train} for s in (before, scene)]
-  others = sorted(poses[0].keys() ^ poses[1].keys())
+  old, new = ({s.names[row]: row for row in s.train} for s in (before, scene))
+  others = sorted(old.keys() ^ new.keys())
   if others:
-    change = 'was one of them and is not now' if others[0] in poses[0] else 'is new'
+    change = 'was one of them and is not now' if others[0] in old else 'is new'
     raise CheckpointError(
       f'{checkpoint_dir} was trained on other images: {others[0]!r} {change} '
       f'({len(others)} images differ). {way_out}'
     )
-  moved = [n for n, pose in poses[0].items() if np.abs(pose - poses[1][n]).max() > _MAX_POSE_CHANGE]
-  if moved:
+
+  def differing(field: str, tolerance: float) -> list[str]:
+    values = [getattr(s.cameras, field) for s in (before, scene)]
+    apart = {name: np.abs(values[0][old[name]] - values[1][new[name]]).max() for name in old}
+    return [name for name, distance in apart.items() if distance > tolerance]
+
+  if names := differing('size', 0):
+    sizes = (s.cameras.size[rows[names[0]]] for s, rows in ((before, old), (scene, new)))
+    was, now = (f'{width}x{height}' for width, height in sizes)
     raise CheckpointError(
-      f'{checkpoint_dir} was trained with other poses: the camera of {moved[0]!r} has moved '
-      f'({len(moved)} cameras differ). {way_out}'
+      f'{checkpoint_dir} was trained on images of another size: {names[0]!r} was {was}, and is '
+      f'{now} now ({len(names)} images differ). {way_out}'
+    )
+  if names := differing('camtoworld', _MAX_POSE_CHANGE):
+    raise CheckpointError(
+      f'{checkpoint_dir} was trained with other poses: the camera of {names[0]!r} has moved '
+      f'({len(names)} cameras differ). {way_out}'
     )
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..errors import UserError
 from ..system import bucket, files
@@ -42,7 +42,8 @@ def _read(folder: str) -> dict | None:
   try:
     seal = files.read_json(os.path.join(folder, FILE))
     sums = {str(name): list(accepted) for name, accepted in seal['sha256'].items()}
-    return {'id': str(seal['id']), 'config': str(seal['config']), 'sha256': sums}
+    notes = [str(text) for text in seal.get('warnings', ())]  # Earlier versions have none.
+    return {'id': str(seal['id']), 'config': str(seal['config']), 'sha256': sums, 'warnings': notes}
   except (OSError, files.FileError, LookupError, TypeError, AttributeError):
     return None
 
@@ -53,12 +54,21 @@ def run_id(folder: str) -> str | None:
   return seal and seal['id']
 
 
+def warnings(folder: str) -> list[str]:
+  """Returns what was doubtful about how the run was trained."""
+  seal = _read(folder)
+  return seal['warnings'] if seal else []
+
+
 def _sums(folder: str) -> dict[str, str]:
   paths = {name: os.path.join(folder, name) for name in _SEALED}
   return {name: sha256(path) for name, path in paths.items() if os.path.isfile(path)}
 
 
-def write(folder: str, run: str, config: str, write_files: Callable[[str], None]) -> None:
+def write(
+  folder: str, run: str, config: str, write_files: Callable[[str], None],
+  new_warnings: Sequence[str] = (),
+) -> None:  # fmt: skip
   """Writes the run's files and their seal.
 
   The seal is written first and accepts the previous files, too, so it fits if a kill comes between.
@@ -68,6 +78,7 @@ def write(folder: str, run: str, config: str, write_files: Callable[[str], None]
     run: the run's id.
     config: content of config.gin.
     write_files: writes the other files into a given folder.
+    new_warnings: added to the run's `warnings`.
   """
   staging = os.path.join(folder, STAGING)
   shutil.rmtree(staging, ignore_errors=True)
@@ -78,6 +89,7 @@ def write(folder: str, run: str, config: str, write_files: Callable[[str], None]
     if name in accepted and (before is None or old in before['sha256'].get(name, ())):
       accepted[name].append(old)
   seal = {'id': run, 'sha256': accepted, 'config': config}
+  seal['warnings'] = [*(before['warnings'] if before else ()), *new_warnings]
   files.write_text(os.path.join(folder, FILE), json.dumps(seal, indent=1))
   for name in accepted:
     os.replace(os.path.join(staging, name), os.path.join(folder, name))
