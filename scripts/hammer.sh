@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests that take too long for CI, about half an hour on two cores. Meant to run on a schedule.
 #
-#   scripts/hammer.sh                          # 12,000 damaged inputs, 200 killed training runs
+#   scripts/hammer.sh                          # some 26,000 damaged inputs, 200 killed training runs
 #   FUZZ_CASES=600 KILLS=20 scripts/hammer.sh  # a short one
 #
 # Killed runs are resumed and compared bit for bit with an uninterrupted run. Every run draws new

@@ -1,7 +1,7 @@
 """Makes tables of results.json files, with published numbers.
 
     python scripts/tables.py runs/360/*/eval/results.json
-    python scripts/tables.py --method base runs/a/*/eval/results.json \
+    python scripts/tables.py --method base runs/a/*/eval/results.json \\
         --method 'no distortion' runs/b/*/eval/results.json --out tables.md tables.tex tables.csv
 
 Files without --method are grouped by their config. Runs that differ only in their seed become a

@@ -121,7 +121,7 @@ def check(folder: str) -> None:
   if SCENE in changed:
     raise RunFileError(f'{os.path.join(folder, SCENE)} has changed since {_WAY_OUT}')
   if POINTS in changed:
-    _warn(f'{os.path.join(folder, POINTS)} has changed; it is only drawn, not used otherwise.')
+    _warn(f'{os.path.join(folder, POINTS)} has changed or is missing; it is only drawn.')
 
 
 def _warn(text: str) -> None:
