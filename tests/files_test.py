@@ -137,8 +137,9 @@ def test_json(tmp_path):
   path = tmp_path / 'a.json'
   path.write_bytes('\ufeff{"a": [1, "\\udce9"]}\r\n'.encode())
   assert files.read_json(str(path)) == {'a': [1, os.fsdecode(b'\xe9')]}
-  path.write_text('[1]')
-  assert files.read_json(str(path), list) == [1]
+  files.write_json(str(path), [1, {'b': 2}], 1)
+  assert path.read_text() == '[\n 1,\n {\n  "b": 2\n }\n]'
+  assert files.read_json(str(path), list) == [1, {'b': 2}]
 
 
 @pytest.mark.parametrize(

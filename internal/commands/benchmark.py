@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import functools
 import gc
-import json
 import os
 from collections.abc import Callable, Sequence
 
@@ -90,7 +89,7 @@ class Benchmark:
   def keep(self, part: str, result) -> None:
     self.results[part] = result
     if self.args.json:
-      files.write_text(self.args.json, json.dumps(self.results, indent=2))
+      files.write_json(self.args.json, self.results, 2)
 
   def measure(self, name, kind, settings, make: Callable, folder=None) -> dict:
     """Makes and times a program; prints its row and, into `folder`, profiles it."""

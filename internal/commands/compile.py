@@ -13,7 +13,6 @@ status 1 if a program does not fit. Needs pip install -r requirements-tpu-compil
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
@@ -80,6 +79,6 @@ def main(argv: Sequence[str] | None = None) -> None:
       rows.append({**facts, 'batch_size': settings.config.batch_size, **row})
       print(show(rows[-1]))
   if args.json:
-    files.write_text(args.json, json.dumps({'jax': jax.__version__, 'rows': rows}, indent=2))
+    files.write_json(args.json, {'jax': jax.__version__, 'rows': rows}, 2)
   if not all(row['fits'] for row in rows):
     sys.exit(1)

@@ -23,7 +23,6 @@ writes the cameras to sparse/0 as a COLMAP model, as training has refined them
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 
@@ -175,7 +174,7 @@ def export_splats(args, run: trained.TrainedRun, out: str, offset: np.ndarray) -
   # Last, since it renders the test images with the field too.
   scores, lost = comparison.compare(splats, run)
   about |= dataclasses.asdict(options) | scores
-  files.write_text(os.path.join(out, 'splats.json'), json.dumps(about, indent=1))
+  files.write_json(os.path.join(out, 'splats.json'), about, 1)
   note = f'{len(splats.means):,} Gaussians'
   written = {k: f'{v}  ({note}, {os.path.getsize(v) / 1e6:.1f} MB)' for k, v in path.items()}
   if 'psnr' in about:
@@ -221,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
   box, offset, written = read_box(args, run.scene), points.offset(run.scene), {}
   if offset.any() or set(args.what) & {'points', 'mesh'}:
     path = written['offset.json'] = os.path.join(out, 'offset.json')
-    files.write_text(path, json.dumps({'offset': offset.tolist()}))
+    files.write_json(path, {'offset': offset.tolist()})
   if set(args.what) & set(_KINDS):
     written |= export_views(args, run, box, out, offset)
   if set(args.what) & set(_SPLAT_KINDS):

@@ -16,7 +16,6 @@ import dataclasses
 import fcntl
 import glob
 import hashlib
-import json
 import os
 import shutil
 import uuid
@@ -142,7 +141,7 @@ def _read_manifest(folder: str) -> dict[str, Any]:
 
 
 def _write_manifest(folder: str, known: Mapping[str, Any]) -> None:
-  files.write_text(os.path.join(folder, _MANIFEST), json.dumps(known))
+  files.write_json(os.path.join(folder, _MANIFEST), known)
 
 
 def _digest(path: str) -> str | None:

@@ -7,7 +7,6 @@ A scene is saved beside the checkpoints, so that rendering uses the cameras of t
 from __future__ import annotations
 
 import dataclasses
-import json
 import reprlib
 from collections.abc import Sequence
 from typing import Any
@@ -87,7 +86,7 @@ def save_scene(path: str, scene: Scene) -> None:
     'lenses': cameras.lenses,
     'distorted': cameras.distorted,
   }
-  files.write_text(path, json.dumps(fields))
+  files.write_json(path, fields)
 
 
 def load_scene(path: str) -> Scene:

@@ -8,7 +8,6 @@ the capture's own frame to it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 
@@ -223,4 +222,4 @@ def write_depth_folder(folder: str, scene: scenes.Scene, views: Views) -> None:
     'camera_model': 'OPENCV', 'w': width, 'h': height, 'fl_x': fx, 'fl_y': fy, 'cx': width / 2,
     'cy': height / 2, 'depth_unit_scale_factor': 1 / _DEPTH_SCALE, 'frames': frames,
   }  # fmt: skip
-  files.write_text(os.path.join(folder, 'transforms.json'), json.dumps(table, indent=1))
+  files.write_json(os.path.join(folder, 'transforms.json'), table, 1)

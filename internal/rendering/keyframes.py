@@ -7,7 +7,6 @@ row-major order, from OpenGL camera axes to the capture's own world; `fov` is ve
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -125,4 +124,4 @@ def free_name(folder: str, name: str, ending: str) -> str:
 
 def save(path: str, path_document: dict) -> None:
   """Writes a result of `document` atomically."""
-  files.write_text(path, json.dumps(path_document, indent=1))
+  files.write_json(path, path_document, 1)

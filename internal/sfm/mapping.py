@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import re
 import shutil
@@ -238,7 +237,7 @@ def write_models(scene_dir: str, name: str, models: list, stamp: dict) -> None:
     for k, model in enumerate(models):
       os.mkdir(os.path.join(temporary, str(k)))
       model.write_binary(os.path.join(temporary, str(k)))
-    files.write_text(os.path.join(temporary, STAMP), json.dumps(stamp))
+    files.write_json(os.path.join(temporary, STAMP), stamp)
 
   reconstruction.write_folder(write, scene_dir, name)
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import reprlib
 import shutil
@@ -256,7 +255,7 @@ def _resume(path: str, request: dict) -> list[Photo]:
 
 def _write_state(path: str, request: dict, photos: Sequence[Photo]) -> None:
   state = {'asked': request, 'photos': [dataclasses.asdict(photo) for photo in photos]}
-  files.write_text(path, json.dumps(state, indent=1))
+  files.write_json(path, state, 1)
 
 
 def _check_photos(photos: Sequence[Photo]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 
@@ -298,8 +297,6 @@ def write(scene_dir: str, given: Given, fix_intrinsics: bool, pairs: int) -> Non
   def write_into(temporary: str) -> None:
     os.mkdir(os.path.join(temporary, '0'))
     model.write_binary(os.path.join(temporary, '0'))
-    files.write_text(
-      os.path.join(temporary, os.path.basename(moved_lib.FILE)), json.dumps(report, indent=1)
-    )
+    files.write_json(os.path.join(temporary, os.path.basename(moved_lib.FILE)), report, 1)
 
   reconstruction.write_folder(write_into, scene_dir, MODELS)

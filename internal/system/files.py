@@ -155,6 +155,11 @@ def read_json(
   return value
 
 
+def write_json(path: str, value: Any, indent: int | None = None) -> None:
+  """Writes JSON atomically, on one line without `indent`."""
+  write_text(path, json.dumps(value, indent=indent))
+
+
 def read_array(path: str) -> np.ndarray:
   """Loads a numeric .npy file as float64, without pickle and without trusting its header's size.
 

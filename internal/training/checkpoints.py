@@ -9,7 +9,6 @@ bucket pass through its working copy (`bucket_checkpoints`).
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -71,10 +70,9 @@ def _files_in(folder: str) -> list[str]:
 
 def _seal(folder: str, notes: Mapping[str, Any], **identity) -> None:
   """Adds the notes and a manifest of all files and `identity`, and flushes everything to disk."""
-  files.write_text(os.path.join(folder, _NOTES), json.dumps(notes))
+  files.write_json(os.path.join(folder, _NOTES), notes)
   sums = {name: run_seal.sha256(os.path.join(folder, name)) for name in _files_in(folder)}
-  manifest = {**identity, 'sha256': sums}
-  files.write_text(os.path.join(folder, MANIFEST), json.dumps(manifest, indent=1))
+  files.write_json(os.path.join(folder, MANIFEST), {**identity, 'sha256': sums}, 1)
   for root, _, names in os.walk(folder):
     for name in ['', *names]:
       opened = os.open(os.path.join(root, name), os.O_RDONLY)

@@ -7,7 +7,6 @@ version has no seal, and its files are taken as they are.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -90,7 +89,7 @@ def write(
       accepted[name].append(old)
   seal = {'id': run, 'sha256': accepted, 'config': config}
   seal['warnings'] = [*(before['warnings'] if before else ()), *new_warnings]
-  files.write_text(os.path.join(folder, FILE), json.dumps(seal, indent=1))
+  files.write_json(os.path.join(folder, FILE), seal, 1)
   for name in accepted:
     os.replace(os.path.join(staging, name), os.path.join(folder, name))
   shutil.rmtree(staging)
