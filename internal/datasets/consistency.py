@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import numpy as np
 
 from .. import structs
 from ..system import warnings
-from . import images, lookup
+from . import images, lookup, pyramid
 
 # Likely values are taken silently, others with a warning; those beyond the limits are refused.
 _VIEWS = {structs.PERSPECTIVE: (20, 130), structs.FISHEYE: (20, 230)}  # Likely, in degrees.
@@ -25,7 +24,6 @@ _MARGIN = 0.05  # Of the size: the principal point is not closer to the border.
 _ASPECT = 1.22  # Of pixels: anamorphic lenses and video come close; wrong exports start at 5/4.
 _STRETCH = 1.5  # Of pixels, at most.
 _LOST = 100  # Times the distance from the middle that four of five cameras keep.
-_BLOCK = 65536  # Bytes.
 
 
 def find_pictures(data_dir: str, frames: Sequence, factor: int) -> tuple[list, list[int]]:
@@ -151,22 +149,12 @@ def _equal_files(data_dir: str, frames: Sequence) -> dict[int, int]:
     path = images.inside(data_dir, frame.picture)
     if os.path.isfile(path):
       by_size[os.path.getsize(path)].append((i, path))
-  for size, rows in by_size.items():
+  for rows in by_size.values():
     for i, path in rows if len(rows) > 1 else ():
-      j = first.setdefault((size, _sample(path, size)), i)
+      j = first.setdefault(pyramid.digest(path), i)
       if i != j:
         same[i] = j
   return same
-
-
-def _sample(path: str, size: int) -> bytes:
-  """Returns a digest of a file's first, middle and last block."""
-  digest = hashlib.blake2b()
-  with open(path, 'rb') as f:
-    for start in sorted({0, max(0, size // 2 - _BLOCK // 2), max(0, size - _BLOCK)}):
-      f.seek(start)
-      digest.update(f.read(_BLOCK))
-  return digest.digest()
 
 
 def check_positions(data_dir: str, poses: np.ndarray, names: Sequence[str]) -> None:

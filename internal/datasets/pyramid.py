@@ -144,26 +144,26 @@ def _write_manifest(folder: str, known: Mapping[str, Any]) -> None:
   files.write_json(os.path.join(folder, _MANIFEST), known)
 
 
-def _digest(path: str) -> str | None:
+def digest(path: str) -> str | None:
   """Returns a digest of a file's size and of blocks spread over it; None if there is no file."""
   if not files.is_file(path):
     return None
   size = os.path.getsize(path)
-  digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+  found = hashlib.blake2b(str(size).encode(), digest_size=16)
   with open(path, 'rb') as f:
     if size <= _BLOCK * _BLOCKS:
-      digest.update(f.read())
+      found.update(f.read())
     else:
       for k in range(_BLOCKS):
         f.seek(k * (size - _BLOCK) // (_BLOCKS - 1))
-        digest.update(f.read(_BLOCK))
-  return digest.hexdigest()
+        found.update(f.read(_BLOCK))
+  return found.hexdigest()
 
 
 def _digest_all(data_dir: str, folder: str, names: Sequence[str]) -> dict[str, str]:
   """Returns the digests of the pictures that exist."""
   paths = [images.inside(data_dir, images.join(folder, name)) for name in names]
-  return {n: d for n, d in zip(names, images.in_threads(_digest, paths)) if d}
+  return {n: d for n, d in zip(names, images.in_threads(digest, paths)) if d}
 
 
 def _is_stale(root: str, folder: str, names, known, digests) -> bool:
@@ -196,7 +196,7 @@ def _verify(data_dir, folder, small, pairs, known, digests, read_only) -> bool:
     DataError: a small picture shows something else than its full-size one.
   """
   reduced = _digest_all(data_dir, small, [pairs[name] for name in digests])
-  current = {name: [digest, reduced.get(pairs[name])] for name, digest in digests.items()}
+  current = {name: [own, reduced.get(pairs[name])] for name, own in digests.items()}
   new = [name for name in current if current[name] != known['digests'].get(name)]
   if not new:
     return False
@@ -244,7 +244,8 @@ def pair(data_dir: str, folder: str, small: str, names: Sequence[str]) -> dict[s
       return {name: by_order[name] for name in names}
   raise images.DataError(
     f'{os.path.join(data_dir, small)} does not match {folder}/: {len(reduced)} pictures for '
-    f'{len(full)}, none for {_some(unmatched or names)}. Remove {small}/; it will be made again.'
+    f'{len(full)}, none for {warnings.some(unmatched or names, 1)}. Remove {small}/; it will be '
+    'made again.'
   )
 
 
@@ -273,9 +274,9 @@ def make(
     source = images.inside(data_dir, images.join(folder, names[0]))
     path = os.path.join(temporary, names[1])
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    digest = _digest(source)  # Before it is read: a change from then on is noticed.
+    before = digest(source)  # Before it is read: a change from then on is noticed.
     _shrink(source, path, factor, background)
-    return [digest, _digest(path)]
+    return [before, digest(path)]
 
   try:
     _remove_abandoned(stem)
@@ -364,11 +365,6 @@ def _foresee(data_dir: str, folder: str, names: Sequence[str], factor: int) -> P
   )
   files = tuple(images.join(small, target.get(name, images.stem(name) + '.png')) for name in names)
   return Pictures(files, headers, BY_AREA_FILTER, to_be_made=small)
-
-
-def _some(names: Sequence[str]) -> str:
-  more = f' and {len(names) - 1} more' if len(names) > 1 else ''
-  return f'{names[0]!r}{more}'
 
 
 def _read_headers(data_dir: str, files: Sequence[str]) -> tuple[images.Header, ...]:
