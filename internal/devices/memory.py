@@ -45,7 +45,7 @@ def peak_bytes(devices: Iterable[jax.Device]) -> int:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _needed_memory(compiled: jax.stages.Compiled) -> int | None:
+def needed_bytes(compiled: jax.stages.Compiled) -> int | None:
   """Returns the bytes that a program needs per device besides its arguments; None if unknown."""
   sizes = compiled.memory_analysis()
   if sizes is None:
@@ -150,7 +150,7 @@ class FirstFit:
     for choice in self.choices:
       program, error = _compile(self.variant(choice), args, on_lowered)
       on_lowered = None
-      self.needed = None if error else _needed_memory(program)
+      self.needed = None if error else needed_bytes(program)
       known = self.needed is not None and self.free is not None
       fits = not error and not (known and self.needed > _SHARE * self.free)
       if processes.on_all(fits):

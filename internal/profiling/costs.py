@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from .. import configs
+from ..devices.memory import FirstFit
 from ..training import train_step
 
 _IN_FLIGHT = 8  # Maximum number of unfinished calls.
@@ -124,8 +125,8 @@ def _cache_hits() -> Iterator[list]:
     active.clear()
 
 
-def compile_first(function: Callable, *args) -> tuple[dict, str]:
-  """Compiles a jit-compiled function (or memory.FirstFit) ahead of its first call.
+def compile_first(function: FirstFit, *args) -> tuple[dict, str]:
+  """Compiles a function ahead of its first call.
 
   Returns:
     Facts: compile seconds including tracing, whether it came from the compilation cache, bytes of
@@ -133,8 +134,7 @@ def compile_first(function: Callable, *args) -> tuple[dict, str]:
   """
   began = time.perf_counter()
   with _cache_hits() as hits:
-    fits = hasattr(function, 'fit')
-    compiled = function.fit(*args) if fits else function.lower(*args).compile()
+    compiled = function.fit(*args)
   facts = {'compile_seconds': time.perf_counter() - began, 'compiled_from_cache': bool(hits)}
   memory = compiled.memory_analysis()
   if memory is not None:

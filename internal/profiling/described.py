@@ -125,9 +125,7 @@ def account(compiled: jax.stages.Compiled, chip: Chip, rays: int, seconds: float
     seconds: compile time.
   """
   sizes, cost = compiled.memory_analysis(), compiled.cost_analysis()
-  results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes  # Donated buffers are reused.
-  needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + results
-  needed += sizes.generated_code_size_in_bytes
+  needed = sizes.argument_size_in_bytes + memory.needed_bytes(compiled)
   text = compiled.as_text()
   costs = hlo.Program(text).costs()
   # XLA's count has elementwise operations too, but a loop's body only once.

@@ -189,7 +189,7 @@ def train_program(settings, mesh, cams, pixels, single: bool = False) -> Program
     return train_step.host_pixels(draw, step, pixels, cams.size, mesh)
 
   facts, hlo = costs.compile_first(step_fn, state, table, load_pixels(0))
-  facts['micro_batches'] = getattr(step_fn, 'micro_batches', 1)
+  facts['micro_batches'] = step_fn.micro_batches
   steps, step = dispatch.Dispatcher(step_fn, table, load_pixels, on_device), 0
 
   def call():
@@ -214,8 +214,7 @@ def render_program(settings, mesh, cams) -> Program:
     return np.int32(0), np.int32(start), np.float32(1)  # Camera, first pixel, train_frac.
 
   facts, hlo = costs.compile_first(render_chunk, params, table, *chunk_at(0))
-  # The renderer may have reduced the chunk size to fit in memory.
-  chunk = getattr(render_chunk, 'choice', None) or settings.config.render_chunk_size
+  chunk = render_chunk.choice  # It may have been reduced to fit in memory.
   starts = itertools.cycle(range(0, max(int(cams.size[0].prod()) - chunk, 0) + 1, chunk))
 
   def call():
