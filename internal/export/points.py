@@ -34,10 +34,10 @@ class Views:
   cams: structs.Cameras
   images: list[dict]  # Renderings, as `renderer.make_image_renderer` returns them.
 
-  def depth(self, k: int, min_opacity: float = 0.5) -> np.ndarray:
+  def depth(self, k: int) -> np.ndarray:
     """Returns depths [h, w] along the optical axis in world units, infinite without a surface."""
     image = self.images[k]
-    return np.where(image['acc'] >= min_opacity, image['distance_median'], np.inf)
+    return np.where(image['acc'] >= 0.5, image['distance_median'], np.inf)
 
 
 def pinhole_views(scene: scenes.Scene, count: int, width: int) -> structs.Cameras:
@@ -136,20 +136,17 @@ def in_box(xyz: np.ndarray, box: np.ndarray) -> np.ndarray:
   return ((xyz >= box[0]) & (xyz <= box[1])).all(-1)
 
 
-def point_cloud(
-  views: Views, box: np.ndarray, most: int, max_spread: float = 0.2
-) -> tuple[np.ndarray, np.ndarray]:
+def point_cloud(views: Views, box: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns coloured points where rendered views agree on a surface.
 
   A pixel gives a point if its opacity is at least 0.5, and its 5th and 95th percentile of distance
-  differ by at most `max_spread` from the median. A point is kept if at least two views (its own is
+  differ by at most a fifth of the median. A point is kept if at least two views (its own is
   one; one suffices if there is only one) see it, and fewer views see through it.
 
   Args:
     views: v rendered views.
     box: [2, 3] world; points outside are left out.
     most: maximum number of points, a random sample if there are more.
-    max_spread: relative spread of distances, see above.
 
   Returns:
     Positions [m, 3] in the world, and colours, uint8 [m, 3].
@@ -158,8 +155,7 @@ def point_cloud(
     ExportError: there are no points.
   """
   parts = [
-    surface_points.from_image(views.cams, k, image, 0.5, max_spread)
-    for k, image in enumerate(views.images)
+    surface_points.from_image(views.cams, k, image, 0.2) for k, image in enumerate(views.images)
   ]
   xyz, rgb = (np.concatenate(each) for each in zip(*parts))
   kept = np.flatnonzero(in_box(xyz, box))

@@ -233,11 +233,7 @@ def _points(
   rows = np.array(scene.train)[np.linspace(0, len(scene.train) - 1, _VIEWS).astype(int)]
   views = trajectory.shrink(scene.cameras.take(np.unique(rows)), _VIEW_SIDE)
   points = surface_points.from_views(
-    restored.make_image_renderer(),
-    restored.params,
-    views,
-    range(len(views.size)),
-    restored.train_fraction,
+    restored.render_image, restored.params, views, restored.train_fraction
   )
   return points, f'median distances at step {restored.step:,}'
 

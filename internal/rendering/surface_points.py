@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,15 +20,14 @@ def pixel_rays(cams: structs.Cameras, row: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def from_image(
-  cams: structs.Cameras, row: int, image: dict, min_opacity: float, max_spread: float
+  cams: structs.Cameras, row: int, image: dict, max_spread: float = np.inf
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the points of one rendered image that reliably lie on a surface.
+  """Returns the points of one rendered image that lie on a surface: its opacity is 0.5 or more.
 
   Args:
     cams: cameras in world space (not in NDC).
     row: the camera of `image`.
     image: a result of `renderer.make_image_renderer`.
-    min_opacity: pixels of lower opacity are dropped.
     max_spread: pixels are dropped if their distances at 5 and 95 percent differ by more than this
       times the median, as in fog or at the edges of objects.
 
@@ -38,24 +37,17 @@ def from_image(
   origins, directions = pixel_rays(cams, row)
   low, median, high = np.moveaxis(image['distance_percentiles'], -1, 0)
   with np.errstate(all='ignore'):
-    kept = (image['acc'] >= min_opacity) & ((high - low) <= max_spread * median)
+    kept = (image['acc'] >= 0.5) & ((high - low) <= max_spread * median)
     xyz = origins + directions * median[..., None]
   kept &= np.isfinite(xyz).all(-1)
   return xyz[kept], np.round(255 * image['rgb'][kept]).astype(np.uint8)
 
 
 def from_views(
-  render_image: Callable,
-  params,
-  cams: structs.Cameras,
-  rows: Sequence[int],
-  fraction: float,
-  min_opacity: float = 0.5,
-  max_spread: float = 0.3,
+  render_image: Callable, params, cams: structs.Cameras, fraction: float
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Renders the cameras in `rows` and returns all their points, as `from_image` does."""
+  """Renders all cameras and returns their points, as `from_image` does."""
   parts = []
-  for row in progress.track(list(rows), 'views'):
-    image = render_image(params, cams, int(row), fraction)
-    parts.append(from_image(cams, int(row), image, min_opacity, max_spread))
+  for row in progress.track(range(len(cams.size)), 'views'):
+    parts.append(from_image(cams, row, render_image(params, cams, row, fraction), 0.3))
   return tuple(np.concatenate(each) for each in zip(*parts))

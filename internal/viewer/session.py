@@ -188,11 +188,10 @@ class Renderer:
     positions, colours = [], []
     for row in rows.tolist():
       rendering = colour_program(params, cams, row, train_frac)
-      origins, directions = surface_points.pixel_rays(cams, row)
-      xyz = origins + directions * rendering['distance_median'][..., None]  # [h, w, 3]
-      kept = (rendering['acc'] > 0.5) & (np.linalg.norm(xyz, axis=-1) < 10)  # [h, w]
+      xyz, rgb = surface_points.from_image(cams, row, rendering)  # [m, 3]
+      kept = np.linalg.norm(xyz, axis=-1) < 10
       positions.append(xyz[kept])
-      colours.append(pictures.to_uint8(rendering['rgb'])[kept])
+      colours.append(rgb[kept])
     return np.concatenate(positions), np.concatenate(colours)
 
 
