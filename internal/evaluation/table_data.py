@@ -127,10 +127,10 @@ def mean(values: Sequence[float | None]) -> float | None:
   return float(np.mean(values)) if values and None not in values else None
 
 
-def number(table: Table, row: Row, metric: str, column: str, plus_minus: str = ' ± ') -> str:
+def number(table: Table, row: Row, metric: str, column: str) -> str:
   """Formats a number, with its standard deviation over seeds if there is one."""
   value, std = (f(row, metric, column) for f in (table.value, table.spread))
   if value is None:
     return '–'
   form = f'.{digits(metric)}f'
-  return f'{value:{form}}' + ('' if std is None else f'{plus_minus}{std:{form}}')
+  return f'{value:{form}}' + ('' if std is None else f' ± {std:{form}}')

@@ -43,7 +43,6 @@ def make_runs(
   paths: Sequence[str],
   bindings: Sequence[str],
   seeds: int = 1,
-  of: str | None = None,
   **fields,
 ) -> list[Run]:
   """Makes the runs of these gin files and bindings, one for each seed.
@@ -52,12 +51,11 @@ def make_runs(
   `out`/NAME, as it would be without further seeds; the others are in `out`/NAME_seed_SEED.
 
   Args:
-    name: of the folder.
+    name: of the folder, and what the runs belong to.
     out: gets the folders.
     paths: gin files.
     bindings: settings that override them.
     seeds: number of runs.
-    of: what the runs belong to; None for `name`.
     **fields: further fields of `Run`.
 
   Raises:
@@ -75,7 +73,7 @@ def make_runs(
     here += [] if seed == first else [f'Config.seed = {seed}']
     flags = ('--gin_configs', *paths, '--gin_bindings', *here)
     settings = configs.load_config(paths, here)
-    made.append(Run(full_name, of or name, folder, flags, settings, **fields))
+    made.append(Run(full_name, name, folder, flags, settings, **fields))
   return made
 
 

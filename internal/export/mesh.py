@@ -85,7 +85,6 @@ def extract(
   box: np.ndarray,
   resolution: int,
   views: points.Views,
-  min_faces: int = 50,
   most_faces: int | None = None,
 ) -> Mesh:
   """Extracts the surface by marching cubes; removes what no view sees, and small parts.
@@ -95,7 +94,6 @@ def extract(
     box: [2, 3] world; the mesh is cropped to it.
     resolution: number of cells along the longest side.
     views: v rendered views, whose surfaces are fused; see `fusion.distances`.
-    min_faces: connected parts with fewer faces are removed.
     most_faces: merges edges until about so many faces are left; None: keeps all.
 
   Raises:
@@ -120,7 +118,7 @@ def extract(
   slack = 2 * fusion.TRUNCATION * width * fusion.stretch(z, to_world)
   votes = points.support(xyz, views, 0.05, slack)
   kept = points.in_box(xyz, box) & (votes.seen > 0)  # [m]
-  faces = _large_parts(faces[kept[faces].all(-1)], len(xyz), min_faces)
+  faces = _large_parts(faces[kept[faces].all(-1)], len(xyz))
   if not len(faces):
     raise no_surface
   used, faces = np.unique(holes.closed(faces, len(xyz)), return_inverse=True)
@@ -146,7 +144,7 @@ def _simplified(mesh: Mesh, z: np.ndarray, to_world: Callable, most_faces: int) 
   return Mesh(xyz, faces.astype(np.int64), mesh.colors[nearest])
 
 
-def _large_parts(faces: np.ndarray, count: int, min_faces: int) -> np.ndarray:
-  """Returns the faces of connected parts that have at least `min_faces` of them."""
+def _large_parts(faces: np.ndarray, count: int) -> np.ndarray:
+  """Returns the faces of connected parts that have at least 50 of them."""
   part = holes.parts(faces, count)[faces[:, 0]]  # [f]
-  return faces[np.bincount(part, minlength=1)[part] >= min_faces]
+  return faces[np.bincount(part, minlength=1)[part] >= 50]

@@ -41,21 +41,18 @@ class TrainedRun:
     return renderer.make_image_renderer(self.settings, self.mesh, with_normals=with_normals)
 
 
-def open_trained(
-  run: str, bindings: Sequence[str] = (), step: int | None = None, mesh: Mesh | None = None
-) -> TrainedRun:
+def open_trained(run: str, bindings: Sequence[str] = (), step: int | None = None) -> TrainedRun:
   """Loads a trained run from its folder.
 
   Args:
     run: the folder, `Config.checkpoint_dir` of the training.
     bindings: gin bindings that override the run's settings.
     step: the checkpoint to restore; None for the newest.
-    mesh: the devices to restore to; None for all.
 
   Raises:
     CheckpointError: the folder has no run, or no checkpoint of this step.
   """
-  return restore(run, *run_folder.open_run(run, bindings), step, mesh)
+  return restore(run, *run_folder.open_run(run, bindings), step)
 
 
 def restore(
@@ -67,8 +64,8 @@ def restore(
 ) -> TrainedRun:
   """Restores a checkpoint of a run whose `settings` and `scene` are already loaded.
 
-  For programs that check their arguments against the scene before the slow part. Arguments and
-  errors are those of `open_trained`.
+  For programs that check their arguments against the scene before the slow part. Other arguments
+  than `mesh`, the devices to restore to (None: all), and errors are those of `open_trained`.
   """
   mesh = mesh or sharding.make_mesh()
   params, step = checkpoints.restore_params(run, settings, step, mesh)

@@ -39,9 +39,9 @@ def _oklab_to_srgb(lab: np.ndarray) -> np.ndarray:
   )
 
 
-def _make_colormap(n: int = 256) -> np.ndarray:
-  """Returns the colour map as a table [n, 3] in [0, 1]."""
-  x = np.linspace(0, 1, n)
+def _make_colormap() -> np.ndarray:
+  """Returns the colour map as a table [256, 3] in [0, 1]."""
+  x = np.linspace(0, 1, 256)
   knots = np.linspace(0, 1, len(_HUES))
   hue = np.deg2rad(np.interp(x, knots, _HUES))
   chroma = np.interp(x, knots, _CHROMAS)
