@@ -5,9 +5,10 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import splats_naive as naive
 import splats_rasterizer_test as drawn
 
-from internal.splats import gaussians, naive, rounding
+from internal.splats import gaussians, rounding
 
 CAPACITY = 2000
 

@@ -96,12 +96,6 @@ def axes(splats: Splats) -> Array:
   return rotations(splats.quaternions) * scales[:, None, :]
 
 
-def covariances(splats: Splats) -> Array:
-  """Computes the covariances R S S^T R^T [n, 3, 3] (Kerbl et al. 2023, Eq. 6)."""
-  m = axes(splats)
-  return jnp.einsum('nij,nkj->nik', m, m, precision='highest')
-
-
 def sh_basis(directions: Array) -> Array:
   """Evaluates the real spherical harmonics to degree 3 at unit vectors [n, 3]: [n, 16].
 

@@ -1,10 +1,16 @@
-"""The rasteriser's naive twin: a loop over pixels and Gaussians. For tests only."""
+"""The rasteriser's naive twin: a loop over pixels and Gaussians."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from . import gaussians
+from internal.splats import gaussians
+
+
+def covariances(splats: gaussians.Splats) -> np.ndarray:
+  """Computes the covariances R S S^T R^T [n, 3, 3] (Kerbl et al. 2023, Eq. 6)."""
+  m = np.asarray(gaussians.axes(splats), np.float64)
+  return m @ m.swapaxes(-1, -2)
 
 
 def render(projected: gaussians.Projected, size: tuple[int, int], background) -> np.ndarray:
