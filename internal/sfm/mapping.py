@@ -230,14 +230,16 @@ def read_models(folder: str, made_from: dict) -> list | None:
     return None  # There are none, or they are damaged.
 
 
-def write_models(scene_dir: str, name: str, models: list, stamp: dict) -> None:
+def write_models(
+  scene_dir: str, name: str, models: Sequence, stamp: dict, stamp_file: str = STAMP
+) -> None:
   """Writes models and their stamp to a folder below the capture, replacing an older one."""
 
   def write(temporary: str) -> None:
     for k, model in enumerate(models):
       os.mkdir(os.path.join(temporary, str(k)))
       model.write_binary(os.path.join(temporary, str(k)))
-    files.write_json(os.path.join(temporary, STAMP), stamp)
+    files.write_json(os.path.join(temporary, stamp_file), stamp, 1)
 
   reconstruction.write_folder(write, scene_dir, name)
 

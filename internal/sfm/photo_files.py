@@ -179,8 +179,7 @@ def list_photos(folder: str, quiet: bool = False) -> list[str]:
   names = sorted(masks.photographs(found), key=natural_key)
   converted = _converted(names)
   names = [name for name in names if name not in converted]
-  raw = _list_files(folder, RAW)
-  videos = _list_files(folder, VIDEOS)
+  raw, videos = (images.list_images(folder, endings) for endings in (RAW, VIDEOS))
   if not names:
     raise PosesError(_nothing(folder, raw, videos))
   _check_readable(folder, names)
@@ -250,11 +249,6 @@ def _check_unique(folder: str, names: Sequence[str]) -> None:
 def colmap_name(name: str) -> str:
   """Replaces what COLMAP's lists of names misread: whitespace, and a # at the start."""
   return re.sub(r'\s|^#', '_', name)
-
-
-def _list_files(folder: str, endings: tuple[str, ...]) -> list[str]:
-  """Lists files with one of the endings in a folder and below it, except hidden ones."""
-  return images.list_images(folder, endings) if files.is_folder(folder) else []
 
 
 def _linked_folders(folder: str) -> list[str]:

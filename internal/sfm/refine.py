@@ -19,8 +19,8 @@ import numpy as np
 from .. import alignment
 from ..system import files, progress
 from . import agreement as agreement_lib
+from . import mapping, principal_point, reconstruction
 from . import moved as moved_lib
-from . import principal_point, reconstruction
 from .agreement import FEW, Matches
 from .diagnosis import MODELS
 from .given import Given, camera_from_opengl, opengl_from_camera
@@ -293,10 +293,4 @@ def write(scene_dir: str, given: Given, fix_intrinsics: bool, pairs: int) -> Non
       return
   model, report = refine(scene_dir, given, fix_intrinsics)
   report['made_from'] = digest.hexdigest()
-
-  def write_into(temporary: str) -> None:
-    os.mkdir(os.path.join(temporary, '0'))
-    model.write_binary(os.path.join(temporary, '0'))
-    files.write_json(os.path.join(temporary, os.path.basename(moved_lib.FILE)), report, 1)
-
-  reconstruction.write_folder(write_into, scene_dir, MODELS)
+  mapping.write_models(scene_dir, MODELS, [model], report, os.path.basename(moved_lib.FILE))
