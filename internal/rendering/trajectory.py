@@ -50,11 +50,6 @@ def make_path(config: configs.Config, scene: scenes.Scene) -> tuple[structs.Came
   return cams, fps
 
 
-def make_cameras(config: configs.Config, scene: scenes.Scene) -> structs.Cameras:
-  """Makes the cameras of all frames; see `make_path`."""
-  return make_path(config, scene)[0]
-
-
 def _make_cameras(
   config: configs.Config, scene: scenes.Scene, path_file: path_files.PathFile | None
 ) -> structs.Cameras:
