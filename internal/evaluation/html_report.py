@@ -21,6 +21,7 @@ from ..training import runlog
 from ..vis import charts
 from . import lpips, results, tables
 from .metrics import METRICS
+from .table_data import digits
 
 NAME = 'report.html'  # In the run's eval/ folder.
 VIDEOS = ('color.mp4', 'depth.mp4', 'normals.mp4')  # In its render/ folder.
@@ -96,9 +97,7 @@ def write(run: str, settings: configs.Settings, scene: scenes.Scene) -> str:
 
 def _number(value: float | None, name: str) -> str:
   """Formats a metric with the usual number of digits."""
-  if value is None:
-    return '–'
-  return f'{value:.2f}' if 'psnr' in name else f'{value:.3f}'
+  return '–' if value is None else f'{value:.{digits(name)}f}'
 
 
 def _webp(path: str, width: int) -> bytes:
@@ -266,7 +265,6 @@ def _facts(
   found: Mapping[str, Any], rows: Sequence[Mapping], scene: scenes.Scene
 ) -> dict[str, str]:
   """Returns facts on data, training, evaluation and software, by label."""
-  speeds = sorted(row['rays_per_sec'] for row in rows if row.get('rays_per_sec'))
   device = found['device']
   facts = {
     'images': f'{len(scene.train)} for training, {found["num_images"]} for testing',
@@ -280,8 +278,8 @@ def _facts(
   }
   if found['train_seconds'] is not None:
     facts['trained'] += f' in {progress.duration(found["train_seconds"])}'
-  if speeds:
-    facts['trained'] += f', {speeds[len(speeds) // 2]:,.0f} rays/s'
+  if speed := runlog.median_speed(rows):
+    facts['trained'] += f', {speed:,.0f} rays/s'
   if found.get('train_peak_bytes'):  # Older files lack it.
     facts['trained'] += f', {found["train_peak_bytes"] / 1e9:.1f} GB'
   if found['lpips']['absent']:

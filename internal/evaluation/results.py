@@ -24,6 +24,7 @@ from ..system import files
 from ..training import method
 from . import lpips
 from .metrics import METRICS
+from .table_data import mean
 
 _ALL_METRICS = (*METRICS, *lpips.METRICS)
 SCHEMA_VERSION = 2  # Of results.json.
@@ -192,16 +193,12 @@ def config_hash(settings: configs.Settings, with_seed: bool = True) -> str:
   return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-  return None if None in values else float(np.mean(values))
-
-
 def _with_all_metrics(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   return [{**dict.fromkeys(lpips.METRICS), **row} for row in rows]
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-  return {name: _mean([row[name] for row in rows]) for name in _ALL_METRICS}
+  return {name: mean([row[name] for row in rows]) for name in _ALL_METRICS}
 
 
 def _sizes(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -23,13 +23,6 @@ _OWN_HEADS = ('', 'parameters', 'PSNR', 'change', 'SSIM', 'change', 'LPIPS', 'ch
 _LONGEST = 120  # Characters of a reason for a failure.
 
 
-def rays_per_second(folder: str) -> float | None:
-  """Returns the median training speed that metrics.jsonl has, None without any."""
-  rows = runlog.read_metrics(os.path.join(folder, 'metrics.jsonl'))
-  speeds = sorted(row['rays_per_sec'] for row in rows if row.get('rays_per_sec'))
-  return speeds[len(speeds) // 2] if speeds else None
-
-
 def _over_seeds(found: Sequence[Mapping]) -> tuple[dict | None, dict | None]:
   """Returns means and standard deviations of each metric; None without results, or with one."""
   if not found:
@@ -97,6 +90,7 @@ def make_table(
     done = [run for run in row_runs if run.name in finished]
     found = [finished[run.name] for run in done]
     mean, std = _over_seeds(found)
+    log = runlog.read_metrics(os.path.join(done[0].folder, 'metrics.jsonl')) if done else ()
     lines.append(
       {
         'name': row.name,
@@ -106,7 +100,7 @@ def make_table(
         'seeds': [run.settings.config.seed for run in done],
         'mean': mean,
         'std': std,
-        'rays_per_second': rays_per_second(done[0].folder) if done else None,
+        'rays_per_second': runlog.median_speed(log),
         'status': _status(row_runs, finished, failed),
       }
     )

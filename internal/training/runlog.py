@@ -22,6 +22,12 @@ def read_metrics(path: str) -> list[dict]:
   return _read_lines(path)[0]
 
 
+def median_speed(rows: Sequence[Mapping]) -> float | None:
+  """Returns the median of the rays per second that rows have; None if none has them."""
+  speeds = sorted(row['rays_per_sec'] for row in rows if row.get('rays_per_sec'))
+  return speeds[len(speeds) // 2] if speeds else None
+
+
 def _read_lines(path: str) -> tuple[list[dict], list[bytes]]:
   """Returns the rows, and the damaged lines without a last one that was cut short by a crash."""
   if not os.path.exists(path):
