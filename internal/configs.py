@@ -324,6 +324,11 @@ class Settings:
   nerf_mlp: NerfMLP
   text: str  # All of them as gin text, which load_config reads back.
 
+  def change(self, part: str, **values) -> Settings:
+    """Returns settings with fields of a part ('config', 'model', ...) replaced; the text stays."""
+    changed = dataclasses.replace(getattr(self, part), **values)
+    return dataclasses.replace(self, **{part: changed})
+
 
 OWNERS = {owner.__name__: owner for owner in (Config, Model, NerfMLP, PropMLP)}
 

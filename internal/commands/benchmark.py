@@ -51,14 +51,13 @@ def profile(folder: str, program: programs.Program, row: dict, top: int) -> dict
 
 def sweep_points(kind: str, settings: configs.Settings) -> list[tuple[str, configs.Settings]]:
   """Returns a label and the settings for each point of a sweep."""
-  change = programs.change
   if kind == 'batch':
     sizes = [
       {k: max(int(getattr(settings.config, k) * f), 1) for k in ('batch_size', 'render_chunk_size')}
       for f in (0.25, 0.5, 1, 2)
     ]
     return [
-      (f'{s["batch_size"]:,} / {s["render_chunk_size"]:,} rays', change(settings, 'config', **s))
+      (f'{s["batch_size"]:,} / {s["render_chunk_size"]:,} rays', settings.change('config', **s))
       for s in sizes
     ]
   part, name, values = {
@@ -66,7 +65,7 @@ def sweep_points(kind: str, settings: configs.Settings) -> list[tuple[str, confi
     'prop_samples': ('model', 'num_prop_samples', (32, 64, 128)),
     'nerf_samples': ('model', 'num_nerf_samples', (16, 32, 64)),
   }[kind]
-  return [(f'{name} {v}', change(settings, part, **{name: v})) for v in values]
+  return [(f'{name} {v}', settings.change(part, **{name: v})) for v in values]
 
 
 class Benchmark:
@@ -210,7 +209,7 @@ def shrink(settings: configs.Settings) -> configs.Settings:
   """Returns the settings with at most `_CPU_RAYS` rays at once."""
   names = ('batch_size', 'render_chunk_size')
   sizes = {name: min(getattr(settings.config, name), _CPU_RAYS) for name in names}
-  return programs.change(settings, 'config', **sizes)
+  return settings.change('config', **sizes)
 
 
 def _listed(text: str, known: Sequence[str], flag: str, parser) -> list[str]:

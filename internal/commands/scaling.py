@@ -134,7 +134,7 @@ def measure_rows(gin: str, args: argparse.Namespace, results: Results) -> None:
 
   def make(kind, batch, n):
     mesh = sharding.make_mesh(jax.devices()[:n])
-    sized = programs.change(settings, 'config', batch_size=batch, render_chunk_size=batch)
+    sized = settings.change('config', batch_size=batch, render_chunk_size=batch)
     return programs.synthetic_program(kind, sized, mesh, cams, store)
 
   rows = [row for row in results.of(gin).get('rates', []) if 'error' not in row]

@@ -45,12 +45,6 @@ def busy_processes(count: int) -> Iterator[None]:
       process.wait()
 
 
-def change(settings: configs.Settings, part: str, **values) -> configs.Settings:
-  """Returns the settings with fields of one part ('config', 'model', ...) replaced."""
-  changed = dataclasses.replace(getattr(settings, part), **values)
-  return dataclasses.replace(settings, **{part: changed})
-
-
 def attempt(name: str, function: Callable[[], dict]) -> dict:
   """Returns the function's row, or a row with its error, such as running out of memory."""
   try:

@@ -6,7 +6,6 @@ level.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -26,8 +25,7 @@ def make_normals(settings: configs.Settings) -> Callable:
   opacity is below 1. Computed in float32, since bfloat16 cannot resolve differences at the
   encoding's highest frequencies.
   """
-  exact = dataclasses.replace(settings.model, mlp_dtype='float32', use_gpu_kernels=False)
-  model = models.build(dataclasses.replace(settings, model=exact))
+  model = models.build(settings.change('model', mlp_dtype='float32', use_gpu_kernels=False))
 
   def normals(
     params, rays: structs.Rays, history: structs.RayHistory, train_frac: float | Array = 1.0

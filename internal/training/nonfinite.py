@@ -6,7 +6,6 @@ stats of consecutive steps, as numpy scalars (`train_step.make_train_step`).
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,8 +84,8 @@ def _make_probe(settings: configs.Settings, mesh: Mesh) -> Callable:
   config = settings.config
   # Groups of rays are no patches, and a weight of 0 does not hide a non-finite loss. In a group,
   # other rays would be the n-th ones.
-  single = dataclasses.replace(config, robust_quantile=0.0, interlevel_every=1)
-  loss_gradient = train_step.make_loss_gradient(dataclasses.replace(settings, config=single))
+  single = settings.change('config', robust_quantile=0.0, interlevel_every=1)
+  loss_gradient = train_step.make_loss_gradient(single)
 
   def probe(params, step, seed, cams, rgb, rows):
     batch_key, ray_keys = train_step.step_keys(config, step, seed)

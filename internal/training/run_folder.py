@@ -7,7 +7,6 @@ checkpoints/<step>/, eval and render need nothing else but the photographs. run.
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import os
 import shutil
@@ -40,9 +39,7 @@ def with_local_folder(settings: configs.Settings) -> configs.Settings:
 
   The text of the settings, which becomes config.gin, keeps the address.
   """
-  folder = bucket.local(settings.config.checkpoint_dir)
-  config = dataclasses.replace(settings.config, checkpoint_dir=folder)
-  return dataclasses.replace(settings, config=config)
+  return settings.change('config', checkpoint_dir=bucket.local(settings.config.checkpoint_dir))
 
 
 def refresh(checkpoint_dir: str) -> None:

@@ -105,23 +105,16 @@ class Renderer:
   """Renders views of a scene; compiles its programs on first use."""
 
   def __init__(self, settings: configs.Settings, scene: scenes.Scene, mesh):
-    config = settings.config
+    self.chunk = settings.config.render_chunk_size  # Rays that are rendered at a time.
     if mesh.devices.flat[0].platform == 'cpu':
-      chunk = max(1, min(config.render_chunk_size, _CHUNK_ON_CPU) // mesh.size) * mesh.size
-      config = dataclasses.replace(config, render_chunk_size=chunk)
-    self._settings = dataclasses.replace(settings, config=config)
+      self.chunk = max(1, min(self.chunk, _CHUNK_ON_CPU) // mesh.size) * mesh.size
+    self.settings = settings.change('config', render_chunk_size=self.chunk)
     self._scene, self._mesh, self._programs = scene, mesh, {}
-    self.chunk = config.render_chunk_size  # Rays that are rendered at a time.
-
-  @property
-  def settings(self) -> configs.Settings:
-    """The run's settings."""
-    return self._settings
 
   @property
   def far(self) -> float:
     """The distance up to which rays are sampled."""
-    return self._settings.config.far
+    return self.settings.config.far
 
   def is_compiled(self, view: View) -> bool:
     """Returns whether the program that the view needs has been compiled."""
@@ -136,10 +129,9 @@ class Renderer:
     variant = self._variant(view)
     if variant not in self._programs:
       with_normals, _, transparent = variant
-      settings = self._settings
+      settings = self.settings
       if transparent:
-        model = dataclasses.replace(settings.model, opaque_background=False)
-        settings = dataclasses.replace(settings, model=model)
+        settings = settings.change('model', opaque_background=False)
       self._programs[variant] = renderer_lib.make_image_renderer(
         settings, self._mesh, with_normals=with_normals
       )
