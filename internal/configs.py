@@ -381,6 +381,17 @@ def _open_once(path: str) -> Iterator[IO[str]]:
     _reading.pop()
 
 
+_mentioned: set[str] = set()  # The macros that values refer to, also values that are overridden.
+_new_reference = gin.config.ParserDelegate.macro
+
+
+def _note_reference(delegate, name: str):
+  """Notes that a value refers to a macro, `%name`."""
+  _mentioned.add(name)
+  return _new_reference(delegate, name)
+
+
+gin.config.ParserDelegate.macro = _note_reference
 gin.config.ParseContext.process_import = _refuse_import
 # `include` searches the working folder, then the program's own. gin's other file readers would
 # import Python packages to search them.
@@ -422,16 +433,18 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
     PluginError: Config.plugins lists a module that is not loaded.
   """
   gin.clear_config()
+  _mentioned.clear()
   try:
     for path in gin_configs:
       if not files.is_file(_found(path)):
         raise ConfigError(f'No such gin file: {path!r}. --gin_configs takes paths to .gin files.')
       with _gin_errors(f'{path}: bad gin config'):
         gin.parse_config_file(_found(path))
-    with _gin_errors('Bad gin config'):
-      gin.parse_config(bindings_lib.readable(gin_bindings, OWNERS, plugins.plugged()))
-      bindings_lib.refuse_ownerless(gin_bindings, OWNERS, gin.config_str())
+    for text in bindings_lib.readable(gin_bindings, OWNERS, plugins.plugged()):
+      with _gin_errors(f'{" ".join(text.split())}: cannot be read'):
+        gin.parse_config(text)
     _refuse_scopes()
+    _check_macros()
     needed = gin.get_bindings('Config', resolve_references=False).get('plugins', ())
     if isinstance(needed, (tuple, list)):  # Otherwise Config refuses it.
       source = ', '.join(gin_configs) or 'Config.plugins'
@@ -481,6 +494,30 @@ def _refuse_scopes() -> None:
   if scoped:
     written = scoped[0].removesuffix(' =')
     raise ConfigError(f'{written}: settings have no scopes. Write {scoped[1]} to set it.')
+
+
+def _check_macros() -> None:
+  """Refuses macros that no value refers to, and values that refer to a macro that is not there."""
+  macro, macros, used = gin.get_configurable('gin.macro'), {}, set(_mentioned)
+  rows = list(gin.config._CONFIG.items())
+  for (scope, selector), row in rows:
+    if selector == 'gin.macro':
+      macros[scope] = row['value']
+  for (scope, selector), row in rows:
+    for field, value in row.items():
+      for reference in gin.config.iterate_references({field: value}, to=macro):
+        name = reference.config_key[0]
+        used.add(name)
+        if name not in macros:
+          owner = selector.rsplit('.', 1)[-1]
+          where = scope if selector == 'gin.macro' else f'{owner}.{field}'
+          raise ConfigError(
+            f'{where} = {value!r}: there is no {name}. Give it a value too, such as {name} = 1, or '
+            f'write the value instead of %{name}.'
+          )
+  for name, value in macros.items():
+    if name not in used:
+      raise bindings_lib.unused_macro(name, value, OWNERS)
 
 
 @contextlib.contextmanager
