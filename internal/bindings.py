@@ -111,14 +111,12 @@ def nearest(wrong: str, owners: Mapping[str, type]) -> str:
   return f' Nearest known: {", ".join(dict.fromkeys(near))}.'
 
 
-def unused_macro(name: str, value: object, owners: Mapping[str, type]) -> ConfigError:
-  """Returns the error for `factor = 4`: to gin a macro, which sets nothing without a `%factor`."""
+def unused_macro(name: str, value: object, owners: Mapping[str, type]) -> str:
+  """Returns the error message for `factor = 4`: to gin a macro, which no `%factor` refers to."""
   full = [f'{k}.{name}' for k, c in owners.items() if hasattr(c, name)]
   if full:
-    return ConfigError(
-      f'{name} = {value!r}: sets nothing without its owner. Write {" or ".join(full)}.'
-    )
-  return ConfigError(
+    return f'{name} = {value!r}: sets nothing without its owner. Write {" or ".join(full)}.'
+  return (
     f'{name} = {value!r}: sets nothing; {name} is no setting, and no setting has the value '
     f'%{name}.{nearest(name, owners)}'
   )

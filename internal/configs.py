@@ -12,7 +12,7 @@ import dataclasses
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Literal
 
 import gin
@@ -434,17 +434,19 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
   """
   gin.clear_config()
   _mentioned.clear()
+  places = {}  # Of macros.
   try:
     for path in gin_configs:
       if not files.is_file(_found(path)):
         raise ConfigError(f'No such gin file: {path!r}. --gin_configs takes paths to .gin files.')
       with _gin_errors(f'{path}: bad gin config'):
         gin.parse_config_file(_found(path))
+      places = {**dict.fromkeys(_macros(), f'{path}: '), **places}
     for text in bindings_lib.readable(gin_bindings, OWNERS, plugins.plugged()):
       with _gin_errors(f'{" ".join(text.split())}: cannot be read'):
         gin.parse_config(text)
     _refuse_scopes()
-    _check_macros()
+    _check_macros(places)
     needed = gin.get_bindings('Config', resolve_references=False).get('plugins', ())
     if isinstance(needed, (tuple, list)):  # Otherwise Config refuses it.
       source = ', '.join(gin_configs) or 'Config.plugins'
@@ -496,28 +498,34 @@ def _refuse_scopes() -> None:
     raise ConfigError(f'{written}: settings have no scopes. Write {scoped[1]} to set it.')
 
 
-def _check_macros() -> None:
-  """Refuses macros that no value refers to, and values that refer to a macro that is not there."""
-  macro, macros, used = gin.get_configurable('gin.macro'), {}, set(_mentioned)
-  rows = list(gin.config._CONFIG.items())
-  for (scope, selector), row in rows:
-    if selector == 'gin.macro':
-      macros[scope] = row['value']
-  for (scope, selector), row in rows:
+def _macros() -> dict[str, object]:
+  """Returns the values of all macros, `RATE = 0.1`, by name."""
+  bound = gin.config._CONFIG.items()
+  return {scope: row['value'] for (scope, selector), row in bound if selector == 'gin.macro'}
+
+
+def _check_macros(places: Mapping[str, str]) -> None:
+  """Refuses macros that no value refers to, and values that refer to a macro that is not there.
+
+  Args:
+    places: the files of the macros that are in files, by the macro's name.
+  """
+  macro, macros, used = gin.get_configurable('gin.macro'), _macros(), set(_mentioned)
+  for (scope, selector), row in gin.config._CONFIG.items():
     for field, value in row.items():
       for reference in gin.config.iterate_references({field: value}, to=macro):
         name = reference.config_key[0]
         used.add(name)
         if name not in macros:
-          owner = selector.rsplit('.', 1)[-1]
-          where = scope if selector == 'gin.macro' else f'{owner}.{field}'
+          where = scope if selector == 'gin.macro' else f'{selector.rsplit(".", 1)[-1]}.{field}'
           raise ConfigError(
-            f'{where} = {value!r}: there is no {name}. Give it a value too, such as {name} = 1, or '
-            f'write the value instead of %{name}.'
+            f'{places.get(where, "")}{where} = {value!r}: there is no {name}. Give it a value too, '
+            f'such as {name} = 1, or write the value instead of %{name}.'
           )
   for name, value in macros.items():
     if name not in used:
-      raise bindings_lib.unused_macro(name, value, OWNERS)
+      problem = bindings_lib.unused_macro(name, value, OWNERS)
+      raise ConfigError(f'{places.get(name, "")}{problem}')
 
 
 @contextlib.contextmanager

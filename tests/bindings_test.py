@@ -60,7 +60,9 @@ def test_a_macro_of_an_overridden_setting_is_used(tmp_path):
 def test_a_macro_that_nothing_refers_to_is_refused_in_files(tmp_path):
   path = tmp_path / 'a.gin'
   path.write_text('Config.lr_init = 0.5\nmax_steps = 10\n')
-  with pytest.raises(configs.ConfigError, match=r'max_steps = 10: sets .*Config\.max_steps'):
+  with pytest.raises(
+    configs.ConfigError, match=r'a\.gin: max_steps = 10: sets .*Config\.max_steps'
+  ):
     configs.load_config([str(path)])
 
 
@@ -82,7 +84,10 @@ def test_words_that_a_shell_has_split_are_joined():
       'Model.use_viewdirs=true',
       'Model.use_viewdirs=true: true is not True or False, such as Model.use_viewdirs=True.',
     ),
-    ('Config.far=', 'Config.far=: it has no value. Type a number, such as Config.far=6.0.'),
+    (
+      'Config.far=',
+      'Config.far=: it has no value. Type a number, at least 0, such as Config.far=6.0.',
+    ),
     ('Config.data_dri=my_scene', "No setting 'Config.data_dri'. Nearest known: Config.data_dir"),
     ('config.data_dir=my_scene', 'Nearest known: Config.data_dir'),
     ('Confg.batch_size=4k', 'Nearest known: Config.batch_size'),
