@@ -18,7 +18,7 @@ from typing import IO, Literal
 import gin
 
 from . import bindings as bindings_lib
-from . import config_checks, plugins
+from . import config_checks, idle_settings, plugins
 from .bindings import ConfigError
 from .system import files, installation
 
@@ -337,8 +337,9 @@ ACCEPTED = {
 
 
 def notices(settings: Settings) -> list[str]:
-  """Returns a line for each setting in ACCEPTED that differs from its default."""
-  parts = (settings.config, settings.model, settings.prop_mlp, settings.nerf_mlp)
+  """Returns lines about settings that differ from their defaults but have no effect."""
+  config, model = settings.config, settings.model
+  parts = (config, model, settings.prop_mlp, settings.nerf_mlp)
   owners = {type(part).__name__: part for part in parts}
   result = []
   for name, reason in ACCEPTED.items():
@@ -346,6 +347,12 @@ def notices(settings: Settings) -> list[str]:
     value = getattr(owners[owner], field)
     if value != getattr(type(owners[owner]), field):
       result.append(f'{name} = {value!r} is accepted without effect: {reason}.')
+  result += idle_settings.lines(owners, ACCEPTED)
+  if config.exposure != 'none' and model.num_glo_features:
+    result.append(
+      f'Config.exposure = {config.exposure!r} and Model.num_glo_features = '
+      f'{model.num_glo_features} learn the same changes between photographs: use one of them.'
+    )
   return result
 
 
