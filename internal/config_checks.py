@@ -108,10 +108,9 @@ def _broken_rule(
     return 'finite'  # gin cannot write other numbers to config.gin.
   if value is None:
     return None
-  limits = _limits(field.name)
-  lacking = limits and not numbers and not isinstance(value, dict)  # An empty tuple.
+  lacking = field.name in _RANGES and not numbers and not isinstance(value, dict)  # Empty tuple.
   if lacking or not all(_in_limits(field.name, v) for v in numbers):
-    return ', '.join(limits)
+    return ', '.join(_limits(field.name))
   return None
 
 

@@ -297,6 +297,10 @@ def test_all_seeds_start_a_run(seed):
   assert train_step.seed_of(configs.Config(seed=seed)).dtype == np.int32
 
 
+def test_a_single_level_has_no_blur():
+  assert configs.Config(interlevel_blur=()).interlevel_blur == ()
+
+
 def test_the_fewest_samples_make_a_model():
   settings = tiny.settings('Model.num_prop_samples = 2', 'Model.num_nerf_samples = 2')
   models.init_params(models.build(settings), jax.random.key(0))
