@@ -14,9 +14,8 @@ from . import config_checks
 from .errors import UserError
 
 _BINDING = re.compile(r'\s*([A-Za-z]\w*)\.(\w+)\s*=(?!=)(.*)', re.DOTALL)
-_BARE_NAME = re.compile(r'\s*([A-Za-z]\w*)\s*=(?!=)')
 _QUOTES = '\'"'
-_STATEMENT = re.compile(r'[^=]*=|\s*(?:#|include\b|import\b|from\b|$)|[^\n]*:\s*\n')
+_STATEMENT = re.compile(r'[^=]*=(?!=)|\s*(?:#|include\b|import\b|from\b|$)|[^\n]*:\s*\n')
 
 
 class ConfigError(UserError):
@@ -98,34 +97,26 @@ def _quoted(knob: str, value: str) -> str:
 
 
 def nearest(wrong: str, owners: Mapping[str, type]) -> str:
-  """Returns a sentence with the names of settings nearest to an unknown one, 'Owner.name'."""
+  """Returns a sentence with the names of settings nearest to an unknown one, with owner or not."""
   known = [f'{name}.{f.name}' for name, c in owners.items() for f in dataclasses.fields(c)]
   tail = wrong.rsplit('.', 1)[-1]
   near = [k for k in known if k.endswith(f'.{tail}')]  # Right name, wrong owner.
-  lower = {k.lower(): k for k in known}
+  lower, bare = {k.lower(): k for k in known}, {k.split('.')[1]: k for k in reversed(known)}
   near += [lower[k] for k in difflib.get_close_matches(wrong.lower(), lower, 3, 0.75)]
+  near += [bare[k] for k in difflib.get_close_matches(tail.lower(), bare, 3, 0.75)]
+  if not near:
+    near = sorted((k for k in bare.values() if tail in re.split('[._]', k)), key=len)[:3]
   if not near:
     return ' --list_knobs lists every known name, --list_knobs WORD those about a word.'
   return f' Nearest known: {", ".join(dict.fromkeys(near))}.'
 
 
-def refuse_ownerless(bindings: Sequence[str], owners: Mapping[str, type], parsed: str) -> None:
-  """Refuses `factor = 4`: to gin a macro, which without `%factor` anywhere has no effect.
-
-  Args:
-    bindings: what the user typed.
-    owners: the settings' dataclasses by name.
-    parsed: all parsed settings, as gin prints them.
-
-  Raises:
-    ConfigError: a binding has the name of a setting without its owner, and nothing refers to it.
-  """
-  for text in bindings:
-    match = _BARE_NAME.match(text)
-    if not match or f'%{match[1]}' in parsed:
-      continue
-    full = [f'{k}.{match[1]}' for k, c in owners.items() if hasattr(c, match[1])]
-    if full:
-      raise ConfigError(
-        f'{text.strip()}: sets nothing without its owner. Write {" or ".join(full)}.'
-      )
+def unused_macro(name: str, value: object, owners: Mapping[str, type]) -> str:
+  """Returns the error message for `factor = 4`: to gin a macro, which no `%factor` refers to."""
+  full = [f'{k}.{name}' for k, c in owners.items() if hasattr(c, name)]
+  if full:
+    return f'{name} = {value!r}: sets nothing without its owner. Write {" or ".join(full)}.'
+  return (
+    f'{name} = {value!r}: sets nothing; {name} is no setting, and no setting has the value '
+    f'%{name}.{nearest(name, owners)}'
+  )

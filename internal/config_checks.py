@@ -13,16 +13,15 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
-# (lowest, highest) allowed integer; a highest of None is no limit.
+# (lowest, highest) allowed number; a highest of None is no limit.
 _RANGES = {
   **dict.fromkeys(
     (
       'batch_size', 'max_steps', 'early_exit_steps', 'llffhold', 'render_chunk_size', 'print_every',
       'patch_size', 'checkpoint_every', 'eval_render_interval', 'render_path_frames',
-      'render_video_fps', 'render_spline_n_interp', 'render_spline_degree', 'net_depth',
-      'net_width', 'skip_layer', 'net_width_viewdirs', 'num_levels', 'num_prop_samples',
-      'num_nerf_samples', 'num_glo_embeddings', 'grid_levels', 'grid_min_resolution',
-      'grid_max_resolution', 'grid_log2_size', 'grid_features', 'interlevel_every',
+      'render_resolution', 'render_video_fps', 'render_spline_n_interp', 'net_depth', 'net_width',
+      'skip_layer', 'net_width_viewdirs', 'num_levels', 'num_glo_embeddings', 'grid_levels',
+      'grid_features', 'interlevel_every', 'basis_subdivisions',
     ),
     (1, None),
   ),
@@ -30,27 +29,46 @@ _RANGES = {
     (
       'factor', 'micro_batches', 'checkpoint_keep', 'max_skipped_updates', 'gc_every',
       'train_render_every', 'train_render_images', 'eval_dataset_limit', 'eval_crop_borders',
-      'vis_num_rays', 'bottleneck_width', 'net_depth_viewdirs', 'deg_view', 'num_glo_features',
-      'steps_per_dispatch', 'skip_layer_dir', 'gradient_scaling',
+      'vis_num_rays', 'bottleneck_width', 'net_depth_viewdirs', 'num_glo_features',
+      'steps_per_dispatch', 'skip_layer_dir', 'gradient_scaling', 'near', 'far', 'data_loss_mult',
+      'data_coarse_loss_mult', 'interlevel_loss_mult', 'distortion_loss_mult', 'depth_loss_mult',
+      'weight_decay_mults', 'grid_decay_mult', 'lr_delay_steps', 'lr_delay_mult', 'adam_beta1',
+      'adam_beta2', 'grad_max_norm', 'grad_max_val', 'camera_prior', 'render_spline_smoothness',
+      'anneal_slope', 'dilation_multiplier', 'dilation_bias', 'near_anneal_init',
+      'resample_padding', 'density_noise', 'rgb_padding', 'bottleneck_noise',
     ),
     (0, None),
   ),
+  **dict.fromkeys(
+    (
+      'grid_coarse_to_fine', 'depth_loss_rays', 'lr_cooldown', 'min_images_fraction',
+      'robust_quantile', 'camera_start', 'bg_intensity_range',
+    ),
+    (0, 1),
+  ),
+  'seed': (0, 2**32 - 1),  # Draws use 32 bits: others would repeat the draws of one of these.
   'dtu_light_cond': (0, 7),
-  'grid_coarse_to_fine': (0, 1),
-  'depth_loss_rays': (0, 1),
-  'lr_cooldown': (0, 1),
-  'min_images_fraction': (0, 1),
-  'robust_quantile': (0, 1),
-  'camera_start': (0, 1),
-  'camera_prior': (0, None),
+  'num_prop_samples': (2, None),  # The ends of a ray's intervals are extrapolated from two.
+  'num_nerf_samples': (2, None),
+  # Angles of 2^32 turns have no fraction in float32, and far above that squares overflow.
+  'min_deg_point': (-32, 32),
+  'max_deg_point': (-32, 32),
+  'deg_view': (0, 32),
+  'grid_log2_size': (1, 30),  # Rows have numbers of 32 bits.
+  'grid_min_resolution': (1, 2**24),  # float32 positions in the cube are no finer.
+  'grid_max_resolution': (1, 2**24),
   'render_video_crf': (0, 51),
+  'render_spline_degree': (1, 5),
+  'render_orbit_elevation': (-89, 89),
 }  # fmt: skip
 _MAX_FAR = 1e8  # The square of a much larger distance overflows float32.
 _POSITIVE = (
   'charb_padding', 'interlevel_blur', 'lr_init', 'lr_final', 'camera_lr_init', 'camera_lr_final',
   'exposure_lr_init', 'exposure_lr_final', 'near_anneal_rate', 'grid_decay_growth', 'grid_init',
-  'grid_gain', 'depth_loss_rays',
+  'grid_gain', 'depth_loss_rays', 'adam_eps', 'render_focal', 'render_orbit_radius',
+  'rgb_premultiplier',
 )  # fmt: skip
+_BELOW = {'adam_beta1': 1, 'adam_beta2': 1, 'near_anneal_init': 1, 'render_dolly_distance': 0.99}
 
 
 def problem(settings: Any, plugged: Mapping[str, Collection[str]]) -> str | None:
@@ -79,7 +97,9 @@ def _broken_rule(
   choices = _choices(hint)
   if not _fits(value, hint) and not (choices and value in (plugged or ())):
     choices = (*choices, *(plugged or ())) if choices else ()
-    return f'one of {", ".join(map(repr, choices))}' if choices else field.type
+    if choices:
+      return f'one of {", ".join(map(repr, choices))}'
+    return describe(field.name, hint, plugged or ())
   if isinstance(value, dict) and plugged is not None and not value.keys() <= set(plugged):
     known = ', '.join(map(repr, plugged)) or 'none is loaded; see --plugins'
     return f'{{name: multiplier}} with names of plugged-in losses ({known})'
@@ -88,12 +108,32 @@ def _broken_rule(
     return 'finite'  # gin cannot write other numbers to config.gin.
   if value is None:
     return None
-  low, high = _RANGES.get(field.name, (-math.inf, None))
-  if field.name in _RANGES and not (numbers and all(low <= v <= (high or v) for v in numbers)):
-    return f'at least {low}' if high is None else f'{low} to {high}'
-  if field.name in _POSITIVE and not all(v > 0 for v in numbers):
-    return 'positive'
+  lacking = field.name in _RANGES and not numbers and not isinstance(value, dict)  # Empty tuple.
+  if lacking or not all(_in_limits(field.name, v) for v in numbers):
+    return ', '.join(_limits(field.name))
   return None
+
+
+def _in_limits(name: str, value: float) -> bool:
+  """Returns whether a number is one that a setting of this name may have."""
+  low, high = _RANGES.get(name, (-math.inf, None))
+  high = math.inf if high is None else high
+  return (
+    low <= value <= high
+    and (value > 0 or name not in _POSITIVE)
+    and value < _BELOW.get(name, math.inf)
+  )
+
+
+def _limits(name: str) -> list[str]:
+  """Returns the limits of a setting's numbers, in words."""
+  low, high = _RANGES.get(name, (None, None))
+  result = []
+  if low is not None:
+    result.append(f'at least {low}' if high is None else f'{low} to {high}')
+  if name in _POSITIVE:
+    result.append('above 0')
+  return [*result, f'below {_BELOW[name]}'] if name in _BELOW else result
 
 
 def accepts_text(hint: Any) -> bool:
@@ -121,11 +161,7 @@ def describe(name: str, hint: Any, plugged: Collection[str] = ()) -> str:
     hint: its annotation.
     plugged: names that plug-ins add to its choices.
   """
-  text = ' or '.join(dict.fromkeys(_kinds(hint, plugged)))
-  low, high = _RANGES.get(name, (None, None))
-  if low is not None:
-    text += f', at least {low}' if high is None else f', {low} to {high}'
-  return f'{text}, above 0' if name in _POSITIVE else text
+  return ', '.join([' or '.join(dict.fromkeys(_kinds(hint, plugged))), *_limits(name)])
 
 
 def _kinds(hint: Any, plugged: Collection[str]) -> list[str]:
@@ -186,8 +222,8 @@ def _numbers(value: Any) -> list[int | float]:
 
 
 def _config_conflict(config: Any) -> str | None:
-  if not 0 <= config.near < config.far:
-    return f'Config.near must be in [0, far), got near {config.near}, far {config.far}.'
+  if not config.near < config.far:
+    return f'Config.near must be below Config.far, got near {config.near}, far {config.far}.'
   if config.far > _MAX_FAR:
     return (
       f'Config.far must be at most {_MAX_FAR:g}, got {config.far:g}: the square of a larger '
@@ -196,6 +232,8 @@ def _config_conflict(config: Any) -> str | None:
   power = config.distortion_power
   if power is not None and not (len(power) == 2 and power[1] > 0):
     return f'Config.distortion_power must be (lambda, scale) with scale > 0, got {power}.'
+  if config.render_resolution is not None and len(config.render_resolution) != 2:
+    return f'Config.render_resolution must be (width, height), got {config.render_resolution}.'
   if config.interlevel_every > 1 and config.data_coarse_loss_mult > 0:
     return (
       'Config.interlevel_every must be 1 where Config.data_coarse_loss_mult trains proposals, got '
@@ -231,6 +269,13 @@ def _mlp_conflict(mlp: Any) -> str | None:
       f"{owner}.warp_fn = 'inverted_sphere' has four axes, but {owner}.encoding = 'grid' needs "
       "three; use 'contract'."
     )
+  lows, highs = _numbers(mlp.grid_min_resolution), _numbers(mlp.grid_max_resolution)
+  pairs = zip(lows * len(highs), highs * len(lows))
+  if mlp.encoding == 'grid' and any(low > high for low, high in pairs):
+    return (
+      f'{owner}.grid_min_resolution must be at most grid_max_resolution, got '
+      f'{mlp.grid_min_resolution} and {mlp.grid_max_resolution}.'
+    )
   if not mlp.min_deg_point < mlp.max_deg_point:
     return (
       f'{owner}.min_deg_point must be below max_deg_point, got {mlp.min_deg_point} and '
@@ -243,6 +288,9 @@ def _model_conflict(model: Any) -> str | None:
   background = model.bg_intensity_range
   if len(background) != 2 or background[0] > background[1]:
     return f'Model.bg_intensity_range must be (low, high), got {background}.'
+  scale = model.raydist_options.get('scale', 1)
+  if model.raydist_fn == 'power' and not (_fits(scale, float) and scale > 0):
+    return f"Model.raydist_options: 'scale' must be a number, above 0, got {scale!r}."
   if model.single_mlp and model.separate_prop_mlps:
     return 'Model.single_mlp and Model.separate_prop_mlps exclude each other; set one to False.'
   if model.outside_mlps and (model.separate_prop_mlps or model.num_multisamples):

@@ -12,13 +12,13 @@ import dataclasses
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Literal
 
 import gin
 
 from . import bindings as bindings_lib
-from . import config_checks, plugins
+from . import config_checks, idle_settings, plugins
 from .bindings import ConfigError
 from .system import files, installation
 
@@ -342,8 +342,9 @@ ACCEPTED = {
 
 
 def notices(settings: Settings) -> list[str]:
-  """Returns a line for each setting in ACCEPTED that differs from its default."""
-  parts = (settings.config, settings.model, settings.prop_mlp, settings.nerf_mlp)
+  """Returns lines about settings that differ from their defaults but have no effect."""
+  config, model = settings.config, settings.model
+  parts = (config, model, settings.prop_mlp, settings.nerf_mlp)
   owners = {type(part).__name__: part for part in parts}
   result = []
   for name, reason in ACCEPTED.items():
@@ -351,6 +352,12 @@ def notices(settings: Settings) -> list[str]:
     value = getattr(owners[owner], field)
     if value != getattr(type(owners[owner]), field):
       result.append(f'{name} = {value!r} is accepted without effect: {reason}.')
+  result += idle_settings.lines(owners, ACCEPTED)
+  if config.exposure != 'none' and model.num_glo_features:
+    result.append(
+      f'Config.exposure = {config.exposure!r} and Model.num_glo_features = '
+      f'{model.num_glo_features} learn the same changes between photographs: use one of them.'
+    )
   return result
 
 
@@ -386,6 +393,17 @@ def _open_once(path: str) -> Iterator[IO[str]]:
     _reading.pop()
 
 
+_mentioned: set[str] = set()  # The macros that values refer to, also values that are overridden.
+_new_reference = gin.config.ParserDelegate.macro
+
+
+def _note_reference(delegate, name: str):
+  """Notes that a value refers to a macro, `%name`."""
+  _mentioned.add(name)
+  return _new_reference(delegate, name)
+
+
+gin.config.ParserDelegate.macro = _note_reference
 gin.config.ParseContext.process_import = _refuse_import
 # `include` searches the working folder, then the program's own. gin's other file readers would
 # import Python packages to search them.
@@ -427,16 +445,20 @@ def load_config(gin_configs: Sequence[str] = (), gin_bindings: Sequence[str] = (
     PluginError: Config.plugins lists a module that is not loaded.
   """
   gin.clear_config()
+  _mentioned.clear()
+  places = {}  # Of macros.
   try:
     for path in gin_configs:
       if not files.is_file(_found(path)):
         raise ConfigError(f'No such gin file: {path!r}. --gin_configs takes paths to .gin files.')
       with _gin_errors(f'{path}: bad gin config'):
         gin.parse_config_file(_found(path))
-    with _gin_errors('Bad gin config'):
-      gin.parse_config(bindings_lib.readable(gin_bindings, OWNERS, plugins.plugged()))
-      bindings_lib.refuse_ownerless(gin_bindings, OWNERS, gin.config_str())
+      places = {**dict.fromkeys(_macros(), f'{path}: '), **places}
+    for text in bindings_lib.readable(gin_bindings, OWNERS, plugins.plugged()):
+      with _gin_errors(f'{" ".join(text.split())}: cannot be read'):
+        gin.parse_config(text)
     _refuse_scopes()
+    _check_macros(places)
     needed = gin.get_bindings('Config', resolve_references=False).get('plugins', ())
     if isinstance(needed, (tuple, list)):  # Otherwise Config refuses it.
       source = ', '.join(gin_configs) or 'Config.plugins'
@@ -486,6 +508,36 @@ def _refuse_scopes() -> None:
   if scoped:
     written = scoped[0].removesuffix(' =')
     raise ConfigError(f'{written}: settings have no scopes. Write {scoped[1]} to set it.')
+
+
+def _macros() -> dict[str, object]:
+  """Returns the values of all macros, `RATE = 0.1`, by name."""
+  bound = gin.config._CONFIG.items()
+  return {scope: row['value'] for (scope, selector), row in bound if selector == 'gin.macro'}
+
+
+def _check_macros(places: Mapping[str, str]) -> None:
+  """Refuses macros that no value refers to, and values that refer to a macro that is not there.
+
+  Args:
+    places: the files of the macros that are in files, by the macro's name.
+  """
+  macro, macros, used = gin.get_configurable('gin.macro'), _macros(), set(_mentioned)
+  for (scope, selector), row in gin.config._CONFIG.items():
+    for field, value in row.items():
+      for reference in gin.config.iterate_references({field: value}, to=macro):
+        name = reference.config_key[0]
+        used.add(name)
+        if name not in macros:
+          where = scope if selector == 'gin.macro' else f'{selector.rsplit(".", 1)[-1]}.{field}'
+          raise ConfigError(
+            f'{places.get(where, "")}{where} = {value!r}: there is no {name}. Give it a value too, '
+            f'such as {name} = 1, or write the value instead of %{name}.'
+          )
+  for name, value in macros.items():
+    if name not in used:
+      problem = bindings_lib.unused_macro(name, value, OWNERS)
+      raise ConfigError(f'{places.get(name, "")}{problem}')
 
 
 @contextlib.contextmanager

@@ -236,7 +236,8 @@ python train.py --config fast --data data/my_scene --out runs/my_scene \\
 ```
 
 Text in a binding needs no quotes (`Config.data_dir=my_scene`), unless it could be read as something
-else (`Config.data_dir="'2024'"`).
+else (`Config.data_dir="'2024'"`). A note names each setting that has no effect with the others, such as
+`Config.camera_lr_init` without `Config.refine_cameras`.
 """  # noqa: E501
 
 

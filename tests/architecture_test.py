@@ -10,7 +10,7 @@ INTERNAL = ROOT / 'internal'
 # From the ground up. A room (a module or a folder in internal/) imports only from floors below its
 # own, so there are no circles; within a folder the same holds for its modules.
 FLOORS = (
-  ('config_checks', 'errors', 'math', 'structs'),
+  ('config_checks', 'errors', 'idle_settings', 'math', 'structs'),
   ('bindings', 'plugins', 'system'),
   ('alignment', 'cameras', 'colmap', 'configs', 'coord', 'devices', 'geopoly', 'image', 'paths',
    'stepfun', 'vis'),

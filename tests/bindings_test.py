@@ -50,6 +50,22 @@ def test_a_macro_stays_a_macro():
   assert load("WHERE = 'x'", 'Config.data_dir = %WHERE').config.data_dir == 'x'
 
 
+def test_a_macro_of_an_overridden_setting_is_used(tmp_path):
+  path = tmp_path / 'a.gin'
+  path.write_text('RATE = 0.5\nHALF = %RATE\nConfig.lr_init = %HALF\n')
+  assert configs.load_config([str(path)]).config.lr_init == 0.5
+  assert configs.load_config([str(path)], ['Config.lr_init = 0.1']).config.lr_init == 0.1
+
+
+def test_a_macro_that_nothing_refers_to_is_refused_in_files(tmp_path):
+  path = tmp_path / 'a.gin'
+  path.write_text('Config.lr_init = 0.5\nmax_steps = 10\n')
+  with pytest.raises(
+    configs.ConfigError, match=r'a\.gin: max_steps = 10: sets .*Config\.max_steps'
+  ):
+    configs.load_config([str(path)])
+
+
 def test_words_that_a_shell_has_split_are_joined():
   words = ['Config.data_dir', '=', 'x', 'Config.factor', '=', '4', 'Config.near', '=', '1']
   config = load(*words).config
@@ -68,12 +84,25 @@ def test_words_that_a_shell_has_split_are_joined():
       'Model.use_viewdirs=true',
       'Model.use_viewdirs=true: true is not True or False, such as Model.use_viewdirs=True.',
     ),
-    ('Config.far=', 'Config.far=: it has no value. Type a number, such as Config.far=6.0.'),
+    (
+      'Config.far=',
+      'Config.far=: it has no value. Type a number, at least 0, such as Config.far=6.0.',
+    ),
     ('Config.data_dri=my_scene', "No setting 'Config.data_dri'. Nearest known: Config.data_dir"),
     ('config.data_dir=my_scene', 'Nearest known: Config.data_dir'),
     ('Confg.batch_size=4k', 'Nearest known: Config.batch_size'),
-    ('batch_size=4', 'batch_size=4: sets nothing without its owner. Write Config.batch_size.'),
+    ('batch_size=4', 'batch_size = 4: sets nothing without its owner. Write Config.batch_size.'),
     ('net_width = 4', 'Write NerfMLP.net_width or PropMLP.net_width.'),
+    ('steps = 10', 'steps = 10: sets nothing; steps is no setting'),
+    ('steps = 10', 'Nearest known: Config.max_steps'),
+    ('lr=0.1', 'Nearest known: Config.lr_init'),
+    ('batchsize = 64', 'Nearest known: Config.batch_size'),
+    ('x = 3', 'x = 3: sets nothing; x is no setting, and no setting has the value %x.'),
+    ('Config.lr_init = %rate', 'Config.lr_init = %rate: there is no rate. Give it a value too'),
+    ("Config.loss_mults = {'a': (%b,)}", "Config.loss_mults = {'a': (%b,)}: there is no b"),
+    ('rate = %other', 'rate = %other: there is no other'),
+    ('Config.factor == 2', "--gin_bindings 'Config.factor == 2': a setting has a name, = and"),
+    ('Config.factor = [1', 'Config.factor = [1: cannot be read'),
     ('Config.data_dir', "--gin_bindings 'Config.data_dir': a setting has a name, = and a value"),
     ('runs/x', 'Give all other arguments before --gin_bindings'),
     ('Config.data_dir=2024', "Write '2024', with quotes, if it is text."),

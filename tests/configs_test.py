@@ -3,10 +3,15 @@
 import dataclasses
 import glob
 import os
+import typing
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import tiny
 
-from internal import configs, models
+from internal import config_checks, configs, coord, models
 from internal.training import train_step
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -181,9 +186,9 @@ def test_unknown_name_lists_the_nearest_known(binding, suggestion):
   [
     ('Config.near = 7', 'near'),
     ('Config.batch_size = 0', 'Config.batch_size'),
-    ('Config.batch_size = 1.5', 'Config.batch_size must be int'),
-    ("Config.batch_size = '64'", 'Config.batch_size must be int'),
-    ('Config.randomized = 1', 'Config.randomized must be bool'),
+    ('Config.batch_size = 1.5', 'Config.batch_size must be a whole number, at least 1'),
+    ("Config.batch_size = '64'", 'Config.batch_size must be a whole number, at least 1'),
+    ('Config.randomized = 1', 'Config.randomized must be True or False'),
     ('Config.factor = -1', 'Config.factor'),
     ('Config.micro_batches = -1', 'Config.micro_batches'),
     ("Config.data_loss_type = 'l1'", "'mse', 'charb'"),
@@ -192,9 +197,9 @@ def test_unknown_name_lists_the_nearest_known(binding, suggestion):
     ('Model.num_multisamples = 4', '0, 6'),
     ("NerfMLP.encoding = 'hash'", "'ipe', 'grid'"),
     ('PropMLP.grid_levels = 0', 'PropMLP.grid_levels must be at least 1'),
-    ('PropMLP.grid_levels = (5, 6.5)', 'PropMLP.grid_levels must be int | Sequence[int]'),
+    ('PropMLP.grid_levels = (5, 6.5)', 'must be a whole number or a tuple of whole numbers'),
     ("Config.interlevel_loss_type = 'spline'", "'bound', 'blur'"),
-    ('Config.interlevel_blur = (0.03, 0)', 'Config.interlevel_blur must be positive'),
+    ('Config.interlevel_blur = (0.03, 0)', 'Config.interlevel_blur must be above 0'),
     ('Config.interlevel_every = 0', 'Config.interlevel_every must be at least 1'),
     (
       'Config.interlevel_every = 2\nModel.stop_level_grad = False',
@@ -206,8 +211,8 @@ def test_unknown_name_lists_the_nearest_known(binding, suggestion):
     ),
     ('Config.distortion_power = (-0.25,)', 'Config.distortion_power must be (lambda, scale)'),
     ('Config.distortion_power = (-0.25, 0.0)', 'scale > 0'),
-    ('Config.grid_decay_growth = 0.0', 'Config.grid_decay_growth must be positive'),
-    ('NerfMLP.grid_init = 0.0', 'NerfMLP.grid_init must be positive'),
+    ('Config.grid_decay_growth = 0.0', 'Config.grid_decay_growth must be above 0'),
+    ('NerfMLP.grid_init = 0.0', 'NerfMLP.grid_init must be above 0'),
     ('NerfMLP.grid_coarse_to_fine = 1.5', 'NerfMLP.grid_coarse_to_fine must be 0 to 1'),
     ("NerfMLP.density_activation = 'relu'", "'softplus', 'exp'"),
     ('Model.gradient_scaling = -1.0', 'Model.gradient_scaling must be at least 0'),
@@ -216,21 +221,46 @@ def test_unknown_name_lists_the_nearest_known(binding, suggestion):
     ("NerfMLP.weight_init = 'zeros'", "'he_uniform', 'he_normal'"),
     ('NerfMLP.skip_layer = 0', 'NerfMLP.skip_layer must be at least 1, got 0'),
     ('PropMLP.net_depth = 0', 'PropMLP.net_depth must be at least 1'),
-    ('NerfMLP.deg_view = -1', 'NerfMLP.deg_view must be at least 0'),
+    ('NerfMLP.deg_view = -1', 'NerfMLP.deg_view must be 0 to 32, got -1'),
     ('NerfMLP.min_deg_point = 12', 'min_deg_point must be below max_deg_point, got 12 and 12'),
     ('Model.num_levels = 0', 'Model.num_levels must be at least 1'),
-    ('Model.near_anneal_rate = 0.0', 'Model.near_anneal_rate must be positive'),
+    ('Model.near_anneal_rate = 0.0', 'Model.near_anneal_rate must be above 0'),
     ('Model.num_glo_embeddings = 0', 'Model.num_glo_embeddings must be at least 1'),
     ('Model.bg_intensity_range = (1,)', 'Model.bg_intensity_range must be (low, high)'),
     ('Model.bg_intensity_range = (1, 0)', 'Model.bg_intensity_range must be (low, high)'),
-    ("Config.weight_decay_mults = {'nerf_mlp': 'x'}", 'must be dict[str, float]'),
+    ("Config.weight_decay_mults = {'nerf_mlp': 'x'}", 'must be a dictionary from text to numbers'),
     ('Config.gc_every = -1', 'Config.gc_every must be at least 0'),
     ('Config.early_exit_steps = 0', 'Config.early_exit_steps must be at least 1'),
     ('Config.render_video_fps = 0', 'Config.render_video_fps must be at least 1'),
-    ('Config.render_resolution = (10.5, 10)', 'Config.render_resolution must be Sequence[int]'),
+    (
+      'Config.render_resolution = (10.5, 10)',
+      'must be a tuple of whole numbers or None, at least 1',
+    ),
     ('Config.render_video_crf = 52', 'Config.render_video_crf must be 0 to 51'),
-    ('Config.charb_padding = 0', 'Config.charb_padding must be positive'),
+    ('Config.charb_padding = 0', 'Config.charb_padding must be above 0'),
     ('Config.far = 1e10', 'Config.far must be at most 1e+08'),
+    ('Config.adam_beta1 = 1.0', 'Config.adam_beta1 must be at least 0, below 1, got 1.0'),
+    ('Config.adam_beta2 = -0.1', 'Config.adam_beta2 must be at least 0, below 1, got -0.1'),
+    ('Config.adam_eps = 0', 'Config.adam_eps must be above 0'),
+    ('Config.lr_delay_mult = -1', 'Config.lr_delay_mult must be at least 0'),
+    ('Config.interlevel_loss_mult = -3', 'Config.interlevel_loss_mult must be at least 0'),
+    ("Config.weight_decay_mults = {'nerf_mlp': -1}", 'must be at least 0'),
+    ('Config.render_resolution = (10,)', 'Config.render_resolution must be (width, height)'),
+    ('Config.seed = -1', 'Config.seed must be 0 to 4294967295'),
+    ('Config.seed = 99999999999999999999', 'Config.seed must be 0 to 4294967295'),
+    ('Model.num_nerf_samples = 1', 'Model.num_nerf_samples must be at least 2'),
+    ('Model.num_prop_samples = 1', 'Model.num_prop_samples must be at least 2'),
+    ('Model.near_anneal_init = 2', 'Model.near_anneal_init must be at least 0, below 1'),
+    ('Model.bg_intensity_range = (0, 255)', 'Model.bg_intensity_range must be 0 to 1'),
+    (
+      "Model.raydist_fn = 'power'\nModel.raydist_options = {'scale': 0}",
+      "Model.raydist_options: 'scale' must be a number, above 0, got 0",
+    ),
+    ('NerfMLP.max_deg_point = 200', 'NerfMLP.max_deg_point must be -32 to 32'),
+    (
+      "PropMLP.encoding = 'grid'\nPropMLP.grid_max_resolution = (32, 8)",
+      'PropMLP.grid_min_resolution must be at most grid_max_resolution, got 16 and (32, 8)',
+    ),
     ('train/Config.factor = 8', 'train/Config.factor: settings have no scopes'),
     ('a/b/NerfMLP.net_width = 8', 'Write NerfMLP.net_width'),
     ('Config.batch_size = ', ''),
@@ -242,6 +272,44 @@ def test_bad_value_is_a_one_line_error(binding, rule):
     configs.load_config((), [binding])
   assert rule in str(e.value)
   assert '\n' not in str(e.value)
+
+
+# Numbers of any size and sign make sense for these, or a check of several settings limits them.
+UNLIMITED = {
+  'distortion_power', 'loss_mults', 'z_variation', 'z_phase', 'density_bias', 'rgb_bias',
+}  # fmt: skip
+
+
+def numeric(hint) -> bool:
+  return hint in (int, float) or any(map(numeric, typing.get_args(hint)))
+
+
+@pytest.mark.parametrize('owner', [configs.Config, configs.Model, configs.NerfMLP])
+def test_each_number_has_its_limits(owner):
+  for name, hint in typing.get_type_hints(owner).items():
+    if numeric(hint):
+      limited = bool(config_checks._limits(name))
+      assert limited == (name not in UNLIMITED), name
+
+
+@pytest.mark.parametrize('seed', [0, 2**32 - 1])
+def test_all_seeds_start_a_run(seed):
+  assert train_step.seed_of(configs.Config(seed=seed)).dtype == np.int32
+
+
+def test_a_single_level_has_no_blur():
+  assert configs.Config(interlevel_blur=()).interlevel_blur == ()
+
+
+def test_the_fewest_samples_make_a_model():
+  settings = tiny.settings('Model.num_prop_samples = 2', 'Model.num_nerf_samples = 2')
+  models.init_params(models.build(settings), jax.random.key(0))
+
+
+@pytest.mark.parametrize('degs', [(-32, -30), (30, 32)])
+def test_the_highest_and_lowest_frequencies_are_finite(degs):
+  mean, var = jnp.array([[0.0, 1, 1e6]]), jnp.array([[0.0, 1e-12, 1e6]])
+  assert jnp.isfinite(coord.integrated_pos_enc(mean, var, *degs)).all()
 
 
 def test_macros_and_text_that_looks_like_a_scope():

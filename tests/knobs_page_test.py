@@ -46,7 +46,7 @@ def test_every_setting_is_listed_with_a_meaning(owner):
      "None: 'spiral' for forward-facing captures, else 'ellipse'.", 'Rendering'),
     ('Config.render_video_crf', 'a whole number, 0 to 51', '18',
      'Compression of the video: 0 (lossless) to 51 (smallest).', 'Rendering'),
-    ('Model.bg_intensity_range', 'a tuple of numbers', '(1.0, 1.0)',
+    ('Model.bg_intensity_range', 'a tuple of numbers, 0 to 1', '(1.0, 1.0)',
      '(low, high): random grey in training.', ''),
   ],
 )  # fmt: skip

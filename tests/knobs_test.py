@@ -23,7 +23,7 @@ import pytest
 import tiny
 import trajectory_test
 
-from internal import cli, configs, datasets, losses, models, plugins, structs
+from internal import cli, configs, datasets, idle_settings, losses, models, plugins, structs
 from internal.commands import eval as eval_program
 from internal.datasets import images, scenes
 from internal.evaluation import metrics as metrics_lib
@@ -444,8 +444,13 @@ KNOBS = {
     'weight_decay_mults': (loss, "{'nerf_mlp/a': 0.1}"),
     'depth_loss_mult': (loss, '0.1'),
     'depth_loss_rays': (tracked, '0.5', 'Config.depth_loss_mult = 0.1'),
-    'grid_decay_mult': (loss, '0.1'),
-    'grid_decay_growth': (loss, '2.0', 'Config.grid_decay_mult = 0.1'),
+    'grid_decay_mult': (loss, '0.1', "NerfMLP.encoding = 'grid'"),
+    'grid_decay_growth': (
+      loss,
+      '2.0',
+      'Config.grid_decay_mult = 0.1',
+      "NerfMLP.encoding = 'grid'",
+    ),
     'loss_mults': (loss, "{'knob': 0.5}"),
     'lr_init': (optimizer, '0.1'),
     'lr_final': (optimizer, '0.001'),
@@ -527,7 +532,7 @@ KNOBS = {
     'outside_mlps': (model, 'True'),
     'disable_integration': (model, 'True'),
     'use_viewdirs': (model, 'False'),
-    'bg_intensity_range': (model, '(0.0, 1.0)'),
+    'bg_intensity_range': (model, '(0.0, 1.0)', 'Model.opaque_background = False'),
     'num_glo_features': (model, '3'),
     'num_glo_embeddings': (model, '9', 'Model.num_glo_features = 3'),
     'near_anneal_rate': (model, '0.7'),
@@ -536,7 +541,7 @@ KNOBS = {
     'resample_blur': (model, 'True'),
     'use_gpu_kernels': (on_a_gpu, 'False'),
     'mlp_dtype': (model, "'bfloat16'"),
-    'deterministic_grid': (gradient, 'True'),
+    'deterministic_grid': (gradient, 'True', "NerfMLP.encoding = 'grid'"),
   },
   'NerfMLP': {
     'net_depth': (field, '2'),
@@ -583,7 +588,6 @@ BASE = (
   'Config.max_steps = 100',
   'Config.train_render_every = 0',
   'Config.grad_max_norm = 0.1',
-  'Config.vis_num_rays = 3',
   'Model.num_levels = 2',
   'NerfMLP.net_depth = 1',
   'PropMLP.net_depth = 1',
@@ -650,6 +654,70 @@ def test_setting_has_an_effect(owner, name, tmp_path):
   other = dataclasses.replace(settings, **{PARTS[owner]: part})
   before, after = (outcome(probe, owner, s, tmp_path) for s in (settings, other))
   assert differ(before, after)
+  assert not said_to_be_idle(other, f'{owner}.{name}')
+
+
+def said_to_be_idle(settings, name) -> bool:
+  return any(f'{name} = ' in line.split(': no effect')[0] for line in configs.notices(settings))
+
+
+SWITCHED = {  # Values of switches whose rule is a function.
+  'Config.max_steps': 100,
+  'Config.render_path_file': 'poses.npy',
+  'Config.render_spline_keyframes': NAMES[1:-1],
+  'NerfMLP.net_depth_viewdirs': 1,
+  'PropMLP.net_depth_viewdirs': 1,
+}
+IN_VAIN = {'Config.early_exit_steps': '200'}  # Values, where the one in KNOBS would have an effect.
+# Probes that see the switches (or setting), where those in KNOBS do not. None: there is none whose
+# result is the same to the letter, only in its numbers.
+SEEING = {
+  'Config.train_render_every': None,
+  'Config.randomized': step,
+  'Config.data_loss_mult Config.data_coarse_loss_mult': None,
+  'Config.depth_loss_mult': None,
+  'Config.interlevel_loss_mult Config.loss_mults': None,
+  'NerfMLP.encoding PropMLP.encoding': None,
+  'Model.num_levels': None,
+  'Model.single_mlp': model,
+  'Model.opaque_background': None,
+  'Model.use_viewdirs': model,
+  'NerfMLP.grid_levels': None,
+  'PropMLP.grid_levels': None,
+}
+FOR_OTHER_FOLDERS = ('Config.dtu_light_cond', 'Config.llffhold')
+
+
+def rules():
+  return [
+    pytest.param(switches, name, id=f'{" ".join(switches)}-{name}')
+    for switches, names in dict((str(rule), rule) for rule in idle_settings.rules()).values()
+    for name in names
+    if name not in FOR_OTHER_FOLDERS
+  ]
+
+
+@pytest.mark.parametrize(('switches', 'name'), rules())
+def test_setting_in_vain_is_said_to_have_no_effect(switches, name, tmp_path):
+  name = name.replace('PropMLP.*', 'PropMLP.net_width')
+  owner, field_name = name.split('.')
+  probe, value, *base = KNOBS[owner][field_name]
+  probe = SEEING.get(name, SEEING.get(' '.join(switches), probe))
+  short = SHORT if probe is training else ()
+  settings = load((*BASE, *short, *(b.format(owner) for b in base)))
+
+  def set_to(settings, knob, value):
+    part = PARTS[knob.split('.')[0]]
+    changed = dataclasses.replace(getattr(settings, part), **{knob.split('.')[1]: value})
+    return dataclasses.replace(settings, **{part: changed})
+
+  for switch, when in switches.items():
+    settings = set_to(settings, switch, SWITCHED[switch] if callable(when) else when[0])
+  other = set_to(settings, name, ast.literal_eval(IN_VAIN.get(name, value)))
+  assert said_to_be_idle(other, name)
+  if probe is not None:
+    before, after = (outcome(probe, owner, s, tmp_path) for s in (settings, other))
+    assert not differ(before, after)
 
 
 PROBES = {case[0]: case[2:] for knobs in KNOBS.values() for case in knobs.values()}
@@ -683,6 +751,32 @@ def test_accepted_settings_have_a_notice_and_no_effect(capsys):
   for name, line in zip(('render_path', 'use_gpu_resampling', 'disable_density_normals'), lines):
     assert re.fullmatch(rf'Note: \w+\.{name} = True is accepted without effect: .*\.', line)
   assert model(settings, None) == outcome(model, 'Model', silent)
+
+
+def test_names_in_rules_exist():
+  for switches, names in idle_settings.rules():
+    for name in (*switches, *names):
+      owner, field_name = name.split('.')
+      assert field_name == '*' or field_name in KNOBS[owner]
+
+
+def test_settings_in_vain_share_a_line_for_each_reason():
+  settings = load((*BASE, 'Config.camera_prior = 3.0', 'Config.camera_start = 0.5'))
+  assert configs.notices(settings) == [
+    'Config.camera_start = 0.5, Config.camera_prior = 3.0: no effect with '
+    'Config.refine_cameras = False.'
+  ]
+
+
+def test_exposures_and_appearance_vectors_together_have_a_notice():
+  settings = load((*BASE, "Config.exposure = 'gain'", 'Model.num_glo_features = 4'))
+  (line,) = configs.notices(settings)
+  assert 'use one of them' in line
+
+
+@pytest.mark.parametrize('path', glob.glob('configs/*.gin', root_dir=configs.installation.DATA))
+def test_shipped_configs_set_nothing_in_vain(path):
+  assert configs.notices(configs.load_config([path])) == []
 
 
 def test_normals_do_not_change_training():

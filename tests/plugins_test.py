@@ -180,7 +180,7 @@ class TestChoices:
       ("Config.render_path_type = 'nope'", "'dolly', None, 'mine'"),
       ("Config.loss_mults = {'nope': 1.0}", "losses ('mine')"),
       ("Config.loss_mults = {'distortion': 1.0}", "losses ('mine')"),
-      ("Config.loss_mults = {'mine': 'x'}", 'dict[str, float]'),
+      ("Config.loss_mults = {'mine': 'x'}", 'must be a dictionary from text to numbers'),
       ("Config.loss_mults = {'mine': 1e999}", 'finite'),
     ],
   )

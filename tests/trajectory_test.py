@@ -296,11 +296,11 @@ class TestLens:
 
   @pytest.mark.parametrize('size', [(100,), (0, 10), (10, -1)])
   def test_bad_sizes(self, size):
-    with pytest.raises(trajectory.TrajectoryError, match='render_resolution'):
+    with pytest.raises(configs.ConfigError, match='render_resolution'):
       make(render_resolution=size)
 
   def test_bad_focal_length(self):
-    with pytest.raises(trajectory.TrajectoryError, match='render_focal'):
+    with pytest.raises(configs.ConfigError, match='render_focal'):
       make(render_focal=-1.0)
 
 

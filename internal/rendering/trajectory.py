@@ -130,10 +130,7 @@ def _lens_and_size(
   if path_file and path_file.size is not None:
     size = np.array(path_file.size)
   if config.render_resolution is not None:
-    sides = tuple(config.render_resolution)
-    if len(sides) != 2 or min(sides) < 1:
-      raise TrajectoryError(f'Config.render_resolution must be (width, height), got {sides}.')
-    size = np.array(sides)
+    size = np.array(config.render_resolution)
   return lens, size
 
 
@@ -151,8 +148,6 @@ def _pixtocam(
   if lens == structs.PANORAMA:
     fx, fy, cx, cy = width / (2 * np.pi), height / np.pi, 0, 0
     zoom = np.ones_like(zoom)
-  elif config.render_focal is not None and not config.render_focal > 0:
-    raise TrajectoryError(f'Config.render_focal must be positive, got {config.render_focal}.')
   elif path_file and path_file.fov is not None and config.render_focal is None:
     fx = fy = height / 2 / np.tan(path_file.fov / 2)
   else:
