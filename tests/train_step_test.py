@@ -42,7 +42,7 @@ def _lower(settings, mesh):
 
 def test_seeds_share_a_program():
   programs, losses_of = set(), set()
-  for seed in (1, 2, -1):
+  for seed in (1, 2, 4_000_000_000):
     settings = tiny.settings(f'Config.seed = {seed}')
     programs.add(_lower(settings, tiny.mesh(1)).as_text())
     losses = {
