@@ -158,7 +158,7 @@ def load(modules: Iterable[str]) -> None:
   for name in modules:
     before = loaded()
     if name.endswith('.py') or os.sep in name:
-      raise PluginError(f'--plugins {name}: is a file. Give the name of the module{_hint(name)}.')
+      raise PluginError(f'--plugins {name}: is a path. Give the name of the module{_hint(name)}.')
     try:
       importlib.import_module(name)
     except UserError:

@@ -128,7 +128,7 @@ class TestLoading:
   def test_paths_of_files_hint_at_the_module(self, plug, tmp_path):
     (tmp_path / 'mine').mkdir()
     plug('mine/field', "plugins.loss('mine')(len)")
-    name = 'is a file. Give the name of the module, '
+    name = 'is a path. Give the name of the module, '
     for path in ('mine/field.py', './mine/field.py', str(tmp_path / 'mine' / 'field.py')):
       assert refused(plugins.load, [path]) == f'--plugins {path}: {name}mine.field.'
     assert refused(plugins.load, ['field.py']) == f'--plugins field.py: {name}field.'
