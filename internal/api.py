@@ -21,25 +21,30 @@ from .datasets import scenes
 from .devices import sharding
 from .errors import UserError
 from .rendering import trained
-from .system import bucket
+from .system import bucket, files
 from .training import loop, run_folder, runlog
 
 
 def load_settings(
-  *gin_configs: str, bindings: Sequence[str] = (), **values: Any
+  *gin_configs: str, bindings: str | Sequence[str] = (), **values: Any
 ) -> configs.Settings:
   """Reads gin files and settings.
 
   Args:
-    *gin_configs: paths of gin files, or names of the shipped ones such as 'configs/360_fast.gin'.
-    bindings: gin bindings such as 'NerfMLP.net_width = 512'.
+    *gin_configs: paths of gin files, or shipped ones: 'fast' or 'configs/360_fast.gin'.
+    bindings: gin bindings such as 'NerfMLP.net_width = 512', or only one.
     **values: fields of `Config`, such as data_dir='my_scene'; they win over the bindings.
 
   Raises:
     ConfigError: a file is missing, a name is unknown, or a value is out of range.
   """
   own = [f'Config.{name} = {value!r}' for name, value in values.items()]
-  return configs.load_config(gin_configs, [*bindings, *own])
+  paths = [name if files.is_file(name) else configs.config_path(name) for name in gin_configs]
+  return configs.load_config(paths, [*_as_list(bindings), *own])
+
+
+def _as_list(bindings: str | Sequence[str]) -> list[str]:
+  return [bindings] if isinstance(bindings, str) else list(bindings)
 
 
 def load_capture(settings: configs.Settings) -> scenes.Scene:
@@ -100,8 +105,13 @@ class Run:
     """Scores the test images; writes eval/ as eval.py does and returns results.json's content.
 
     Args:
-      images: number of test images, from the first on; None for all that the settings select.
+      images: at most so many test images, from the first on; None for all that the settings select.
+
+    Raises:
+      UserError: `images` is not positive, or there are no test images; nothing is written.
     """
+    if images is not None and images < 1:
+      raise UserError(f'images must be at least 1, or None for all, got {images!r}.')
     rows = eval_program.select_images(self.settings.config, self.scene)[:images]
     return eval_program.evaluate(self._run, rows, self._render_image)
 
@@ -122,18 +132,18 @@ class Run:
     return self.scene.cameras, camera % len(names)
 
 
-def load_run(folder: str, step: int | None = None, bindings: Sequence[str] = ()) -> Run:
+def load_run(folder: str, step: int | None = None, bindings: str | Sequence[str] = ()) -> Run:
   """Opens a trained run by its folder.
 
   Args:
     folder: `Config.checkpoint_dir` of the training, also a gs:// address.
     step: the checkpoint to restore; None for the newest.
-    bindings: gin bindings that override the run's settings.
+    bindings: gin bindings that override the run's settings, or only one.
 
   Raises:
     CheckpointError: the folder has no run, or no such checkpoint.
   """
-  return Run(trained.open_trained(bucket.local(folder), bindings, step))
+  return Run(trained.open_trained(bucket.local(folder), _as_list(bindings), step))
 
 
 def train(

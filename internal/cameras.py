@@ -69,7 +69,8 @@ def make_cameras(
     The table, with float32 and int32 leaves.
 
   Raises:
-    UserError: a shape is wrong, or a lens code is unknown.
+    UserError: a shape is wrong, a lens code is unknown, a value is NaN or infinite, or a pose
+      scales, shears or mirrors.
   """
   camtoworld = np.asarray(camtoworld, np.float32)
   if camtoworld.ndim != 3 or camtoworld.shape[1:] != (3, 4) or not len(camtoworld):
@@ -84,8 +85,21 @@ def make_cameras(
     raise UserError(f'lens must contain only the codes {names}, got {list(lenses)}.')
   if pixtocam_ndc is not None:
     pixtocam_ndc = _rows('pixtocam_ndc', pixtocam_ndc, (3, 3), np.float32)
+  pixtocam = _rows('pixtocam', pixtocam, (n, 3, 3), np.float32)
+  for name, values in (
+    ('pixtocam', pixtocam), ('camtoworld', camtoworld), ('distortion', distortion),
+    ('pixtocam_ndc', 0 if pixtocam_ndc is None else pixtocam_ndc),
+  ):  # fmt: skip
+    if not np.isfinite(values).all():
+      raise UserError(f'{name} contains NaN or inf.')
+  rigid = structs.are_rigid(camtoworld)
+  if not rigid.all():
+    raise UserError(
+      f'camtoworld must be rotations and positions; pose {np.argmin(rigid)} scales, shears or '
+      'mirrors. Divide the rotation by its scale.'
+    )
   return structs.Cameras(
-    pixtocam=_rows('pixtocam', pixtocam, (n, 3, 3), np.float32),
+    pixtocam=pixtocam,
     camtoworld=camtoworld,
     distortion=distortion,
     lens=lens,

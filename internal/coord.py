@@ -20,8 +20,8 @@ Array = jax.Array
 def contract(x: Array) -> Array:
   """Contracts points towards the origin, into a ball of radius 2 (Eq. 10 of arXiv:2111.12077).
 
-  contract(x) = x if |x| <= 1, otherwise (2 - 1 / |x|) x / |x|. Values and gradients are finite
-  everywhere.
+  contract(x) = x if |x| <= 1, otherwise (2 - 1 / |x|) x / |x|. In float32, values are right up to
+  |x| = 1e19 and gradients up to 1e9, beyond the largest `Config.far`; farther points overflow.
 
   Args:
     x: [..., 3] points in world units.

@@ -263,7 +263,10 @@ def total(
 
   Raises:
     UserError: the data loss needs a colour that the level does not have.
+    PluginError: a plugged-in loss is not a scalar.
   """
   inputs = Inputs(config, params, renderings, history, batch)
-  terms = {name: mult * plugins.loss[name](inputs) for name, mult in _multipliers(config).items()}
+  mults = _multipliers(config).items()
+  # A plug-in may return a Python number.
+  terms = {name: mult * jnp.asarray(plugins.loss[name](inputs)) for name, mult in mults}
   return sum(terms.values()), terms

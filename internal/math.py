@@ -134,11 +134,12 @@ def sorted_interp(x: Array, xp: Array, fp: Array) -> Array:
     fp: [..., n] values at the knots, ascending.
 
   Returns:
-    [..., m] values; outside the knots the nearest end of fp.
+    [..., m] values; outside the knots the nearest end of fp; NaN beside a knot that is NaN.
   """
   x0, x1, f0, f1 = by_platform(_bracket_by_mask, _bracket_by_search)(x, xp, fp)
   width = x1 - x0
-  offset = jnp.where(width > 0, (x - x0) / jnp.where(width > 0, width, 1), 0)
+  flat = width <= 0  # False for NaN, which must not look like a tie.
+  offset = jnp.where(flat, 0, (x - x0) / jnp.where(flat, 1, width))
   return f0 + jnp.clip(offset, 0, 1) * (f1 - f0)
 
 

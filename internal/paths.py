@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from . import structs
 from .errors import UserError
 
 _PARALLEL = 1e-6  # Optical axes count as parallel if the mean sin^2 of their angles is below this.
@@ -101,12 +102,7 @@ def transform_points(transform: np.ndarray, points: np.ndarray) -> np.ndarray:
   return points @ transform[:3, :3].T + transform[:3, 3]
 
 
-def are_rigid(poses: np.ndarray) -> np.ndarray:
-  """Returns [n] bool: whether each pose [n, 3, 4] is rigid, without scale, shear or reflection."""
-  rotation = poses[:, :, :3]
-  with np.errstate(all='ignore'):
-    skew = np.abs(np.swapaxes(rotation, -1, -2) @ rotation - np.eye(3)).max((-1, -2))
-    return (skew < 0.01) & (np.linalg.det(rotation) > 0)
+are_rigid = structs.are_rigid  # Defined there because cameras need it too.
 
 
 def average_pose(poses: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 Notation: `t` [..., n + 1] ascending endpoints of n bins and `w` [..., n] their weights, not
 negative. A second histogram, the envelope, is `t_env` [..., m + 1] and `w_env` [..., m]. The
-density of a bin is its weight over its width; the density of a bin of width 0 is 0.
+density of a bin is its weight over its width; the density of a bin of width 0 is 0. Weights whose
+number does not fit the endpoints are a ValueError in every function.
 """
 
 import jax
@@ -13,8 +14,18 @@ from . import math
 Array = jax.Array
 
 
+def _check_bins(t: Array, w: Array) -> None:
+  """Raises a ValueError unless t has one value more than w."""
+  if jnp.shape(t)[-1] != jnp.shape(w)[-1] + 1:
+    raise ValueError(
+      f'A histogram of n weights has n + 1 endpoints, got {jnp.shape(w)[-1]} weights or logits and '
+      f'{jnp.shape(t)[-1]} endpoints.'
+    )
+
+
 def weight_to_density(t: Array, w: Array) -> Array:
   """Returns the density w / diff(t) of each bin, [..., n]; 0 for bins of width 0."""
+  _check_bins(t, w)
   width = jnp.diff(t)
   return jnp.where(width > 0, w / jnp.maximum(width, math.SMALL), 0)
 
@@ -128,11 +139,13 @@ def anneal_logits(t: Array, w: Array, exponent: float | Array, padding: float = 
     padding: added to each weight first.
 
   Returns:
-    [..., n] logits; -inf for bins of width 0.
+    [..., n] logits; the lowest finite number for bins of width 0.
   """
+  _check_bins(t, w)
   # `safe_log` is finite at 0, so a ray whose weights are all 0 is sampled uniformly over its bins.
   logits = exponent * math.safe_log(w + padding)
-  return jnp.where(jnp.diff(t) > 0, logits, -jnp.inf)
+  # Not -inf: if all bins have width 0, the softmax would be NaN.
+  return jnp.where(jnp.diff(t) > 0, logits, jnp.finfo(logits.dtype).min)
 
 
 def sample(
@@ -148,8 +161,9 @@ def sample(
     single_jitter: whether all strata of a ray share one offset.
 
   Returns:
-    [..., num_samples] ascending points.
+    [..., num_samples] ascending points; NaN where logits of several bins are NaN.
   """
+  _check_bins(t, w_logits)
   batch = t.shape[:-1]
   if key is None:
     jitter = jnp.full((*batch, 1), 0.5, t.dtype)
@@ -183,10 +197,10 @@ def sample_intervals(
     domain: (low, high) that the endpoints are clipped to.
 
   Returns:
-    [..., num_samples + 1] ascending endpoints.
+    [..., num_samples + 1] ascending endpoints; NaN where logits of several bins are NaN.
 
   Raises:
-    ValueError: num_samples is below 2.
+    ValueError: num_samples is below 2, or there are not n logits.
   """
   if num_samples < 2:
     raise ValueError(f'num_samples must be at least 2, got {num_samples}.')
@@ -211,6 +225,7 @@ def outer_bound(t: Array, t_env: Array, w_env: Array) -> Array:
   Returns:
     [..., n] upper bounds on the weights of the bins.
   """
+  _check_bins(t_env, w_env)
   # [..., n, m]
   touches = (t_env[..., None, :-1] <= t[..., 1:, None]) & (
     t_env[..., None, 1:] >= t[..., :-1, None]
@@ -230,6 +245,7 @@ def lossfun_outer(t: Array, w: Array, t_env: Array, w_env: Array) -> Array:
   Returns:
     [..., n] loss of each bin. Eq. 13 is their sum.
   """
+  _check_bins(t, w)
   excess = jnp.maximum(0, w - outer_bound(t, t_env, w_env))
   return excess**2 / (w + math.EPS)
 
@@ -249,6 +265,7 @@ def blur_resample(t: Array, w: Array, half_width: float, t_new: Array) -> Array:
   Returns:
     [..., m] weights of the new bins.
   """
+  _check_bins(t, w)
   # A bin convolved with the box is a trapezoid: constant within wide - narrow of its centre, 0
   # beyond wide + narrow. This form of its mass beyond |x| subtracts no large numbers.
   half = jnp.diff(t)[..., :, None] / 2  # [..., n, 1]
@@ -275,6 +292,7 @@ def lossfun_blur(t: Array, w: Array, t_env: Array, w_env: Array, half_width: flo
   Returns:
     [..., m] loss of each envelope bin.
   """
+  _check_bins(t_env, w_env)
   excess = jnp.maximum(0, blur_resample(t, w, half_width, t_env) - w_env)
   return excess**2 / (w_env + 1e-5)  # Without 1e-5, empty bins would dominate the loss.
 
@@ -291,6 +309,7 @@ def lossfun_distortion(t: Array, w: Array) -> Array:
   Returns:
     [...] loss of each ray.
   """
+  _check_bins(t, w)
   middle = (t[..., 1:] + t[..., :-1]) / 2
   distance = jnp.abs(middle[..., :, None] - middle[..., None, :])  # [..., n, n]
   between = jnp.sum(w * jnp.sum(w[..., None, :] * distance, -1), -1)
@@ -307,8 +326,9 @@ def weighted_percentile(t: Array, w: Array, ps) -> Array:
     ps: [k] percentiles in [0, 100].
 
   Returns:
-    [..., k] distances at which the CDF reaches each percentile.
+    [..., k] distances at which the CDF reaches each percentile; NaN where weights are NaN.
   """
+  _check_bins(t, w)
   x = jnp.asarray(ps, t.dtype) / 100
   x = jnp.broadcast_to(x.reshape((1,) * (t.ndim - 1) + (-1,)), (*t.shape[:-1], x.size))
   return math.sorted_interp(x, integrate_weights(w), t)

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import numpy as np
 
 Array = jax.Array
 
@@ -72,6 +73,14 @@ class Cameras:
     names = ('pixtocam', 'camtoworld', 'distortion', 'lens', 'size')
     rows_of = {name: getattr(self, name)[rows] for name in names}
     return self.replace(**rows_of, supervision=None)
+
+
+def are_rigid(poses: np.ndarray) -> np.ndarray:
+  """Returns [n] bool: whether each pose [n, 3, 4] is rigid, without scale, shear or reflection."""
+  rotation = poses[:, :, :3]
+  with np.errstate(all='ignore'):
+    skew = np.abs(np.swapaxes(rotation, -1, -2) @ rotation - np.eye(3)).max((-1, -2))
+    return (skew < 0.01) & (np.linalg.det(rotation) > 0)
 
 
 @flax.struct.dataclass

@@ -112,6 +112,17 @@ class TestRun:
       run.render(9)
 
 
+@pytest.mark.parametrize('images', [0, -1])
+def test_no_images_are_refused_before_results_are_lost(run, images):
+  before = run.evaluate(images=1)
+  file = Path(run.folder) / 'eval' / 'results.json'
+  content = file.read_bytes()
+  with pytest.raises(errors.UserError, match=f'at least 1, or None for all, got {images}'):
+    run.evaluate(images=images)
+  assert file.read_bytes() == content
+  assert json.loads(content)['mean'] == before['mean']
+
+
 def test_callbacks_cannot_be_between_steps(run):
   with pytest.raises(errors.UserError, match='every must be at least 1, got 0'):
     mipnerf360.train(run.settings, on_step=print, every=0)
@@ -122,3 +133,14 @@ def test_values_win_over_bindings_and_slips_are_named():
   assert settings.config.max_steps == 7
   with pytest.raises(configs.ConfigError, match='max_steps'):
     mipnerf360.load_settings(max_step=7)
+
+
+def test_configs_have_short_names_and_one_binding_needs_no_list(run):
+  by_path = mipnerf360.load_settings('configs/demo.gin', bindings=['Config.seed = 5'])
+  by_name = mipnerf360.load_settings('demo', bindings='Config.seed=5')
+  assert by_name == by_path
+  assert by_name.config.seed == 5
+  assert mipnerf360.load_settings('paper') == mipnerf360.load_settings('configs/360.gin')
+  assert mipnerf360.load_run(run.folder, bindings='Config.seed=5').settings.config.seed == 5
+  with pytest.raises(configs.ConfigError, match=r'nope.*Use fast, grid, paper'):
+    mipnerf360.load_settings('nope')

@@ -21,6 +21,7 @@ cast = jax.jit(cameras.pixels_to_rays)  # Without jit it is slow.
 distort = jax.jit(cameras.distort, static_argnums=3)
 POSE = np.array([[0.36, 0.48, -0.8, 1.5], [-0.8, 0.6, 0, -2.0], [0.48, 0.64, 0.6, 0.25]])
 EYE = np.eye(3, 4)
+SHIFT = np.eye(4)[3]  # Of a pose: all coordinates of its position.
 
 
 def make(name, pose=EYE, **overrides):
@@ -138,7 +139,7 @@ def test_panorama_covers_the_sphere_once():
 
 def test_tables_with_several_lenses_match_single_cameras():
   names = list(LENSES)
-  tables = [make(name, POSE + 0.1 * i) for i, name in enumerate(names)]
+  tables = [make(name, POSE + 0.1 * i * SHIFT) for i, name in enumerate(names)]
   fields = ('pixtocam', 'camtoworld', 'size', 'distortion', 'lens')
   rows = (np.concatenate([getattr(t, field) for t in tables]) for field in fields)
   table = cameras.make_cameras(*rows)
@@ -332,6 +333,12 @@ def test_make_cameras_broadcasts_and_sets_the_static_fields():
     ({'size': (1, 2, 3)}, r'size must be \[1, 2\], got \[3\]'),
     ({'distortion': np.zeros((2, 6))}, r'distortion must be \[1, 6\], got \[2, 6\]'),
     ({'lens': 3}, r'perspective.*got \[3\]'),
+    ({'camtoworld': EYE[None] * np.nan}, 'camtoworld contains NaN or inf'),
+    ({'pixtocam': np.full((3, 3), np.inf)}, 'pixtocam contains NaN or inf'),
+    ({'distortion': [0, np.nan, 0, 0, 0, 0]}, 'distortion contains NaN or inf'),
+    ({'pixtocam_ndc': np.eye(3) * np.nan}, 'pixtocam_ndc contains NaN or inf'),
+    ({'camtoworld': np.stack([EYE, EYE * 2])}, 'pose 1 scales, shears or mirrors'),
+    ({'camtoworld': EYE[None] * [-1, 1, 1, 1]}, 'pose 0 scales, shears or mirrors'),
   ],
 )
 def test_make_cameras_with_invalid_arguments_raises(overrides, message):

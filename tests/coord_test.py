@@ -72,8 +72,17 @@ class TestContract:
 
   def test_finite(self):
     points = [[0, 0, 0], [1e-20] * 3, [1, 0, 0], [0.6, 0, 0.8], [1e6, -1e6, 1]]
+    points += [[1e9, 0, 0], [3e18, -4e18, 5e18]]
     assert_finite(coord.contract, points)
     assert_finite(coord.inv_contract, [[0, 0, 0], [1e-20] * 3, [0, -1, 0], [0, 1.9, 0]])
+
+  def test_far_points_and_their_jacobian(self):
+    far = np.float32(_directions(5) * 1e19)
+    np.testing.assert_allclose(coord.contract(far), 2 * _directions(5), atol=4e-7)
+    far = np.float32(_directions(5) * 1e9)
+    jacobian = jax.vmap(jax.jacfwd(coord.contract))(far)
+    expected = _contract_jacobian64(far.astype(np.float64))
+    np.testing.assert_allclose(jacobian * 1e9, expected * 1e9, atol=1e-6)
 
   def test_jacobian_on_the_sphere_is_the_identity(self):
     for x in ([1.0, 0, 0], [0, 0, 0], [0.6, 0, 0.8]):

@@ -368,6 +368,14 @@ def test_forward_facing_runs_are_refused():
     points.pinhole_views(flat, 3, 20)
 
 
+def test_views_are_no_wider_than_the_photographs(scene):
+  assert points.default_width(scene) == 60
+  size = np.asarray(scene.cameras.size) * 10
+  size[scene.test[0]] = 9  # Test photographs do not count.
+  large = dataclasses.replace(scene, cameras=scene.cameras.replace(size=size))
+  assert points.default_width(large) == 400
+
+
 def test_the_command(scene, tmp_path, monkeypatch, capsys):
   settings = tiny.settings()
   monkeypatch.setattr(run_folder, 'open_run', lambda *_: (settings, scene))
@@ -383,6 +391,11 @@ def test_the_command(scene, tmp_path, monkeypatch, capsys):
     assert vertices[:, 2].min() >= -6.001
     assert np.linalg.norm(vertices - [-4, 2, -6], axis=-1) == pytest.approx(0.8, abs=0.05)
   assert len(json.loads((tmp_path / 'export/depth/transforms.json').read_text())['frames']) == 8
+  export.main([str(tmp_path), '--views', '2', '--what', 'depth'])
+  table = json.loads((tmp_path / 'export/depth/transforms.json').read_text())
+  assert (len(table['frames']), table['w'], table['h']) == (2, 60, 40)
+  with pytest.raises(points.ExportError, match='--width must be at least 2, got 0'):
+    export.main([str(tmp_path), '--width', '0'])
   with pytest.raises(points.ExportError, match='X0 < X1'):
     export.main([*arguments, '--box', '1', '0', '0', '0', '1', '1'])
   export.main([*arguments, *box, '--what', 'mesh', '--simplify', '300', '--texture', '128'])

@@ -19,7 +19,7 @@ import pytest
 import tiny
 from trajectory_test import make_scene
 
-from internal import api, cli, configs, knobs, losses, models, plugins, structs
+from internal import api, cli, configs, coord, datasets, knobs, losses, models, plugins, structs
 from internal.commands import run_dataset, scaling
 from internal.errors import UserError
 from internal.experiments import runs, slurm
@@ -90,7 +90,7 @@ class TestTables:
     plugins.load([name])
     plugins.loss('other')(len)
     plugins.loss('other')(max)
-    assert plugins.loss['other'] is max
+    assert plugins.loss['other']([1, 3]) == 3
     assert plugins.loaded() == ('one', __name__)
 
   def test_a_package_stands_for_its_modules(self, plug, tmp_path):
@@ -110,7 +110,9 @@ class TestLoading:
       ('raise SystemExit(0)', ('--plugins broken', 'SystemExit')),
       ('1 / 0', ('--plugins broken', 'ZeroDivisionError', '--debug')),
       ('x = 1', ('--plugins broken', 'registers nothing', '@plugins.encoding')),
-      ('from mipnerf360 import nothing_like_it', ('--plugins broken', 'ImportError')),
+      ('from mipnerf360 import nothing_like_it', ('--plugins broken', 'ImportError', 'Correct')),
+      ('import absent', ("No module named 'absent'). Correct the module; --debug",)),
+      ('import absent.part', ("No module named 'absent'). Correct the module; --debug",)),
     ],
   )
   def test_unusable_modules_are_one_line_errors(self, plug, text, words):
@@ -122,6 +124,17 @@ class TestLoading:
   @pytest.mark.parametrize('name', ['json', '', '.relative', 'my_field.py', 'runs/mine'])
   def test_names_that_are_no_plugins(self, plug, name):
     assert f'--plugins {name}: ' in refused(plugins.load, [name])
+
+  def test_paths_of_files_hint_at_the_module(self, plug, tmp_path):
+    (tmp_path / 'mine').mkdir()
+    plug('mine/field', "plugins.loss('mine')(len)")
+    name = 'is a path. Give the name of the module, '
+    for path in ('mine/field.py', './mine/field.py', str(tmp_path / 'mine' / 'field.py')):
+      assert refused(plugins.load, [path]) == f'--plugins {path}: {name}mine.field.'
+    assert refused(plugins.load, ['field.py']) == f'--plugins field.py: {name}field.'
+    message = refused(plugins.load, ['/elsewhere/field.py'])
+    assert message.endswith(f'{name}field, and add /elsewhere to PYTHONPATH.')
+    assert plugins.loaded() == ()
 
   def test_the_flag_loads_before_settings_are_read(self, plug):
     names = [plug(name, f"plugins.ray_distance('{name}')(lambda: (len, len))") for name in 'ab']
@@ -209,6 +222,63 @@ class TestChoices:
     assert after == before - 1.5
     assert calls[0].history is history
 
+  @pytest.mark.parametrize(
+    ('value', 'got'),
+    [(jnp.ones(3), 'an array [3]'), (None, 'None'), ('x', "'x'"), ((1, jnp.ones(2)), '(1, an ')],
+  )
+  def test_losses_that_are_no_scalars_are_named(self, plug, value, got):
+    plugins.loss('mine')(lambda inputs: value)
+    message = refused(plugins.loss['mine'], None)
+    assert message.startswith(f"The loss 'mine' of {__name__} must return a scalar, got {got}")
+
+  def test_losses_may_be_python_numbers(self, plug):
+    plugins.loss('mine')(lambda inputs: 0.25)
+    t, w, rgb = jnp.linspace(0.0, 1, 5)[None], jnp.ones((1, 4)) / 4, jnp.full((1, 3), 0.5)
+    rendering = structs.Rendering(rgb, w[:, 0], w[:, 0], w[:, :3])
+    history = [structs.RayHistory(t, t, w, None)] * 2
+    config = configs.Config(loss_mults={'mine': 2.0})
+    _, terms = losses.total(config, {}, [rendering] * 2, history, structs.Batch(None, rgb))
+    assert isinstance(terms['mine'], jax.Array)
+    assert terms['mine'] == 0.5
+
+  def test_datasets_without_a_scene_are_named(self, plug):
+    plugins.dataset('mine')(lambda config, read_only: None)
+    config = configs.Config(dataset_loader='mine')
+    rule = 'must return a datasets.scenes.Scene, got None.'
+    assert refused(datasets.load_dataset, config) == f"The dataset 'mine' of {__name__} {rule}"
+
+  @pytest.mark.parametrize('value', [jnp.sqrt, None, (jnp.sqrt,), (jnp.sqrt, 2.0)])
+  def test_ray_distances_without_an_inverse_are_named(self, plug, value):
+    plugins.ray_distance('mine')(lambda: value)
+    message = refused(coord.ray_warps, 'mine', 1.0, 2.0)
+    rule = 'must return two functions, g and its inverse, got '
+    assert message.startswith(f"The ray distance 'mine' of {__name__} {rule}")
+    assert 'raydist_options' in refused(coord.ray_warps, 'mine', 1.0, 2.0, {'lam': 1})
+
+  def test_encodings_of_another_shape_are_named(self, plug):
+    gaussians = structs.Gaussians(jnp.zeros((2, 5, 6, 3)), jnp.zeros((2, 5, 6, 3, 3)))
+
+    def message(multisampled=False):
+      field = MLP(configs.NerfMLP(encoding='mine', net_depth=1), multisampled=multisampled)
+      return refused(field.init, jax.random.key(0), None, gaussians)
+
+    value = gaussians.mean[..., 0]
+
+    @plugins.encoding('mine')
+    class Mine(encodings.Encoding):
+      def __call__(self, gaussians):
+        return value
+
+    rule = 'must return features [2, 5, 6, f] for means [2, 5, 6, 3]'
+    text = f"The encoding 'mine' of {__name__} {rule}, got "
+    assert message() == f'{text}an array [2, 5, 6].'
+    value = gaussians.mean[:1]
+    assert message() == message(True) == f'{text}an array [1, 5, 6, 3].'
+    value = None
+    assert message() == f'{text}None.'
+    plugins.encoding('mine')(len)
+    assert 'must be a subclass of fields.encodings.Encoding, got <built-in' in message()
+
   def test_encodings_average_multisamples(self, plug):
     @plugins.encoding('mine')
     class Mine(encodings.Encoding):
@@ -237,7 +307,13 @@ class TestChoices:
   def test_malformed_paths_are_refused(self, plug):
     plugins.camera_path('mine')(lambda config, scene: np.zeros((3, 4)))
     config = configs.Config(render_path_type='mine')
-    assert '[n, 3, 4]' in refused(trajectory.make_path, config, make_scene())
+    message = refused(trajectory.make_path, config, make_scene())
+    assert message.startswith(f"The camera path 'mine' of {__name__} must return poses [n, 3, 4]")
+    assert message.endswith('got an array [3, 4].')
+    poses = np.tile(np.eye(3, 4), (2, 1, 1))
+    for wrong in (None, [[1], [1, 2]], (poses, np.ones(3)), (poses,) * 3, poses[:0]):
+      plugins.camera_path('mine')(lambda config, scene, wrong=wrong: wrong)
+      assert "The camera path 'mine'" in refused(trajectory.make_path, config, make_scene())
     plugins.camera_path('mine')(lambda config, scene: np.full((2, 3, 4), np.nan))
     assert 'Pose 0 contains NaN' in refused(trajectory.make_path, config, make_scene())
     zoom = np.array([1.0, 2.0])

@@ -8,6 +8,7 @@ import captures
 import jax
 import numpy as np
 import pytest
+from scipy.spatial import transform
 
 from internal import cameras, structs
 from internal.datasets import images, scenes
@@ -15,9 +16,10 @@ from internal.datasets import images, scenes
 
 def sample(ndc=True) -> scenes.Scene:
   rng = np.random.default_rng(0)
+  rotations = transform.Rotation.random(3, random_state=0).as_matrix()
   table = cameras.make_cameras(
     rng.random((3, 3, 3)),  # Focal lengths are positive.
-    rng.normal(size=(3, 3, 4)),
+    np.concatenate([rotations, rng.normal(size=(3, 3, 1))], -1),
     [[16, 12]] * 3,
     distortion=rng.normal(size=(3, 6)),
     lens=[structs.FISHEYE, 0, 0],

@@ -245,8 +245,17 @@ class TestSample:
     def draw(t, w):
       return stepfun.sample(self.key, t, stepfun.anneal_logits(t, w, 0.7), 6, True)
 
-    some_width = np.ptp(PAIRS[0], axis=-1) > 0
-    assert_finite(draw, *(v[some_width] for v in PAIRS))
+    assert_finite(draw, *PAIRS)
+
+  @pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+  def test_nan_logits_do_not_pass_for_samples(self, platform, monkeypatch):
+    if platform == 'tpu':
+      monkeypatch.setattr(stepfun.math, 'by_platform', lambda dense, indexed: dense)
+    t = jnp.linspace(0.0, 1.0, 9)
+    logits = jnp.zeros((2, 8)).at[0, 3].set(jnp.nan)
+    out = jax.jit(lambda v: stepfun.sample_intervals(None, jnp.stack([t, t]), v, 4))(logits)
+    assert np.all(np.isnan(out[0]))
+    np.testing.assert_allclose(out[1], [0, 0.25, 0.5, 0.75, 1], atol=1e-6)
 
 
 class TestSampleIntervals:
@@ -278,6 +287,34 @@ class TestSampleIntervals:
   def test_a_single_interval_raises(self):
     with pytest.raises(ValueError, match='at least 2, got 1'):
       stepfun.sample_intervals(None, jnp.array([0.0, 1.0]), jnp.zeros(1), 1)
+
+
+T, W = jnp.linspace(0.0, 1.0, 9)[None], jnp.ones((1, 8)) / 8
+
+
+@pytest.mark.parametrize('wrong', [1, 3, 7, 9])
+@pytest.mark.parametrize(
+  'call',
+  [
+    lambda w: stepfun.weight_to_density(T, w),
+    lambda w: stepfun.max_dilate_weights(T, w, 0.1),
+    lambda w: stepfun.anneal_logits(T, w, 1.0),
+    lambda w: stepfun.sample(None, T, w, 4),
+    lambda w: stepfun.sample_intervals(None, T, w, 4),
+    lambda w: stepfun.outer_bound(T, T, w),
+    lambda w: stepfun.lossfun_outer(T, w, T, W),
+    lambda w: stepfun.lossfun_outer(T, W, T, w),
+    lambda w: stepfun.blur_resample(T, w, 0.1, T),
+    lambda w: stepfun.lossfun_blur(T, w, T, W, 0.1),
+    lambda w: stepfun.lossfun_blur(T, W, T, w, 0.1),
+    lambda w: stepfun.lossfun_distortion(T, w),
+    lambda w: stepfun.weighted_percentile(T, w, (50,)),
+  ],
+)
+def test_weights_that_do_not_fit_the_endpoints_are_refused(call, wrong):
+  call(W)
+  with pytest.raises(ValueError, match=rf'got {wrong} weights or logits and 9 endpoints'):
+    call(jnp.ones((1, wrong)) / wrong)
 
 
 def _bound_twin(t, t_env, w_env):

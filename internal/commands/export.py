@@ -60,7 +60,8 @@ def parse(argv: list[str] | None):
     help=what,
   )
   add('--views', type=int, default=48, help='maximum number of training poses to render')
-  add('--width', type=int, default=400, help='width of the rendered views in pixels')
+  width = 'width of the rendered views in pixels (default: 400, or that of smaller photographs)'
+  add('--width', type=int, help=width)
   add('--points', type=int, default=1_000_000, help='maximum number of points')
   corners = ('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1')
   cube = [-2.0] * 3 + [2.0] * 3
@@ -117,7 +118,7 @@ def splat_options(args) -> distil.Options:
 def export_views(args, run: trained.TrainedRun, box, out: str, offset) -> dict[str, str]:
   """Writes what is made from rendered views: points, mesh, depth; returns what to print of each."""
   scene, written = run.scene, {}
-  cams = points.pinhole_views(scene, args.views, args.width)
+  cams = points.pinhole_views(scene, args.views, args.width or points.default_width(scene))
   views = points.render_views(run.render_image, run.params, cams, run.train_fraction)
   train = np.asarray(scene.cameras.camtoworld, np.float64)[list(scene.train)]
   up = orbits.mean_up(paths.transform_poses(np.linalg.inv(scene.world_transform), train))
@@ -209,8 +210,9 @@ def check_shape_options(args) -> None:
 def main(argv: list[str] | None = None) -> None:
   args = parse(argv)
   for name in ('views', 'width', 'points', 'resolution'):
-    if getattr(args, name) < 2:
-      raise points.ExportError(f'--{name} must be at least 2, got {getattr(args, name)}.')
+    value = getattr(args, name)
+    if value is not None and value < 2:
+      raise points.ExportError(f'--{name} must be at least 2, got {value}.')
   splat_options(args)  # Checked before the slow part.
   check_shape_options(args)
   settings, scene = run_folder.open_run(args.run)

@@ -20,6 +20,7 @@ from ..rendering import surface_points
 from ..system import files, progress
 from ..vis import pictures
 
+_WIDTH = 400  # Of views in pixels.
 _DEPTH_SCALE = 1000.0  # Depth files are in thousandths of the capture's unit.
 
 
@@ -38,6 +39,14 @@ class Views:
     """Returns depths [h, w] along the optical axis in world units, infinite without a surface."""
     image = self.images[k]
     return np.where(image['acc'] >= 0.5, image['distance_median'], np.inf)
+
+
+def default_width(scene: scenes.Scene) -> int:
+  """Returns the width of views in pixels: 400, or less for smaller training photographs.
+
+  More pixels than the photographs have would take time and show nothing more.
+  """
+  return min(_WIDTH, int(np.asarray(scene.cameras.size)[list(scene.train), 0].max()))
 
 
 def pinhole_views(scene: scenes.Scene, count: int, width: int) -> structs.Cameras:

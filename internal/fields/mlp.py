@@ -102,7 +102,11 @@ class MLP(nn.Module):
     if warp is not None:
       gaussians = structs.Gaussians(*coord.linearize(warp, gaussians.mean, gaussians.cov))
     encoding = self._encoding()
-    features = encoding(gaussians)
+    features, lead = encoding(gaussians), gaussians.mean.shape[:-1]
+    allowed = (lead, lead[:-1]) if self.multisampled else (lead,)
+    rule = f'return features {[*lead, "f"]} for means {[*gaussians.mean.shape]}'.replace("'", '')
+    shape = getattr(features, 'shape', ())
+    plugins.encoding.check(cfg.encoding, features, shape[:-1] in allowed and shape != (), rule)
     if self.multisampled and features.ndim == gaussians.mean.ndim:
       features = jnp.mean(features, -2)  # A plug-in's features are of each Gaussian [..., n, k, f].
     detail = encoding.detail(train_frac)
@@ -115,9 +119,13 @@ class MLP(nn.Module):
 
     Raises:
       ConfigError: encoding_options has arguments that the encoding does not take.
+      PluginError: the encoding is not a subclass of `Encoding`.
     """
     cfg = self.config
     kind = plugins.encoding[cfg.encoding]
+    fits = isinstance(kind, type) and issubclass(kind, encodings.Encoding)
+    rule = 'be a subclass of fields.encodings.Encoding'
+    plugins.encoding.check(cfg.encoding, kind, fits, rule)
     try:
       return kind(**{**kind.arguments(self), **cfg.encoding_options})
     except TypeError as e:
