@@ -98,7 +98,8 @@ def _broken_rule(
   if not _fits(value, hint) and not (choices and value in (plugged or ())):
     choices = (*choices, *(plugged or ())) if choices else ()
     if choices:
-      return f'one of {", ".join(map(repr, choices))}'
+      more = " (a plug-in's name needs --plugins MODULE)" if plugged is not None else ''
+      return f'one of {", ".join(map(repr, choices))}{more}'
     return describe(field.name, hint, plugged or ())
   if isinstance(value, dict) and plugged is not None and not value.keys() <= set(plugged):
     known = ', '.join(map(repr, plugged)) or 'none is loaded; see --plugins'
