@@ -77,6 +77,24 @@ def test_a_picture_put_aside_is_missing(tmp_path):
   assert len(found.names) == 8
 
 
+@pytest.mark.parametrize(
+  ('put', 'says'),
+  [
+    (lambda path: path.with_suffix('.gif').touch(), "'003.gif', whose format is not read"),
+    (lambda path: path.symlink_to('gone.png'), "is a link to 'gone.png', where nothing is"),
+    (lambda path: path.symlink_to(path), "003.png', where nothing is"),
+    (lambda path: path.mkdir(), '003.png: It is a folder'),
+    (os.mkfifo, 'It is a pipe'),
+  ],
+  ids=['gif', 'dangling', 'loop', 'folder', 'pipe'],
+)
+def test_what_lies_in_place_of_a_missing_picture_is_said(tmp_path, put, says):
+  captures.write_colmap(tmp_path)
+  (tmp_path / 'images/003.png').unlink()
+  put(tmp_path / 'images/003.png')
+  assert says in warned(tmp_path)
+
+
 @pytest.mark.parametrize('factor', [0, 2])
 def test_a_subset_is_trained_on(tmp_path, factor):
   captures.write_colmap(tmp_path, n=10)

@@ -67,6 +67,8 @@ def check_missing(
   if not missing:
     return
   n, k, names = len(frames), len(missing), [frames[i].name for i in missing]
+  named = [os.path.join(data_dir, frames[i].picture) for i in missing[:3]]
+  instead = next((f' {path}:{why}' for path in named if (why := images.in_place_of(path))), '')
   folder = os.path.join(data_dir, frames[missing[0]].folder)
   if k == n and not os.path.isdir(folder):
     raise images.DataNotFoundError(f'No such folder: {folder!r}. Put the pictures there.')
@@ -75,6 +77,7 @@ def check_missing(
       f'{data_dir}: {k} of {n} posed pictures are missing ({warnings.some(names)}); '
       f'the other {n - k} are used. Put them back if they should be.'
       + (' All test images are missing.' if test and set(test) <= set(missing) else '')
+      + instead
     )
     return
   message = (
@@ -84,8 +87,8 @@ def check_missing(
   if k < n:
     message += f', or lower Config.min_images_fraction = {fraction:g} to use the other {n - k}'
   if k == n or not read_only:
-    raise images.DataNotFoundError(f'{message}.')
-  warnings.warn(f'{message}. Training refuses this capture.')
+    raise images.DataNotFoundError(f'{message}.{instead}')
+  warnings.warn(f'{message}. Training refuses this capture.{instead}')
 
 
 def repeated(data_dir: str, frames: Sequence) -> dict[int, int]:

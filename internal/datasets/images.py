@@ -28,7 +28,13 @@ from PIL import Image
 from ..errors import UserError
 from ..system import files, progress
 
-EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
+JPEG = ('.jpg', '.jpeg', '.jfif', '.jpe')
+EXTENSIONS = ('.png', *JPEG, '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
+# Files that cameras and systems put beside photographs, and notes; no photograph ends like that.
+_CLUTTER = (
+  '.db', '.ini', '.aae', '.xmp', '.thm', '.lrv', '.gpx', '.srt', '.wav', '.txt', '.md', '.csv',
+  '.json', '.xml', '.html', '.log', '.sh', '.py',
+)  # fmt: skip
 
 _LONGEST = 4096  # Characters of a path in a message.
 _ORIENTATION = 0x0112  # The EXIF tag.
@@ -140,6 +146,25 @@ def list_images(folder: str, endings: tuple[str, ...] = EXTENSIONS) -> list[str]
   return sorted(found)
 
 
+def is_unread(name: str) -> bool:
+  """Whether a file may be a photograph by its ending, but of a format that is not read."""
+  return not name.startswith('.') and not name.lower().endswith((*EXTENSIONS, *_CLUTTER))
+
+
+def in_place_of(path: str) -> str:
+  """Says, for a message, what lies where a picture is missing, and the way out; '' if nothing."""
+  if os.path.islink(path) and not files.exists(path):
+    return f' It is a link to {_short(os.readlink(path))}, where nothing is. Copy the picture here.'
+  if files.exists(path):
+    kind = 'a folder' if files.is_folder(path) else 'a pipe or a device'
+    return f' It is {kind}. Put the picture there.'
+  folder, base = os.path.split(path)
+  for name in sorted(os.listdir(folder)) if files.is_folder(folder) else ():
+    if stem(name).casefold() == stem(base).casefold() and is_unread(name):
+      return f' There is {_short(name)}, whose format is not read: convert it to PNG or JPEG.'
+  return ''
+
+
 def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
   """Walks a folder as os.walk does, but not into hidden folders.
 
@@ -179,7 +204,7 @@ def _readable(function: Callable) -> Callable:
   def wrapped(path: str, *args, **kwargs):
     try:
       if not files.is_file(path):  # Opening a named pipe would block.
-        raise DataNotFoundError(f'{path[:_LONGEST]}: no such image.')
+        raise DataNotFoundError(f'{path[:_LONGEST]}: no such image.{in_place_of(path)}')
       return function(path, *args, **kwargs)
     except UserError:
       raise

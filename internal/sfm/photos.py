@@ -190,7 +190,7 @@ def _drop_repeats(
 
 
 def _find_masks(folder: str, names: Sequence[str], masks_dir: str | None) -> dict[str, str]:
-  """Returns the path of each photograph's mask, if it has one; prints warnings on stderr.
+  """Returns the path of each photograph's mask, if it has one; warns of doubtful ones.
 
   Raises:
     DataError: no mask in masks_dir belongs to a photograph.
@@ -199,15 +199,10 @@ def _find_masks(folder: str, names: Sequence[str], masks_dir: str | None) -> dic
   beside = set(images.list_images(folder)) - set(names)
   pool = {colmap_name(name): os.path.join(folder, name) for name in sorted(beside)}
   pool |= {colmap_name(name): os.path.join(masks_dir or '', name) for name in own}
-  with warnings.collect() as collected:
-    found, used = masks.match(folder, [colmap_name(name) for name in names], pool)
-    masks.check_paired(masks_dir or '', [colmap_name(name) for name in own], used, names[0])
-    if beside:
-      warnings.warn(
-        f'{folder}: used as masks, not as photographs: {warnings.some(sorted(beside))}.'
-      )
-  for line in collected:
-    print(f'Warning: {line}', file=sys.stderr)
+  found, used = masks.match(folder, [colmap_name(name) for name in names], pool)
+  masks.check_paired(masks_dir or '', [colmap_name(name) for name in own], used, names[0])
+  if beside:
+    warnings.warn(f'{folder}: used as masks, not as photographs: {warnings.some(sorted(beside))}.')
   return {name: pool[mask] for name, mask in zip(names, found) if mask}
 
 
