@@ -168,6 +168,17 @@ class TestLenses:
     (warning,) = loaded(tmp_path, table).report['warnings']
     assert text in warning
 
+  @pytest.mark.parametrize('value', ['false', 'true', 2, [], {}])
+  def test_is_fisheye_is_true_or_false(self, tmp_path, value):
+    write_ngp(tmp_path, is_fisheye=value)
+    message = refused(tmp_path, dataset_loader='transforms')
+    assert f'is_fisheye must be true or false, got {value!r}' in message
+
+  def test_is_fisheye_may_be_a_number(self, tmp_path):
+    table, _ = write_ngp(tmp_path, is_fisheye=0)
+    scene = loaded(tmp_path, table, first={'is_fisheye': 1})
+    assert scene.cameras.lens.tolist() == [1] + [0] * 8
+
   def test_other_lenses_of_instant_ngp_are_refused(self, tmp_path):
     write_ngp(tmp_path, equirectangular=True)
     message = refused(tmp_path, dataset_loader='transforms')
@@ -176,12 +187,17 @@ class TestLenses:
 
 class TestKeys:
   def test_what_is_not_used_is_named(self, tmp_path):
-    table, _ = write_ngp(tmp_path, fisheye_crop_radius=14.0, aabb_scale=16, offset=[0, 0, 0.5])
+    table, _ = write_ngp(
+      tmp_path, fisheye_crop_radius=14.0, aabb_scale=16, offset=[0, 0, 0.5], lossmult=2
+    )
     for frame in table['frames'][:4]:
       frame['depth_file_path'] = 'depth/0.png'
     (warning,) = loaded(tmp_path, table).report['warnings']
     assert 'transforms.json: these keys are not used: ' in warning
-    assert "'fisheye_crop_radius', 'aabb_scale', 'offset', 'depth_file_path' of 4 frames" in warning
+    assert (
+      "'fisheye_crop_radius', 'aabb_scale', 'offset', 'lossmult', 'depth_file_path' of 4 frames"
+      in warning
+    )
 
   def test_other_files_of_frames_are_named(self, tmp_path):
     table, _ = write_ngp(tmp_path)

@@ -25,7 +25,7 @@ from . import images, lookup, scenes, transforms_cameras
 _SPLITS = ('train_filenames', 'val_filenames', 'test_filenames')
 _USED = {
   *transforms_cameras.KEYS, *_SPLITS, 'frames', 'file_path', 'transform_matrix', 'mask_path',
-  'applied_transform', 'applied_scale', 'ply_file_path', 'lossmult',
+  'applied_transform', 'applied_scale', 'ply_file_path',
 }  # fmt: skip
 # Keys that describe the files and change nothing in any program.
 _METADATA = {

@@ -67,9 +67,14 @@ def read_size(where: str, values: Mapping[str, Any], picture: str) -> tuple[int,
 
 def read_model(where: str, values: Mapping[str, Any]) -> str:
   """Returns the name of the camera model."""
+  fisheye = values.get('is_fisheye')
+  if fisheye not in (None, False, True):  # 0 and 1 are equal to these.
+    raise images.DataError(
+      f'{where}: is_fisheye must be true or false, got {reprlib.repr(fisheye)}. Export it again.'
+    )
   model = next((key for key in _OTHER_LENSES if values.get(key)), None)
   model = model or values.get('camera_model')
-  model = model or ('OPENCV_FISHEYE' if values.get('is_fisheye') else 'OPENCV')
+  model = model or ('OPENCV_FISHEYE' if fisheye else 'OPENCV')
   if not isinstance(model, str) or model not in _MODELS:
     raise images.DataError(
       f'{where}: unknown camera model {reprlib.repr(model)}. Undistort the pictures, or use one of '
@@ -134,7 +139,7 @@ def contradictions(
     yield from _of_another_size(own, values, size, file_size)
   lens, coefficients = _MODELS[model]
   fisheye = values.get('is_fisheye')
-  if isinstance(fisheye, bool) and fisheye != (lens == structs.FISHEYE):
+  if fisheye is not None and fisheye != (lens == structs.FISHEYE):
     yield 'camera_model contradicts is_fisheye, which is ignored', f'{model} and {fisheye}'
   read = _COEFFICIENTS[: 4 if lens == structs.FISHEYE else 6]
   for key in _DISTORTION:
