@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from datasets_test import frame, load, refused, write_blender, write_ngp, write_transforms
 
-from internal import colmap
-from internal.datasets import scenes
+from internal import cameras, colmap
+from internal.datasets import consistency, frames, images, scenes
+from internal.system import warnings
 
 
 def warned(root, **kwargs) -> str:
@@ -214,6 +215,88 @@ def test_unlikely_lenses_are_warned_of(tmp_path, camera, text):
   captures.write_colmap(tmp_path, camera=('PINHOLE', camera))
   found = warned(tmp_path)
   assert (text in found) if text else (found == '')
+
+
+REAL_LENSES = {
+  'phone': (3100, (4032, 3024), 'OPENCV', (0.07, -0.15, 0.0002, 0.0)),
+  'phone, one coefficient': (3100, (4032, 3024), 'SIMPLE_RADIAL', (0.02,)),
+  'action camera': (1160, (2704, 2028), 'OPENCV', (-0.27, 0.09, 0.0001, 0.0002)),
+  'action camera as a fisheye': (
+    1770,
+    (4000, 3000),
+    'OPENCV_FISHEYE',
+    (0.045, 0.006, -2e-3, -2e-4),
+  ),
+  'drone': (500, (1280, 720), 'RADIAL', (-0.28, 0.06)),
+  'KITTI': (960, (1392, 512), 'OPENCV', (-0.3691, 0.1968, 0.0013, 0.0006)),
+  'EuRoC': (458, (752, 480), 'OPENCV', (-0.2834, 0.07396, 0.00019, 1.8e-5)),
+  'TUM VI': (191, (512, 512), 'OPENCV_FISHEYE', (0.0034, 0.0007, -0.002, 0.0002)),
+  'ScanNet++': (610, (1752, 1168), 'OPENCV_FISHEYE', (0.0409, -0.0048, 0.0014, -0.0013)),
+  'telephoto': (8000, (4000, 3000), 'SIMPLE_RADIAL', (3.0,)),
+}
+
+
+def lens_frame(f, size, model, distortion):
+  focal = (f,) if model == 'SIMPLE_RADIAL' or model == 'RADIAL' else (f, f)
+  camera = colmap.Camera(1, model, *size, (*focal, size[0] / 2, size[1] / 2, *distortion))
+  return frames.Frame(
+    'a.png', 'images', 'a.png', colmap.intrinsics(camera), size, np.eye(3, 4), model
+  )
+
+
+@pytest.mark.parametrize('lens', REAL_LENSES.values(), ids=REAL_LENSES.keys())
+def test_the_distortion_of_real_lenses_is_taken(lens):
+  with warnings.collect() as collected:
+    consistency.check_lenses('s', [lens_frame(*lens)], 1e12, False)
+  assert collected == []
+
+
+@pytest.mark.parametrize(
+  ('lens', 'text'),
+  [
+    ((51.2, (64, 48), 'SIMPLE_RADIAL', (-0.5,)), 'no ray meets 23.4% of its pixels'),
+    ((51.2, (64, 48), 'SIMPLE_RADIAL', (-3.0,)), 'no ray meets 85.5% of its pixels'),
+    ((51.2, (64, 48), 'SIMPLE_RADIAL', (500.0,)), 'pixels move up to 6.9 times'),
+    ((51.2, (64, 48), 'OPENCV', (0.0, 0.0, 0.9, 0.0)), 'no ray meets'),
+    ((30.0, (64, 48), 'OPENCV_FISHEYE', (-1.0, 0.0, 0.0, 0.0)), 'no ray meets'),
+  ],
+)
+def test_impossible_distortion_is_refused_unless_allowed(lens, text):
+  frame = lens_frame(*lens)
+  with pytest.raises(images.DataError, match=text):
+    consistency.check_lenses('s', [frame], 1e12, False)
+  with warnings.collect() as collected:
+    consistency.check_lenses('s', [frame], 1e12, True)
+  assert text in collected[0]
+
+
+@pytest.mark.parametrize(
+  ('lens', 'text'),
+  [
+    ((51.2, (64, 48), 'SIMPLE_RADIAL', (-0.3,)), 'no ray meets 1.6% of its pixels'),
+    ((30.0, (64, 48), 'OPENCV_FISHEYE', (5.0, 5.0, 5.0, 5.0)), 'pixels move up to 2.6 times'),
+    # The black corners around the picture of a round fisheye.
+    ((620, (1920, 1920), 'OPENCV_FISHEYE', (-0.03, -0.004, 0.001, -0.0008)), 'meets 30.1%'),
+  ],
+)
+def test_doubtful_distortion_is_warned_of(lens, text):
+  with warnings.collect() as collected:
+    consistency.check_lenses('s', [lens_frame(*lens)], 1e12, False)
+  (warning,) = collected
+  assert text in warning
+
+
+def test_each_distinct_camera_is_traced_once(monkeypatch):
+  lenses = [lens_frame(*REAL_LENSES[name]) for name in ('drone', 'TUM VI') for _ in range(50)]
+  called = []
+  real = cameras.check_distortion
+  monkeypatch.setattr(
+    cameras,
+    'check_distortion',
+    lambda table, *a: (called.append(len(table.lens)), real(table, *a))[1],
+  )
+  consistency.check_lenses('s', lenses, 1e12, False)
+  assert called == [2]
 
 
 def test_the_larger_model_is_used(tmp_path):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .. import structs
+from .. import cameras, structs
 from ..system import warnings
 from . import images, lookup
 
@@ -24,6 +24,14 @@ _WIDEST = 150  # Degrees of a perspective view.
 _MARGIN = 0.05  # Of the size: the principal point is not closer to the border.
 _ASPECT = 1.22  # Of pixels: anamorphic lenses and video come close; wrong exports start at 5/4.
 _STRETCH = 1.5  # Of pixels, at most.
+# Pixels that no ray meets, as a share: any is a doubt; more than this no lens that COLMAP fits has.
+# The corners of a round fisheye's picture are black, so they may be anything.
+_NO_RAY = {structs.PERSPECTIVE: 0.2, structs.FISHEYE: 0.6}
+_MISS = 0.5  # Pixels between a pixel and where its ray is seen.
+# Times by which distortion changes the distance from the axis. A lens of 120 degrees that is fitted
+# with the other kind of model has 1.7; of 140 degrees 2.2.
+_BENT, _BENT_MOST = 2.0, 4.0
+_GRID = 32  # Pixels a side of a picture on which distortion is checked.
 _LOST = 100  # Times the distance from the middle that four of five cameras keep.
 _BLOCK = 65536  # Bytes.
 
@@ -228,10 +236,14 @@ def check_lenses(data_dir: str, frames: Sequence, largest: float, allow_unlikely
         f'fy {k.fy:g}, cx {k.cx:g}, cy {k.cy:g}, distortion {k.distortion}). Pose the pictures '
         'again.'
       )
-    for what, hint in (_doubt_view(frame), _doubt_centre(frame), _doubt_pixels(frame)):
+  rays = _trace(frames)
+  for frame in frames:
+    for what, hint in (
+      _doubt_view(frame), _doubt_centre(frame), _doubt_pixels(frame), *_doubt_rays(frame, rays)
+    ):  # fmt: skip
       if what:
         doubts[hint].append((frame.name, what))
-  refused = {frame.name for frame in frames if not allow_unlikely and _is_absurd(frame)}
+  refused = {frame.name for frame in frames if not allow_unlikely and _is_absurd(frame, rays)}
   for hint, cases in doubts.items():
     name, what = next((case for case in cases if case[0] in refused), cases[0])
     text = f'{data_dir}: the camera of {name!r} has {what}'
@@ -243,16 +255,59 @@ def check_lenses(data_dir: str, frames: Sequence, largest: float, allow_unlikely
     warnings.warn(f'{text} {hint} Correct the intrinsics, or ignore this if the lens is special.')
 
 
-def _is_absurd(frame) -> bool:
+def _trace(frames: Sequence) -> dict[tuple, tuple[float, float]]:
+  """Returns what the distortion of each camera does, by (intrinsics, size): two numbers.
+
+  The share of pixels that no ray meets, and by how many times the others are moved at most.
+  """
+  keys = [(f.intrinsics, f.size) for f in frames if any(f.intrinsics.distortion)]
+  keys = list(dict.fromkeys(keys))
+  if not keys:
+    return {}
+  pixtocam = cameras.pixtocam_from_intrinsics(
+    *np.array([(k.fx, k.fy, k.cx, k.cy) for k, _ in keys]).T
+  )
+  table = cameras.make_cameras(
+    pixtocam,
+    np.tile(np.eye(3, 4), (len(keys), 1, 1)),
+    np.array([size for _, size in keys]),
+    np.array([k.distortion for k, _ in keys]),
+    np.array([k.lens for k, _ in keys]),
+  )
+  x, y = (np.mgrid[:_GRID, :_GRID].reshape(2, -1) + 0.5) / _GRID
+  misses, factors = map(np.asarray, cameras.check_distortion(table, np.float32(x), np.float32(y)))
+  met = misses <= _MISS  # False for nan.
+  bent = np.where(met, np.maximum(factors, 1 / np.maximum(factors, 1e-6)), 1).max(-1)
+  return dict(zip(keys, zip((~met).mean(-1).tolist(), bent.tolist())))
+
+
+def _is_absurd(frame, rays) -> bool:
   """Returns whether a camera is beyond what lenses and moderate crops give."""
   k, (w, h) = frame.intrinsics, frame.size
+  lost, bent = rays.get((k, frame.size), (0, 1))
   centre = np.array([k.cx / w, k.cy / h])
   widest = math.degrees(2 * math.atan(max(w / k.fx, h / k.fy) / 2))
   return bool(
     (k.lens == structs.PERSPECTIVE and widest > _WIDEST)
     or (abs(centre - 0.5) > 0.5 - _MARGIN).any()
     or not 1 / _STRETCH <= k.fx / k.fy <= _STRETCH
+    or lost > _NO_RAY.get(k.lens, 1)
+    or bent > _BENT_MOST
   )
+
+
+def _doubt_rays(frame, rays) -> list[tuple[str, str]]:
+  """Returns what is unlikely about the distortion, and what may have been meant."""
+  lost, bent = rays.get((frame.intrinsics, frame.size), (0, 1))
+  values = ', '.join(f'{v:g}' for v in frame.intrinsics.distortion)
+  found = []
+  if lost > 0:
+    hint = 'Rays of these pixels are wrong: mask them, crop the pictures, or pose them again.'
+    found.append((f'distortion ({values}) by which no ray meets {lost:.1%} of its pixels', hint))
+  if bent > _BENT:
+    hint = 'Are the coefficients those of another camera model, or in other units?'
+    found.append((f'distortion ({values}) by which pixels move up to {bent:.2g} times', hint))
+  return found
 
 
 def _doubt_view(frame) -> tuple[str, str]:
