@@ -269,6 +269,7 @@ def assemble(
     bounds=world.bounds,
     report=report,
     masks=found_masks if any(found_masks) else (),
+    sources=tuple(frame.picture for frame in frames) if located.to_be_made else (),
     weights=tuple(f.weight for f in frames) if any(f.weight != 1 for f in frames) else (),
   )
 

@@ -27,6 +27,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..system import files, progress
+from ..system.warnings import some
 
 JPEG = ('.jpg', '.jpeg', '.jfif', '.jpe')
 EXTENSIONS = ('.png', *JPEG, '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
@@ -195,6 +196,31 @@ def in_threads(function: Callable, items: Sequence, label: str | None = None) ->
     except BaseException:
       pool.shutdown(wait=True, cancel_futures=True)
       raise
+
+
+def all_in_threads(
+  function: Callable, items: Sequence, names: Sequence[str], label: str | None = None
+) -> list:
+  """Does what `in_threads` does, but a UserError ends it only when all items have been tried.
+
+  Its message is that of the first one that fails, with the `names` of the others.
+  """
+  failed = {}
+
+  def attempt(k: int):
+    try:
+      return function(items[k])
+    except UserError as e:
+      failed[k] = e
+
+  results = in_threads(attempt, range(len(items)), label)
+  if failed:
+    first, *others = sorted(failed)
+    if not others:
+      raise failed[first]
+    more = f'{len(others)} more cannot be used: {some([names[k] for k in others])}.'
+    raise type(failed[first])(f'{failed[first]} {more}')
+  return results
 
 
 def _readable(function: Callable) -> Callable:
