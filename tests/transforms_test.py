@@ -233,6 +233,14 @@ class TestMasks:
     assert 'mask_path' in message
 
 
+def test_transparent_pixels_are_put_on_white(tmp_path):
+  table, _ = write_ngp(tmp_path)
+  pixels = captures.pixels(1, channels=4)
+  pixels[..., 3] = 0
+  captures.save_image(str(tmp_path / 'images/001.png'), pixels)
+  assert (scenes.read_image(str(tmp_path), loaded(tmp_path, table), 1) == 255).all()
+
+
 def test_test_pictures_that_are_trained_on_are_warned_of(tmp_path):
   table, _ = write_ngp(tmp_path)
   names = [frame['file_path'] for frame in table['frames']]

@@ -43,8 +43,8 @@ _GREY_16 = ('I;16', 'I;16B', 'I;16L', 'I;16N')
 # Detected by content. Pillow's document and video readers are left out.
 _FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'PPM')
 _WITHOUT_ALPHA = {
-  'none': 'Save it without alpha (in place: `mogrify -background white -alpha remove -alpha off '
-  'FILES`).',
+  'none': 'Save it without alpha: export it as JPEG or, with '
+  'ImageMagick, `mogrify -background white -alpha remove -alpha off FILES` in place.',
   'mask': 'Save it without alpha (in place: `mogrify -alpha extract FILES` if the transparent '
   'pixels are those that do not count, `mogrify -alpha off FILES` if the black ones are).',
 }
