@@ -9,6 +9,7 @@ import captures
 import numpy as np
 import pytest
 from datasets_test import frame, load, refused, write_blender, write_ngp, write_transforms
+from PIL import Image
 
 from internal import cameras, colmap
 from internal.datasets import consistency, frames, images, scenes
@@ -127,7 +128,7 @@ def test_one_picture_twice(tmp_path):
   write_transforms(tmp_path, table)
   found = load(tmp_path, dataset_loader='transforms')
   assert len(found.names) == 9
-  assert '1 frames are listed twice' in found.report['warnings'][0]
+  assert '1 frame listed twice' in found.report['warnings'][0]
   table['frames'][-1] = frame(poses[0], table['frames'][2]['file_path'])
   write_transforms(tmp_path, table)
   assert 'has two different cameras' in refused(tmp_path, dataset_loader='transforms')
@@ -143,7 +144,7 @@ def test_a_held_out_picture_listed_twice_is_not_trained_on(tmp_path):
   assert len(names) == 2
   assert not set(found.train) & set(found.test)
   (warning,) = found.report['warnings']
-  assert '1 frames are listed twice' in warning
+  assert '1 frame listed twice' in warning
 
 
 def test_a_camera_far_away_is_named(tmp_path):
@@ -159,6 +160,52 @@ def test_a_camera_far_away_is_named(tmp_path):
   text = warned(tmp_path)
   assert '1 of 9 cameras are up to' in text
   assert "('004.png')" in text
+
+
+def test_pictures_of_one_pose_are_warned_of(tmp_path):
+  names, poses = captures.write_colmap(tmp_path)
+  poses[4] = poses[3]
+  colmap.write_model(str(tmp_path / 'sparse/0'), captures.make_model(names, poses), '.bin')
+  assert "1 picture with exactly the pose of another one ('003.png = 004.png')" in warned(tmp_path)
+  poses[1::2] = poses[::2][:4]  # As in a capture of two exposures each.
+  colmap.write_model(str(tmp_path / 'sparse/0'), captures.make_model(names, poses), '.bin')
+  assert '4 pictures with exactly' in warned(tmp_path)
+  poses[1:7] = poses[0]
+  colmap.write_model(str(tmp_path / 'sparse/0'), captures.make_model(names, poses), '.bin')
+  assert 'exactly' not in warned(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('orientation', 'size', 'is_named'),
+  [(1, (16, 12), False), (2, (16, 12), True), (3, (16, 12), True), (6, (16, 12), False),
+   (6, (12, 12), True)],
+)  # fmt: skip
+def test_orientations_that_are_ignored_are_named_if_in_doubt(tmp_path, orientation, size, is_named):
+  captures.write_colmap(tmp_path, names=[f'{i}.jpg' for i in range(9)], size=size)
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  captures.save_image(str(tmp_path / 'images/3.jpg'), captures.pixels(3, size), exif=exif)
+  found = load(tmp_path)
+  text = '1 picture with an EXIF orientation, which is ignored, as COLMAP does: '
+  text += f"'images/3.jpg ({orientation})'"
+  assert (text in '\n'.join(found.report['warnings'])) == is_named
+  assert found.report['images_not_turned_by_exif'] == (orientation != 1)
+
+
+def test_an_animated_picture_is_named(tmp_path):
+  captures.write_colmap(tmp_path, names=[f'{i}.webp' for i in range(9)])
+  first, second = (Image.fromarray(captures.pixels(k)) for k in (0, 1))
+  first.save(tmp_path / 'images/3.webp', save_all=True, append_images=[second])
+  text = warned(tmp_path)
+  assert "1 animated picture, of which the first frame is used: 'images/3.webp'" in text
+
+
+@pytest.mark.parametrize(('factor', 'is_named'), [(4, False), (8, True)])
+def test_a_factor_that_leaves_few_pixels_is_warned_of(tmp_path, factor, is_named):
+  camera = ('PINHOLE', (600.0, 600.0, 320.0, 240.0))
+  captures.write_colmap(tmp_path, size=(640, 480), n=5, camera=camera)
+  text = f'Config.factor = {factor} makes pictures of 80x60 pixels'
+  assert (text in warned(tmp_path, read_only=True, factor=factor)) == is_named
 
 
 def test_copies_are_warned_of_and_leak_into_the_test_images(tmp_path):
@@ -256,7 +303,7 @@ def test_the_distortion_of_real_lenses_is_taken(lens):
   [
     ((51.2, (64, 48), 'SIMPLE_RADIAL', (-0.5,)), 'no ray meets 23.4% of its pixels'),
     ((51.2, (64, 48), 'SIMPLE_RADIAL', (-3.0,)), 'no ray meets 85.5% of its pixels'),
-    ((51.2, (64, 48), 'SIMPLE_RADIAL', (500.0,)), 'pixels move up to 6.9 times'),
+    ((51.2, (64, 48), 'SIMPLE_RADIAL', (500.0,)), 'from the axis 6.9-fold'),
     ((51.2, (64, 48), 'OPENCV', (0.0, 0.0, 0.9, 0.0)), 'no ray meets'),
     ((30.0, (64, 48), 'OPENCV_FISHEYE', (-1.0, 0.0, 0.0, 0.0)), 'no ray meets'),
   ],
@@ -274,7 +321,7 @@ def test_impossible_distortion_is_refused_unless_allowed(lens, text):
   ('lens', 'text'),
   [
     ((51.2, (64, 48), 'SIMPLE_RADIAL', (-0.3,)), 'no ray meets 1.6% of its pixels'),
-    ((30.0, (64, 48), 'OPENCV_FISHEYE', (5.0, 5.0, 5.0, 5.0)), 'pixels move up to 2.6 times'),
+    ((30.0, (64, 48), 'OPENCV_FISHEYE', (5.0, 5.0, 5.0, 5.0)), 'from the axis 2.6-fold'),
     # The black corners around the picture of a round fisheye.
     ((620, (1920, 1920), 'OPENCV_FISHEYE', (-0.03, -0.004, 0.001, -0.0008)), 'meets 30.1%'),
   ],

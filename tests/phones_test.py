@@ -410,7 +410,7 @@ def test_pauses_of_a_video_are_left_out(tmp_path, capsys):
   assert [int(photo.source) for photo in photos] == [0, 1, 2, 11, 12, 13]
   assert 'a.mp4: 8 of 14 frames are left out' in capsys.readouterr().err
   write_raw(tmp_path / 'b.mp4', [view(0)] * 9, '-pix_fmt', 'yuv420p')
-  with pytest.raises(pipeline.PosesError, match='has 1 frames in which something moves'):
+  with pytest.raises(pipeline.PosesError, match='has 1 frame in which something moves'):
     video_frames.extract_frames(str(tmp_path / 'b.mp4'), str(tmp_path / 'other'))
 
 

@@ -123,6 +123,7 @@ class TestFocalLengths:
     ('values', 'text'),
     [
       ({'fov': 50}, r"no focal length (the unit of 'fov' is not defined)"),
+      ({'flx': 35, 'FL_Y': 35}, "(the unit of 'FL_Y', 'flx' is not defined)"),
       ({'focal_length': 35}, "(the unit of 'focal_length' is not defined)"),
       ({'camera_angle_x': 60}, "(camera_angle_x is 60). Add a positive 'fl_x' in pixels"),
       ({'x_fov': 180}, "(x_fov is 180). Add a positive 'fl_x' in pixels, an 'x_fov' below 180"),
@@ -252,6 +253,15 @@ def test_test_pictures_that_are_trained_on_are_warned_of(tmp_path):
   assert "'images/007.png', 'images/008.png'" in warning
 
 
+def test_frames_in_no_list_are_named(tmp_path):
+  table, _ = write_ngp(tmp_path)
+  lists = {'train_filenames': ['images/000.png'], 'test_filenames': ['images/001.png']}
+  few, unused = loaded(tmp_path, {**table, **lists}).report['warnings'][::-1]
+  assert '7 of 9 frames are in none of the lists train_filenames, test_filenames' in unused
+  assert "'images/002.png'" in unused
+  assert 'trains on 1 image only, of 9 frames' in few
+
+
 class TestPoses:
   @pytest.mark.parametrize(
     ('matrix', 'text'),
@@ -315,6 +325,7 @@ class TestApplied:
     'values',
     [
       {'applied_transform': [[1, 2], [3, 4]]},
+      {'applied_scale': 0},
       {'applied_transform': np.zeros((3, 4)).tolist()},
       {'applied_transform': 'none'},
       {'applied_scale': -2},

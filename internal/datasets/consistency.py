@@ -33,6 +33,11 @@ _MISS = 0.5  # Pixels between a pixel and where its ray is seen.
 _BENT, _BENT_MOST = 2.0, 4.0
 _GRID = 32  # Pixels a side of a picture on which distortion is checked.
 _LOST = 100  # Times the distance from the middle that four of five cameras keep.
+_FEW = 3  # Training images; fewer show no depth.
+_SMALL, _STRONG = (
+  100,
+  4,
+)  # Pixels of the shorter side; and a factor that is not unusual.
 _BLOCK = 65536  # Bytes.
 
 
@@ -126,14 +131,20 @@ def repeated(data_dir: str, frames: Sequence) -> dict[int, int]:
   if again:
     names = [frames[i].name for i in again]
     warnings.warn(
-      f'{data_dir}: {len(again)} frames are listed twice ({warnings.some(names)}); each is used '
-      'once.'
+      f'{data_dir}: {warnings.count(len(again), "frame")} listed twice ({warnings.some(names)}); '
+      'each is used once.'
     )
   return again
 
 
 def check_split(data_dir: str, frames: Sequence, split) -> None:
   """Warns of test pictures that are trained on, and of equal files under several names."""
+  if 0 < len(split[0]) < _FEW:
+    warnings.warn(
+      f'{data_dir}: trains on {warnings.count(len(split[0]), "image")} only, of '
+      f'{warnings.count(len(frames), "frame")}; {_FEW} show a little depth, 50 a scene. Add '
+      'images, or hold out fewer.'
+    )
   same = _equal_files(data_dir, frames)
   train = {same.get(i, i) for i in split[0]}
   both = [frames[i].name for i in split[1] if same.get(i, i) in train]
@@ -178,6 +189,60 @@ def _sample(path: str, size: int) -> bytes:
       f.seek(start)
       digest.update(f.read(_BLOCK))
   return digest.digest()
+
+
+def check_poses(data_dir: str, frames: Sequence) -> None:
+  """Warns of a few pictures that have exactly the pose of another; with many, that is meant."""
+  first, same = {}, []
+  for frame in frames:
+    other = first.setdefault(frame.pose.tobytes(), frame)
+    if other is not frame:
+      same.append(f'{other.name} = {frame.name}')
+  if 0 < len(same) < len(frames) / 2:
+    warnings.warn(
+      f'{data_dir}: {warnings.count(len(same), "picture")} with exactly the pose of another one '
+      f'({warnings.some(same)}). Unless they were taken so (a tripod, several exposures), pose '
+      'them again.'
+    )
+
+
+def check_stored(
+  data_dir: str, files: Sequence[str], headers: Sequence, sizes: np.ndarray, factor: int
+) -> None:
+  """Warns of doubts about pictures as files: further pictures in them, turns, very small ones.
+
+  Args:
+    data_dir: the capture.
+    files: n pictures.
+    headers: theirs.
+    sizes: [n, 2] width and height as used.
+    factor: Config.factor.
+  """
+  animated = [name for name, header in zip(files, headers) if header.animated]
+  if animated:
+    warnings.warn(
+      f'{data_dir}: {warnings.count(len(animated), "animated picture")}, of which the first frame '
+      f'is used: {warnings.some(animated)}. Replace them by the pictures that were posed.'
+    )
+  # The size tells whether a quarter turn was applied before posing, unless width equals height.
+  turned = [
+    f'{name} ({header.orientation})'
+    for name, header in zip(files, headers)
+    if header.orientation in (2, 3, 4)
+    or (header.orientation != 1 and header.width == header.height)
+  ]
+  if turned:
+    warnings.warn(
+      f'{data_dir}: {warnings.count(len(turned), "picture")} with an EXIF orientation, which is '
+      f'ignored, as COLMAP does: {warnings.some(turned)}. If the poses are those of upright '
+      'pictures, turn the pictures and remove the tag.'
+    )
+  smallest = int(sizes.min())
+  if factor > _STRONG and smallest < _SMALL:
+    warnings.warn(
+      f'{data_dir}: Config.factor = {factor} makes pictures of {sizes.min(0)[0]}x{sizes.min(0)[1]} '
+      f'pixels. Use a smaller factor, so that the shorter side keeps {_SMALL} pixels or more.'
+    )
 
 
 def check_positions(data_dir: str, poses: np.ndarray, names: Sequence[str]) -> None:
@@ -238,17 +303,16 @@ def check_lenses(data_dir: str, frames: Sequence, largest: float, allow_unlikely
       )
   rays = _trace(frames)
   for frame in frames:
-    for what, hint in (
+    for what, hint, absurd in (
       _doubt_view(frame), _doubt_centre(frame), _doubt_pixels(frame), *_doubt_rays(frame, rays)
     ):  # fmt: skip
       if what:
-        doubts[hint].append((frame.name, what))
-  refused = {frame.name for frame in frames if not allow_unlikely and _is_absurd(frame, rays)}
-  for hint, cases in doubts.items():
-    name, what = next((case for case in cases if case[0] in refused), cases[0])
+        doubts[hint].append((absurd and not allow_unlikely, frame.name, what))
+  worst = {hint: max(cases, key=lambda case: case[0]) for hint, cases in doubts.items()}
+  for hint, (refused, name, what) in sorted(worst.items(), key=lambda item: not item[1][0]):
     text = f'{data_dir}: the camera of {name!r} has {what}'
-    text += f' ({len(cases)} of {len(frames)} pictures).'
-    if name in refused:
+    text += f' ({len(doubts[hint])} of {len(frames)} pictures).'
+    if refused:
       raise images.DataError(
         f'{text} {hint} Correct the intrinsics, or set Config.allow_unlikely_cameras = True.'
       )
@@ -281,37 +345,27 @@ def _trace(frames: Sequence) -> dict[tuple, tuple[float, float]]:
   return dict(zip(keys, zip((~met).mean(-1).tolist(), bent.tolist())))
 
 
-def _is_absurd(frame, rays) -> bool:
-  """Returns whether a camera is beyond what lenses and moderate crops give."""
-  k, (w, h) = frame.intrinsics, frame.size
-  lost, bent = rays.get((k, frame.size), (0, 1))
-  centre = np.array([k.cx / w, k.cy / h])
-  widest = math.degrees(2 * math.atan(max(w / k.fx, h / k.fy) / 2))
-  return bool(
-    (k.lens == structs.PERSPECTIVE and widest > _WIDEST)
-    or (abs(centre - 0.5) > 0.5 - _MARGIN).any()
-    or not 1 / _STRETCH <= k.fx / k.fy <= _STRETCH
-    or lost > _NO_RAY.get(k.lens, 1)
-    or bent > _BENT_MOST
-  )
-
-
-def _doubt_rays(frame, rays) -> list[tuple[str, str]]:
-  """Returns what is unlikely about the distortion, and what may have been meant."""
+def _doubt_rays(frame, rays) -> list[tuple[str, str, bool]]:
+  """Returns what is unlikely about the distortion, as `_doubt_view` does; several may be."""
   lost, bent = rays.get((frame.intrinsics, frame.size), (0, 1))
   values = ', '.join(f'{v:g}' for v in frame.intrinsics.distortion)
   found = []
   if lost > 0:
     hint = 'Rays of these pixels are wrong: mask them, crop the pictures, or pose them again.'
-    found.append((f'distortion ({values}) by which no ray meets {lost:.1%} of its pixels', hint))
+    text = f'distortion ({values}) by which no ray meets {lost:.1%} of its pixels'
+    found.append((text, hint, lost > _NO_RAY[frame.intrinsics.lens]))
   if bent > _BENT:
     hint = 'Are the coefficients those of another camera model, or in other units?'
-    found.append((f'distortion ({values}) by which pixels move up to {bent:.2g} times', hint))
+    text = f'distortion ({values}) that changes distances from the axis {bent:.2g}-fold'
+    found.append((text, hint, bent > _BENT_MOST))
   return found
 
 
-def _doubt_view(frame) -> tuple[str, str]:
-  """Returns what is unlikely about the field of view, and what may have been meant; or ''."""
+def _doubt_view(frame) -> tuple[str, str, bool]:
+  """Returns what is unlikely about the field of view, or '', and what may have been meant.
+
+  The last value is whether it is beyond what lenses and moderate crops give.
+  """
   k, (w, h) = frame.intrinsics, frame.size
   if k.lens == structs.PERSPECTIVE:
     view = max(2 * math.atan(w / k.fx / 2), 2 * math.atan(h / k.fy / 2))
@@ -319,36 +373,43 @@ def _doubt_view(frame) -> tuple[str, str]:
     view = max(w / k.fx, h / k.fy)
   low, high = _VIEWS[k.lens]
   if low <= math.degrees(view) <= high:
-    return '', ''
+    return '', '', False
+  absurd = k.lens == structs.PERSPECTIVE and math.degrees(view) > _WIDEST
   text = f'a field of view of {math.degrees(view):.3g} degrees (focal length {k.fx:g}, {w}x{h})'
   if math.degrees(view) < low:
-    return text, 'Is the focal length that of larger pictures, or the angle in other units?'
-  return text, 'Is the focal length in millimetres, as a fraction, or that of smaller pictures?'
+    hint = 'Is the focal length that of larger pictures, or the angle in other units?'
+    return text, hint, absurd
+  hint = 'Is the focal length in millimetres, as a fraction, or that of smaller pictures?'
+  return text, hint, absurd
 
 
-def _doubt_centre(frame) -> tuple[str, str]:
-  """Returns what is unlikely about the principal point, and what may have been meant; or ''."""
+def _doubt_centre(frame) -> tuple[str, str, bool]:
+  """Returns what is unlikely about the principal point, as `_doubt_view` does."""
   k, (w, h) = frame.intrinsics, frame.size
   x, y = k.cx / w, k.cy / h
   if min(x, y) >= 0.25 and max(x, y) <= 0.75:
-    return '', ''
+    return '', '', False
+  absurd = max(abs(x - 0.5), abs(y - 0.5)) > 0.5 - _MARGIN
   text = f'its principal point at ({k.cx:g}, {k.cy:g}), outside the middle half of {w}x{h} pixels'
+  hint = 'Is it that of pictures of another size, or before a crop?'
   if min(k.cx, k.cy) >= 0.25 and max(k.cx, k.cy) <= 0.75:
-    return text, 'It seems to be in fractions of the size: multiply by width and height.'
-  if max(abs(x), abs(y)) < 0.25:
-    return text, 'It may be an offset from the middle: add half the size.'
-  if min(x, y) > 0.75 and abs(x / y - 1) < 0.3:
-    return text, f'It may be that of pictures {2 * x:.2g} times as large: divide by that.'
-  return text, 'Is it that of pictures of another size, or before a crop?'
+    hint = 'It seems to be in fractions of the size: multiply by width and height.'
+  elif max(abs(x), abs(y)) < 0.25:
+    hint = 'It may be an offset from the middle: add half the size.'
+  elif min(x, y) > 0.75 and abs(x / y - 1) < 0.3:
+    hint = f'It may be that of pictures {2 * x:.2g} times as large: divide by that.'
+  return text, hint, absurd
 
 
-def _doubt_pixels(frame) -> tuple[str, str]:
-  """Returns what is unlikely about the shape of pixels, and what may have been meant; or ''."""
+def _doubt_pixels(frame) -> tuple[str, str, bool]:
+  """Returns what is unlikely about the shape of pixels, as `_doubt_view` does."""
   k, (w, h) = frame.intrinsics, frame.size
   ratio = k.fx / k.fy
   if 1 / _ASPECT <= ratio <= _ASPECT:
-    return '', ''
+    return '', '', False
+  absurd = not 1 / _STRETCH <= ratio <= _STRETCH
   text = f'pixels far from square (fx {k.fx:g}, fy {k.fy:g})'
   if any(abs(ratio * r - 1) < 0.02 for r in (w / h, h / w)):
-    return text, 'fy seems to be scaled by the shape of the picture: it should be close to fx.'
-  return text, 'Do fx and fy belong to pictures of this size, that were not stretched?'
+    hint = 'fy seems to be scaled by the shape of the picture: it should be close to fx.'
+    return text, hint, absurd
+  return text, 'Do fx and fy belong to pictures of this size, that were not stretched?', absurd

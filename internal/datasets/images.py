@@ -70,6 +70,7 @@ class Header:
   width: int  # As stored, in pixels.
   height: int
   orientation: int = 1  # EXIF's; 5 to 8 are quarter turns.
+  animated: bool = False  # Whether it has more pictures, which are not read.
 
   def fit(self, size: tuple[float, float], tolerance: float = 0.0) -> tuple[int, int] | None:
     """Returns the stored or the EXIF-rotated (width, height), whichever is `size`, or None."""
@@ -300,7 +301,9 @@ def _header(image: Image.Image) -> Header:
   if image.format != 'PNG' or 'exif' in image.info:
     with contextlib.suppress(Exception):  # Ignore damaged EXIF data.
       orientation = image.getexif().get(_ORIENTATION, 1)
-  return Header(*image.size, orientation=orientation if orientation in range(1, 9) else 1)
+  known = orientation if orientation in range(1, 9) else 1
+  animated = image.format in ('WEBP', 'PNG') and getattr(image, 'is_animated', False)
+  return Header(*image.size, orientation=known, animated=animated)
 
 
 @_readable

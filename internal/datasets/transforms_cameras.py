@@ -100,7 +100,8 @@ def read_intrinsics(
   )
   fx, fy = fx if fx is not None else fy, fy if fy is not None else fx
   if fx is None or not (fx > 0 and fy > 0):
-    similar = [k for k in other_keys if re.search('fov|foc|angle|intrin|^k$', k.lower())]
+    like_focal = re.compile('fov|foc|angle|intrin|^k$|^fl?_?[xy]?$', re.IGNORECASE)
+    similar = [key for key in other_keys if like_focal.search(key)]
     similar = sorted(set(similar) - KEYS)
     notes = [f'{key} is {values[key]:g}' for key in _FOCAL if key in values]
     notes += [f'the unit of {warnings.some(similar)} is not defined'] if similar else []
@@ -153,8 +154,14 @@ def contradictions(
       if not abs(pixels / chosen - 1) <= 0.01:  # True for nan.
         yield (
           f'{first} contradicts {key}, which is ignored',
-          f'{first} = {chosen:g} pixels and {key} = {values[key]:g}, which means {pixels:g} pixels',
+          f'{_in_pixels(first, values, chosen)} and {_in_pixels(key, values, pixels)}',
         )
+
+
+def _in_pixels(key: str, values: Mapping[str, Any], pixels: float) -> str:
+  if key in _FOCAL[:4]:
+    return f'{key} = {pixels:g} pixels'
+  return f'{key} = {values[key]:g}, which means {pixels:g} pixels'
 
 
 def _of_another_size(

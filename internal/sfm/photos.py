@@ -114,10 +114,11 @@ def import_photos(
   found = _find_masks(folder, names, masks_dir)
   used = {photo.name: found.get(name) for name, photo in done.items() if not photo.same_as}
   _refuse_late_masks(used, scene_dir)
-  added = images.in_threads(
+  added = images.all_in_threads(
     lambda name: _import_photo(
       folder, name, scene_dir, found.get(name), bool(found), name in (stored or ())
     ),
+    missing,
     missing,
     'reading photographs' if missing else None,
   )
