@@ -298,7 +298,7 @@ def test_bad_input_is_a_one_line_error(tmp_path, room):
   (tmp_path / 'video.mp4').write_bytes(b'not a video')
   fails(tmp_path / 'video.mp4', new / '5', 'cannot be read as a video: it is damaged or incomplete')
   shutil.copy(tmp_path / 'video.mp4', tmp_path / 'notes')
-  fails(tmp_path / 'notes', new / '6', r'cannot be read as a video\. Name a video')
+  fails(tmp_path / 'notes', new / 'notes', r'cannot be read as a video\. Name a video')
   fails(room, new / '5', 'was started with source')
   fails(room, new / '7', '--frames works with a video, not with a folder', frames=9)
   fails(
