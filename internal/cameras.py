@@ -265,6 +265,28 @@ def _undistort_plane(xd: Array, yd: Array, distortion: Array) -> tuple[Array, Ar
   return x, y
 
 
+@jax.jit
+def check_distortion(cams: structs.Cameras, x: Array, y: Array) -> tuple[Array, Array]:
+  """Undistorts points of pictures as rays do, and distorts them again.
+
+  Args:
+    cams: n cameras.
+    x, y: [k] places in a picture, as fractions of its width and height.
+
+  Returns:
+    How far the results are from the points, in pixels, and how many times as far from the axis the
+    distortion moves them, [n, k] each. Points beyond a fold of the distortion do not come back.
+  """
+  x, y = x[None] * cams.size[:, :1], y[None] * cams.size[:, 1:]  # [n, k] each.
+  x, y, _ = _transform(cams.pixtocam[:, None], (x, y, jnp.ones_like(x)))
+  fisheye = (cams.lens == structs.FISHEYE)[:, None]
+  distortion = jnp.where(fisheye, _radial_only(cams.distortion), cams.distortion)[:, None]
+  point = _undistort_plane(x, y, distortion)
+  again = _distort_plane(*point, distortion)
+  misses = [(b - a) / cams.pixtocam[:, None, i, i] for i, (a, b) in enumerate(zip((x, y), again))]
+  return jnp.hypot(*misses), jnp.hypot(x, y) / jnp.maximum(jnp.hypot(*point), 1e-6)
+
+
 def _residual_and_jacobian(point, target, distortion):
   """Returns `_distort_plane(point) - target` and its Jacobian [[a, b], [c, d]] as (a, b, c, d)."""
 

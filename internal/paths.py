@@ -64,8 +64,9 @@ def transform_poses_pca(poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   mean = positions.mean(0)
   centred = positions - mean
   if np.abs(centred).max() <= 1e-9 * np.abs(positions).max():
+    who = f'All {len(poses)} cameras stand' if len(poses) > 1 else 'The only camera stands'
     raise UserError(
-      f'All {len(poses)} cameras stand at {np.round(mean, 6).tolist()}, so the scene has no scale; '
+      f'{who} at {np.round(mean, 6).tolist()}, so the scene has no scale; '
       'use photographs from at least two positions.'
     )
   rotation = _principal_axes(centred, poses[:, :, 1].mean(0))  # [3, 3], rows are the new axes.

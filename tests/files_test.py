@@ -162,5 +162,18 @@ def test_json_that_cannot_be_used(tmp_path, content, problem):
     files.read_json(str(path), dict, OwnError, 'Write it again.')
 
 
+@pytest.mark.parametrize(
+  'content', ['{"fl_x": 200, "a": {}, "fl_x": 51.2}', '{"a": [{"fl_x": 200, "fl_x": 51.2}]}']
+)
+def test_a_key_twice_is_refused(tmp_path, content):
+  """Python's reader takes the last one in silence."""
+  (tmp_path / 'a.json').write_text(content)
+  text = r"a\.json: has the key 'fl_x' more than once in one object, with the values 200 and 51\.2"
+  with pytest.raises(OwnError, match=text):
+    files.read_json(str(tmp_path / 'a.json'), dict, OwnError)
+  (tmp_path / 'a.json').write_text('[{"a": 1}, {"a": 2}]')
+  assert files.read_json(str(tmp_path / 'a.json'), list) == [{'a': 1}, {'a': 2}]
+
+
 class OwnError(errors.UserError):
   pass

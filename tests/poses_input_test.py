@@ -8,8 +8,10 @@ import scipy.ndimage
 from PIL import Image
 from textured_corner import texture
 
+from internal.datasets import images
 from internal.sfm import diagnosis, incremental, pipeline, reconstruction, video_frames
 from internal.sfm import photos as photos_lib
+from internal.system import warnings
 from internal.vis import pictures, video
 
 
@@ -71,7 +73,25 @@ def test_links_to_folders_are_named(tmp_path, capsys):
   (tmp_path / 'photos' / 'day 2').symlink_to(tmp_path / 'photos' / 'day 1')
   assert len(photos_lib.import_photos(str(tmp_path / 'photos'), str(tmp_path / 'scene'))) == 3
   said = capsys.readouterr().err
-  assert "skips 1 links to other folders; copy these to use their photographs: 'day 2'" in said
+  assert "skips 1 link to other folders; copy these to use their photographs: 'day 2'" in said
+
+
+def test_jpegs_of_any_ending_are_taken_and_other_files_named(tmp_path, capsys):
+  """`.jfif` is what browsers save; nothing but known clutter is left out in silence."""
+  write_photos(tmp_path / 'photos')
+  for name, ending in (('a.jpg', '.jfif'), ('b.jpg', '.JPE')):
+    path = tmp_path / 'photos' / name
+    path.rename(path.with_suffix(ending))
+  for name in ('d.gif', 'e', 'f.jp2', 'Thumbs.db', 'notes.txt', 'IMG_1.AAE', '.DS_Store'):
+    (tmp_path / 'photos' / name).write_bytes(b'x')
+  with warnings.collect() as collected:
+    photos = photos_lib.import_photos(str(tmp_path / 'photos'), str(tmp_path / 'scene'))
+  assert [photo.name for photo in photos] == ['a.jfif', 'b.JPE', 'c_1.png']
+  assert images.decode(str(tmp_path / 'scene/images/a.jfif')).shape == (20, 30, 3)
+  (warning,) = collected
+  assert '3 files of other formats' in warning
+  assert "not used: 'd.gif', 'e', 'f.jp2'. Export them as JPEG" in warning
+  assert capsys.readouterr().err.count('Warning') == 0
 
 
 def test_names_sort_in_natural_order():

@@ -281,7 +281,9 @@ def test_bad_input_is_a_one_line_error(tmp_path, room):
   (tmp_path / 'empty').mkdir()
   fails(tmp_path / 'empty', new / '1', 'has no photographs')
   (tmp_path / 'empty' / 'a.DNG').write_bytes(b'x')
-  fails(tmp_path / 'empty', new / '2', r'a\.DNG, are in a format that cannot be read\. Export')
+  fails(
+    tmp_path / 'empty', new / '2', r'but 1 other file, such as .a\.DNG.\. .* export them as JPEG'
+  )
   shutil.copytree(room, tmp_path / 'twins')
   shutil.copy(room / 'view_1.png', tmp_path / 'twins' / 'VIEW_1.jpg')
   fails(tmp_path / 'twins', new / '3', 'have the same name')
@@ -289,10 +291,14 @@ def test_bad_input_is_a_one_line_error(tmp_path, room):
   whole = (room / 'view_4.png').read_bytes()
   (tmp_path / 'cut' / 'view_4.png').write_bytes(whole[: len(whole) // 2])
   fails(tmp_path / 'cut', new / '4', r'view_4\.png: cannot be read as an image')
+  (tmp_path / 'cut' / 'view_7.png').write_bytes(whole[:100])
+  fails(tmp_path / 'cut', new / '4', r"view_4\.png: .* 1 more cannot be used: 'view_7\.png'")
   fails(tmp_path / 'cut' / 'view_5.png', new / '4', r'view_5\.png: is one photograph\. Name the')
   fails(room, tmp_path / 'cut' / 'view_5.png', r'view_5\.png: is a file\. Name a folder')
   (tmp_path / 'video.mp4').write_bytes(b'not a video')
-  fails(tmp_path / 'video.mp4', new / '5', 'cannot be read as a video')
+  fails(tmp_path / 'video.mp4', new / '5', 'cannot be read as a video: it is damaged or incomplete')
+  shutil.copy(tmp_path / 'video.mp4', tmp_path / 'notes')
+  fails(tmp_path / 'notes', new / 'notes', r'cannot be read as a video\. Name a video')
   fails(room, new / '5', 'was started with source')
   fails(room, new / '7', '--frames works with a video, not with a folder', frames=9)
   fails(

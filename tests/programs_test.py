@@ -110,6 +110,41 @@ def test_dry_run_reports_as_json_and_writes_nothing(capture, tmp_path):
   assert not (tmp_path / 'r').exists()
 
 
+@pytest.mark.parametrize(
+  ('binding', 'text'),
+  [
+    ("Config.weight_decay_mults = {'nerf': 0.1}", 'weight_decay_mults names an unknown part'),
+    ('Config.depth_loss_mult = 0.1', 'Config.depth_loss_mult needs points'),
+    ('Model.num_glo_features = 4', 'num_glo_embeddings is 3, fewer than the 8'),
+    ("Config.pixels_on = 'disk'", 'sparse/0/cameras.bin/x: cannot be written'),
+  ],
+)
+def test_dry_run_refuses_the_settings_that_training_refuses(
+  capture, tmp_path, quick, binding, text
+):
+  more = (
+    'Model.num_glo_embeddings = 3',
+    f"Config.pixel_cache_dir = '{capture}/sparse/0/cameras.bin/x'",
+  )
+  bindings = _train_bindings(capture, tmp_path / 'r', binding, *more)
+  _one_line(quick('train', *bindings, flags=['--dry_run'], code=1), text)
+
+
+@pytest.mark.parametrize('factor', [0, 2])
+def test_dry_run_decodes_all_pictures(capture, tmp_path, quick, factor):
+  folder = tmp_path / 'capture'
+  shutil.copytree(capture, folder)
+  for k in (0, 3):  # A test image and a training image.
+    path = folder / f'images/{k:03}.png'
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  pixels = captures.pixels(5, (32, 24), 4)
+  captures.save_image(str(folder / 'images/005.png'), pixels)
+  bindings = _train_bindings(folder, tmp_path / 'r', f'Config.factor = {factor}')
+  text = quick('train', *bindings, flags=['--dry_run'], code=1)
+  _one_line(text, '000.png: cannot be read', "2 more cannot be used: '003.png', '005.png'.")
+  assert not (folder / 'images_2').exists()
+
+
 def test_train_leaves_metrics_checkpoints_renders_and_tensorboard(run):
   rows = _metrics(run)
   assert [r['step'] for r in rows] == [4, 6, 8, 12]

@@ -123,6 +123,7 @@ class TestFocalLengths:
     ('values', 'text'),
     [
       ({'fov': 50}, r"no focal length (the unit of 'fov' is not defined)"),
+      ({'flx': 35, 'FL_Y': 35}, "(the unit of 'FL_Y', 'flx' is not defined)"),
       ({'focal_length': 35}, "(the unit of 'focal_length' is not defined)"),
       ({'camera_angle_x': 60}, "(camera_angle_x is 60). Add a positive 'fl_x' in pixels"),
       ({'x_fov': 180}, "(x_fov is 180). Add a positive 'fl_x' in pixels, an 'x_fov' below 180"),
@@ -168,6 +169,17 @@ class TestLenses:
     (warning,) = loaded(tmp_path, table).report['warnings']
     assert text in warning
 
+  @pytest.mark.parametrize('value', ['false', 'true', 2, [], {}])
+  def test_is_fisheye_is_true_or_false(self, tmp_path, value):
+    write_ngp(tmp_path, is_fisheye=value)
+    message = refused(tmp_path, dataset_loader='transforms')
+    assert f'is_fisheye must be true or false, got {value!r}' in message
+
+  def test_is_fisheye_may_be_a_number(self, tmp_path):
+    table, _ = write_ngp(tmp_path, is_fisheye=0)
+    scene = loaded(tmp_path, table, first={'is_fisheye': 1})
+    assert scene.cameras.lens.tolist() == [1] + [0] * 8
+
   def test_other_lenses_of_instant_ngp_are_refused(self, tmp_path):
     write_ngp(tmp_path, equirectangular=True)
     message = refused(tmp_path, dataset_loader='transforms')
@@ -176,12 +188,17 @@ class TestLenses:
 
 class TestKeys:
   def test_what_is_not_used_is_named(self, tmp_path):
-    table, _ = write_ngp(tmp_path, fisheye_crop_radius=14.0, aabb_scale=16, offset=[0, 0, 0.5])
+    table, _ = write_ngp(
+      tmp_path, fisheye_crop_radius=14.0, aabb_scale=16, offset=[0, 0, 0.5], lossmult=2
+    )
     for frame in table['frames'][:4]:
       frame['depth_file_path'] = 'depth/0.png'
     (warning,) = loaded(tmp_path, table).report['warnings']
     assert 'transforms.json: these keys are not used: ' in warning
-    assert "'fisheye_crop_radius', 'aabb_scale', 'offset', 'depth_file_path' of 4 frames" in warning
+    assert (
+      "'fisheye_crop_radius', 'aabb_scale', 'offset', 'lossmult', 'depth_file_path' of 4 frames"
+      in warning
+    )
 
   def test_other_files_of_frames_are_named(self, tmp_path):
     table, _ = write_ngp(tmp_path)
@@ -217,6 +234,14 @@ class TestMasks:
     assert 'mask_path' in message
 
 
+def test_transparent_pixels_are_put_on_white(tmp_path):
+  table, _ = write_ngp(tmp_path)
+  pixels = captures.pixels(1, channels=4)
+  pixels[..., 3] = 0
+  captures.save_image(str(tmp_path / 'images/001.png'), pixels)
+  assert (scenes.read_image(str(tmp_path), loaded(tmp_path, table), 1) == 255).all()
+
+
 def test_test_pictures_that_are_trained_on_are_warned_of(tmp_path):
   table, _ = write_ngp(tmp_path)
   names = [frame['file_path'] for frame in table['frames']]
@@ -226,6 +251,15 @@ def test_test_pictures_that_are_trained_on_are_warned_of(tmp_path):
   (warning,) = scene.report['warnings']
   assert '2 of 2 test images are also trained on' in warning
   assert "'images/007.png', 'images/008.png'" in warning
+
+
+def test_frames_in_no_list_are_named(tmp_path):
+  table, _ = write_ngp(tmp_path)
+  lists = {'train_filenames': ['images/000.png'], 'test_filenames': ['images/001.png']}
+  few, unused = loaded(tmp_path, {**table, **lists}).report['warnings'][::-1]
+  assert '7 of 9 frames are in none of the lists train_filenames, test_filenames' in unused
+  assert "'images/002.png'" in unused
+  assert 'trains on 1 image only, of 9 frames' in few
 
 
 class TestPoses:
@@ -291,6 +325,7 @@ class TestApplied:
     'values',
     [
       {'applied_transform': [[1, 2], [3, 4]]},
+      {'applied_scale': 0},
       {'applied_transform': np.zeros((3, 4)).tolist()},
       {'applied_transform': 'none'},
       {'applied_scale': -2},

@@ -6,9 +6,10 @@
 
 All output goes to the folder of --out; its config.gin has all settings. Run the same command again
 to resume from the newest checkpoint there. Flags override the config, and --gin_bindings override
-flags; --list_knobs WORD prints the settings that have to do with a word. --dry_run prints a
-preflight report as JSON and exits. --replay_step N repeats step N of a run and prints its loss
-terms and the rays whose loss or gradient is non-finite.
+flags; --list_knobs WORD prints the settings that have to do with a word. --dry_run decodes all
+pictures and traces a step, as a training does, and prints a preflight report as JSON instead.
+--replay_step N repeats step N of a run and prints its loss terms and the rays whose loss or
+gradient is non-finite.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   scene = datasets.load_dataset(config, read_only=args.dry_run)
   cli.show_warnings(scene.report)
   if args.dry_run:
+    loop.rehearse(settings, scene, mesh)
     print(json.dumps(preflight(settings, scene, mesh), indent=2))
     print_next(settings, scene, argv)
     return
@@ -134,7 +136,9 @@ def parse(argv=None) -> argparse.Namespace:
   setting('--steps', 'max_steps', type=int, metavar='N', help='length of the training')
   cli.add_arguments(parser)
   parser.add_argument(
-    '--dry_run', action='store_true', help='print a preflight report as JSON and exit'
+    '--dry_run',
+    action='store_true',
+    help='decode all pictures, trace a step, print a preflight report as JSON and exit',
   )
   parser.add_argument(
     '--replay_step',

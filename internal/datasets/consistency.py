@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .. import structs
+from .. import cameras, structs
 from ..system import warnings
 from . import images, lookup, pyramid
 
@@ -23,7 +23,18 @@ _WIDEST = 150  # Degrees of a perspective view.
 _MARGIN = 0.05  # Of the size: the principal point is not closer to the border.
 _ASPECT = 1.22  # Of pixels: anamorphic lenses and video come close; wrong exports start at 5/4.
 _STRETCH = 1.5  # Of pixels, at most.
+# Pixels that no ray meets, as a share: any is a doubt; more than this no lens that COLMAP fits has.
+# The corners of a round fisheye's picture are black, so they may be anything.
+_NO_RAY = {structs.PERSPECTIVE: 0.2, structs.FISHEYE: 0.6}
+_MISS = 0.5  # Pixels between a pixel and where its ray is seen.
+# Times by which distortion changes the distance from the axis. A lens of 120 degrees that is fitted
+# with the other kind of model has 1.7; of 140 degrees 2.2.
+_BENT, _BENT_MOST = 2.0, 4.0
+_GRID = 32  # Pixels a side of a picture on which distortion is checked.
 _LOST = 100  # Times the distance from the middle that four of five cameras keep.
+_FEW = 3  # Training images; fewer show no depth.
+_STRONG = 4  # A factor above it is unusual.
+_SMALL = 100  # Pixels of the shorter side.
 
 
 def find_pictures(data_dir: str, frames: Sequence, factor: int) -> tuple[list, list[int]]:
@@ -65,6 +76,8 @@ def check_missing(
   if not missing:
     return
   n, k, names = len(frames), len(missing), [frames[i].name for i in missing]
+  named = [os.path.join(data_dir, frames[i].picture) for i in missing[:3]]
+  instead = next((f' {path}:{why}' for path in named if (why := images.in_place_of(path))), '')
   folder = os.path.join(data_dir, frames[missing[0]].folder)
   if k == n and not os.path.isdir(folder):
     raise images.DataNotFoundError(f'No such folder: {folder!r}. Put the pictures there.')
@@ -73,6 +86,7 @@ def check_missing(
       f'{data_dir}: {k} of {n} posed pictures are missing ({warnings.some(names)}); '
       f'the other {n - k} are used. Put them back if they should be.'
       + (' All test images are missing.' if test and set(test) <= set(missing) else '')
+      + instead
     )
     return
   message = (
@@ -82,8 +96,8 @@ def check_missing(
   if k < n:
     message += f', or lower Config.min_images_fraction = {fraction:g} to use the other {n - k}'
   if k == n or not read_only:
-    raise images.DataNotFoundError(f'{message}.')
-  warnings.warn(f'{message}. Training refuses this capture.')
+    raise images.DataNotFoundError(f'{message}.{instead}')
+  warnings.warn(f'{message}. Training refuses this capture.{instead}')
 
 
 def repeated(data_dir: str, frames: Sequence) -> dict[int, int]:
@@ -113,14 +127,20 @@ def repeated(data_dir: str, frames: Sequence) -> dict[int, int]:
   if again:
     names = [frames[i].name for i in again]
     warnings.warn(
-      f'{data_dir}: {len(again)} frames are listed twice ({warnings.some(names)}); each is used '
-      'once.'
+      f'{data_dir}: {warnings.count(len(again), "frame")} listed twice ({warnings.some(names)}); '
+      'each is used once.'
     )
   return again
 
 
 def check_split(data_dir: str, frames: Sequence, split) -> None:
   """Warns of test pictures that are trained on, and of equal files under several names."""
+  if 0 < len(split[0]) < _FEW:
+    warnings.warn(
+      f'{data_dir}: trains on {warnings.count(len(split[0]), "image")} only, of '
+      f'{warnings.count(len(frames), "frame")}; {_FEW} show a little depth, 50 a scene. Add '
+      'images, or hold out fewer.'
+    )
   same = _equal_files(data_dir, frames)
   train = {same.get(i, i) for i in split[0]}
   both = [frames[i].name for i in split[1] if same.get(i, i) in train]
@@ -155,6 +175,60 @@ def _equal_files(data_dir: str, frames: Sequence) -> dict[int, int]:
       if i != j:
         same[i] = j
   return same
+
+
+def check_poses(data_dir: str, frames: Sequence) -> None:
+  """Warns of a few pictures that have exactly the pose of another; with many, that is meant."""
+  first, same = {}, []
+  for frame in frames:
+    other = first.setdefault(frame.pose.tobytes(), frame)
+    if other is not frame:
+      same.append(f'{other.name} = {frame.name}')
+  if 0 < len(same) < len(frames) / 2:
+    warnings.warn(
+      f'{data_dir}: {warnings.count(len(same), "picture")} with exactly the pose of another one '
+      f'({warnings.some(same)}). Unless they were taken so (a tripod, several exposures), pose '
+      'them again.'
+    )
+
+
+def check_stored(
+  data_dir: str, files: Sequence[str], headers: Sequence, sizes: np.ndarray, factor: int
+) -> None:
+  """Warns of doubts about pictures as files: further pictures in them, turns, very small ones.
+
+  Args:
+    data_dir: the capture.
+    files: n pictures.
+    headers: theirs.
+    sizes: [n, 2] width and height as used.
+    factor: Config.factor.
+  """
+  animated = [name for name, header in zip(files, headers) if header.animated]
+  if animated:
+    warnings.warn(
+      f'{data_dir}: {warnings.count(len(animated), "animated picture")}, of which the first frame '
+      f'is used: {warnings.some(animated)}. Replace them by the pictures that were posed.'
+    )
+  # The size tells whether a quarter turn was applied before posing, unless width equals height.
+  turned = [
+    f'{name} ({header.orientation})'
+    for name, header in zip(files, headers)
+    if header.orientation in (2, 3, 4)
+    or (header.orientation != 1 and header.width == header.height)
+  ]
+  if turned:
+    warnings.warn(
+      f'{data_dir}: {warnings.count(len(turned), "picture")} with an EXIF orientation, which is '
+      f'ignored, as COLMAP does: {warnings.some(turned)}. If the poses are those of upright '
+      'pictures, turn the pictures and remove the tag.'
+    )
+  smallest = int(sizes.min())
+  if factor > _STRONG and smallest < _SMALL:
+    warnings.warn(
+      f'{data_dir}: Config.factor = {factor} makes pictures of {sizes.min(0)[0]}x{sizes.min(0)[1]} '
+      f'pixels. Use a smaller factor, so that the shorter side keeps {_SMALL} pixels or more.'
+    )
 
 
 def check_positions(data_dir: str, poses: np.ndarray, names: Sequence[str]) -> None:
@@ -213,35 +287,71 @@ def check_lenses(data_dir: str, frames: Sequence, largest: float, allow_unlikely
         f'fy {k.fy:g}, cx {k.cx:g}, cy {k.cy:g}, distortion {k.distortion}). Pose the pictures '
         'again.'
       )
-    for what, hint in (_doubt_view(frame), _doubt_centre(frame), _doubt_pixels(frame)):
+  rays = _trace(frames)
+  for frame in frames:
+    for what, hint, absurd in (
+      _doubt_view(frame), _doubt_centre(frame), _doubt_pixels(frame), *_doubt_rays(frame, rays)
+    ):  # fmt: skip
       if what:
-        doubts[hint].append((frame.name, what))
-  refused = {frame.name for frame in frames if not allow_unlikely and _is_absurd(frame)}
-  for hint, cases in doubts.items():
-    name, what = next((case for case in cases if case[0] in refused), cases[0])
+        doubts[hint].append((absurd and not allow_unlikely, frame.name, what))
+  worst = {hint: max(cases, key=lambda case: case[0]) for hint, cases in doubts.items()}
+  for hint, (refused, name, what) in sorted(worst.items(), key=lambda item: not item[1][0]):
     text = f'{data_dir}: the camera of {name!r} has {what}'
-    text += f' ({len(cases)} of {len(frames)} pictures).'
-    if name in refused:
+    text += f' ({len(doubts[hint])} of {len(frames)} pictures).'
+    if refused:
       raise images.DataError(
         f'{text} {hint} Correct the intrinsics, or set Config.allow_unlikely_cameras = True.'
       )
     warnings.warn(f'{text} {hint} Correct the intrinsics, or ignore this if the lens is special.')
 
 
-def _is_absurd(frame) -> bool:
-  """Returns whether a camera is beyond what lenses and moderate crops give."""
-  k, (w, h) = frame.intrinsics, frame.size
-  centre = np.array([k.cx / w, k.cy / h])
-  widest = math.degrees(2 * math.atan(max(w / k.fx, h / k.fy) / 2))
-  return bool(
-    (k.lens == structs.PERSPECTIVE and widest > _WIDEST)
-    or (abs(centre - 0.5) > 0.5 - _MARGIN).any()
-    or not 1 / _STRETCH <= k.fx / k.fy <= _STRETCH
+def _trace(frames: Sequence) -> dict[tuple, tuple[float, float]]:
+  """Returns what the distortion of each camera does, by (intrinsics, size): two numbers.
+
+  The share of pixels that no ray meets, and by how many times the others are moved at most.
+  """
+  keys = [(f.intrinsics, f.size) for f in frames if any(f.intrinsics.distortion)]
+  keys = list(dict.fromkeys(keys))
+  if not keys:
+    return {}
+  pixtocam = cameras.pixtocam_from_intrinsics(
+    *np.array([(k.fx, k.fy, k.cx, k.cy) for k, _ in keys]).T
   )
+  table = cameras.make_cameras(
+    pixtocam,
+    np.tile(np.eye(3, 4), (len(keys), 1, 1)),
+    np.array([size for _, size in keys]),
+    np.array([k.distortion for k, _ in keys]),
+    np.array([k.lens for k, _ in keys]),
+  )
+  x, y = (np.mgrid[:_GRID, :_GRID].reshape(2, -1) + 0.5) / _GRID
+  misses, factors = map(np.asarray, cameras.check_distortion(table, np.float32(x), np.float32(y)))
+  met = misses <= _MISS  # False for nan.
+  bent = np.where(met, np.maximum(factors, 1 / np.maximum(factors, 1e-6)), 1).max(-1)
+  return dict(zip(keys, zip((~met).mean(-1).tolist(), bent.tolist())))
 
 
-def _doubt_view(frame) -> tuple[str, str]:
-  """Returns what is unlikely about the field of view, and what may have been meant; or ''."""
+def _doubt_rays(frame, rays) -> list[tuple[str, str, bool]]:
+  """Returns what is unlikely about the distortion, as `_doubt_view` does; several may be."""
+  lost, bent = rays.get((frame.intrinsics, frame.size), (0, 1))
+  values = ', '.join(f'{v:g}' for v in frame.intrinsics.distortion)
+  found = []
+  if lost > 0:
+    hint = 'Rays of these pixels are wrong: mask them, crop the pictures, or pose them again.'
+    text = f'distortion ({values}) by which no ray meets {lost:.1%} of its pixels'
+    found.append((text, hint, lost > _NO_RAY[frame.intrinsics.lens]))
+  if bent > _BENT:
+    hint = 'Are the coefficients those of another camera model, or in other units?'
+    text = f'distortion ({values}) that changes distances from the axis {bent:.2g}-fold'
+    found.append((text, hint, bent > _BENT_MOST))
+  return found
+
+
+def _doubt_view(frame) -> tuple[str, str, bool]:
+  """Returns what is unlikely about the field of view, or '', and what may have been meant.
+
+  The last value is whether it is beyond what lenses and moderate crops give.
+  """
   k, (w, h) = frame.intrinsics, frame.size
   if k.lens == structs.PERSPECTIVE:
     view = max(2 * math.atan(w / k.fx / 2), 2 * math.atan(h / k.fy / 2))
@@ -249,36 +359,43 @@ def _doubt_view(frame) -> tuple[str, str]:
     view = max(w / k.fx, h / k.fy)
   low, high = _VIEWS[k.lens]
   if low <= math.degrees(view) <= high:
-    return '', ''
+    return '', '', False
+  absurd = k.lens == structs.PERSPECTIVE and math.degrees(view) > _WIDEST
   text = f'a field of view of {math.degrees(view):.3g} degrees (focal length {k.fx:g}, {w}x{h})'
   if math.degrees(view) < low:
-    return text, 'Is the focal length that of larger pictures, or the angle in other units?'
-  return text, 'Is the focal length in millimetres, as a fraction, or that of smaller pictures?'
+    hint = 'Is the focal length that of larger pictures, or the angle in other units?'
+    return text, hint, absurd
+  hint = 'Is the focal length in millimetres, as a fraction, or that of smaller pictures?'
+  return text, hint, absurd
 
 
-def _doubt_centre(frame) -> tuple[str, str]:
-  """Returns what is unlikely about the principal point, and what may have been meant; or ''."""
+def _doubt_centre(frame) -> tuple[str, str, bool]:
+  """Returns what is unlikely about the principal point, as `_doubt_view` does."""
   k, (w, h) = frame.intrinsics, frame.size
   x, y = k.cx / w, k.cy / h
   if min(x, y) >= 0.25 and max(x, y) <= 0.75:
-    return '', ''
+    return '', '', False
+  absurd = max(abs(x - 0.5), abs(y - 0.5)) > 0.5 - _MARGIN
   text = f'its principal point at ({k.cx:g}, {k.cy:g}), outside the middle half of {w}x{h} pixels'
+  hint = 'Is it that of pictures of another size, or before a crop?'
   if min(k.cx, k.cy) >= 0.25 and max(k.cx, k.cy) <= 0.75:
-    return text, 'It seems to be in fractions of the size: multiply by width and height.'
-  if max(abs(x), abs(y)) < 0.25:
-    return text, 'It may be an offset from the middle: add half the size.'
-  if min(x, y) > 0.75 and abs(x / y - 1) < 0.3:
-    return text, f'It may be that of pictures {2 * x:.2g} times as large: divide by that.'
-  return text, 'Is it that of pictures of another size, or before a crop?'
+    hint = 'It seems to be in fractions of the size: multiply by width and height.'
+  elif max(abs(x), abs(y)) < 0.25:
+    hint = 'It may be an offset from the middle: add half the size.'
+  elif min(x, y) > 0.75 and abs(x / y - 1) < 0.3:
+    hint = f'It may be that of pictures {2 * x:.2g} times as large: divide by that.'
+  return text, hint, absurd
 
 
-def _doubt_pixels(frame) -> tuple[str, str]:
-  """Returns what is unlikely about the shape of pixels, and what may have been meant; or ''."""
+def _doubt_pixels(frame) -> tuple[str, str, bool]:
+  """Returns what is unlikely about the shape of pixels, as `_doubt_view` does."""
   k, (w, h) = frame.intrinsics, frame.size
   ratio = k.fx / k.fy
   if 1 / _ASPECT <= ratio <= _ASPECT:
-    return '', ''
+    return '', '', False
+  absurd = not 1 / _STRETCH <= ratio <= _STRETCH
   text = f'pixels far from square (fx {k.fx:g}, fy {k.fy:g})'
   if any(abs(ratio * r - 1) < 0.02 for r in (w / h, h / w)):
-    return text, 'fy seems to be scaled by the shape of the picture: it should be close to fx.'
-  return text, 'Do fx and fy belong to pictures of this size, that were not stretched?'
+    hint = 'fy seems to be scaled by the shape of the picture: it should be close to fx.'
+    return text, hint, absurd
+  return text, 'Do fx and fy belong to pictures of this size, that were not stretched?', absurd

@@ -252,6 +252,7 @@ def assemble(
       for frame, file, header in zip(frames, located.files, located.headers)
     ]
   )  # [n, 2]
+  consistency.check_stored(data_dir, located.files, located.headers, sizes, factor)
   table = _camera_table(frames, world, sizes, max(1, factor))
   found_masks = _find_masks(data_dir, frames, sizes, unregistered, factor)
   report = _report(
@@ -269,6 +270,7 @@ def assemble(
     bounds=world.bounds,
     report=report,
     masks=found_masks if any(found_masks) else (),
+    sources=tuple(frame.picture for frame in frames) if located.to_be_made else (),
     weights=tuple(f.weight for f in frames) if any(f.weight != 1 for f in frames) else (),
   )
 
@@ -285,6 +287,7 @@ def _check_frames(data_dir: str, frames: Sequence[Frame], split, allow_unlikely:
   consistency.check_lenses(data_dir, frames, LARGEST, allow_unlikely)
   names = [frame.name for frame in frames]
   consistency.check_positions(data_dir, checked_poses(data_dir, frames), names)
+  consistency.check_poses(data_dir, frames)
   consistency.check_split(data_dir, frames, split)
 
 
@@ -303,6 +306,10 @@ def _report(
     'images_unregistered': list(unregistered),
     'images_turned_by_exif': sum(
       (h.width, h.height) != tuple(size) for h, size in zip(located.headers, sizes.tolist())
+    ),
+    'images_not_turned_by_exif': sum(
+      h.orientation != 1 and (h.width, h.height) == tuple(size)
+      for h, size in zip(located.headers, sizes.tolist())
     ),
     'image_folders': sorted({os.path.dirname(file) for file in located.files}),
     'reduction': located.reduction,

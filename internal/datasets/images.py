@@ -27,8 +27,15 @@ from PIL import Image
 
 from ..errors import UserError
 from ..system import files, progress
+from ..system.warnings import some
 
-EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
+JPEG = ('.jpg', '.jpeg', '.jfif', '.jpe')
+EXTENSIONS = ('.png', *JPEG, '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
+# Files that cameras and systems put beside photographs, and notes; no photograph ends like that.
+_CLUTTER = (
+  '.db', '.ini', '.aae', '.xmp', '.thm', '.lrv', '.gpx', '.srt', '.wav', '.txt', '.md', '.csv',
+  '.json', '.xml', '.html', '.log', '.sh', '.py',
+)  # fmt: skip
 
 _LONGEST = 4096  # Characters of a path in a message.
 _ORIENTATION = 0x0112  # The EXIF tag.
@@ -36,8 +43,8 @@ _GREY_16 = ('I;16', 'I;16B', 'I;16L', 'I;16N')
 # Detected by content. Pillow's document and video readers are left out.
 _FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'PPM')
 _WITHOUT_ALPHA = {
-  'none': 'Save it without alpha (in place: `mogrify -background white -alpha remove -alpha off '
-  'FILES`).',
+  'none': 'Save it without alpha: export it as JPEG or, with '
+  'ImageMagick, `mogrify -background white -alpha remove -alpha off FILES` in place.',
   'mask': 'Save it without alpha (in place: `mogrify -alpha extract FILES` if the transparent '
   'pixels are those that do not count, `mogrify -alpha off FILES` if the black ones are).',
 }
@@ -63,6 +70,7 @@ class Header:
   width: int  # As stored, in pixels.
   height: int
   orientation: int = 1  # EXIF's; 5 to 8 are quarter turns.
+  animated: bool = False  # Whether it has more pictures, which are not read.
 
   def fit(self, size: tuple[float, float], tolerance: float = 0.0) -> tuple[int, int] | None:
     """Returns the stored or the EXIF-rotated (width, height), whichever is `size`, or None."""
@@ -140,6 +148,25 @@ def list_images(folder: str, endings: tuple[str, ...] = EXTENSIONS) -> list[str]
   return sorted(found)
 
 
+def is_unread(name: str) -> bool:
+  """Whether a file may be a photograph by its ending, but of a format that is not read."""
+  return not name.startswith('.') and not name.lower().endswith((*EXTENSIONS, *_CLUTTER))
+
+
+def in_place_of(path: str) -> str:
+  """Says, for a message, what lies where a picture is missing, and the way out; '' if nothing."""
+  if os.path.islink(path) and not files.exists(path):
+    return f' It is a link to {_short(os.readlink(path))}, where nothing is. Copy the picture here.'
+  if files.exists(path):
+    kind = 'a folder' if files.is_folder(path) else 'a pipe or a device'
+    return f' It is {kind}. Put the picture there.'
+  folder, base = os.path.split(path)
+  for name in sorted(os.listdir(folder)) if files.is_folder(folder) else ():
+    if stem(name).casefold() == stem(base).casefold() and is_unread(name):
+      return f' There is {_short(name)}, whose format is not read: convert it to PNG or JPEG.'
+  return ''
+
+
 def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
   """Walks a folder as os.walk does, but not into hidden folders.
 
@@ -172,6 +199,31 @@ def in_threads(function: Callable, items: Sequence, label: str | None = None) ->
       raise
 
 
+def all_in_threads(
+  function: Callable, items: Sequence, names: Sequence[str], label: str | None = None
+) -> list:
+  """Does what `in_threads` does, but a UserError ends it only when all items have been tried.
+
+  Its message is that of the first one that fails, with the `names` of the others.
+  """
+  failed = {}
+
+  def attempt(k: int):
+    try:
+      return function(items[k])
+    except UserError as e:
+      failed[k] = e
+
+  results = in_threads(attempt, range(len(items)), label)
+  if failed:
+    first, *others = sorted(failed)
+    if not others:
+      raise failed[first]
+    more = f'{len(others)} more cannot be used: {some([names[k] for k in others])}.'
+    raise type(failed[first])(f'{failed[first]} {more}')
+  return results
+
+
 def _readable(function: Callable) -> Callable:
   """Decorator that turns any exception of Pillow into a DataError with the file's name."""
 
@@ -179,7 +231,7 @@ def _readable(function: Callable) -> Callable:
   def wrapped(path: str, *args, **kwargs):
     try:
       if not files.is_file(path):  # Opening a named pipe would block.
-        raise DataNotFoundError(f'{path[:_LONGEST]}: no such image.')
+        raise DataNotFoundError(f'{path[:_LONGEST]}: no such image.{in_place_of(path)}')
       return function(path, *args, **kwargs)
     except UserError:
       raise
@@ -249,7 +301,9 @@ def _header(image: Image.Image) -> Header:
   if image.format != 'PNG' or 'exif' in image.info:
     with contextlib.suppress(Exception):  # Ignore damaged EXIF data.
       orientation = image.getexif().get(_ORIENTATION, 1)
-  return Header(*image.size, orientation=orientation if orientation in range(1, 9) else 1)
+  known = orientation if orientation in range(1, 9) else 1
+  animated = image.format in ('WEBP', 'PNG') and getattr(image, 'is_animated', False)
+  return Header(*image.size, orientation=known, animated=animated)
 
 
 @_readable

@@ -75,8 +75,11 @@ def _look_up(
   found = _small_pictures(missing, folder, full, small)
   places = {os.path.dirname(p) for p in (*taken, *found.values()) if p}  # Folders as named.
   by_key = collections.defaultdict(list)
+  standing_in = set(small)
   for picture in [*full, *small]:
-    if picture not in taken:
+    # Links that lead nowhere and pipes are listed too.
+    there = picture in standing_in or files.is_file(os.path.join(data_dir, picture))
+    if there and picture not in taken:
       by_key[_fold(images.stem(os.path.basename(picture)))].append(picture)
   renamed = {}
   for name in missing:

@@ -35,7 +35,7 @@ _AFFIX = re.compile(r'^(dynamic[_-])?masks?[_.-]+|[_.-]+(dynamic[_-])?masks?$', 
 _INVERTED = re.compile(r'dynamic[_-]mask', re.IGNORECASE)
 _LIKE_MASKS = re.compile(r'mask|segment|silhouette|matte|^alphas?$', re.IGNORECASE)
 _ARCHIVE = re.compile(r'\.(zip|7z|rar|tgz|tar(\.\w+)?)$', re.IGNORECASE)
-_LOSSY = ('.jpg', '.jpeg', '.webp')
+_LOSSY = (*images.JPEG, '.webp')
 # Formats in which masks come, but which cannot be read.
 _FOREIGN = ('.npy', '.npz', '.gif', '.exr', '.tga', '.jp2', '.heic', '.avif', '.pbm', '.mat')
 _COMPARED = 16  # Photographs with several masks, of which these are compared.

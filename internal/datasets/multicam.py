@@ -33,7 +33,7 @@ def load(config: configs.Config, read_only: bool = False) -> scenes.Scene:
   def read(part: str) -> list[frames_lib.Frame]:
     rows = _rows(f'{path}: {part}', tables.get(part))
     frames = transforms.read_frames(data_dir, f'{path}: {part}', {'frames': rows})
-    return [dataclasses.replace(f, weight=row['lossmult']) for f, row in zip(frames, rows)]
+    return [dataclasses.replace(f, weight=row['_lossmult']) for f, row in zip(frames, rows)]
 
   return blender.assemble('multicam', config, read, read_only)
 
@@ -67,7 +67,7 @@ def _rows(where: str, table: Any) -> list[dict[str, Any]]:
         'h': height,
         'fl_x': focal,
         'camera_model': 'PINHOLE',
-        'lossmult': float(weight),
+        '_lossmult': float(weight),  # No key of a transforms.json.
       }
     )
   return rows

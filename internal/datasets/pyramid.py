@@ -383,4 +383,5 @@ def check_present(data_dir: str, folder: str, names: Sequence[str], factor: int)
   raise images.DataNotFoundError(
     f'{os.path.join(root, absent[0])}: no such image, but the capture has a pose for it '
     f'({len(absent)} of {len(names)} are missing). Put it back, or pose the capture again.'
+    f'{images.in_place_of(os.path.join(root, absent[0]))}'
   )

@@ -63,6 +63,7 @@ class Scene:
   masks: tuple[str | None, ...] = ()  # [n] relative to data_dir, or None; () if there are none.
   weights: tuple[float, ...] = ()  # [n] weights in the data loss; () if all are 1.
   applied: Applied | None = None  # Already in the capture's world.
+  sources: tuple[str, ...] = ()  # [n] full-size pictures, if `files` must still be made from them.
 
   def stem(self, i: int) -> str:
     """Returns image i's name for file names: no extension, '/' replaced by '_'."""
@@ -73,6 +74,7 @@ def save_scene(path: str, scene: Scene) -> None:
   """Writes a scene as JSON, atomically; numbers are restored exactly."""
   cameras = scene.cameras
   fields = {field.name: getattr(scene, field.name) for field in dataclasses.fields(scene)}
+  del fields['sources']  # Whoever saves a scene has made the files.
   fields['version'] = _VERSION
   fields['world_transform'] = np.asarray(scene.world_transform, np.float64).tolist()
   if scene.applied:
@@ -181,6 +183,26 @@ def read_image(data_dir: str, scene: Scene, i: int) -> np.ndarray:
   path = images.inside(data_dir, scene.files[i])
   width, height = scene.cameras.size[i].tolist()
   return images.decode(path, scene.background, (width, height))
+
+
+def check_pixels(data_dir: str, scene: Scene, progress: bool = True) -> None:
+  """Decodes the training and test images, and their masks, as training and tests do.
+
+  Raises:
+    DataError, DataNotFoundError: some cannot be used; the message names them.
+  """
+
+  def check(i: int) -> None:
+    path = images.inside(data_dir, scene.files[i])
+    if scene.sources and not files.exists(path):
+      images.decode(images.inside(data_dir, scene.sources[i]), scene.background)
+    else:
+      read_image(data_dir, scene, i)
+    read_mask(data_dir, scene, i)
+
+  rows = sorted({*scene.train, *scene.test})
+  names = [scene.names[i] for i in rows]
+  images.all_in_threads(check, rows, names, 'checking images' if progress else None)
 
 
 def read_images(

@@ -25,7 +25,7 @@ from . import images, lookup, scenes, transforms_cameras
 _SPLITS = ('train_filenames', 'val_filenames', 'test_filenames')
 _USED = {
   *transforms_cameras.KEYS, *_SPLITS, 'frames', 'file_path', 'transform_matrix', 'mask_path',
-  'applied_transform', 'applied_scale', 'ply_file_path', 'lossmult',
+  'applied_transform', 'applied_scale', 'ply_file_path',
 }  # fmt: skip
 # Keys that describe the files and change nothing in any program.
 _METADATA = {
@@ -135,7 +135,10 @@ def _find_pictures(data_dir: str, path: str, table: Mapping[str, Any]) -> list[s
   names = [own.get('file_path') for own in table['frames']]
   for number, name in enumerate(names, 1):
     if not isinstance(name, str):
-      raise images.DataError(f"{path}: frame {number} has no 'file_path'. Export it again.")
+      what = "has no 'file_path'"
+      if name is not None:
+        what = f'has the file_path {reprlib.repr(name)}, which must be text'
+      raise images.DataError(f'{path}: frame {number} {what}. Export it again.')
   pictures = lookup.find(data_dir, names)
   for number, picture in enumerate(pictures, 1):
     if picture is not None:
@@ -252,7 +255,8 @@ def _read_applied(path: str, table: Mapping[str, Any]) -> scenes.Applied | None:
   if table.get('applied_transform') is None and table.get('applied_scale') is None:
     return None
   try:
-    transform, scale = np.eye(4), float(table.get('applied_scale') or 1)
+    given = table.get('applied_scale')
+    transform, scale = np.eye(4), 1.0 if given is None else float(given)
     if table.get('applied_transform') is not None:
       transform[:3] = np.array(table['applied_transform'], np.float64)[:3]
     return scenes.Applied(transform, scale)
@@ -314,5 +318,13 @@ def _listed_split(
       )
     rows[key] = sorted({row[name] for name in names})
   test = rows['test_filenames'] or rows['val_filenames']
+  listed = set().union(*rows.values())
+  unused = [frame.name for i, frame in enumerate(frames) if i not in listed]
+  if rows['train_filenames'] and unused:
+    warnings.warn(
+      f'{path}: {len(unused)} of {len(frames)} frames are in none of the lists '
+      f'{", ".join(key for key in _SPLITS if key in table)}, so they are not used: '
+      f'{warnings.some(unused)}. Add them to train_filenames to use them.'
+    )
   train = rows['train_filenames'] or [i for i in range(len(frames)) if i not in set(test)]
   return tuple(train), tuple(test)

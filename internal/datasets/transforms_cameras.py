@@ -67,9 +67,14 @@ def read_size(where: str, values: Mapping[str, Any], picture: str) -> tuple[int,
 
 def read_model(where: str, values: Mapping[str, Any]) -> str:
   """Returns the name of the camera model."""
+  fisheye = values.get('is_fisheye')
+  if fisheye not in (None, False, True):  # 0 and 1 are equal to these.
+    raise images.DataError(
+      f'{where}: is_fisheye must be true or false, got {reprlib.repr(fisheye)}. Export it again.'
+    )
   model = next((key for key in _OTHER_LENSES if values.get(key)), None)
   model = model or values.get('camera_model')
-  model = model or ('OPENCV_FISHEYE' if values.get('is_fisheye') else 'OPENCV')
+  model = model or ('OPENCV_FISHEYE' if fisheye else 'OPENCV')
   if not isinstance(model, str) or model not in _MODELS:
     raise images.DataError(
       f'{where}: unknown camera model {reprlib.repr(model)}. Undistort the pictures, or use one of '
@@ -95,7 +100,8 @@ def read_intrinsics(
   )
   fx, fy = fx if fx is not None else fy, fy if fy is not None else fx
   if fx is None or not (fx > 0 and fy > 0):
-    similar = [k for k in other_keys if re.search('fov|foc|angle|intrin|^k$', k.lower())]
+    like_focal = re.compile('fov|foc|angle|intrin|^k$|^fl?_?[xy]?$', re.IGNORECASE)
+    similar = [key for key in other_keys if like_focal.search(key)]
     similar = sorted(set(similar) - KEYS)
     notes = [f'{key} is {values[key]:g}' for key in _FOCAL if key in values]
     notes += [f'the unit of {warnings.some(similar)} is not defined'] if similar else []
@@ -134,7 +140,7 @@ def contradictions(
     yield from _of_another_size(own, values, size, file_size)
   lens, coefficients = _MODELS[model]
   fisheye = values.get('is_fisheye')
-  if isinstance(fisheye, bool) and fisheye != (lens == structs.FISHEYE):
+  if fisheye is not None and fisheye != (lens == structs.FISHEYE):
     yield 'camera_model contradicts is_fisheye, which is ignored', f'{model} and {fisheye}'
   read = _COEFFICIENTS[: 4 if lens == structs.FISHEYE else 6]
   for key in _DISTORTION:
@@ -148,8 +154,14 @@ def contradictions(
       if not abs(pixels / chosen - 1) <= 0.01:  # True for nan.
         yield (
           f'{first} contradicts {key}, which is ignored',
-          f'{first} = {chosen:g} pixels and {key} = {values[key]:g}, which means {pixels:g} pixels',
+          f'{_in_pixels(first, values, chosen)} and {_in_pixels(key, values, pixels)}',
         )
+
+
+def _in_pixels(key: str, values: Mapping[str, Any], pixels: float) -> str:
+  if key in _FOCAL[:4]:
+    return f'{key} = {pixels:g} pixels'
+  return f'{key} = {values[key]:g}, which means {pixels:g} pixels'
 
 
 def _of_another_size(

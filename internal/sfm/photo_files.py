@@ -25,7 +25,6 @@ from ..errors import UserError
 from ..system import files, installation, warnings
 
 ENDINGS = ('.heic', '.heif', '.hif', '.avif')  # Besides those of `images`.
-RAW = ('.dng', '.raw', '.cr2', '.cr3', '.nef', '.arw', '.orf', '.rw2', '.raf', '.jxl')
 VIDEOS = ('.mov', '.mp4', '.m4v', '.3gp', '.avi', '.mkv', '.webm')
 
 _HEIF_BRANDS = {b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1', b'msf1'}
@@ -168,34 +167,58 @@ def natural_key(name: str) -> list:
 def list_photos(folder: str, quiet: bool = False) -> list[str]:
   """Lists the photographs of a folder and its subfolders, relative to it, in natural order.
 
-  Unless it is `quiet`, it notes on stderr what else lies there: videos, raw files, HEIC files that
-  have been converted, and links to other folders.
+  Unless it is `quiet`, it warns of files that may be photographs but are of a format that is not
+  read, and notes on stderr what else lies there: videos, HEIC files that have been converted, and
+  links to other folders.
 
   Raises:
     PosesError: there are none, one is a HEIC file that cannot be read here, or two of them would
       have the same name.
   """
-  found = images.list_images(folder, (*images.EXTENSIONS, *ENDINGS))
+  everything = images.list_images(folder, ('',))
+  found = [name for name in everything if name.lower().endswith((*images.EXTENSIONS, *ENDINGS))]
   names = sorted(masks.photographs(found), key=natural_key)
   converted = _converted(names)
   names = [name for name in names if name not in converted]
-  raw, videos = (images.list_images(folder, endings) for endings in (RAW, VIDEOS))
+  videos = [name for name in everything if name.lower().endswith(VIDEOS)]
+  unread = [name for name in everything if images.is_unread(name) and name not in {*found, *videos}]
   if not names:
-    raise PosesError(_nothing(folder, raw, videos))
+    raise PosesError(_nothing(folder, unread, videos))
   _check_readable(folder, names)
-  raw = [name for name in raw if _base(name) not in set(map(_base, names))]
-  for what, several in (
-    ('files in formats that cannot be read; export them as JPEG to use them', raw),
-    ('videos, which Live Photos have beside each picture', videos),
-    ('HEIC or AVIF files that are there as JPEG or PNG too', sorted(converted)),
-    ('links to other folders; copy these to use their photographs', _linked_folders(folder)),
-  ):
-    if several and not quiet:
-      print(
-        f'Note: {folder}: skips {len(several)} {what}: {warnings.some(several)}.', file=sys.stderr
-      )
+  bases = set(map(_base, names))
+  twins = [name for name in unread if _base(name) in bases]  # Raw files lie beside JPEGs.
+  unread = [name for name in unread if name not in twins]
+  if not quiet:
+    _say_skipped(folder, unread, videos, sorted([*twins, *converted]))
   _check_unique(folder, names)
   return names
+
+
+def _say_skipped(
+  folder: str, unread: Sequence[str], videos: Sequence[str], twins: Sequence[str]
+) -> None:
+  """Warns of photographs that are not used, and notes other files."""
+  if unread:
+    them = 'it' if len(unread) == 1 else 'them'
+    warnings.warn(
+      f'{folder}: {warnings.count(len(unread), "file")} of other formats or endings than '
+      f'{_endings()} not used: {warnings.some(unread)}. Export {them} as JPEG to use {them}.'
+    )
+  for noun, what, several in (
+    ('video', ', as Live Photos have beside each picture', videos),
+    ('file', ' beside a JPEG or PNG of the same name', twins),
+    ('link', ' to other folders; copy these to use their photographs', _linked_folders(folder)),
+  ):
+    if several:
+      print(
+        f'Note: {folder}: skips {warnings.count(len(several), noun)}{what}: '
+        f'{warnings.some(several)}.',
+        file=sys.stderr,
+      )
+
+
+def _endings() -> str:
+  return ', '.join((*images.EXTENSIONS, *ENDINGS))
 
 
 def _converted(names: Sequence[str]) -> set[str]:
@@ -204,18 +227,15 @@ def _converted(names: Sequence[str]) -> set[str]:
   return {name for name in names if name.lower().endswith(ENDINGS) and _base(name) in others}
 
 
-def _nothing(folder: str, raw: Sequence[str], videos: Sequence[str]) -> str:
+def _nothing(folder: str, unread: Sequence[str], videos: Sequence[str]) -> str:
   """Returns the message for a folder without readable photographs."""
-  if raw:
-    return (
-      f'{folder}: its {len(raw)} photographs, such as {raw[0]}, are in a format that cannot be '
-      'read. Export them as JPEG.'
-    )
-  endings = ', '.join((*images.EXTENSIONS, *ENDINGS))
-  found = f', but {len(videos)} videos, such as {videos[0]}' if videos else ''
-  return (
-    f'{folder}: has no photographs ({endings}){found}. Name a folder with photographs, or a video.'
-  )
+  found, advice = '', 'Name a folder with photographs, or a video'
+  if unread:
+    found = f', but {warnings.count(len(unread), "other file")}, such as {unread[0]!r}'
+    advice = 'If these are photographs, export them as JPEG; else name a folder with photographs'
+  elif videos:
+    found = f', but {warnings.count(len(videos), "video")}, such as {videos[0]!r}'
+  return f'{folder}: has no photographs ({_endings()}){found}. {advice}.'
 
 
 def _check_readable(folder: str, names: Sequence[str]) -> None:

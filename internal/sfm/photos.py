@@ -114,10 +114,11 @@ def import_photos(
   found = _find_masks(folder, names, masks_dir)
   used = {photo.name: found.get(name) for name, photo in done.items() if not photo.same_as}
   _refuse_late_masks(used, scene_dir)
-  added = images.in_threads(
+  added = images.all_in_threads(
     lambda name: _import_photo(
       folder, name, scene_dir, found.get(name), bool(found), name in (stored or ())
     ),
+    missing,
     missing,
     'reading photographs' if missing else None,
   )
@@ -190,7 +191,7 @@ def _drop_repeats(
 
 
 def _find_masks(folder: str, names: Sequence[str], masks_dir: str | None) -> dict[str, str]:
-  """Returns the path of each photograph's mask, if it has one; prints warnings on stderr.
+  """Returns the path of each photograph's mask, if it has one; warns of doubtful ones.
 
   Raises:
     DataError: no mask in masks_dir belongs to a photograph.
@@ -199,15 +200,10 @@ def _find_masks(folder: str, names: Sequence[str], masks_dir: str | None) -> dic
   beside = set(images.list_images(folder)) - set(names)
   pool = {colmap_name(name): os.path.join(folder, name) for name in sorted(beside)}
   pool |= {colmap_name(name): os.path.join(masks_dir or '', name) for name in own}
-  with warnings.collect() as collected:
-    found, used = masks.match(folder, [colmap_name(name) for name in names], pool)
-    masks.check_paired(masks_dir or '', [colmap_name(name) for name in own], used, names[0])
-    if beside:
-      warnings.warn(
-        f'{folder}: used as masks, not as photographs: {warnings.some(sorted(beside))}.'
-      )
-  for line in collected:
-    print(f'Warning: {line}', file=sys.stderr)
+  found, used = masks.match(folder, [colmap_name(name) for name in names], pool)
+  masks.check_paired(masks_dir or '', [colmap_name(name) for name in own], used, names[0])
+  if beside:
+    warnings.warn(f'{folder}: used as masks, not as photographs: {warnings.some(sorted(beside))}.')
   return {name: pool[mask] for name, mask in zip(names, found) if mask}
 
 

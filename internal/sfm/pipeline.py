@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 
 from .. import colmap
 from ..datasets import images, masks, pyramid
-from ..system import files
+from ..system import files, warnings
 from . import (
   diagnosis,
   mapping,
@@ -78,7 +78,8 @@ def make(source: str, scene_dir: str, options: Options = Options()) -> dict:
     if not files.is_file(os.path.join(scene_dir, reconstruction.DATABASE)):
       mapping.forget(scene_dir)  # A new database may number the photographs anew.
     reconstruction.check_database(scene_dir)
-    photos = _collect(source, scene_dir, options, frames)
+    with warnings.collect(echo=True) as noted:
+      photos = _collect(source, scene_dir, options, frames)
     if frames:
       photos = _refine(scene_dir, photos, frames, options)
     else:
@@ -86,7 +87,7 @@ def make(source: str, scene_dir: str, options: Options = Options()) -> dict:
       _reconstruct(scene_dir, [photo.name for photo in photos], pairs, options.mapper)
     for factor in FACTORS:
       pyramid.locate(scene_dir, FOLDER, [photo.name for photo in photos], factor)
-    return _report(scene_dir, photos)
+    return _report(scene_dir, photos, noted)
 
 
 def _match(
@@ -136,9 +137,9 @@ def _locked(scene_dir: str) -> Iterator[None]:
       shutil.rmtree(staging)
 
 
-def _report(scene_dir: str, photos: Sequence[Photo]) -> dict:
+def _report(scene_dir: str, photos: Sequence[Photo], noted: Sequence[str]) -> dict:
   """Writes the report; raises a PosesError if no photograph was posed."""
-  report = preflight.write(scene_dir, photos)
+  report = preflight.write(scene_dir, photos, noted)
   if not report['posed']:
     raise PosesError(
       f'None of the {len(photos)} photographs could be posed. '

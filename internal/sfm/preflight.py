@@ -29,15 +29,18 @@ class Check:
   text: str
 
 
-def write(scene_dir: str, photos: Sequence[photos_lib.Photo]) -> dict:
-  """Writes preflight.json and preflight.png into a capture; returns what the JSON file holds."""
+def write(scene_dir: str, photos: Sequence[photos_lib.Photo], noted: Sequence[str] = ()) -> dict:
+  """Writes preflight.json and preflight.png into a capture; returns what the JSON file holds.
+
+  `noted` has the warnings of importing the photographs.
+  """
   found = diagnosis.examine(scene_dir, photos)
   checks = all_checks(found)
   refinement = moved.read_report(scene_dir)
   checks += [Check(*values) for values in moved.checks(refinement)] if refinement else []
-  report = as_json(scene_dir, found, checks) | {'refinement': refinement}
+  report = as_json(scene_dir, found, checks) | {'refinement': refinement, 'warnings': list(noted)}
   results.write_json(os.path.join(scene_dir, f'{FILE}.json'), report)
-  warnings = (report['capture'] or {}).get('warnings', ())
+  warnings = [*noted, *(report['capture'] or {}).get('warnings', ())]
   drawn = picture.draw(scene_dir, found, checks, warnings)
   pictures.write_png(os.path.join(scene_dir, f'{FILE}.png'), drawn)
   return report

@@ -19,8 +19,8 @@ from PIL import Image
 
 from ..system import progress, warnings
 from ..vis import video
+from . import photo_files, repeats
 from . import photos as photos_lib
-from . import repeats
 
 PER_SECOND, FEWEST, MOST = 2.0, 100, 300
 _HDR = re.compile(r'Video:.*\b(arib-std-b67|smpte2084)\b')  # As ffmpeg names HLG and PQ.
@@ -87,8 +87,8 @@ def extract_frames(path: str, scene_dir: str, count: int | None = None) -> list[
   decoded.close()
   if len(photos) < 3:
     raise photos_lib.PosesError(
-      f'{path}: has {len(photos)} frames{" in which something moves" if still else ""}; at least 3 '
-      'are needed. Use a longer video.'
+      f'{path}: has {warnings.count(len(photos), "frame")}'
+      f'{" in which something moves" if still else ""}; at least 3 are needed. Use a longer video.'
     )
   if still:
     print(
@@ -118,6 +118,11 @@ def _count(path: str) -> tuple[int, float]:
   except (RuntimeError, OSError):
     frames, seconds = 0, 0.0
   if frames < 1:
+    if path.lower().endswith(photo_files.VIDEOS):
+      raise photos_lib.PosesError(
+        f'{path}: cannot be read as a video: it is damaged or incomplete (a download or recording '
+        'that was cut off?). Copy it again, or record a new one.'
+      )
     raise photos_lib.PosesError(
       f'{path}: cannot be read as a video. Name a video, or a folder of photographs.'
     )

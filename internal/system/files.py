@@ -132,6 +132,24 @@ def write_text(path: str, text: str) -> None:
     f.write(text.encode('utf-8', _ERRORS))
 
 
+class _RepeatedKey(ValueError):
+  """An object of a JSON file that has a key twice."""
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Returns a JSON object; Python's own reader keeps the last of several equal keys in silence."""
+  table = dict(pairs)
+  if len(table) < len(pairs):
+    seen = set()
+    key = next(key for key, _ in pairs if key in seen or seen.add(key))
+    values = [value for other, value in pairs if other == key]
+    raise _RepeatedKey(
+      f'has the key {reprlib.repr(key)} more than once in one object, with the values '
+      f'{" and ".join(map(reprlib.repr, values[:2]))}. Remove the wrong one.'
+    )
+  return table
+
+
 def read_json(
   path: str, kind: type = dict, error: type[UserError] = FileError, advice: str = ''
 ) -> Any:
@@ -144,10 +162,12 @@ def read_json(
     advice: a sentence for the message: how to get a good file.
   """
   try:
-    value = json.loads(read_text(path))
+    value = json.loads(read_text(path), object_pairs_hook=_table)
     problem = None if isinstance(value, kind) else f'must be {_JSON_KINDS[kind]}'
   except FileError as e:
     raise error(str(e)) from None
+  except _RepeatedKey as e:
+    raise error(f'{path}: {e}') from None
   except (ValueError, RecursionError) as e:
     problem = f'is not valid JSON ({reprlib.repr(str(e))[1:-1]})'
   if problem:

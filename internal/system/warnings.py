@@ -9,7 +9,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 
-_collectors: list[list[str]] = []
+_collectors: list[tuple[list[str], bool]] = []  # What was collected, and whether it is echoed.
 
 
 def warn(text: str) -> None:
@@ -17,18 +17,19 @@ def warn(text: str) -> None:
 
   A warning names the file or value, says what was done about it, and the way out.
   """
-  if not _collectors:
-    print(f'Warning: {text}', file=sys.stderr)
-  elif text not in _collectors[-1]:
-    _collectors[-1].append(text)
+  collected, echo = _collectors[-1] if _collectors else ([], True)
+  if text not in collected:
+    collected.append(text)
+    if echo:
+      print(f'Warning: {text}', file=sys.stderr)
 
 
 @contextlib.contextmanager
-def collect() -> Iterator[list[str]]:
-  """Yields the list to which `warn` adds in this context, in threads too."""
-  _collectors.append([])
+def collect(echo: bool = False) -> Iterator[list[str]]:
+  """Yields the list to which `warn` adds in this context, in threads too; `echo` prints as well."""
+  _collectors.append(([], echo))
   try:
-    yield _collectors[-1]
+    yield _collectors[-1][0]
   finally:
     _collectors.pop()
 
@@ -37,3 +38,8 @@ def some(names: Sequence[str], most: int = 3) -> str:
   """Lists quoted names for a message: "'a', 'b', 'c' and 4 more"."""
   rest = f' and {len(names) - most} more' if len(names) > most else ''
   return ', '.join(map(repr, names[:most])) + rest
+
+
+def count(n: int, noun: str) -> str:
+  """Returns a count for a message: "1 frame", "2 frames"."""
+  return f'{n} {noun}' if n == 1 else f'{n} {noun}s'

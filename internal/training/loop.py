@@ -71,6 +71,10 @@ def check_settings(settings: configs.Settings, scene: scenes.Scene) -> None:
   """Raises ConfigError unless the settings name a run folder and suit the scene."""
   if not settings.config.checkpoint_dir:
     raise configs.ConfigError("Config.checkpoint_dir is not set; set it to the run's folder.")
+  _check_scene(settings, scene)
+
+
+def _check_scene(settings: configs.Settings, scene: scenes.Scene) -> None:
   if settings.config.refine_cameras:
     camera_refinement.check(scene)
   parts = per_camera.parts(settings.config).values()
@@ -87,6 +91,21 @@ def check_settings(settings: configs.Settings, scene: scenes.Scene) -> None:
       f'Config.patch_size is {settings.config.patch_size}, more than the {smallest} pixels of a '
       'training image; lower it.'
     )
+
+
+def rehearse(settings: configs.Settings, scene: scenes.Scene, mesh: Mesh) -> None:
+  """Raises what `train` would before its first step; compiles and writes nothing."""
+  config = settings.config
+  _check_scene(settings, scene)
+  scenes.check_pixels(config.data_dir, scene, processes.is_main())
+  place = pixel_store.place(config, scene)
+  if place == 'disk':
+    pixel_store.check_folder(config, scene)
+  cams = pixel_store.training_cameras(settings, scene, progress=False)
+  shapes = sharding.placed_shapes(train_step.abstract_state(settings), mesh)
+  step_fn = train_step.make_train_step(settings, mesh, shapes=shapes)
+  pixels = pixel_store.of_a_step(config, scene, mesh, place == 'device')
+  step_fn.lower(shapes, sharding.replicated_shapes(cams, mesh), pixels)
 
 
 def train(

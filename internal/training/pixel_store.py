@@ -37,6 +37,7 @@ _VERSION = 1  # Of the file format.
 _MORE_SPACE = (
   'Set Config.pixel_cache_dir to a folder with more space, or Config.factor for smaller images.'
 )
+_OTHER_FOLDER = 'Set Config.pixel_cache_dir to a folder that can be written.'
 _READERS, _PER_READER = 32, 128  # Threads, and pixels per thread.
 
 
@@ -170,7 +171,7 @@ def _mapped(
   stop: threading.Event,
 ) -> MappedPixels:
   """Maps the cache file; one process creates it if necessary."""
-  folder = config.pixel_cache_dir or os.path.join(config.data_dir, _FOLDER)
+  folder = _folder(config)
   path = os.path.join(folder, f'{_key(config.data_dir, scene)}.rgb')
   try:
     os.makedirs(folder, exist_ok=True)
@@ -186,13 +187,33 @@ def _mapped(
   except OSError as e:
     if e.errno is None:  # From decoding an image.
       raise
-    full, other = (
-      files.is_disk_full(e),
-      'Set Config.pixel_cache_dir to a folder that can be written.',
-    )
     raise PixelCacheError(
-      f'{path}: cannot be written ({e.strerror}). {_MORE_SPACE if full else other}'
+      f'{path}: cannot be written ({e.strerror}). '
+      f'{_MORE_SPACE if files.is_disk_full(e) else _OTHER_FOLDER}'
     ) from None
+
+
+def _folder(config: configs.Config) -> str:
+  return config.pixel_cache_dir or os.path.join(config.data_dir, _FOLDER)
+
+
+def check_folder(config: configs.Config, scene: scenes.Scene) -> None:
+  """Raises a PixelCacheError if the cache file could not be written; writes nothing."""
+  place = folder = _folder(config)
+  while not files.exists(place):  # The folder is made when it is needed.
+    place = os.path.dirname(place) or '.'
+  if not (files.is_folder(place) and os.access(place, os.W_OK | os.X_OK)):
+    raise PixelCacheError(f'{folder}: cannot be written. {_OTHER_FOLDER}')
+  if not glob.glob(os.path.join(glob.escape(folder), '*.rgb')):
+    _check_space(folder, place, scene)
+
+
+def _check_space(path: str, folder: str, scene: scenes.Scene) -> None:
+  needed, free = num_bytes(scene), shutil.disk_usage(folder).free
+  if needed > free:
+    raise PixelCacheError(
+      f'{path}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free. {_MORE_SPACE}'
+    )
 
 
 def _lock(lock: IO[str], stop: threading.Event) -> None:
@@ -258,11 +279,7 @@ def _make(
   progress: bool,
   stop: threading.Event,
 ) -> None:
-  needed, free = num_bytes(scene), shutil.disk_usage(os.path.dirname(path)).free
-  if needed > free:
-    raise PixelCacheError(
-      f'{path}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free. {_MORE_SPACE}'
-    )
+  _check_space(path, os.path.dirname(path), scene)
   with files.whole(path) as temporary, open(temporary, 'wb') as f:
 
     def keep(start: int, image: np.ndarray) -> None:
@@ -340,11 +357,13 @@ def put_on_device(store: batches.PixelStore, mesh: Mesh) -> batches.PixelStore:
   return batches.PixelStore(on_device, sharding.replicate(store.first, mesh))
 
 
-def training_cameras(settings: configs.Settings, scene: scenes.Scene) -> structs.Cameras:
+def training_cameras(
+  settings: configs.Settings, scene: scenes.Scene, progress: bool = True
+) -> structs.Cameras:
   """Returns the cameras of the training images, with what training needs of each image."""
   config = settings.config
   cams = scene.cameras.take(np.array(scene.train))
-  masks = scenes.read_masks(config.data_dir, scene, scene.train, processes.is_main())
+  masks = scenes.read_masks(config.data_dir, scene, scene.train, progress and processes.is_main())
   weights = [scene.weights[row] for row in scene.train] if scene.weights else None
   supervision = batches.make_supervision(cams.size, masks, weights)
   if config.depth_loss_mult > 0:
