@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   Args:
     argv: [command] if a script runs it; None takes the command from `sys.argv[1]`.
   """
+  # Until the command handles it: Python's KeyboardInterrupt prints a traceback, or is dropped where
+  # exceptions are ignored, and importing JAX takes seconds.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
   _set_up_text()
   words = [*(argv or ()), *map(_expand_home, sys.argv[1:])]
   name = words[0] if words else '--help'

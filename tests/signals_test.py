@@ -42,6 +42,45 @@ def test_handlers_are_as_before_afterwards():
   assert signal.set_wakeup_fd(-1) == -1
 
 
+class _Dropping:
+  """Python drops what `__del__` raises."""
+
+  def __del__(self):
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_while_python_drops_exceptions_stops_the_program_as_well():
+  with signals.listening(), pytest.raises(signals.Stopped):
+    _Dropping()
+    time.sleep(10)
+  with signals.listening(), signals.postponed() as request:
+    _Dropping()
+    assert request.signum == signal.SIGTERM
+
+
+ENTRIES = [
+  ['train.py'],
+  ['scripts/export.py'],
+  ['-m', 'internal', 'render'],
+  ['-c', 'import sys; from mipnerf360.__main__ import main; main()', 'eval'],
+]
+
+
+@pytest.mark.parametrize('words', ENTRIES, ids=' '.join)
+def test_ctrl_c_during_imports_ends_the_program_at_once(words, tmp_path):
+  """JAX's import is stood in for by one that says so and takes long."""
+  (tmp_path / 'jax.py').write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+  (tmp_path / 'mipnerf360').symlink_to(ROOT / 'internal')
+  process = subprocess.Popen(
+    [sys.executable, *words], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  assert process.stdout.readline() == 'importing\n'
+  process.send_signal(signal.SIGINT)
+  assert process.communicate(timeout=10) == ('', '')
+  assert process.returncode == -signal.SIGINT
+
+
 _BUSY = """
 import hashlib
 from internal.system import signals
