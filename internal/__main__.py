@@ -52,7 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   sys.argv[1:] = words[1:]
   program = importlib.import_module(f'.commands.{name}', __package__)
   if name in _WITHOUT_JAX:
-    program.main()
+    signals = importlib.import_module('.system.signals', __package__)
+    try:
+      with signals.listening():
+        program.main()
+    except signals.Stopped as stop:
+      sys.exit(stop.exit_code)
   else:
     importlib.import_module('.cli', __package__).run(program.main)
 

@@ -266,7 +266,8 @@ class TestRun:
   @pytest.mark.parametrize(
     ('signum', 'code', 'name'), [(signal.SIGINT, 130, 'SIGINT'), (signal.SIGTERM, 143, 'SIGTERM')]
   )
-  def test_signals(self, capsys, signum, code, name):
+  def test_signals(self, capsys, monkeypatch, signum, code, name):
+    monkeypatch.setattr(os, '_exit', sys.exit)
     before = signal.getsignal(signum)
     assert self.told(lambda: signal.raise_signal(signum), capsys) == (code, f'Stopped by {name}.\n')
     assert signal.getsignal(signum) == before

@@ -50,9 +50,12 @@ class _Dropping:
 
 
 def test_a_signal_while_python_drops_exceptions_stops_the_program_as_well():
-  with signals.listening(), pytest.raises(signals.Stopped):
+  def main():
     _Dropping()
     time.sleep(10)
+
+  with signals.listening(), pytest.raises(signals.Stopped):
+    main()
   with signals.listening(), signals.postponed() as request:
     _Dropping()
     assert request.signum == signal.SIGTERM
@@ -79,6 +82,21 @@ def test_ctrl_c_during_imports_ends_the_program_at_once(words, tmp_path):
   process.send_signal(signal.SIGINT)
   assert process.communicate(timeout=10) == ('', '')
   assert process.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize(('end', 'signum'), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)])
+def test_a_signal_while_the_demo_is_made_leaves_nothing(tmp_path, end, signum):
+  command = [sys.executable, 'scripts/make_demo_scene.py', str(tmp_path / 'demo'), '--images=999']
+  process = subprocess.Popen(
+    command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+  )
+  while not list(tmp_path.glob('.demo.*/scene/images/*')):
+    assert process.poll() is None
+    time.sleep(0.05)
+  end(process.pid, signum)
+  assert process.communicate(timeout=60) == (None, '')
+  assert process.returncode == 128 + signum
+  assert list(tmp_path.iterdir()) == []
 
 
 _BUSY = """
@@ -115,6 +133,26 @@ def test_two_signals_in_quick_succession_are_one_request():
     time.sleep(0.05)
   assert process.communicate(timeout=60)[0] == f'asked by {signal.SIGTERM.value}\n'
   assert process.returncode == 0
+
+
+_CRASHING = """
+import atexit, os, signal, sys
+from internal import cli
+def main():
+  atexit.register(os.abort)  # As what XLA has half compiled does.
+  sys.stdout.reconfigure(line_buffering=False)
+  print('a line')
+  signal.raise_signal(signal.{name})
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(('name', 'code'), [('SIGINT', 130), ('SIGTERM', 143)])
+def test_a_stop_leaves_without_what_may_crash_at_the_end(name, code):
+  command = [sys.executable, '-c', _CRASHING.format(name=name)]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  assert (done.stdout, done.stderr) == ('a line\n', f'Stopped by {name}.\n')
+  assert done.returncode == code
 
 
 _PRINTING = """
