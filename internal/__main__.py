@@ -52,12 +52,15 @@ def main(argv: Sequence[str] | None = None) -> None:
   sys.argv[1:] = words[1:]
   program = importlib.import_module(f'.commands.{name}', __package__)
   if name in _WITHOUT_JAX:
-    signals = importlib.import_module('.system.signals', __package__)
+    from .system import files, signals
+
     try:
       with signals.listening():
         program.main()
     except signals.Stopped as stop:
       sys.exit(stop.exit_code)
+    except OSError as error:
+      sys.exit(f'Error: {files.in_words(error)}')
   else:
     importlib.import_module('.cli', __package__).run(program.main)
 

@@ -18,7 +18,7 @@ import jax
 from . import configs, knobs, plugins
 from .devices import processes, program_cache
 from .errors import UserError
-from .system import bucket, installation, progress, signals
+from .system import bucket, files, installation, progress, signals
 
 _CACHE = 'mipnerf360-jax'
 _CACHE_BYTES = 4 << 30
@@ -249,9 +249,8 @@ def run_folder(args: argparse.Namespace) -> str:
   return folder
 
 
-def _is_user_error(error: Exception) -> bool:
-  """Returns whether the user can fix the cause: a UserError, or an OSError of the system."""
-  return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno is not None)
+def _is_of_system(error: Exception) -> bool:
+  return isinstance(error, OSError) and error.errno is not None
 
 
 def _cache_folder() -> str:
@@ -345,8 +344,9 @@ def run(main: Callable[[], None]) -> None:
     _end(stop.exit_code, at_once=True)
   except Exception as error:
     progress.close()
-    message = in_typed_names(bucket.shown(' '.join(str(error).split())))
-    user_error = _is_user_error(error)
+    text = files.in_words(error) if _is_of_system(error) else str(error)
+    message = in_typed_names(bucket.shown(' '.join(text.split())))
+    user_error = isinstance(error, UserError) or _is_of_system(error)  # Users can fix these.
     of_another = processes.is_of_another_process(error)
     if not (user_error or of_another or processes.is_joined()):
       raise
