@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   Args:
     argv: [command] if a script runs it; None takes the command from `sys.argv[1]`.
   """
+  # Until the command handles it: Python's KeyboardInterrupt prints a traceback, or is dropped where
+  # exceptions are ignored, and importing JAX takes seconds.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
   _set_up_text()
   words = [*(argv or ()), *map(_expand_home, sys.argv[1:])]
   name = words[0] if words else '--help'
@@ -48,7 +52,15 @@ def main(argv: Sequence[str] | None = None) -> None:
   sys.argv[1:] = words[1:]
   program = importlib.import_module(f'.commands.{name}', __package__)
   if name in _WITHOUT_JAX:
-    program.main()
+    from .system import files, signals
+
+    try:
+      with signals.listening():
+        program.main()
+    except signals.Stopped as stop:
+      sys.exit(stop.exit_code)
+    except OSError as error:
+      sys.exit(f'Error: {files.in_words(error)}')
   else:
     importlib.import_module('.cli', __package__).run(program.main)
 

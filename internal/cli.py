@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import re
@@ -17,7 +18,7 @@ import jax
 from . import configs, knobs, plugins
 from .devices import processes, program_cache
 from .errors import UserError
-from .system import bucket, installation, progress, signals
+from .system import bucket, files, installation, progress, signals
 
 _CACHE = 'mipnerf360-jax'
 _CACHE_BYTES = 4 << 30
@@ -248,9 +249,8 @@ def run_folder(args: argparse.Namespace) -> str:
   return folder
 
 
-def _is_user_error(error: Exception) -> bool:
-  """Returns whether the user can fix the cause: a UserError, or an OSError of the system."""
-  return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno is not None)
+def _is_of_system(error: Exception) -> bool:
+  return isinstance(error, OSError) and error.errno is not None
 
 
 def _cache_folder() -> str:
@@ -300,16 +300,18 @@ def enable_compilation_cache() -> None:
     config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
-def _end(code: int) -> None:
-  """Exits; in a multi-process run immediately, so that the other processes notice.
+def _end(code: int, at_once: bool = False) -> None:
+  """Exits; `at_once` without Python's own cleaning up, as always in a multi-process run.
 
-  A regular exit would wait for them, and they for this process.
+  A regular exit would wait for the other processes, and they for this one. After a signal that
+  arrived while XLA compiled, it would crash (jaxlib 0.10.2 destroys what is half made too late).
   """
-  if not processes.is_joined():
+  if not (at_once or processes.is_joined()):
     sys.exit(code)
   bucket.close()  # Which os._exit would leave out.
-  sys.stdout.flush()
-  sys.stderr.flush()
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError):
+      stream.flush()
   os._exit(code)
 
 
@@ -339,11 +341,12 @@ def run(main: Callable[[], None]) -> None:
   except signals.Stopped as stop:
     progress.close()
     print(f'Stopped by {stop.name}.', file=sys.stderr)
-    _end(stop.exit_code)
+    _end(stop.exit_code, at_once=True)
   except Exception as error:
     progress.close()
-    message = in_typed_names(bucket.shown(' '.join(str(error).split())))
-    user_error = _is_user_error(error)
+    text = files.in_words(error) if _is_of_system(error) else str(error)
+    message = in_typed_names(bucket.shown(' '.join(text.split())))
+    user_error = isinstance(error, UserError) or _is_of_system(error)  # Users can fix these.
     of_another = processes.is_of_another_process(error)
     if not (user_error or of_another or processes.is_joined()):
       raise

@@ -295,6 +295,17 @@ class TestLock:
       pass
     assert served.names() == []
 
+  def test_two_commands_do_not_write_one_folder(self, served, copy):
+    folder = f'{copy.folder}/eval'
+    with run_lock.output(folder):
+      assert served.names() == [f'{NAME}/eval/{run_lock.OUTPUT_FILE}']
+      with (
+        pytest.raises(run_lock.RunLockError, match=f'{RUN}/eval is being written by process'),
+        run_lock.output(folder),
+      ):
+        pass
+    assert served.names() == []
+
   def test_of_many_that_start_at_once_one_gets_it(self, served, copy):
     _other(served)  # Stale.
     taken, refused = run_lock_test.start_at_once(lambda: run_lock._BucketLock(copy))

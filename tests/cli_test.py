@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+import errno
 import importlib
 import os
 import pathlib
@@ -239,12 +240,29 @@ class TestRun:
     assert code == 1
     assert 'SSIM needs 11' in err
 
-  def test_system_errors_are_one_line(self, capsys, tmp_path):
+  def test_system_errors_are_one_line_with_a_way_out(self, capsys, tmp_path):
     blocker = tmp_path / 'file'
     blocker.touch()
-    code, err = self.told(lambda: os.makedirs(blocker / 'folder'), capsys)
+    for path, words in (
+      (blocker, 'is a file where a folder is needed. Move it away, or'),
+      (blocker / 'folder', 'is below a file, which would have to be a folder. Correct'),
+    ):
+      code, err = self.told(lambda path=path: os.makedirs(path, exist_ok=True), capsys)
+      assert code == 1
+      assert err.startswith(f'Error: {path}: {words}')
+      assert err.count('\n') == 1
+
+  @pytest.mark.parametrize(
+    ('number', 'words'),
+    [(errno.EROFS, 'can only be read. Mount'), (errno.ENOSPC, 'is full. Free some space, or')],
+  )
+  def test_disks_that_cannot_be_written(self, capsys, number, words):
+    def main():
+      raise OSError(number, os.strerror(number), 'runs/a')
+
+    code, err = self.told(main, capsys)
     assert code == 1
-    assert str(blocker) in err
+    assert err.startswith(f'Error: runs/a: the disk {words}')
 
   def test_a_message_of_several_lines_becomes_one(self, capsys):
     _, err = self.told(lambda: configs.load_config(['a\nb.gin']), capsys)
@@ -266,7 +284,8 @@ class TestRun:
   @pytest.mark.parametrize(
     ('signum', 'code', 'name'), [(signal.SIGINT, 130, 'SIGINT'), (signal.SIGTERM, 143, 'SIGTERM')]
   )
-  def test_signals(self, capsys, signum, code, name):
+  def test_signals(self, capsys, monkeypatch, signum, code, name):
+    monkeypatch.setattr(os, '_exit', sys.exit)
     before = signal.getsignal(signum)
     assert self.told(lambda: signal.raise_signal(signum), capsys) == (code, f'Stopped by {name}.\n')
     assert signal.getsignal(signum) == before

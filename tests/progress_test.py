@@ -136,7 +136,7 @@ class TestOnATerminal:
   def test_an_error_comes_after_the_line_is_gone(self):
     shown, code = on_a_terminal(f'__doc__ = "fail"\n{_PROGRAM}')
     assert code == 1
-    assert screen(shown) == ['checkpoint saved', "Error: [Errno 2] gone: 'a.png'"]
+    assert screen(shown) == ['checkpoint saved', 'Error: a.png: gone.']
 
   def test_quiet(self):
     shown, code = on_a_terminal(f'__doc__ = "well"\n{_PROGRAM}', '--quiet')
@@ -146,4 +146,4 @@ class TestOnATerminal:
     shown, code = on_a_terminal(f'__doc__ = "fail"\n{_PROGRAM}', '--debug')
     assert code == 1
     assert 'Traceback' in shown
-    assert screen(shown)[-1] == "Error: [Errno 2] gone: 'a.png'"
+    assert screen(shown)[-1] == 'Error: a.png: gone.'

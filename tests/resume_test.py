@@ -4,6 +4,7 @@ KILLS=200 kills that often, six times without it. KILL_SEED draws other moments.
 """
 
 import collections
+import importlib
 import json
 import math
 import os
@@ -221,6 +222,23 @@ class TestTwoPrograms:
     assert f'Error: {run} is being trained by process {first.pid} on ' in second.text()
     assert first.wait() == 0, first.text()
     assert same(run, whole)
+
+  @pytest.mark.parametrize(
+    ('name', 'folder', 'flags'),
+    [
+      ('eval', 'eval', ['--gin_bindings', 'Config.eval_crop_borders = 1']),
+      ('render', 'video', []),
+      ('export', 'export', ['--what', 'cameras']),
+    ],
+  )
+  def test_two_commands_do_not_write_one_folder(self, whole, name, folder, flags):
+    program = importlib.import_module(f'internal.commands.{name}')
+    with (
+      run_lock.output(str(whole / folder)),
+      pytest.raises(run_lock.RunLockError, match=f'{folder} is being written by process'),
+    ):
+      program.main([str(whole), *flags, *['--out', str(whole / folder)] * (name != 'eval')])
+    assert not (whole / folder / run_lock.OUTPUT_FILE).exists()
 
   @pytest.mark.hammer
   def test_eval_beside_training_never_calls_a_checkpoint_damaged(

@@ -19,11 +19,11 @@ def folder(tmp_path, monkeypatch):
   return str(tmp_path / 'run')
 
 
-def _lock(folder, **changes):
+def _lock(folder, name=run_lock.FILE, **changes):
   """Writes the lock file of another process."""
   os.makedirs(folder, exist_ok=True)
   holder = {**run_lock._process(), 'since': 'noon', 'id': 'x', **changes}
-  path = os.path.join(folder, run_lock.FILE)
+  path = os.path.join(folder, name)
   with open(path, 'w') as f:
     json.dump(holder, f)
   return path
@@ -54,6 +54,25 @@ def test_a_second_training_is_refused_and_told_by_whom(folder):
       pass
     run_lock.check()
   assert os.listdir(folder) == []
+
+
+def test_two_commands_do_not_write_one_folder(folder):
+  with run_lock.output(folder, '--out'):
+    with (
+      pytest.raises(
+        run_lock.RunLockError,
+        match=rf'run is being written by process {os.getpid()} .* or set another --out\. If you',
+      ),
+      run_lock.output(folder, '--out'),
+    ):
+      pass
+    with run_lock.locked(folder), run_lock.output(f'{folder}/eval'):  # Each has its own.
+      run_lock.check()
+  assert os.listdir(folder) == ['eval']
+  assert os.listdir(f'{folder}/eval') == []
+  _lock(folder, run_lock.OUTPUT_FILE, pid=2**22 + 5)  # Of a process that was killed.
+  with run_lock.output(folder):
+    assert f'"pid": {os.getpid()},' in run_lock._read(f'{folder}/{run_lock.OUTPUT_FILE}')
 
 
 def start_at_once(lock):

@@ -42,6 +42,63 @@ def test_handlers_are_as_before_afterwards():
   assert signal.set_wakeup_fd(-1) == -1
 
 
+class _Dropping:
+  """Python drops what `__del__` raises."""
+
+  def __del__(self):
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_while_python_drops_exceptions_stops_the_program_as_well():
+  def main():
+    _Dropping()
+    time.sleep(10)
+
+  with signals.listening(), pytest.raises(signals.Stopped):
+    main()
+  with signals.listening(), signals.postponed() as request:
+    _Dropping()
+    assert request.signum == signal.SIGTERM
+
+
+ENTRIES = [
+  ['train.py'],
+  ['scripts/export.py'],
+  ['-m', 'internal', 'render'],
+  ['-c', 'import sys; from mipnerf360.__main__ import main; main()', 'eval'],
+]
+
+
+@pytest.mark.parametrize('words', ENTRIES, ids=' '.join)
+def test_ctrl_c_during_imports_ends_the_program_at_once(words, tmp_path):
+  """JAX's import is stood in for by one that says so and takes long."""
+  (tmp_path / 'jax.py').write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+  (tmp_path / 'mipnerf360').symlink_to(ROOT / 'internal')
+  process = subprocess.Popen(
+    [sys.executable, *words], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  assert process.stdout.readline() == 'importing\n'
+  process.send_signal(signal.SIGINT)
+  assert process.communicate(timeout=10) == ('', '')
+  assert process.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize(('end', 'signum'), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)])
+def test_a_signal_while_the_demo_is_made_leaves_nothing(tmp_path, end, signum):
+  command = [sys.executable, 'scripts/make_demo_scene.py', str(tmp_path / 'demo'), '--images=999']
+  process = subprocess.Popen(
+    command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+  )
+  while not list(tmp_path.glob('.demo.*/scene/images/*')):
+    assert process.poll() is None
+    time.sleep(0.05)
+  end(process.pid, signum)
+  assert process.communicate(timeout=60) == (None, '')
+  assert process.returncode == 128 + signum
+  assert list(tmp_path.iterdir()) == []
+
+
 _BUSY = """
 import hashlib
 from internal.system import signals
@@ -76,6 +133,26 @@ def test_two_signals_in_quick_succession_are_one_request():
     time.sleep(0.05)
   assert process.communicate(timeout=60)[0] == f'asked by {signal.SIGTERM.value}\n'
   assert process.returncode == 0
+
+
+_CRASHING = """
+import atexit, os, signal, sys
+from internal import cli
+def main():
+  atexit.register(os.abort)  # As what XLA has half compiled does.
+  sys.stdout.reconfigure(line_buffering=False)
+  print('a line')
+  signal.raise_signal(signal.{name})
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(('name', 'code'), [('SIGINT', 130), ('SIGTERM', 143)])
+def test_a_stop_leaves_without_what_may_crash_at_the_end(name, code):
+  command = [sys.executable, '-c', _CRASHING.format(name=name)]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  assert (done.stdout, done.stderr) == ('a line\n', f'Stopped by {name}.\n')
+  assert done.returncode == code
 
 
 _PRINTING = """

@@ -36,7 +36,7 @@ from ..evaluation import metrics as metrics_lib
 from ..evaluation import results as results_lib
 from ..rendering import trained
 from ..system import bucket, files, progress
-from ..training import checkpoints, run_folder, run_seal, runlog
+from ..training import checkpoints, run_folder, run_lock, run_seal, runlog
 from ..vis import pictures
 
 _POLL_SECONDS = 10
@@ -324,6 +324,14 @@ def main(argv: list[str] | None = None) -> None:
       )
   if args.steps:
     check_steps(folder, args.steps)
+  with run_lock.output(os.path.join(folder, 'eval', *['multiscale'] * args.multiscale)):
+    evaluate_steps(args, folder, settings, scene, rows)
+
+
+def evaluate_steps(
+  args, folder: str, settings: configs.Settings, scene: scenes.Scene, rows
+) -> None:
+  """Evaluates the checkpoints that the arguments choose on the test images in `rows`."""
   render_image = mesh = None
   for step in args.steps or steps_to_evaluate(folder, settings.config):
     # The newest checkpoint now: training may already have replaced the one that was found.

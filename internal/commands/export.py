@@ -28,14 +28,15 @@ import time
 
 import numpy as np
 
-from .. import cli, colmap, paths
+from .. import cli, colmap, configs, paths
+from ..datasets import scenes
 from ..evaluation import html_report
 from ..export import cameras, points, shapes, texture
 from ..export import mesh as mesh_lib
 from ..rendering import orbits, trained
 from ..splats import backdrop, comparison, distil, formats, gaussians, page
 from ..system import files, progress
-from ..training import run_folder
+from ..training import run_folder, run_lock
 from ..vis import pictures
 
 _KINDS = ('points', 'mesh', 'depth')
@@ -218,6 +219,12 @@ def main(argv: list[str] | None = None) -> None:
   settings, scene = run_folder.open_run(args.run)
   out = args.out or os.path.join(args.run, 'export')
   read_box(args, scene)  # Checked before the slow part.
+  with run_lock.output(out, '--out'):
+    export(args, settings, scene, out)
+
+
+def export(args, settings: configs.Settings, scene: scenes.Scene, out: str) -> None:
+  """Writes all that is asked for to the folder `out`, and prints where it is."""
   run = trained.restore(args.run, settings, scene)
   box, offset, written = read_box(args, run.scene), points.offset(run.scene), {}
   if offset.any() or set(args.what) & {'points', 'mesh'}:

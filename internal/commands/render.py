@@ -22,7 +22,7 @@ from ..devices import processes
 from ..evaluation import html_report
 from ..rendering import preview, trained, trajectory, videos
 from ..system import bucket, files, progress, warnings
-from ..training import run_folder
+from ..training import run_folder, run_lock
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -85,18 +85,21 @@ def main(argv: list[str] | None = None) -> None:
     with warnings.collect():  # These have been shown.
       cams, fps = trajectory.make_path(config, run.scene)
   kinds = videos.KINDS if config.vis_normals else videos.KINDS[:2]
-  try:
-    out = render_frames(run, cams, kinds, path_warnings)
-    if processes.is_main():
-      written = videos.encode(out, kinds, len(cams.size), fps, config)
-      if os.path.exists(os.path.join(folder, 'eval', html_report.NAME)):
-        # The report embeds the video.
-        written['report'] = html_report.write(folder, settings, scene)
-      written['frames'] = os.path.join(out, '*', '*.png')
-      progress.summary({**written, 'next': cli.run_text('view', folder)})
-  finally:  # Also after a signal, so that the same command resumes.
-    if processes.is_main():
-      bucket.push(folder)
+  wanted = videos.describe(cams, run.params, run.step)
+  out, _ = find_folder(config, folder, wanted)
+  with run_lock.output(out, 'Config.render_dir'):
+    try:
+      render_frames(run, cams, kinds, out, wanted, path_warnings)
+      if processes.is_main():
+        written = videos.encode(out, kinds, len(cams.size), fps, config)
+        if os.path.exists(os.path.join(folder, 'eval', html_report.NAME)):
+          # The report embeds the video.
+          written['report'] = html_report.write(folder, settings, scene)
+        written['frames'] = os.path.join(out, '*', '*.png')
+        progress.summary({**written, 'next': cli.run_text('view', folder)})
+    finally:  # Also after a signal, so that the same command resumes.
+      if processes.is_main():
+        bucket.push(folder)
 
 
 def find_folder(config: configs.Config, run: str, wanted: dict) -> tuple[str, dict | None]:
@@ -112,16 +115,20 @@ def find_folder(config: configs.Config, run: str, wanted: dict) -> tuple[str, di
 
 
 def render_frames(
-  run: trained.TrainedRun, cams, kinds: Sequence[str], path_warnings: Sequence[str]
-) -> str:
-  """Renders the frames that are missing; returns their folder. render.json keeps the warnings.
+  run: trained.TrainedRun,
+  cams,
+  kinds: Sequence[str],
+  out: str,
+  wanted: dict,
+  path_warnings: Sequence[str],
+) -> None:
+  """Renders the frames that are missing in `out`; render.json keeps the warnings.
 
   Raises:
-    RenderError: see `find_folder`.
+    RenderError: another program has put frames of another video there.
   """
   config, count, is_main = run.settings.config, len(cams.size), processes.is_main()
-  wanted = videos.describe(cams, run.params, run.step)
-  out, description = find_folder(config, run.folder, wanted)
+  description = videos.check_folder(out, wanted)  # Again, now that nobody else writes there.
   missing = len(videos.missing_frames(out, kinds, count))
   render_image = run.make_image_renderer(with_normals=config.vis_normals)
   if is_main:
@@ -137,4 +144,3 @@ def render_frames(
   )
   for _ in progress.track(frames, 'frames', is_main, missing):
     pass
-  return out

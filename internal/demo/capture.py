@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -88,10 +89,13 @@ def _workers() -> Iterator[concurrent.futures.Executor]:
   os.environ[name] = '1'
   # Spawned, because forking a process with threads, such as JAX's, can deadlock.
   context = multiprocessing.get_context('spawn')
+  pool = concurrent.futures.ProcessPoolExecutor(
+    os.cpu_count(), context, signal.signal, (signal.SIGINT, signal.SIG_DFL)
+  )
   try:
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
-      yield pool
+    yield pool
   finally:
+    pool.shutdown(cancel_futures=True)
     os.environ.pop(name)
     if before is not None:
       os.environ[name] = before

@@ -252,6 +252,11 @@ def of(folder: str) -> WorkingCopy | None:
   return next((copy for copy in _copies.values() if copy.folder == folder), None)
 
 
+def around(path: str) -> WorkingCopy | None:
+  """Returns the working copy that a path is in; None for other paths."""
+  return next((c for c in _copies.values() if path.startswith(os.path.join(c.folder, ''))), None)
+
+
 def fetch(folder: str, *prefixes: str) -> None:
   """Downloads all objects that start with one of `prefixes`; does nothing to other folders."""
   if copy := of(folder):

@@ -33,6 +33,32 @@ def named_errors(path: str) -> Iterator[None]:
     raise
 
 
+_OTHER = 'or choose another folder'
+_IN_WORDS = {
+  errno.ENOSPC: f'the disk is full. Free some space, {_OTHER} on a disk that has more',
+  errno.EDQUOT: f'your share of the disk is used up. Free some space, {_OTHER} on another disk',
+  errno.EFBIG: 'the file would be larger than is allowed here. Raise the limit (`ulimit -f`)',
+  errno.EIO: f'the disk cannot be read or written. Check it, {_OTHER} on another disk',
+  errno.EROFS: f'the disk can only be read. Mount it for writing, {_OTHER} on another disk',
+  errno.EEXIST: f'is a file where a folder is needed. Move it away, {_OTHER}',
+  errno.ENOTDIR: f'is below a file, which would have to be a folder. Correct the path, {_OTHER}',
+  errno.EISDIR: 'is a folder where a file is needed. Correct the path',
+  errno.ENOENT: 'there is no such file or folder. Correct the path',
+  errno.EACCES: f'is not permitted. Allow it (`chmod`, `chown`), {_OTHER}',
+  errno.EPERM: f'is not permitted. Run the command as its owner, {_OTHER}',
+  errno.ENAMETOOLONG: 'the name is too long. Choose a shorter one',
+}
+
+
+def in_words(error: OSError) -> str:
+  """Returns an error of the system as users read it: the path, what is wrong, and the way out."""
+  paths = ' -> '.join(str(path) for path in (error.filename, error.filename2) if path is not None)
+  text = error.strerror or str(error)
+  if error.errno and text == os.strerror(error.errno):  # Else the program has its own words.
+    text = _IN_WORDS.get(error.errno, text)
+  return f'{paths}: {text}.' if paths else f'{text[:1].upper()}{text[1:]}.'
+
+
 def is_disk_full(error: BaseException | None) -> bool:
   """Returns whether a full disk or quota caused an error; TensorStore only says so in its text."""
   while error is not None:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -49,6 +50,17 @@ def _handle(signum: int, _) -> None:
   if _request is None:
     raise Stopped(signum)
   _request.signum = _request.signum or signum
+
+
+def _repeat_dropped(unraisable) -> None:
+  """Raises a `Stopped` again that Python has dropped, as in `__del__` and in callbacks of `gc`."""
+  if not isinstance(unraisable.exc_value, Stopped):
+    sys.__unraisablehook__(unraisable)
+    return
+  signum = unraisable.exc_value.signum
+  # Another signal than the user's, which would count as the second one.
+  signal.signal(signal.SIGALRM, lambda *_: _handle(signum, None))
+  signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 def stop_for_closed_output() -> bool:
@@ -90,10 +102,13 @@ def listening() -> Iterator[None]:
   os.set_blocking(writing, False)
   handlers = {signum: signal.signal(signum, _handle) for signum in _SIGNALS}
   signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+  hook, sys.unraisablehook = sys.unraisablehook, _repeat_dropped
   threading.Thread(target=_end_at_the_second, args=(reading,), daemon=True).start()
   try:
     yield
   finally:
+    sys.unraisablehook = hook
+    signal.setitimer(signal.ITIMER_REAL, 0)
     for signum, handler in handlers.items():
       signal.signal(signum, handler)
     signal.set_wakeup_fd(-1)

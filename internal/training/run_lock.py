@@ -1,9 +1,9 @@
-"""The lock of a run's folder, which keeps a second training out.
+"""The lock of a folder: of a run, which keeps a second training out, or of a command's output.
 
-The file train.lock names its holder: host, process and start. It is stale if that process is gone.
-For a process that cannot be looked up (another host, a container, before a reboot), and for a lock
-that was copied with its folder, the holder's heartbeat decides: it touches the file every few
-seconds. This works on shared disks without flock.
+The file train.lock, or output.lock, names its holder: host, process and start. It is stale if that
+process is gone. For a process that cannot be looked up (another host, a container, before a
+reboot), and for a lock that was copied with its folder, the holder's heartbeat decides: it touches
+the file every few seconds. This works on shared disks without flock.
 """
 
 from __future__ import annotations
@@ -18,18 +18,31 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from ..devices import processes
 from ..errors import UserError
 from ..system import bucket, files
 
 FILE = 'train.lock'
+OUTPUT_FILE = 'output.lock'
 _HEARTBEAT = 5.0  # Seconds.
 _STALE = 30.0  # Seconds without a heartbeat.
 
 
 class RunLockError(UserError):
-  """The run's folder belongs to another training, or has vanished."""
+  """The folder belongs to another program, or has vanished."""
+
+
+class Use(NamedTuple):
+  """What a folder is locked for, and the words for it."""
+
+  file: str
+  doing: str
+  way_out: str
+
+
+TRAINING = Use(FILE, 'trained', 'Wait for it, stop it, or set another Config.checkpoint_dir.')
 
 
 def _read(path: str) -> str:
@@ -99,7 +112,7 @@ def _is_alive(holder: dict) -> bool | None:
 
 
 def _say_waiting(path: str) -> None:
-  print(f'{path} exists; waiting for a heartbeat of the training that wrote it.', file=sys.stderr)
+  print(f'{path} exists; waiting for a heartbeat of the program that wrote it.', file=sys.stderr)
 
 
 def _is_held(path: str, holder: dict) -> bool:
@@ -118,13 +131,12 @@ def _is_held(path: str, holder: dict) -> bool:
   return _beat(path) is not None
 
 
-def _refuse(path: str, holder: dict) -> None:
+def _refuse(path: str, holder: dict, use: Use) -> None:
   folder = os.path.dirname(path)
   raise RunLockError(
-    f'{folder} is being trained by process {holder.get("pid", "unknown")} on '
+    f'{folder} is being {use.doing} by process {holder.get("pid", "unknown")} on '
     f'{holder.get("host", "an unknown host")} since {holder.get("since", "an unknown time")}. '
-    'Wait for it, stop it, or set another Config.checkpoint_dir. If you know that it has ended, '
-    f'remove {path} and try again.'
+    f'{use.way_out} If you know that it has ended, remove {path} and try again.'
   )
 
 
@@ -143,14 +155,14 @@ def _vanished(folder: str, state: str) -> RunLockError:
 class _Lock:
   """A lock that this process holds."""
 
-  def __init__(self, folder: str):
-    self.path = os.path.join(folder, FILE)
+  def __init__(self, folder: str, use: Use = TRAINING):
+    self.path, self._use = os.path.join(folder, use.file), use
     self._text, self._end = '', threading.Event()
     os.makedirs(folder, exist_ok=True)
     while not self._create():
       text = _read(self.path)
       if _is_held(self.path, _holder(text)):
-        _refuse(self.path, _holder(text))
+        _refuse(self.path, _holder(text), self._use)
       self._remove_stale(text)
     threading.Thread(target=self._keep_alive, daemon=True).start()
 
@@ -176,7 +188,7 @@ class _Lock:
       os.rename(self.path, aside)
       if _read(aside) != text:
         os.rename(aside, self.path)
-        _refuse(self.path, _holder(_read(self.path)))
+        _refuse(self.path, _holder(_read(self.path)), self._use)
       os.remove(aside)
 
   def _keep_alive(self) -> None:
@@ -194,11 +206,11 @@ class _Lock:
     if text == self._text:
       return
     if text:
-      _refuse(self.path, _holder(text))
+      _refuse(self.path, _holder(text), self._use)
     if os.path.lexists(self.path):
       return  # A disk that does not answer; what is written next will say so.
     folder = os.path.dirname(self.path)
-    state = f'no longer has {FILE}' if os.path.isdir(folder) else 'has vanished'
+    state = f'no longer has {self._use.file}' if os.path.isdir(folder) else 'has vanished'
     raise _vanished(folder, state)
 
   confirm = check
@@ -213,12 +225,13 @@ class _Lock:
 class _BucketLock:
   """A lock in a bucket that this process holds."""
 
-  def __init__(self, copy: bucket.WorkingCopy):
-    self._copy, self.path = copy, f'{copy.address}/{FILE}'
+  def __init__(self, copy: bucket.WorkingCopy, folder: str = '', use: Use = TRAINING):
+    self._copy, self._use, self._name = copy, use, f'{folder}/{use.file}'.lstrip('/')
+    self.path = f'{copy.address}/{self._name}'
     self._text = json.dumps({**_about(), 'address': copy.address}).encode()
     self._generation, self._taken_by = self._take(), None  # `_taken_by`: the lock found instead.
     self._beating, self._end = threading.Lock(), threading.Event()
-    if FILE not in copy.names():  # Else this would be noticed at the first checkpoint.
+    if self._name not in copy.names():  # Else this would be noticed at the first checkpoint.
       self.release()
       raise bucket.BucketError(f'{copy.address} can be written but not listed. {bucket.ALLOW}.')
     threading.Thread(target=self._keep_alive, daemon=True).start()
@@ -226,10 +239,10 @@ class _BucketLock:
   def _take(self) -> bytes:
     """Writes the lock once it is free or stale, and returns its generation."""
     while True:
-      text, generation = self._copy.read(FILE)
+      text, generation = self._copy.read(self._name)
       if text is not None and self._is_held(holder := _holder(text), generation):
-        _refuse(self.path, holder)
-      if own := self._copy.write(FILE, self._text, generation):
+        _refuse(self.path, holder, self._use)
+      if own := self._copy.write(self._name, self._text, generation):
         return own
 
   def _is_held(self, holder: dict, generation: bytes) -> bool:
@@ -241,7 +254,7 @@ class _BucketLock:
     end = time.monotonic() + _STALE
     while time.monotonic() < end:
       time.sleep(_HEARTBEAT / 10)
-      text, now = self._copy.read(FILE)
+      text, now = self._copy.read(self._name)
       if now != generation:
         return text is not None
     return False
@@ -255,9 +268,9 @@ class _BucketLock:
     with self._beating:
       if self._taken_by is not None:
         return
-      generation = self._copy.write(FILE, self._text, self._generation)
+      generation = self._copy.write(self._name, self._text, self._generation)
       if not generation:
-        text, generation = self._copy.read(FILE)
+        text, generation = self._copy.read(self._name)
         if text != self._text:  # Else it is an earlier write whose answer was lost.
           self._taken_by = text or b''
       self._generation = generation
@@ -265,9 +278,9 @@ class _BucketLock:
   def check(self) -> None:
     """As `_Lock.check`, by what the last heartbeat found, so without waiting for the network."""
     if self._taken_by:
-      _refuse(self.path, _holder(self._taken_by))
+      _refuse(self.path, _holder(self._taken_by), self._use)
     if self._taken_by is not None:
-      raise _vanished(self._copy.address, f'no longer has {FILE}')
+      raise _vanished(self._copy.address, f'no longer has {self._use.file}')
 
   def confirm(self) -> None:
     """Checks with a heartbeat.
@@ -283,36 +296,63 @@ class _BucketLock:
     self._end.set()
     with self._beating, contextlib.suppress(bucket.BucketError):
       if self._taken_by is None:
-        self._copy.write(FILE, None, self._generation)
+        self._copy.write(self._name, None, self._generation)
 
 
 _held: _Lock | _BucketLock | None = None  # By this process.
 
 
 @contextlib.contextmanager
+def _locked(folder: str, use: Use) -> Iterator[_Lock | _BucketLock | None]:
+  """Locks a folder inside the block; the main process does it for all, which call this."""
+  error = lock = None
+  if processes.is_main():
+    try:
+      copy = bucket.of(folder) or bucket.around(folder)
+      if copy:
+        inner = '' if folder == copy.folder else os.path.relpath(folder, copy.folder)
+        lock = _BucketLock(copy, inner, use)
+      else:
+        lock = _Lock(os.path.abspath(folder), use)
+    except (UserError, OSError) as e:
+      error = e
+  if not processes.on_all(error is None):
+    raise error or RunLockError(f'The main process cannot lock {folder}.')
+  try:
+    yield lock
+  finally:
+    if lock:
+      lock.release()
+
+
+@contextlib.contextmanager
 def locked(folder: str) -> Iterator[None]:
-  """Locks a run's folder inside the block; the main process does it for all, which call this.
+  """Locks a run's folder for training inside the block; all processes call this.
 
   Raises:
     RunLockError: another training holds it; the message names it.
   """
   global _held
-  error = lock = None
-  if processes.is_main():
+  with _locked(folder, TRAINING) as lock:
+    before, _held = _held, lock
     try:
-      copy = bucket.of(folder)
-      lock = _BucketLock(copy) if copy else _Lock(os.path.abspath(folder))
-    except (UserError, OSError) as e:
-      error = e
-  if not processes.on_all(error is None):
-    raise error or RunLockError(f'The main process cannot lock {folder}.')
-  before, _held = _held, lock
-  try:
-    yield
-  finally:
-    _held = before
-    if lock:
-      lock.release()
+      yield
+    finally:
+      _held = before
+
+
+def output(folder: str, flag: str = '') -> contextlib.AbstractContextManager:
+  """Locks a folder that a command writes to, such as RUN/render; all processes call this.
+
+  Args:
+    folder: the folder.
+    flag: the setting or flag that chooses another one, for the message.
+
+  Raises:
+    RunLockError: another command writes to it; the message names it.
+  """
+  way_out = f'Wait for it, stop it, or set another {flag}.' if flag else 'Wait for it, or stop it.'
+  return _locked(folder, Use(OUTPUT_FILE, 'written', way_out))
 
 
 def check() -> None:

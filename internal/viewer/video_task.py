@@ -12,6 +12,7 @@ from .. import structs
 from ..datasets import scenes
 from ..rendering import trajectory, videos
 from ..system import progress, warnings
+from ..training import run_lock
 
 
 def make(
@@ -34,25 +35,29 @@ def make(
       cams, fps = trajectory.make_path(config, scene)
     wanted = videos.describe(cams, params, step)
     root, name = config.render_dir or os.path.join(run, 'render'), videos.path_name(config)
-    folder, description = videos.find_folder(root, name, wanted)
-    kinds, count = videos.KINDS[:2], len(cams.size)
-    missing = len(videos.missing_frames(folder, kinds, count))
-    say(f'Rendering {missing} of {count} frames to {folder}')
-    yield
-
-    def render(cams: structs.Cameras, row: int) -> dict:
-      return renderer.frame(params, train_frac, cams, row, pause)
-
-    made = description or {**wanted, 'warnings': path_warnings}
-    start = time.monotonic()
-    for done, _ in enumerate(videos.render_missing(render, cams, folder, kinds, made), 1):
-      if stop.is_set():
-        say(f'Stopped; {missing - done} of {count} frames are missing in {folder}')
-        return
-      left = (time.monotonic() - start) / done * (missing - done)
-      say(f'{count - missing + done} of {count} frames, {progress.duration(left)} left -> {folder}')
+    folder, _ = videos.find_folder(root, name, wanted)
+    with run_lock.output(folder, 'Config.render_dir'):
+      description = videos.check_folder(folder, wanted)  # Again, now that nobody else writes there.
+      kinds, count = videos.KINDS[:2], len(cams.size)
+      missing = len(videos.missing_frames(folder, kinds, count))
+      say(f'Rendering {missing} of {count} frames to {folder}')
       yield
-    written = videos.encode(folder, kinds, count, fps, config)
-    say(f'Video of step {step:,}: {" and ".join(written.values())}')
+
+      def render(cams: structs.Cameras, row: int) -> dict:
+        return renderer.frame(params, train_frac, cams, row, pause)
+
+      made = description or {**wanted, 'warnings': path_warnings}
+      start = time.monotonic()
+      for done, _ in enumerate(videos.render_missing(render, cams, folder, kinds, made), 1):
+        if stop.is_set():
+          say(f'Stopped; {missing - done} of {count} frames are missing in {folder}')
+          return
+        left = (time.monotonic() - start) / done * (missing - done)
+        say(
+          f'{count - missing + done} of {count} frames, {progress.duration(left)} left -> {folder}'
+        )
+        yield
+      written = videos.encode(folder, kinds, count, fps, config)
+      say(f'Video of step {step:,}: {" and ".join(written.values())}')
 
   return task
