@@ -1,6 +1,7 @@
 """Tests of how photographs and videos are imported into a capture."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -304,3 +305,25 @@ def test_names_that_are_not_utf8_are_refused(tmp_path):
   (tmp_path / os.fsdecode(b'\xe9.jpg')).touch()
   with pytest.raises(photos_lib.PosesError, match=r'needs names in UTF-8; rename it'):
     pipeline._check(str(tmp_path), pipeline.Options())
+
+
+def test_too_little_space_is_noticed_before_the_slow_part(tmp_path, monkeypatch):
+  photos, scene = tmp_path / 'photos', tmp_path / 'scene'
+  photos.mkdir()
+  for k in range(3):
+    pixels = np.random.default_rng(k).integers(0, 256, (120, 160, 3), np.uint8)
+    Image.fromarray(pixels).save(photos / f'{k}.png')
+  usage = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage._replace(free=900_000))
+  with pytest.raises(photos_lib.PosesError, match=r'scene: .* 1\.0 MB more .* 0\.9 MB are'):
+    pipeline.make(str(photos), str(scene))
+  assert not (scene / 'database.db').exists()
+
+
+def test_colmap_errors_on_a_full_disk_say_so(tmp_path, monkeypatch):
+  with pytest.raises(RuntimeError, match='factory'), pipeline._full_disk_named(str(tmp_path)):
+    raise RuntimeError('No registered database factory succeeded.')
+  usage = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage._replace(free=0))
+  with pytest.raises(OSError, match='No space left'), pipeline._full_disk_named(str(tmp_path)):
+    raise RuntimeError('No registered database factory succeeded.')
