@@ -253,6 +253,11 @@ def _is_of_system(error: Exception) -> bool:
   return isinstance(error, OSError) and error.errno is not None
 
 
+def _is_user_error(error: Exception) -> bool:
+  """Returns whether the user can fix the cause: a UserError, or an OSError of the system."""
+  return isinstance(error, UserError) or _is_of_system(error)
+
+
 def _cache_folder() -> str:
   """Creates and returns the user's folder for compiled programs.
 
@@ -346,7 +351,7 @@ def run(main: Callable[[], None]) -> None:
     progress.close()
     text = files.in_words(error) if _is_of_system(error) else str(error)
     message = in_typed_names(bucket.shown(' '.join(text.split())))
-    user_error = isinstance(error, UserError) or _is_of_system(error)  # Users can fix these.
+    user_error = _is_user_error(error)
     of_another = processes.is_of_another_process(error)
     if not (user_error or of_another or processes.is_joined()):
       raise

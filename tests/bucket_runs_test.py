@@ -86,7 +86,9 @@ def test_eval_and_render_write_to_the_bucket(filled, runner, tmp_path, program, 
   assert done.wait() == 0, done.text()
   run = bucket.get(tmp_path / 'run')
   assert made <= names(run / program)
-  assert all(name.startswith(f'{NAME}/{program}/') for name in bucket.changes[before:])
+  changed = [name.removeprefix('-') for name in bucket.changes[before:]]
+  assert all(name.startswith(f'{NAME}/{program}/') for name in changed)
+  assert 'output.lock' not in names(run / program)
   assert f'{RUN}/{program}/' in done.text()
   written = b''.join(bucket.objects[name][0] for name in bucket.names(f'{NAME}/'))
   assert b'mipnerf360-run-' not in written + done.text().encode()  # The working copy's name.

@@ -561,7 +561,7 @@ def test_damaged_metrics(tmp_path_factory, damage):
   path = tmp_path_factory.getbasetemp() / 'metrics.jsonl'
   path.write_bytes(damage)
   rows = attempt(lambda: runlog.read_metrics(str(path)), 'UTF-16')
-  html_report._make_charts(rows or [])
+  html_report._make_charts(rows or [], [])
 
 
 @cases(0.05)
