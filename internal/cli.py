@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -313,6 +314,10 @@ def _end(code: int, at_once: bool = False) -> None:
   """
   if not (at_once or processes.is_joined()):
     sys.exit(code)
+  if not processes.is_joined():
+    for thread in threading.enumerate():  # They may be writing files. A regular exit waits too.
+      if not (thread.daemon or thread is threading.current_thread()):
+        thread.join()
   bucket.close()  # Which os._exit would leave out.
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError):

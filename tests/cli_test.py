@@ -447,3 +447,16 @@ def test_help_is_complete_with_an_example(name, monkeypatch):
   (parser,) = parsers
   assert installation.command_text(name) in parser.format_help()
   assert [action.dest for action in parser._actions if not action.help] == []
+
+
+def test_a_stop_waits_for_threads_that_write(monkeypatch):
+  done = []
+
+  def write():
+    time.sleep(0.2)
+    done.append('written')
+
+  monkeypatch.setattr(os, '_exit', lambda code: done.append(code))
+  threading.Thread(target=write).start()
+  cli._end(143, at_once=True)
+  assert done == ['written', 143]
