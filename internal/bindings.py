@@ -117,6 +117,6 @@ def unused_macro(name: str, value: object, owners: Mapping[str, type]) -> str:
   if full:
     return f'{name} = {value!r}: sets nothing without its owner. Write {" or ".join(full)}.'
   return (
-    f'{name} = {value!r}: sets nothing; {name} is no setting, and no setting has the value '
-    f'%{name}.{nearest(name, owners)}'
+    f'{name} = {value!r}: sets nothing; {name} is not a setting, and no setting refers to %{name}.'
+    f'{nearest(name, owners)}'
   )

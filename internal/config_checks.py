@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
-# (lowest, highest) allowed number; a highest of None is no limit.
+# The lowest and the highest allowed number; None: there is no highest.
 _RANGES = {
   **dict.fromkeys(
     (

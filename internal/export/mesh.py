@@ -19,6 +19,8 @@ from .. import configs, coord
 from ..system import installation
 from . import fusion, holes, points
 
+_MIN_FACES = 50  # Smaller connected parts are removed.
+
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
@@ -145,6 +147,6 @@ def _simplified(mesh: Mesh, z: np.ndarray, to_world: Callable, most_faces: int) 
 
 
 def _large_parts(faces: np.ndarray, count: int) -> np.ndarray:
-  """Returns the faces of connected parts that have at least 50 of them."""
+  """Returns the faces of connected parts that have at least `_MIN_FACES` of them."""
   part = holes.parts(faces, count)[faces[:, 0]]  # [f]
-  return faces[np.bincount(part, minlength=1)[part] >= 50]
+  return faces[np.bincount(part, minlength=1)[part] >= _MIN_FACES]
