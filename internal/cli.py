@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from . import configs, knobs, plugins
-from .devices import processes, program_cache
+from .devices import memory, processes, program_cache
 from .errors import UserError
 from .system import bucket, files, installation, progress, signals
 
@@ -254,9 +254,29 @@ def _is_of_system(error: Exception) -> bool:
   return isinstance(error, OSError) and error.errno is not None
 
 
+def _is_of_memory(error: Exception) -> bool:
+  """Returns whether the memory of the device or of the computer is exhausted."""
+  of_device = isinstance(error, jax.errors.JaxRuntimeError) and memory.is_exhausted(error)
+  return of_device or isinstance(error, MemoryError)
+
+
 def _is_user_error(error: Exception) -> bool:
-  """Returns whether the user can fix the cause: a UserError, or an OSError of the system."""
-  return isinstance(error, UserError) or _is_of_system(error)
+  """Returns whether the user can fix the cause, which is then told in one line."""
+  return isinstance(error, UserError) or _is_of_system(error) or _is_of_memory(error)
+
+
+def _in_words(error: Exception) -> str:
+  """Returns an error's text, for errors of the system and of memory with what to do."""
+  if _is_of_system(error):
+    return files.in_words(error)
+  if not _is_of_memory(error):
+    return str(error)
+  said = ' '.join(str(error).split())[:200] or 'no number of bytes is known'
+  return (
+    f'There is too little memory ({said}). End other programs that use it (nvidia-smi lists those '
+    'of a GPU), or need less: training with Config.micro_batches = 4 gives the same result, '
+    'rendering with a smaller Config.render_chunk_size the same pictures.'
+  )
 
 
 def _cache_folder() -> str:
@@ -328,10 +348,10 @@ def _end(code: int, at_once: bool = False) -> None:
 def run(main: Callable[[], None]) -> None:
   """Runs a command's main function with the compilation cache, signal handling and error reports.
 
-  A UserError, an OSError of the system, and the death of another process of the run are printed as
-  one line on stderr, with exit code 1; --debug adds the traceback. Other errors keep their
-  traceback. SIGTERM exits with 143, SIGINT with 130 and a closed output pipe with 141, as in
-  shells.
+  A UserError, an OSError of the system, too little memory, and the death of another process of the
+  run are printed as one line on stderr, with exit code 1; --debug adds the traceback. Other errors
+  keep their traceback. SIGTERM exits with 143, SIGINT with 130 and a closed output pipe with 141,
+  as in shells.
   """
   _flags.clear()
   _typed.clear()
@@ -354,8 +374,7 @@ def run(main: Callable[[], None]) -> None:
     _end(stop.exit_code, at_once=True)
   except Exception as error:
     progress.close()
-    text = files.in_words(error) if _is_of_system(error) else str(error)
-    message = in_typed_names(bucket.shown(' '.join(text.split())))
+    message = in_typed_names(bucket.shown(' '.join(_in_words(error).split())))
     user_error = _is_user_error(error)
     of_another = processes.is_of_another_process(error)
     if not (user_error or of_another or processes.is_joined()):

@@ -372,6 +372,19 @@ def test_checkpoint_keep(saved, keep, left):
   assert checkpoints.all_steps(folder) == left
 
 
+def test_spared_checkpoints_stay(saved):
+  folder, _, state = saved
+  checkpoints.save(folder, state.replace(step=state.step + 9), keep=1, spared=[5])
+  assert checkpoints.all_steps(folder) == [5, 9]
+
+
+def test_surplus_is_more_than_a_kill_may_leave(saved):
+  folder, _, state = saved
+  assert [checkpoints.surplus(folder, keep) for keep in (0, 1, 2)] == [[], [], []]
+  checkpoints.save(folder, state.replace(step=state.step + 9), keep=0)
+  assert [checkpoints.surplus(folder, keep) for keep in (0, 1, 2)] == [[], [5, 8, 9], []]
+
+
 @pytest.mark.parametrize(
   ('binding', 'words'),
   [

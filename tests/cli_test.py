@@ -242,6 +242,33 @@ class TestRun:
     assert code == 1
     assert 'SSIM needs 11' in err
 
+  @pytest.mark.parametrize(
+    ('error', 'said'),
+    [
+      (
+        jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of\nmemory allocating 32 bytes.'),
+        '(RESOURCE_EXHAUSTED: Out of memory allocating 32 bytes.)',
+      ),
+      (MemoryError('Unable to allocate 3 GiB'), '(Unable to allocate 3 GiB)'),
+    ],
+  )
+  def test_too_little_memory_is_one_line_with_a_way_out(self, capsys, error, said):
+    def main():
+      raise error
+
+    code, err = self.told(main, capsys)
+    assert code == 1
+    assert err.startswith(f'Error: There is too little memory {said}. End other programs')
+    assert 'Config.micro_batches = 4' in err
+    assert err.count('\n') == 1
+
+  def test_other_errors_of_xla_keep_their_traceback(self):
+    def main():
+      raise jax.errors.JaxRuntimeError('INTERNAL: no')
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'):
+      cli.run(main)
+
   def test_system_errors_are_one_line_with_a_way_out(self, capsys, tmp_path):
     blocker = tmp_path / 'file'
     blocker.touch()

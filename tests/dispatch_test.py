@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import threading
 import types
 
@@ -203,6 +204,18 @@ def trained(tmp_path_factory):
       loop.train(settings, scene, tiny.mesh(1), on_step=on_step, on_step_every=10)
     runs[name] = folder / name, settings, called, sizes
   return runs
+
+
+def test_a_resumed_run_keeps_the_checkpoints_of_a_start_that_kept_more(trained, tmp_path, capsys):
+  folder, settings, _, _ = trained['many']
+  shutil.copytree(folder, tmp_path / 'run')
+  before = checkpoints.all_steps(str(tmp_path / 'run'))
+  assert before == [12, 24, 36, 38]
+  changes = {'checkpoint_dir': str(tmp_path / 'run'), 'checkpoint_keep': 1, 'checkpoint_every': 1}
+  settings = settings.change('config', early_exit_steps=40, **changes)
+  loop.train(settings, datasets.load_dataset(settings.config), tiny.mesh(1))
+  assert checkpoints.all_steps(str(tmp_path / 'run')) == [*before, 40]
+  assert 'The 4 checkpoints that are there stay' in capsys.readouterr().out
 
 
 class TestStart:

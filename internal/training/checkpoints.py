@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -203,8 +203,19 @@ def tidy(checkpoint_dir: str, start: int) -> None:
         ) from None
 
 
-def _remove_all_but(checkpoint_dir: str, keep: int) -> None:
+def surplus(checkpoint_dir: str, keep: int) -> list[int]:
+  """Returns all steps if an earlier start kept more checkpoints than `keep`, else none.
+
+  One more may also be left by a kill between saving a checkpoint and removing an old one.
+  """
+  steps = all_steps(checkpoint_dir)
+  return steps if keep and len(steps) > keep + 1 else []
+
+
+def _remove_all_but(checkpoint_dir: str, keep: int, spared: Collection[int]) -> None:
   for step in all_steps(checkpoint_dir)[:-keep] if keep else ():
+    if step in spared:
+      continue
     path = folder_of(checkpoint_dir, step)
     try:
       if copy := bucket.of(checkpoint_dir):
@@ -246,6 +257,7 @@ def save(
   state: structs.TrainState,
   keep: int = 2,
   notes: Mapping[str, Any] | None = None,
+  spared: Collection[int] = (),
 ) -> None:
   """Saves the state as the checkpoint of its step; all processes call this.
 
@@ -256,6 +268,7 @@ def save(
     state: the state to save.
     keep: number of newest checkpoints to keep; 0 keeps all.
     notes: JSON-serializable values to store beside the state.
+    spared: steps whose checkpoints stay in any case.
 
   Raises:
     CheckpointError: writing failed; earlier checkpoints are unchanged.
@@ -295,7 +308,7 @@ def save(
       )
       + ' run the same command again to resume.'
     ) from error
-  _remove_all_but(checkpoint_dir, keep)
+  _remove_all_but(checkpoint_dir, keep, spared)
 
 
 def saved_run_id(checkpoint_dir: str) -> str | None:

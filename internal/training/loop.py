@@ -183,6 +183,7 @@ def _train(
   state, steps, step_fn, log = _start(
     settings, scene, mesh, start, stops, render_test if has_tests else None, watched
   )
+  spared = _spared(config)
   clock = _Clock()
   with signals.postponed() as request:  # A signal ends the loop between two dispatches.
     while step < last:
@@ -214,7 +215,7 @@ def _train(
       signum = processes.largest(request.signum) if ask_now and step < last else 0
       if save_now or signum:
         with log.pause('save'):
-          run_folder.save_run(config, state, steps.rows(), step_fn, mesh)
+          run_folder.save_run(config, state, steps.rows(), step_fn, mesh, spared)
       if signum:
         _stop(config, log, step, signum)
       if _is_due(step, config.gc_every):
@@ -223,6 +224,17 @@ def _train(
         clock.lap(state.params)  # Leaves out the pause.
   log.close()
   return log.train_seconds
+
+
+def _spared(config: configs.Config) -> list[int]:
+  """Returns the steps of checkpoints that an earlier start was to keep; says that they stay."""
+  spared = checkpoints.surplus(config.checkpoint_dir, config.checkpoint_keep)
+  if spared and processes.is_main():
+    print(
+      f'The {len(spared)} checkpoints that are there stay, because an earlier start kept more than '
+      f'Config.checkpoint_keep = {config.checkpoint_keep}, which holds for new ones.'
+    )
+  return spared
 
 
 def _set_pace(steps: dispatch.Dispatcher, timed: int, seconds: float) -> None:

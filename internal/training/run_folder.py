@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -240,12 +240,18 @@ def start_run(
 
 
 def save_run(
-  config: configs.Config, state: structs.TrainState, window: list, step_fn, mesh: Mesh
+  config: configs.Config,
+  state: structs.TrainState,
+  window: list,
+  step_fn,
+  mesh: Mesh,
+  spared: Collection[int] = (),
 ) -> None:
   """Saves a checkpoint with what a resumed run needs to reproduce an uninterrupted one.
 
   That is `window`, the stats of the steps since the last log line, and the number of micro-batches.
+  The checkpoints of the steps `spared` stay, whatever Config.checkpoint_keep is.
   """
   rows = [{name: float(value) for name, value in row.items()} for row in window]
   notes = {'window': rows, 'micro_batches': step_fn.micro_batches, 'devices': mesh.size}
-  checkpoints.save(config.checkpoint_dir, state, config.checkpoint_keep, notes)
+  checkpoints.save(config.checkpoint_dir, state, config.checkpoint_keep, notes, spared)
