@@ -262,7 +262,7 @@ def training(settings, folder):
       (renderer, 'make_image_renderer', lambda *_: rendered),
       (renderer, 'make_ray_probe', probed),
       (runlog, 'RunLog', lambda *_: Log()),
-      (checkpoints, 'save', lambda place, state, keep, notes: done.append((place, keep))),
+      (checkpoints, 'save', lambda place, state, keep, notes, spared: done.append((place, keep))),
       (run_folder, 'write_run', lambda *_: None),
       (scenes, 'read_image', lambda *_: np.zeros((40, 60, 3), np.uint8)),
       (pictures, 'write_png', lambda path, picture: done.append((path, picture.shape))),
