@@ -261,17 +261,17 @@ def _is_of_memory(error: Exception) -> bool:
 
 
 def _is_user_error(error: Exception) -> bool:
-  """Returns whether the user can fix the cause, which is then told in one line."""
+  """Returns whether the user can fix the cause. `run` then prints one line, no traceback."""
   return isinstance(error, UserError) or _is_of_system(error) or _is_of_memory(error)
 
 
 def _in_words(error: Exception) -> str:
-  """Returns an error's text, for errors of the system and of memory with what to do."""
+  """Returns an error's text. Errors of the system and of memory get a text that says what to do."""
   if _is_of_system(error):
     return files.in_words(error)
   if not _is_of_memory(error):
     return str(error)
-  said = ' '.join(str(error).split())[:200] or 'no number of bytes is known'
+  said = str(error)[:200] or 'the system says no more'
   return (
     f'There is too little memory ({said}). End other programs that use it (nvidia-smi lists those '
     'of a GPU), or need less: training with Config.micro_batches = 4 gives the same result, '

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
-# The lowest and the highest allowed number; None: there is no highest.
+# The lowest and the highest number allowed. A highest of None means that there is no upper limit.
 _RANGES = {
   **dict.fromkeys(
     (

@@ -228,8 +228,10 @@ def _train(
 
 def _spared(config: configs.Config) -> list[int]:
   """Returns the steps of checkpoints that an earlier start was to keep; says that they stay."""
+  if not processes.is_main():  # Only the main process removes checkpoints.
+    return []
   spared = checkpoints.surplus(config.checkpoint_dir, config.checkpoint_keep)
-  if spared and processes.is_main():
+  if spared:
     print(
       f'The {len(spared)} checkpoints that are there stay, because an earlier start kept more than '
       f'Config.checkpoint_keep = {config.checkpoint_keep}, which holds for new ones.'
