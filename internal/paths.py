@@ -16,6 +16,23 @@ from .errors import UserError
 _PARALLEL = 1e-6  # Optical axes count as parallel if the mean sin^2 of their angles is below this.
 
 
+def _inverse(pose: np.ndarray) -> np.ndarray:
+  rotation = np.swapaxes(pose[..., :3], -1, -2)
+  return np.concatenate([rotation, -rotation @ pose[..., 3:]], -1)
+
+
+# How poses [..., 3, 4] are turned right that were written in another convention.
+OTHER_CONVENTIONS = {
+  'their axes are taken as x right, y down, z forward (OpenCV)': (
+    lambda pose: pose * [1, -1, -1, 1]
+  ),
+  'they are taken as world to camera (OpenCV) instead of camera to world': (
+    lambda pose: _inverse(pose) * [1, -1, -1, 1]
+  ),
+  'they are taken as world to camera (OpenGL) instead of camera to world': _inverse,
+}
+
+
 def pad_poses(poses: np.ndarray) -> np.ndarray:
   """Appends the row (0, 0, 0, 1) to poses: [..., 3, 4] -> [..., 4, 4]."""
   bottom = np.broadcast_to([0.0, 0, 0, 1], (*poses.shape[:-2], 1, 4))

@@ -292,6 +292,55 @@ class TestPoses:
     np.testing.assert_array_equal(short.cameras.camtoworld, whole.cameras.camtoworld)
 
 
+class TestConventions:
+  def table(self, root, change):
+    table, poses = write_ngp(root)
+    for own, pose in zip(table['frames'], reversed(poses)):
+      own['transform_matrix'] = [*np.asarray(change(pose)).tolist(), [0, 0, 0, 1]]
+    return table
+
+  @pytest.mark.parametrize(
+    ('change', 'what'),
+    [
+      (lambda pose: pose * [1, -1, -1, 1], 'their axes are taken as x right, y down, z forward'),
+      (
+        lambda pose: world_to_camera(pose * [1, -1, -1, 1]),
+        'they are taken as world to camera (OpenCV)',
+      ),
+      (lambda pose: world_to_camera(pose), 'they are taken as world to camera (OpenGL)'),
+    ],
+    ids=['opencv', 'inverse_opencv', 'inverse'],
+  )
+  def test_other_conventions_are_doubted(self, tmp_path, change, what):
+    (warning,) = loaded(tmp_path, self.table(tmp_path, change)).report['warnings']
+    assert 'transforms.json: 0% of the cameras look at the point' in warning
+    assert f'and 100% if {what}' in warning
+
+  @pytest.mark.parametrize(
+    'change',
+    [
+      lambda pose: pose,
+      # Side by side, with lines of sight that spread: they meet behind the cameras.
+      lambda pose: np.c_[turn_about_y(-0.1 * pose[0, 3]), [pose[0, 3], 0, 0]],
+      # Outwards, each from where it stands: they meet nowhere.
+      lambda pose: np.c_[turn_about_y(7 * pose[0, 3] + 3 * pose[1, 3]), pose[:, 3]],
+    ],
+    ids=['inwards', 'one_way', 'any_way'],
+  )
+  def test_others_are_not(self, tmp_path, change):
+    assert loaded(tmp_path, self.table(tmp_path, change)).report['warnings'] == []
+
+
+def world_to_camera(pose):
+  return np.linalg.inv(np.vstack([pose, [0, 0, 0, 1]]))[:3]
+
+
+def turn_about_y(angle):
+  return np.array(
+    [[math.cos(angle), 0, math.sin(angle)], [0, 1, 0], [-math.sin(angle), 0, math.cos(angle)]]
+  )
+
+
 class TestApplied:
   def test_is_kept_in_the_scenes_file(self, tmp_path):
     table, _ = write_ngp(tmp_path, applied_transform=APPLIED, applied_scale=0.5)

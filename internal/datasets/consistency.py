@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .. import cameras, structs
+from .. import cameras, paths, structs
 from ..system import warnings
 from . import images, lookup, pyramid
 
@@ -32,6 +32,10 @@ _MISS = 0.5  # Pixels between a pixel and where its ray is seen.
 _BENT, _BENT_MOST = 2.0, 4.0
 _GRID = 32  # Pixels a side of a picture on which distortion is checked.
 _LOST = 100  # Times the distance from the middle that four of five cameras keep.
+# Cameras look all round if the mean of their unit axes is shorter than _ONE_WAY, and at a point if
+# the angle between it and the axis has a tangent below _MEETS.
+_RING, _ONE_WAY, _MEETS = 5, 0.8, 0.3
+_FEW_INWARDS, _MOST_INWARDS = 0.5, 0.9
 _FEW = 3  # Training images; fewer show no depth.
 _STRONG = 4  # A factor above it is unusual.
 _SMALL = 100  # Pixels of the shorter side.
@@ -268,6 +272,35 @@ def _warn_of_lost(data_dir: str, positions: np.ndarray, names: Sequence[str]) ->
       f'times as far from the middle as the others ({warnings.some(lost)}). The scene is scaled to '
       'hold all cameras, so it becomes tiny: remove these frames, or pose them again.'
     )
+
+
+def doubt_convention(path: str, poses: np.ndarray) -> None:
+  """Warns if cameras all round look at one point only in another convention than the program's.
+
+  Only files that do not say which convention they have need this.
+  """
+  if len(poses) < _RING or not paths.are_rigid(poses).all():
+    return
+  here = _looking_inwards(poses)
+  for what, convert in paths.OTHER_CONVENTIONS.items():
+    there = _looking_inwards(convert(poses))
+    if here < _FEW_INWARDS and there > _MOST_INWARDS:
+      warnings.warn(
+        f'{path}: {here:.0%} of the cameras look at the point where their lines of sight meet, and '
+        f'{there:.0%} if {what}. If the pictures were taken all round something, convert the '
+        'poses; if they were taken outwards from the middle of a room, ignore this.'
+      )
+      return
+
+
+def _looking_inwards(poses: np.ndarray) -> float:
+  """Returns the share of cameras that look at their focus, from all round; else 0."""
+  axes = poses[:, :, 2]  # Backward.
+  to_focus = paths.focus_point(poses) - poses[:, :, 3]
+  ahead = -np.sum(to_focus * axes, -1)
+  miss = np.linalg.norm(to_focus + ahead[:, None] * axes, axis=-1)
+  all_round = np.linalg.norm(axes.mean(0)) < _ONE_WAY
+  return float(all_round * np.mean(miss < _MEETS * ahead))
 
 
 def check_lenses(data_dir: str, frames: Sequence, largest: float, allow_unlikely: bool) -> None:

@@ -19,8 +19,8 @@ import numpy as np
 
 from .. import configs
 from ..system import files, warnings
+from . import consistency, images, lookup, scenes, transforms_cameras
 from . import frames as frames_lib
-from . import images, lookup, scenes, transforms_cameras
 
 _SPLITS = ('train_filenames', 'val_filenames', 'test_filenames')
 _USED = {
@@ -127,6 +127,7 @@ def read_frames(data_dir: str, path: str, table: dict[str, Any]) -> list[frames_
   _warn_of_unused_keys(path, table)
   for what, found in notes.items():
     warnings.warn(f'{path}: {what} ({len(found)} of {len(result)} frames, e.g. {found[0]}).')
+  consistency.doubt_convention(path, np.array([frame.pose for frame in result]))
   return result
 
 

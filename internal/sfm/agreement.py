@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from .. import paths
 from . import evidence, reconstruction
 from .given import Given, camera_from_opengl
 from .photos import PosesError
@@ -73,24 +74,6 @@ def _epipolar(second_from_first, a: np.ndarray, b: np.ndarray) -> np.ndarray:
   return np.abs(signed) / np.maximum(np.linalg.norm(lines[:, :2], axis=-1), 1e-12)
 
 
-_OTHER_CONVENTIONS = {
-  'their axes are taken as x right, y down, z forward (OpenCV)': (
-    lambda pose: pose * [1, -1, -1, 1]
-  ),
-  'they are taken as world to camera (OpenCV) instead of camera to world': (
-    lambda pose: _inverse(pose) * [1, -1, -1, 1]
-  ),
-  'they are taken as world to camera (OpenGL) instead of camera to world': (
-    lambda pose: _inverse(pose)
-  ),
-}
-
-
-def _inverse(pose: np.ndarray) -> np.ndarray:
-  rotation = pose[:, :3].T
-  return np.concatenate([rotation, -rotation @ pose[:, 3:]], 1)
-
-
 def check(given: Given, matches: Matches, before: Mapping, cameras: Mapping) -> float:
   """Returns the share of matches that agree with the given poses.
 
@@ -104,7 +87,7 @@ def check(given: Given, matches: Matches, before: Mapping, cameras: Mapping) -> 
       'photographs of these poses?'
     )
   message = f'{given.path}: its poses contradict the photographs: {agreed:.0%} of the matches agree'
-  for what, convert in _OTHER_CONVENTIONS.items():
+  for what, convert in paths.OTHER_CONVENTIONS.items():
     poses = {name: camera_from_opengl(convert(pose)) for name, pose in given.poses.items()}
     other = matches.agreement(poses, cameras)
     if other > _LIKELY and 1 - other < (1 - agreed) / 3:
