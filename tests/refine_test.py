@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from textured_corner import FOCAL, SIZE, VIEWS, render_room, room_pose, turns
 
-from internal import alignment, colmap
+from internal import alignment, colmap, paths
 from internal.commands import poses as command
 from internal.datasets import images
 from internal.sfm import agreement, given, moved, pipeline, refine
@@ -201,7 +201,7 @@ def test_a_colmap_model_with_fixed_intrinsics(refined, tmp_path):
   ('convert', 'words'),
   [
     (lambda pose: pose * [1, -1, -1, 1], r'x right, y down, z forward \(OpenCV\)'),
-    (lambda pose: agreement._inverse(pose * [1, -1, -1, 1]), r'world to camera \(OpenCV\)'),
+    (lambda pose: paths._inverse(pose * [1, -1, -1, 1]), r'world to camera \(OpenCV\)'),
   ],
 )
 def test_poses_in_another_convention_are_recognised(refined, tmp_path, convert, words):
