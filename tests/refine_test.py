@@ -13,7 +13,7 @@ from textured_corner import FOCAL, SIZE, VIEWS, render_room, room_pose, turns
 from internal import alignment, colmap, paths
 from internal.commands import poses as command
 from internal.datasets import images
-from internal.sfm import agreement, given, moved, pipeline, refine
+from internal.sfm import given, moved, pipeline, refine
 
 NAMES = [f'view_{k}.png' for k in range(VIEWS)]
 TRUTH = np.stack([room_pose(turn) for turn in turns(VIEWS)])
