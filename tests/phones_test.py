@@ -1,5 +1,6 @@
 """Tests of photographs and videos as phones write them."""
 
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from textured_corner import texture
 from internal.datasets import images
 from internal.sfm import photo_files, pipeline, reconstruction, repeats, video_frames
 from internal.sfm import photos as photos_lib
+from internal.system import warnings
 from internal.vis import video
 
 UPRIGHT = np.zeros((48, 64, 3), np.uint8)
@@ -441,6 +443,19 @@ def test_a_variable_frame_rate_loses_no_frame(tmp_path):
     found = pixels_of(tmp_path, photos[k].name)[0]
     errors = [abs(found - frame.astype(int)).mean() for frame in frames]
     assert int(np.argmin(errors)) == k
+
+
+def test_a_video_that_was_cut_off_is_warned_of(tmp_path):
+  shown = ('-vf', 'noise=alls=60:allf=t', '-movflags', '+faststart', '-pix_fmt', 'yuv420p')
+  write_raw(tmp_path / 'a.mp4', [view(5 * k) for k in range(40)], *shown)
+  content = (tmp_path / 'a.mp4').read_bytes()
+  (tmp_path / 'cut.mp4').write_bytes(content[: len(content) // 2])
+  with warnings.collect() as found:
+    video_frames.extract_frames(str(tmp_path / 'a.mp4'), str(tmp_path / 'scene'), 5)
+    assert not found
+    video_frames.extract_frames(str(tmp_path / 'cut.mp4'), str(tmp_path / 'other'), 5)
+  assert len(found) == 1
+  assert re.search(r'cut.mp4: only [12]s of 4s can be read', found[0])
 
 
 GREYS = [(30,) * 3, (120,) * 3, (200,) * 3]

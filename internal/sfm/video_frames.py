@@ -6,6 +6,7 @@ the video's rotation, and HDR colours (HLG or PQ) become ordinary ones.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -23,6 +24,7 @@ from . import photo_files, repeats
 from . import photos as photos_lib
 
 PER_SECOND, FEWEST, MOST = 2.0, 100, 300
+_WHOLE, _ROUNDING = 0.9, 0.5  # A video is whole with this share of its length, less seconds.
 _HDR = re.compile(r'Video:.*\b(arib-std-b67|smpte2084)\b')  # As ffmpeg names HLG and PQ.
 # White is 203 cd/m2 (ITU-R BT.2408). Light from 80% of it to 1,000 cd/m2 is compressed.
 _TO_SDR = (
@@ -110,7 +112,7 @@ def _sharpest(window: range, decoded: Iterator[np.ndarray]):
 
 
 def _count(path: str) -> tuple[int, float]:
-  """Returns (frames, seconds) of a video."""
+  """Returns (frames, seconds) of a video; warns if its end is missing."""
   import imageio_ffmpeg
 
   try:
@@ -125,6 +127,13 @@ def _count(path: str) -> tuple[int, float]:
       )
     raise photos_lib.PosesError(
       f'{path}: cannot be read as a video. Name a video, or a folder of photographs.'
+    )
+  with contextlib.closing(imageio_ffmpeg.read_frames(path)) as reader:
+    announced = next(reader)['duration']
+  if seconds < _WHOLE * announced - _ROUNDING:
+    warnings.warn(
+      f'{path}: only {progress.duration(seconds)} of {progress.duration(announced)} can be read. '
+      'It may be cut off or damaged; if the rest is needed, copy it again.'
     )
   return frames, seconds
 
