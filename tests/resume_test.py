@@ -197,10 +197,14 @@ class TestSignals:
   )
   def test_eval_and_render_leave_nothing_half_written(self, runner, whole, name, begun, made):
     output = whole.parent / f'{name}.output'
-    program = runner.start(name, ['--checkpoint_dir', str(whole)], output)
-    assert program.until(lambda: begun in program.text())
-    program.kill(signal.SIGTERM)
-    assert program.wait() == 143, program.text()
+    for _ in range(5):  # On a busy machine the signal may come too late.
+      program = runner.start(name, ['--checkpoint_dir', str(whole)], output)
+      assert program.until(lambda program=program: begun in program.text())
+      program.kill(signal.SIGTERM)
+      if code := program.wait():
+        break
+      shutil.rmtree((whole / made).parent)
+    assert code == 143, program.text()
     assert program.text().endswith('Stopped by SIGTERM.\n')
     assert not (whole / made).exists()
     assert not list(whole.rglob('*.part*'))
