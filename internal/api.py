@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -26,21 +27,32 @@ from .training import loop, run_folder, runlog
 
 
 def load_settings(
-  *gin_configs: str, bindings: str | Sequence[str] = (), **values: Any
+  *gin_configs: str | os.PathLike, bindings: str | Sequence[str] = (), **values: Any
 ) -> configs.Settings:
   """Reads gin files and settings.
 
   Args:
     *gin_configs: paths of gin files, or shipped ones: 'fast' or 'configs/360_fast.gin'.
     bindings: gin bindings such as 'NerfMLP.net_width = 512', or only one.
-    **values: fields of `Config`, such as data_dir='my_scene'; they win over the bindings.
+    **values: fields of `Config`, such as data_dir='my_scene'; they win over the bindings. Paths and
+      NumPy's scalars are accepted too.
 
   Raises:
     ConfigError: a file is missing, a name is unknown, or a value is out of range.
   """
-  own = [f'Config.{name} = {value!r}' for name, value in values.items()]
-  paths = [name if files.is_file(name) else configs.config_path(name) for name in gin_configs]
+  own = [f'Config.{name} = {_as_literal(value)!r}' for name, value in values.items()]
+  paths = [
+    name if files.is_file(name) else configs.config_path(name)
+    for name in map(os.fspath, gin_configs)
+  ]
   return configs.load_config(paths, [*_as_list(bindings), *own])
+
+
+def _as_literal(value: Any) -> Any:
+  """Returns a path as text, and NumPy's scalars and arrays as Python's numbers and lists."""
+  if isinstance(value, (np.generic, np.ndarray)):
+    return value.tolist()
+  return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _as_list(bindings: str | Sequence[str]) -> list[str]:
@@ -92,7 +104,7 @@ class Run:
       distance_percentiles [h, w, 3] at 5, 50 and 95 percent.
 
     Raises:
-      UserError: the capture has no such image.
+      UserError: the capture has no such image, or `camera` is something else.
     """
     jax.block_until_ready(self.params)
     began = time.monotonic()
@@ -127,12 +139,21 @@ class Run:
       if camera not in names:
         raise UserError(f'{camera!r} is not an image of the capture; the first is {names[0]!r}.')
       return self.scene.cameras, names.index(camera)
+    try:
+      camera = operator.index(camera)
+    except TypeError:
+      raise UserError(
+        'camera must be a row, the name of an image, or structs.Cameras (of '
+        f'cameras.make_cameras), got {type(camera).__name__}.'
+      ) from None
     if not -len(names) <= camera < len(names):
       raise UserError(f'camera must be a row of the {len(names)} images, got {camera}.')
     return self.scene.cameras, camera % len(names)
 
 
-def load_run(folder: str, step: int | None = None, bindings: str | Sequence[str] = ()) -> Run:
+def load_run(
+  folder: str | os.PathLike, step: int | None = None, bindings: str | Sequence[str] = ()
+) -> Run:
   """Opens a trained run by its folder.
 
   Args:
@@ -143,7 +164,9 @@ def load_run(folder: str, step: int | None = None, bindings: str | Sequence[str]
   Raises:
     CheckpointError: the folder has no run, or no such checkpoint.
   """
-  return Run(trained.open_trained(bucket.local(folder), _as_list(bindings), step))
+  if step is not None:
+    step = operator.index(step)
+  return Run(trained.open_trained(bucket.local(os.fspath(folder)), _as_list(bindings), step))
 
 
 def train(

@@ -69,8 +69,8 @@ def make_cameras(
     The table, with float32 and int32 leaves.
 
   Raises:
-    UserError: a shape is wrong, a lens code is unknown, a value is NaN or infinite, or a pose
-      scales, shears or mirrors.
+    UserError: a shape is wrong, a size is no whole number or less than 1, a lens code is unknown, a
+      value is NaN or infinite, or a pose scales, shears or mirrors.
   """
   camtoworld = np.asarray(camtoworld, np.float32)
   if camtoworld.ndim != 3 or camtoworld.shape[1:] != (3, 4) or not len(camtoworld):
@@ -92,6 +92,9 @@ def make_cameras(
   ):  # fmt: skip
     if not np.isfinite(values).all():
       raise UserError(f'{name} contains NaN or inf.')
+  size = _rows('size', size, (n, 2), np.int32)
+  if size.min() < 1:
+    raise UserError(f'size must be at least 1 pixel a side, got {size.min()}.')
   rigid = structs.are_rigid(camtoworld)
   if not rigid.all():
     raise UserError(
@@ -103,7 +106,7 @@ def make_cameras(
     camtoworld=camtoworld,
     distortion=distortion,
     lens=lens,
-    size=_rows('size', size, (n, 2), np.int32),
+    size=size,
     pixtocam_ndc=pixtocam_ndc,
     lenses=lenses,
     distorted=bool(np.any(distortion)),
@@ -113,9 +116,13 @@ def make_cameras(
 def _rows(name: str, value, shape: tuple[int, ...], dtype) -> np.ndarray:
   value = np.asarray(value)
   try:
-    return np.array(np.broadcast_to(value, shape), dtype)
+    made = np.array(np.broadcast_to(value, shape), dtype)
   except ValueError:
     raise UserError(f'{name} must be {list(shape)}, got {list(value.shape)}.') from None
+  wrong = np.broadcast_to(value, shape)[made != value] if dtype is np.int32 else ()
+  if len(wrong):
+    raise UserError(f'{name} must be whole numbers, got {wrong[0]}.')
+  return made
 
 
 def pixels_to_rays(

@@ -13,7 +13,7 @@ import glob
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import gin
 
@@ -341,11 +341,26 @@ ACCEPTED = {
 }
 
 
+def _owners(settings: Settings) -> dict[str, Any]:
+  parts = (settings.config, settings.model, settings.prop_mlp, settings.nerf_mlp)
+  return {type(part).__name__: part for part in parts}
+
+
+def without_idle(settings: Settings) -> tuple:
+  """Returns Config, Model, PropMLP and NerfMLP, with defaults for settings that have no effect."""
+  owners = _owners(settings)
+  changed = {owner: {} for owner in owners}
+  for names in (ACCEPTED, *(names for names, _ in idle_settings.find(owners, ACCEPTED))):
+    for name in names:
+      owner, field = name.split('.')
+      changed[owner][field] = getattr(type(owners[owner])(), field)
+  return tuple(dataclasses.replace(part, **changed[name]) for name, part in owners.items())
+
+
 def notices(settings: Settings) -> list[str]:
   """Returns lines about settings that differ from their defaults but have no effect."""
   config, model = settings.config, settings.model
-  parts = (config, model, settings.prop_mlp, settings.nerf_mlp)
-  owners = {type(part).__name__: part for part in parts}
+  owners = _owners(settings)
   result = []
   for name, reason in ACCEPTED.items():
     owner, field = name.split('.')

@@ -147,12 +147,14 @@ def rules() -> Iterator[tuple[dict[str, _When], list[str]]]:
       yield own, [re.sub(r'^MLP\.', mlp, name) for name in names.split()]
 
 
-def lines(owners: Mapping[str, Any], known: Mapping[str, str]) -> list[str]:
-  """Returns a line for each rule by which settings that differ from their defaults do nothing.
+def find(
+  owners: Mapping[str, Any], known: Mapping[str, str]
+) -> Iterator[tuple[list[str], dict[str, _When]]]:
+  """Yields the settings that differ from their defaults and do nothing, with their switches.
 
   Args:
     owners: the settings, by the name of their dataclass.
-    known: settings that never have an effect.
+    known: settings that never have an effect, which are left out.
   """
   defaults = {name: type(owner)() for name, owner in owners.items()}
 
@@ -166,16 +168,26 @@ def lines(owners: Mapping[str, Any], known: Mapping[str, str]) -> list[str]:
       when(value(k), own) if callable(when) else value(k) in when for k, when in switches.items()
     )
 
-  told, result = set(known), []
+  told = set(known)
   for switches, names in rules():
     named = [n for name in names for n in _expanded(name, owners)]
     idle = [n for n in named if n not in told and is_idle(n, switches)]
     if idle:
       told.update(idle)
-      listed = ', '.join(f'{n} = {value(n)!r}' for n in idle)
-      why = ' and '.join(f'{k} = {value(k)!r}' for k in switches)
-      result.append(f'{listed}: no effect with {why}.')
-  return result
+      yield idle, switches
+
+
+def lines(owners: Mapping[str, Any], known: Mapping[str, str]) -> list[str]:
+  """Returns a line for each rule by which settings do nothing; arguments are those of `find`."""
+
+  def shown(name: str) -> str:
+    owner, field = name.split('.')
+    return f'{name} = {getattr(owners[owner], field)!r}'
+
+  return [
+    f'{", ".join(map(shown, idle))}: no effect with {" and ".join(map(shown, switches))}.'
+    for idle, switches in find(owners, known)
+  ]
 
 
 def _expanded(name: str, owners: Mapping[str, Any]) -> list[str]:

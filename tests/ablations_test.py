@@ -272,9 +272,10 @@ class TestCommand:
     os.unlink(ladder.out / 'full' / 'eval' / 'results.json')
     os.rmdir(ladder.out / 'full' / 'eval')
     assert ladder('full') == both
-    with pytest.raises(runs.RunError, match=r'full holds a run with other settings'):
+    words = r'full holds a run with other settings: Config\.max_steps \(from 7 to 8\)\. '
+    with pytest.raises(runs.RunError, match=words):
       ladder('full', bindings=['Config.max_steps = 8'])
-    with pytest.raises(runs.RunError, match=r'full holds a run with other settings'):
+    with pytest.raises(runs.RunError, match=r'Config\.data_dir \(from .*scene. to .*other.\)'):
       ladder('full', scene='other')
 
   def test_the_table_shows_published_numbers_beside_ours(self, ladder):
@@ -331,6 +332,38 @@ class TestCommand:
       ladder('z')
     with pytest.raises(configs.ConfigError, match='max_steps'):
       ladder(bindings=['Config.max_step = 7'])
+    with pytest.raises(runs.RunError, match=r"near = 0.1'.* a single value"):
+      ladder(flags=['--sweep', 'Config.near = 0.1'])
+    with pytest.raises(runs.RunError, match=r"--gpus '0,,1': separate the GPUs by commas, each"):
+      ladder('full', flags=['--gpus', '0,,1'])
+
+  @pytest.mark.parametrize(
+    ('name', 'flag'), [('data_dir', '--data_dir'), ('checkpoint_dir', '--out')]
+  )
+  def test_folders_are_set_by_flags_only(self, ladder, name, flag):
+    with pytest.raises(runs.RunError, match=f'x.: use {flag} instead'):
+      ladder('full', bindings=['Config.max_steps = 7', f'Config.{name}=x'])
+
+  def test_configs_that_undo_a_row_are_refused(self, ladder):
+    fast = ['--config', 'fast']
+    with pytest.raises(runs.RunError, match='full and f_small_mlp have the same settings'):
+      ladder('full', 'f_small_mlp', flags=fast)
+    # The encoding's octaves would differ, but hash grids have none.
+    with pytest.raises(runs.RunError, match='full and h_no_contraction have the same settings'):
+      ladder('full', 'h_no_contraction', flags=fast)
+    assert ladder('full', 'c_density_noise', flags=fast)
+
+  @pytest.mark.parametrize(
+    'setting', ['factor = 1, 2', 'llffhold = 8, 4', 'eval_crop_borders = 0, 1']
+  )
+  def test_rows_of_other_pictures_or_metrics_are_refused(self, ladder, setting):
+    with pytest.raises(runs.RunError, match=f'differ in Config.{setting.split()[0]} '):
+      ladder(flags=['--sweep', f'Config.{setting}'])
+
+  def test_submit_alone_is_refused(self, ladder, capsys):
+    with pytest.raises(SystemExit):
+      ladder('full', flags=['--submit'])
+    assert 'add --slurm, or leave out --submit' in capsys.readouterr().err
 
 
 class TestOwnRows:
@@ -378,6 +411,14 @@ class TestOwnRows:
     with pytest.raises(runs.RunError, match='--seeds: must be 1 or more, got 0'):
       mine('--seeds', '0')
 
+  def test_a_row_called_as_the_seed_of_another_is_refused(self, ladder, tmp_path):
+    path, seed = tmp_path / 'rows.txt', configs.Config().seed + 1
+    path.write_text(f'a:\na seed {seed}:\n  Config.near = 0.3\n')
+    flags = ['--rows_file', str(path)]
+    assert ladder(flags=flags)
+    with pytest.raises(runs.RunError, match=rf"'a_seed_{seed}' and 'a' need different names"):
+      ladder(flags=[*flags, '--seeds', '2'])
+
   def test_effects_beyond_the_spread_are_bold(self, mine, ladder):
     seed = configs.Config().seed
     for row, values in {'plain': (20, 21, 22), 'wide_slow': (24, 25, 26.0)}.items():
@@ -415,7 +456,7 @@ class TestOwnRows:
     assert lines[-1].endswith('| finished |')
 
   def test_published_rows_and_own_rows_in_one_table(self, ladder, tmp_path):
-    (tmp_path / 'rows.txt').write_text('plain:\n')
+    (tmp_path / 'rows.txt').write_text('plain:\n  Config.near = 0.3\n')
     ladder('full', flags=['--rows_file', str(tmp_path / 'rows.txt')])
     lines = (ladder.out / 'ablations.md').read_text().splitlines()
     assert lines[-1].startswith('| plain | 5 | - | - | - | - | 20.40 | -9.60 |')

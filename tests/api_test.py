@@ -110,6 +110,9 @@ class TestRun:
       run.render('nobody.png')
     with pytest.raises(errors.UserError, match='row of the 9 images, got 9'):
       run.render(9)
+    for camera in (1.5, run.scene.cameras.camtoworld[:1]):
+      with pytest.raises(errors.UserError, match=f'camera must be .*{type(camera).__name__}'):
+        run.render(camera)
 
 
 @pytest.mark.parametrize('images', [0, -1])
@@ -133,6 +136,18 @@ def test_values_win_over_bindings_and_slips_are_named():
   assert settings.config.max_steps == 7
   with pytest.raises(configs.ConfigError, match='max_steps'):
     mipnerf360.load_settings(max_step=7)
+
+
+def test_paths_and_scalars_of_numpy_are_values_too(run):
+  settings = mipnerf360.load_settings(
+    Path('configs/demo.gin'), data_dir=Path('a b'), max_steps=np.int64(7), near=np.float32(0.5)
+  )
+  assert (settings.config.data_dir, settings.config.max_steps) == ('a b', 7)
+  assert settings.config.near == 0.5
+  again = mipnerf360.load_run(Path(run.folder), step=np.int64(run.step))
+  assert again.step == run.step
+  with pytest.raises(TypeError, match='integer'):
+    mipnerf360.load_run(run.folder, step='3')
 
 
 def test_configs_have_short_names_and_one_binding_needs_no_list(run):

@@ -337,6 +337,8 @@ def test_make_cameras_broadcasts_and_sets_the_static_fields():
     ({'pixtocam': np.full((3, 3), np.inf)}, 'pixtocam contains NaN or inf'),
     ({'distortion': [0, np.nan, 0, 0, 0, 0]}, 'distortion contains NaN or inf'),
     ({'pixtocam_ndc': np.eye(3) * np.nan}, 'pixtocam_ndc contains NaN or inf'),
+    ({'size': (8.5, 8)}, 'size must be whole numbers, got 8.5'),
+    ({'size': [[8, 0]]}, 'size must be at least 1 pixel a side, got 0'),
     ({'camtoworld': np.stack([EYE, EYE * 2])}, 'pose 1 scales, shears or mirrors'),
     ({'camtoworld': EYE[None] * [-1, 1, 1, 1]}, 'pose 0 scales, shears or mirrors'),
   ],

@@ -203,8 +203,9 @@ class TestEvaluate:
     assert 'at step 50' in capsys.readouterr().out
     with pytest.raises(eval_program.EvalError, match=r'--steps 30: .*no such.*\[20, 50, 70\]'):
       eval_program.main([str(tmp_path), '--steps', '20', '30'])
-    with pytest.raises(SystemExit):
-      eval_program.main([str(tmp_path), '--steps', '20', '--multiscale'])
+    for flags in (['--steps', '20', '--multiscale'], ['--multiscale', '--report_only']):
+      with pytest.raises(SystemExit):
+        eval_program.main([str(tmp_path), *flags])
 
 
 @pytest.fixture

@@ -256,6 +256,10 @@ class TestProgram:
   def test_lists_the_rows(self, row, capsys):
     program.main([])
     assert capsys.readouterr().out.split() == ['mine', 'x;', 'a.gin;', 'now;', 'not', 'measured']
+    for flags in (['--check'], ['--data', 'x'], ['--commit', 'x']):
+      with pytest.raises(SystemExit):
+        program.main(flags)
+      assert 'need a ROW' in capsys.readouterr().err
 
 
 class TestPages:

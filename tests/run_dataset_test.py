@@ -131,6 +131,19 @@ class TestMakeRuns:
     for run in all_runs:
       assert run.folder == os.path.abspath(f'out/{run.name}') == run.settings.config.checkpoint_dir
 
+  def test_shipped_configs_are_found_from_any_folder(self, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (run,) = dataset_runs.make_runs(NINE, 'data', 'out', ['room'], ['configs/360_fast.gin'])
+    assert run.settings.nerf_mlp.encoding == 'grid'
+
+  @pytest.mark.parametrize(('name', 'flag'), [('data_dir', '--root'), ('checkpoint_dir', '--out')])
+  def test_folders_are_set_by_flags_only(self, name, flag):
+    with pytest.raises(runs.RunError, match=f'x.: use {flag} instead'):
+      dataset_runs.make_runs(NINE, 'data', 'out', ['room'], [], [f'Config.{name} = x'])
+
+  def test_a_scene_named_twice_runs_once(self):
+    assert len(dataset_runs.make_runs(NINE, 'data', 'out', ['room', 'room'])) == 1
+
   def test_an_unknown_scene(self):
     with pytest.raises(benchmarks.BenchmarkError, match="no scene 'lego'; choose from bicycle"):
       dataset_runs.make_runs(NINE, 'data', 'out', ['lego'])

@@ -227,6 +227,7 @@ class TestMixing:
       ({'size': (648, 420)}, 'image_sizes'),
       ({'bindings': ['Config.eval_quantize_metrics = False']}, 'protocol.quantized'),
       ({'bindings': ['Config.llffhold = 9']}, 'protocol.test_split'),
+      ({'bindings': ['Config.eval_refine_cameras = True']}, 'refined_cameras'),
     ],
   )
   def test_published_numbers_require_their_protocol(self, change, field):
@@ -235,6 +236,12 @@ class TestMixing:
     with pytest.raises(tables.TablesError, match=words):
       make(runs)
     assert len(make(runs, []).rows) == 1
+
+  def test_halves_of_pictures_do_not_stand_beside_whole_ones(self):
+    halves = run('garden', 'b.json', bindings=['Config.eval_refine_cameras = True'])
+    with pytest.raises(tables.TablesError, match=r'a\.json and b\.json differ in refined_cameras'):
+      tables.check({'a': [run('garden', 'a.json')], 'b': [halves]})
+    tables.check({'a': [halves], 'b': [halves]})
 
   def test_sides_may_be_rounded_either_way(self):
     for size in ((1297, 840), (1296, 840), (1297, 841)):
@@ -400,6 +407,12 @@ class TestForms:
     assert 'NeRF |' in psnr
     assert '| NeRF |' not in ssim  # It has no SSIM in print.
     assert 'arXiv:2111.12077' in text
+
+  def test_bars_in_names_do_not_make_columns(self):
+    found = [tables.Run('a.json', outcomes.outcome('x|y'))]
+    text = table_forms.markdown(tables.make({'a': found, 'b|c': found}))
+    assert r'| method | x\|y | mean |' in text
+    assert r'| method | x\|y PSNR | x\|y SSIM |' in text
 
   def test_no_difference_at_the_digits_shown_is_white(self):
     text = table_forms.markdown(make([run('garden', psnr=26.9801)]))

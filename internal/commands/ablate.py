@@ -47,7 +47,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument('--table_only', action='store_true', help='write the table, run nothing')
   slurm.add_arguments(parser)
   cli.add_arguments(parser)
-  return parser.parse_args(argv)
+  return slurm.parse(parser, argv)
 
 
 def task(args: argparse.Namespace) -> list[str]:
@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       for row in rows
     ]
   )
+  ablations.check(all_runs)
   unfinished = [run for run in runs.choose(all_runs, args.only) if not runs.is_finished(run)]
   if unfinished and args.slurm is not None:
     slurm.write(args, unfinished, args.out, task(args))

@@ -288,20 +288,19 @@ def add_to_report(run: str, settings: configs.Settings, scene: scenes.Scene) -> 
 
 def main(argv: list[str] | None = None) -> None:
   parser = cli.make_run_parser(__doc__)
-  parser.add_argument(
+  one = parser.add_mutually_exclusive_group()
+  one.add_argument(
     '--report_only',
     action='store_true',
     help='only rewrite report.html',
   )
-  parser.add_argument(
+  one.add_argument(
     '--multiscale', action='store_true', help='measure at 1, 1/2, 1/4 and 1/8 of the size'
   )
-  parser.add_argument(
+  one.add_argument(
     '--steps', type=int, nargs='+', metavar='STEP', help='measure these checkpoints, in this order'
   )
   args = parser.parse_args(argv)
-  if args.steps and (args.multiscale or args.report_only):
-    parser.error('--steps stands alone, without --multiscale and --report_only')
   folder = bucket.local(cli.run_folder(args))
   settings, scene = run_folder.open_run(folder, cli.bindings(args))
   bucket.fetch(folder, *(f'render/{name}' for name in html_report.VIDEOS))

@@ -39,6 +39,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser.add_argument('--store', nargs='+', metavar='FILE', help='record.json files to store')
   parser.add_argument('--table', action='store_true', help='write the tables into the docs')
   args = parser.parse_args(argv)
+  if not args.row and (args.data or args.check or args.commit):
+    parser.error('--data, --check and --commit need a ROW')
   if args.row and (args.store or args.table):
     parser.error('--store and --table take no ROW')
   return args

@@ -36,7 +36,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser.add_argument('--seeds', type=int, default=1, help='runs of each scene; default: 1')
   slurm.add_arguments(parser)
   cli.add_arguments(parser)
-  return parser.parse_args(argv)
+  return slurm.parse(parser, argv)
 
 
 def task(args: argparse.Namespace, out: str) -> list[str]:

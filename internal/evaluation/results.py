@@ -37,6 +37,8 @@ _DESCRIPTION = (
   'image. Means are over images.'
 )
 
+# The departure of Config.eval_refine_cameras.
+REFINED = 'test cameras are refined on left halves, metrics are of right halves'
 MULTISCALE = ', multi-scale test'  # Of the protocol's name.
 _OF_SCALES = (
   ' At the scales {}: cameras and pixel cones are scaled, true images reduced by an area filter '
@@ -160,7 +162,7 @@ def protocol(
   if config.eval_crop_borders:
     departures.append(f'{config.eval_crop_borders} pixels are cropped off each side')
   if config.eval_refine_cameras:
-    departures.append('test cameras are refined on left halves, metrics are of right halves')
+    departures.append(REFINED)
   if config.eval_render_interval > 1:
     departures.append(f'one in {config.eval_render_interval} test images')
   if config.eval_dataset_limit is not None:

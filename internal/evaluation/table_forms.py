@@ -45,7 +45,8 @@ def markdown(table: Table) -> str:
   """Formats one Markdown table per metric; our cells have the difference to the compared row."""
   parts = []
   for metric in table.metrics:
-    lines = [['method', *table.columns], ['---'] + ['---:'] * len(table.columns)]
+    heads = map(_escape, table.columns)
+    lines = [['method', *heads], ['---'] + ['---:'] * len(table.columns)]
     for row in table.rows:
       if all(table.value(row, metric, column) is None for column in table.columns):
         continue
@@ -66,7 +67,8 @@ def markdown(table: Table) -> str:
 def _markdown_differences(table: Table) -> str:
   """Formats the differences of our methods from our first, all metrics side by side."""
   keys = [(column, metric) for column in table.blocks for metric in table.metrics]
-  lines = [['method', *(f'{c} {NAMES[m]}' for c, m in keys)], ['---'] + ['---:'] * len(keys)]
+  heads = [f'{_escape(column)} {NAMES[metric]}' for column, metric in keys]
+  lines = [['method', *heads], ['---'] + ['---:'] * len(keys)]
   for row in table.own[1:]:
     found = [(table.own_difference(row, metric, column), metric) for column, metric in keys]
     cells = ['–' if d is None else f'{d:+.{digits(metric)}f}' for d, metric in found]

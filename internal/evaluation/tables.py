@@ -25,6 +25,7 @@ _EVERYWHERE = (
   'dataset_loader',
   *(f'protocol.{name}' for name in _PROTOCOL),
   'lpips.weights',
+  'refined_cameras',
 )
 _ON_A_SCENE = ('factor', 'num_images', 'image_sizes', 'masked_images', 'per_image.name')
 _OF_A_METHOD = ('method_hash', 'step', 'num_params', 'mlp_dtype')
@@ -55,7 +56,8 @@ class Run:
 
   def field(self, name: str) -> Any:
     """Returns a field by its dotted name; a list of values where the name passes through a list."""
-    value: Any = {**self._older(), **self.found}
+    refined = results.REFINED in self.found['protocol']['departures']
+    value: Any = {**self._older(), **self.found, 'refined_cameras': refined}
     for part in name.split('.'):
       value = [row[part] for row in value] if isinstance(value, list) else value[part]
     return value
@@ -125,6 +127,7 @@ def check_published(runs: Iterable[Run], benchmark: benchmarks.Benchmark) -> Non
       'factor': facts.factor,
       'num_images': facts.test,
       'masked_images': 0,
+      'refined_cameras': False,
     }
     for name, value in wanted.items():
       if run.field(name) != value:
@@ -247,7 +250,7 @@ def _choose_metrics(names: Sequence[str] | None, rows: Sequence[Row]) -> tuple[s
     if name not in HIGHER_IS_BETTER:
       raise TablesError(f'Unknown metric {name!r}; choose from {", ".join(HIGHER_IS_BETTER)}.')
   if names:
-    return tuple(names)
+    return tuple(dict.fromkeys(names))
   return tuple(m for m in _SHOWN if any(v is not None for r in rows for v in r.values[m].values()))
 
 

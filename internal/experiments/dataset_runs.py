@@ -32,15 +32,14 @@ def make_runs(
 
   Raises:
     BenchmarkError: the dataset has no such scene.
-    RunError: there are no seeds.
+    RunError: there are no seeds, or a binding sets a folder.
     ConfigError: the settings are invalid.
   """
   root, out = os.path.abspath(root), os.path.abspath(out)
-  paths = [os.path.abspath(path) for path in gin_configs] or [
-    os.path.join(installation.DATA, benchmark.config)
-  ]
+  runs.refuse_taken(gin_bindings, {'Config.data_dir': '--root', 'Config.checkpoint_dir': '--out'})
+  paths = list(gin_configs) or [os.path.join(installation.DATA, benchmark.config)]
   made = []
-  for scene in scenes or benchmark.scenes:
+  for scene in dict.fromkeys(scenes or benchmark.scenes):
     if scene not in benchmark.scenes:
       raise benchmarks.BenchmarkError(
         f'--scenes: {benchmark.name} has no scene {scene!r}; choose from '

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from .. import configs, plugins
 from ..errors import UserError
 from ..evaluation import lpips, results
 from ..system import files, installation, progress
-from ..training import runlog
+from ..training import method, runlog
 from . import jobs
 
 _LINE_SECONDS = 60.0  # Between progress lines in a log file.
+_CHANGES = 4  # At most so many settings are named in an error.
 
 
 class RunError(UserError):
@@ -35,6 +37,18 @@ class Run:
   @property
   def results(self) -> str:
     return os.path.join(self.folder, 'eval', 'results.json')
+
+
+def refuse_taken(bindings: Sequence[str], taken: Mapping[str, str]) -> None:
+  """Checks that bindings leave alone what flags set; `taken` is the flag of each such setting.
+
+  Raises:
+    RunError: one does not. It would have no effect, or one value for all runs.
+  """
+  for text in bindings:
+    for name, flag in taken.items():
+      if re.search(rf'^\s*{re.escape(name)}\b', text, re.MULTILINE):
+        raise RunError(f'{text!r}: use {flag} instead; it is the same for all runs.')
 
 
 def make_runs(
@@ -106,10 +120,17 @@ def is_finished(run: Run) -> bool:
   if files.exists(stored):
     existing = configs.load_config([stored])
     both = existing.config, run.settings.config
-    differs = any(getattr(both[0], name) != getattr(both[1], name) for name in run.fixed)
-    if differs or results.config_hash(existing) != wanted:
+    changes = {
+      f'Config.{name}': f'from {old!r} to {new!r}'
+      for name in run.fixed
+      if (old := getattr(both[0], name)) != (new := getattr(both[1], name))
+    }
+    if changes := {**changes, **method.changes(existing, run.settings)}:
+      told = ', '.join(f'{name} ({change})' for name, change in list(changes.items())[:_CHANGES])
+      more = len(changes) - _CHANGES
       raise RunError(
-        f'{run.folder} holds a run with other settings ({stored}): remove it, or choose another '
+        f'{run.folder} holds a run with other settings: {told}{f" and {more} more" * (more > 0)}. '
+        'Repeat the command with the settings of the run, remove the folder, or choose another '
         '--out.'
       )
   try:
@@ -155,8 +176,13 @@ def run_all(
 
   Returns:
     The reason for each failure, by run name.
+
+  Raises:
+    RunError: `gpus` has an empty name, or a name twice.
   """
-  names = jobs.visible_gpus() if gpus is None else gpus.split(',')
+  names = jobs.visible_gpus() if gpus is None else [name.strip() for name in gpus.split(',')]
+  if '' in names or len(set(names)) < len(names):  # Without a name, a run would use the CPU.
+    raise RunError(f'--gpus {gpus!r}: separate the GPUs by commas, each once, such as 0,2.')
   slots = [{'CUDA_VISIBLE_DEVICES': name} for name in names] or [{}]
   done = total - len(unfinished)
   devices = f'GPUs {", ".join(names)}' if names else 'the CPU'

@@ -29,6 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+  """Parses a command line; --submit alone, which would run everything here, is an error."""
+  args = parser.parse_args(argv)
+  if args.submit and args.slurm is None:
+    parser.error('--submit submits the job array of --slurm: add --slurm, or leave out --submit')
+  return args
+
+
 def write(
   args: argparse.Namespace, unfinished: Sequence[runs.Run], out: str, command: Sequence[str]
 ) -> None:

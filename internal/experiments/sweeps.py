@@ -27,8 +27,7 @@ from . import runs
 
 MOST_ROWS = 100
 _OPEN, _CLOSE, _QUOTES = '([{', ')]}', '\'"'
-# ablate.py sets these itself.
-_TAKEN = {'Config.data_dir': '--data_dir', 'Config.checkpoint_dir': '--out'}
+TAKEN = {'Config.data_dir': '--data_dir', 'Config.checkpoint_dir': '--out'}  # Flags of ablate.py.
 
 
 def _split(text: str, at: str) -> list[str]:
@@ -94,8 +93,7 @@ def expand(bindings: Sequence[str]) -> Iterator[tuple[dict[str, str], list[str]]
     name, choices = name.strip(), _split(text, ',')
     if not (name and equals and all(choices)):
       raise runs.RunError(f'{binding!r} must be NAME = VALUE, or NAME = VALUE, VALUE, ...')
-    if name in _TAKEN:
-      raise runs.RunError(f'{binding!r}: use {_TAKEN[name]} instead; it is the same for all rows.')
+    runs.refuse_taken([binding], TAKEN)
     values[name] = choices
   swept = [name for name, choices in values.items() if len(choices) > 1]
   for combination in itertools.product(*values.values()):
