@@ -334,7 +334,7 @@ class TestCommand:
       ladder(bindings=['Config.max_step = 7'])
     with pytest.raises(runs.RunError, match=r"near = 0.1'.* a single value"):
       ladder(flags=['--sweep', 'Config.near = 0.1'])
-    with pytest.raises(runs.RunError, match=r"--gpus '0,,1': separate the GPUs by commas, each"):
+    with pytest.raises(runs.RunError, match=r"--gpus '0,,1': separate the GPUs by commas, such"):
       ladder('full', flags=['--gpus', '0,,1'])
 
   @pytest.mark.parametrize(

@@ -369,6 +369,15 @@ class TestProgram:
     assert 'runs are finished' not in out
     assert '**ours**' in out
 
+  @pytest.mark.parametrize(('gpus', 'shared'), [('0,1', False), ('0,0', True)])
+  def test_runs_that_share_a_gpu_take_memory_as_they_need_it(self, monkeypatch, gpus, shared):
+    seen = []
+    monkeypatch.setattr(jobs, 'run', lambda _, slots, monitor: seen.extend(slots) or {})
+    runs.run_all([], 2, gpus)
+    assert [slot['CUDA_VISIBLE_DEVICES'] for slot in seen] == gpus.split(',')
+    preallocate = [slot.get('XLA_PYTHON_CLIENT_PREALLOCATE') for slot in seen]
+    assert preallocate == (['false'] if shared else [None]) * 2
+
   def test_seeds_become_one_row(self, stand_in, tmp_path, capsys):
     self.main(tmp_path, '--gpus', '0,1', '--scenes', 'garden', '--seeds', '2')
     out = capsys.readouterr().out

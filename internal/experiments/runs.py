@@ -171,19 +171,22 @@ def run_all(
   Args:
     unfinished: the runs to start, or to resume.
     total: number of runs including the finished ones.
-    gpus: comma-separated GPUs; None uses all visible ones.
+    gpus: comma-separated GPUs; None uses all visible ones. One that is named twice has two runs at
+      a time.
     on_end: called after a run has ended.
 
   Returns:
     The reason for each failure, by run name.
 
   Raises:
-    RunError: `gpus` has an empty name, or a name twice.
+    RunError: `gpus` has an empty name.
   """
   names = jobs.visible_gpus() if gpus is None else [name.strip() for name in gpus.split(',')]
-  if '' in names or len(set(names)) < len(names):  # Without a name, a run would use the CPU.
-    raise RunError(f'--gpus {gpus!r}: separate the GPUs by commas, each once, such as 0,2.')
-  slots = [{'CUDA_VISIBLE_DEVICES': name} for name in names] or [{}]
+  if '' in names:  # Without a name, a run would use the CPU.
+    raise RunError(f'--gpus {gpus!r}: separate the GPUs by commas, such as 0,2.')
+  # Without this, the first run on a GPU takes most of its memory.
+  shared = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'} if len(set(names)) < len(names) else {}
+  slots = [{'CUDA_VISIBLE_DEVICES': name, **shared} for name in names] or [{}]
   done = total - len(unfinished)
   devices = f'GPUs {", ".join(names)}' if names else 'the CPU'
   progress.say(f'{done} of {total} runs are finished; running the others on {devices}.')
