@@ -258,6 +258,7 @@ def ladder(tmp_path, monkeypatch):
     ablate.main([*paths, *flags, '--gin_bindings', *bindings])
     return list(started)
 
+  (tmp_path / 'scene').mkdir()
   main.failing, main.out, main.quality = failing, tmp_path / 'out', quality
   return main
 
@@ -359,6 +360,11 @@ class TestCommand:
   def test_rows_of_other_pictures_or_metrics_are_refused(self, ladder, setting):
     with pytest.raises(runs.RunError, match=f'differ in Config.{setting.split()[0]} '):
       ladder(flags=['--sweep', f'Config.{setting}'])
+
+  def test_a_missing_capture_starts_no_row(self, ladder):
+    with pytest.raises(runs.RunError, match=r'--data_dir .*nowhere: no such folder'):
+      ladder('full', scene='nowhere')
+    assert not ladder.out.exists()
 
   def test_submit_alone_is_refused(self, ladder, capsys):
     with pytest.raises(SystemExit):

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 
 from .. import cli
 from ..experiments import ablation_tables, ablations, runs, slurm
+from ..system import files
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -78,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     return
   failed = {}
   if unfinished and not args.table_only:
+    if not files.is_folder(args.data_dir):  # Else every run would fail with this.
+      raise runs.RunError(
+        f'--data_dir {args.data_dir}: no such folder. Name the folder of a capture.'
+      )
 
     def on_end() -> None:
       ablation_tables.write_table(args.out, rows, all_runs)
