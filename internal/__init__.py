@@ -48,35 +48,14 @@ def _is_here(name: str) -> bool:
 
 
 _API = ('Run', 'load_capture', 'load_run', 'load_settings', 'make_demo_scene', 'train')
-# Modules that lay flat in internal/ before version 0.2.
-_MOVED = {
-  'dense': 'fields', 'encodings': 'fields', 'grid': 'fields', 'hopper': 'fields',
-  'batches': 'training', 'checkpoints': 'training', 'runlog': 'training', 'train_step': 'training',
-  'files': 'system', 'progress': 'system', 'signals': 'system', 'sharding': 'devices',
-  'keyframes': 'rendering', 'normals': 'rendering', 'orbits': 'rendering',
-  'path_files': 'rendering', 'preview': 'rendering', 'surface_points': 'rendering',
-  'trajectory': 'rendering', 'charts': 'vis', 'video': 'vis', 'lpips': 'evaluation',
-  'results': 'evaluation', 'tables': 'evaluation', 'benchmarks': 'evaluation',
-  'jobs': 'experiments', 'downloads': 'datasets',
-}  # fmt: skip
-_RENAMED = {
-  'report': 'evaluation.results', 'pixels': 'training.pixel_store',
-  'bad_numbers': 'training.nonfinite',
-}  # fmt: skip
 
 
 def __getattr__(name: str):
-  """Offers the public API, and modules under the names that they had before they moved.
-
-  They are imported when asked for, so that a program that needs one function starts quickly.
-  """
+  """Imports the API when asked for, so that a program that needs one function starts quickly."""
   if name == 'make_demo_scene':
     return importlib.import_module('.demo.capture', __name__).make_demo_scene
   if name in _API:
     return getattr(importlib.import_module('.api', __name__), name)
-  target = f'{_MOVED[name]}.{name}' if name in _MOVED else _RENAMED.get(name)
-  if target:
-    return importlib.import_module(f'.{target}', __name__)
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
