@@ -292,6 +292,47 @@ def _make_gradient(
   return sharding.per_device(gradient, mesh, (whole, split, split, whole, whole), (grads, whole))
 
 
+def _make_step(
+  settings: configs.Settings, mesh: Mesh, micro_batches: int, shapes: structs.TrainState
+) -> Callable:
+  """Returns `train_step(state, cams, pixels, seed) -> (state, stats)`, one step, not jitted."""
+  config = settings.config
+  gradient = _make_gradient(settings, mesh, micro_batches, shapes)
+  optimizer, placement = make_optimizer(config), sharding.placement(shapes, mesh)
+  schedule, own = learning_rate(config), per_camera.parts(config)
+
+  def train_step(state, cams, pixels, seed):
+    batch_key, ray_keys = step_keys(config, state.step, seed)
+    ids = draw_pixels(config, batch_key, cams.size, cams.supervision)  # cam_idx, x, y
+    known = batches.known_distances(batch_key, config.batch_size, cams.supervision)
+    # Each device looks up and casts its own rays.
+    ids, known = sharding.shard_rays((ids, known), mesh)
+    stored = isinstance(pixels, batches.PixelStore)
+    rgb = batches.lookup(pixels, cams.size, *ids) if stored else pixels  # [batch_size, 3]
+    batch = batches.make_batch(cams, *ids, rgb, *known, patches=config.patch_size > 1)
+    keys = ray_keys if config.randomized else None
+    frac = train_fraction(state.step, config.max_steps)
+    # Without parameters of each image, the cameras' work is done once the rays are cast.
+    table = cams if own else None
+    # Gathered once a step: the state is sharded between steps to save memory.
+    grads, aux = gradient(sharding.whole(state.params, mesh), keys, batch, frac, table)
+    rate = schedule(state.step)
+    after = update_finite(optimizer, rate, state, grads, aux['loss'], own)
+    stats = {
+      'loss': aux['loss'],
+      'psnr': image.mse_to_psnr(aux['mse']),
+      'learning_rate': rate,
+      **{f'loss_{name}': term for name, term in aux['terms'].items()},
+      **{f'grad_norm_{name}': optax.tree.norm(part) for name, part in grads.items()},
+      **{f'skipped_{name}': count for name, count in after.skipped.items()},
+    }
+    after = jax.lax.with_sharding_constraint(after, placement)
+    # One array [k], because each transfer to the host has a latency.
+    return after, structs.Stats(jnp.stack([*stats.values()], dtype=jnp.float32), tuple(stats))
+
+  return train_step
+
+
 class TrainStep(memory.FirstFit):
   """The compiled `train_steps(state, cams, pixels, count) -> (state, stats)`.
 
@@ -368,46 +409,13 @@ def make_train_step(
   """
   config = settings.config
   sharding.check_divisible('Config.batch_size', config.batch_size, mesh, config.patch_size**2)
-  optimizer = make_optimizer(config)
-  schedule, own = learning_rate(config), per_camera.parts(config)
   shapes = shapes or abstract_state(settings)
   placement = sharding.placement(shapes, mesh)
 
   def variant(micro_batches):
-    gradient = _make_gradient(settings, mesh, micro_batches, shapes)
-
-    @functools.partial(jax.jit, inline=True)  # Traced once for both uses in `_repeated`.
-    def train_step(state, cams, pixels, seed):
-      batch_key, ray_keys = step_keys(config, state.step, seed)
-      ids = draw_pixels(config, batch_key, cams.size, cams.supervision)  # cam_idx, x, y
-      known = batches.known_distances(batch_key, config.batch_size, cams.supervision)
-      # Each device looks up and casts its own rays.
-      ids, known = sharding.shard_rays((ids, known), mesh)
-      stored = isinstance(pixels, batches.PixelStore)
-      rgb = batches.lookup(pixels, cams.size, *ids) if stored else pixels  # [batch_size, 3]
-      batch = batches.make_batch(cams, *ids, rgb, *known, patches=config.patch_size > 1)
-      keys = ray_keys if config.randomized else None
-      frac = train_fraction(state.step, config.max_steps)
-      # Without parameters of each image, the cameras' work is done once the rays are cast.
-      table = cams if own else None
-      # Gathered once a step: the state is sharded between steps to save memory.
-      grads, aux = gradient(sharding.whole(state.params, mesh), keys, batch, frac, table)
-      rate = schedule(state.step)
-      after = update_finite(optimizer, rate, state, grads, aux['loss'], own)
-      stats = {
-        'loss': aux['loss'],
-        'psnr': image.mse_to_psnr(aux['mse']),
-        'learning_rate': rate,
-        **{f'loss_{name}': term for name, term in aux['terms'].items()},
-        **{f'grad_norm_{name}': optax.tree.norm(part) for name, part in grads.items()},
-        **{f'skipped_{name}': count for name, count in after.skipped.items()},
-      }
-      after = jax.lax.with_sharding_constraint(after, placement)
-      # One array [k], because each transfer to the host has a latency.
-      return after, structs.Stats(jnp.stack([*stats.values()], dtype=jnp.float32), tuple(stats))
-
+    step = _make_step(settings, mesh, micro_batches, shapes)
     return jax.jit(
-      _repeated(train_step, most, fixed),
+      _repeated(jax.jit(step, inline=True), most, fixed),  # Traced once for both uses in there.
       donate_argnums=0,  # The new state reuses the buffers of the old one.
       in_shardings=(placement, None, None, None, None),
       out_shardings=(placement, sharding.replicated(mesh)),
