@@ -175,13 +175,7 @@ def train_program(settings, mesh, cams, pixels, single: bool = False) -> Program
   step_fn = train_step.make_train_step(settings, mesh, most=most, fixed=fixed)
   state = sharding.place(train_step.create_state(settings), mesh)
   table = sharding.replicate(per_camera.add_tables(settings, cams), mesh)
-  draw = train_step.make_draw(config, mesh)
-
-  def load_pixels(step):
-    if on_device:
-      return pixels
-    return train_step.host_pixels(draw, step, pixels, cams.size, mesh)
-
+  load_pixels = train_step.make_load_pixels(config, mesh, pixels, cams.size)
   facts, hlo = costs.compile_first(step_fn, state, table, load_pixels(0))
   facts['micro_batches'] = step_fn.micro_batches
   steps, step = dispatch.Dispatcher(step_fn, table, load_pixels, on_device), 0

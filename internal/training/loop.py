@@ -335,11 +335,7 @@ def _start(
     step_fn.fit(*args, on_lowered=on_lowered)
     state, rows, _ = creating.result()
     on_mesh, pixels = loading.result() if loading else load()
-  if place == 'device':
-    load_pixels = lambda _: pixels  # noqa: E731
-  else:
-    draw = train_step.make_draw(config, mesh, on_mesh.supervision)
-    load_pixels = lambda step: train_step.host_pixels(draw, step, pixels, cams.size, mesh)  # noqa: E731
+  load_pixels = train_step.make_load_pixels(config, mesh, pixels, cams.size, on_mesh.supervision)
   steps = dispatch.Dispatcher(step_fn, on_mesh, load_pixels, place == 'device', rows, watched)
   return state, steps, step_fn, log
 

@@ -459,3 +459,17 @@ def host_pixels(
     return batches.lookup(store, size, *(a[index[0]] for a in ids))
 
   return jax.make_array_from_callback((len(ids[0]), 3), sharding.sharded(mesh), part)
+
+
+def make_load_pixels(
+  config: configs.Config,
+  mesh: Mesh,
+  store: batches.PixelStore,
+  size: np.ndarray,
+  supervision: structs.Supervision | None = None,
+) -> Callable:
+  """Returns `load_pixels(step)`: what a step takes of a store on the device or on the host."""
+  if isinstance(store.first, jax.Array):
+    return lambda _: store
+  draw = make_draw(config, mesh, supervision)
+  return lambda step: host_pixels(draw, step, store, size, mesh)
