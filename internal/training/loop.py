@@ -93,6 +93,12 @@ def _check_scene(settings: configs.Settings, scene: scenes.Scene) -> None:
     )
 
 
+def _step_shapes(config, scene, mesh, shapes: structs.TrainState, cams, place: str) -> tuple:
+  """Returns the shapes of what a step takes: the state (`shapes`), cameras, pixels."""
+  pixels = pixel_store.of_a_step(config, scene, mesh, place == 'device')
+  return shapes, sharding.replicated_shapes(cams, mesh), pixels
+
+
 def rehearse(settings: configs.Settings, scene: scenes.Scene, mesh: Mesh) -> None:
   """Raises what `train` would before its first step; compiles and writes nothing."""
   config = settings.config
@@ -104,8 +110,7 @@ def rehearse(settings: configs.Settings, scene: scenes.Scene, mesh: Mesh) -> Non
   cams = pixel_store.training_cameras(settings, scene, progress=False)
   shapes = sharding.placed_shapes(train_step.abstract_state(settings), mesh)
   step_fn = train_step.make_train_step(settings, mesh, shapes=shapes)
-  pixels = pixel_store.of_a_step(config, scene, mesh, place == 'device')
-  step_fn.lower(shapes, sharding.replicated_shapes(cams, mesh), pixels)
+  step_fn.lower(*_step_shapes(config, scene, mesh, shapes, cams, place))
 
 
 def train(
@@ -307,11 +312,7 @@ def _start(
     # While several processes restore, they wait for each other; and a run that cannot be restored
     # must leave its folder unchanged.
     fewest = 1 if alone and not start else creating.result()[2]
-    args = (
-      shapes,
-      sharding.replicated_shapes(cams, mesh),
-      pixel_store.of_a_step(config, scene, mesh, place == 'device'),
-    )
+    args = _step_shapes(config, scene, mesh, shapes, cams, place)
     if free is not None:  # Whether or not the arguments are on the devices already.
       free -= memory.sharded_bytes(args)
     step_fn = train_step.make_train_step(
