@@ -257,7 +257,6 @@ def training(settings, folder):
     for owner, name, stand_in in (
       (run_folder, 'start_run', lambda *_: (types.SimpleNamespace(params={}), [], 1)),
       (pixel_store, 'read', lambda *_: store),
-      (pixel_store, 'put_on_device', lambda *_: store),
       (train_step, 'make_train_step', lambda *_, most, **__: Step(most)),
       (renderer, 'make_image_renderer', lambda *_: rendered),
       (renderer, 'make_ray_probe', probed),
