@@ -69,8 +69,8 @@ def make_cameras(
     The table, with float32 and int32 leaves.
 
   Raises:
-    UserError: a shape is wrong, a size is no whole number or less than 1, a lens code is unknown, a
-      value is NaN or infinite, or a pose scales, shears or mirrors.
+    UserError: a shape is wrong, a size is not a whole number or is below 1, a lens code is unknown,
+      a value is NaN or infinite, or a pose scales, shears or mirrors.
   """
   camtoworld = np.asarray(camtoworld, np.float32)
   if camtoworld.ndim != 3 or camtoworld.shape[1:] != (3, 4) or not len(camtoworld):

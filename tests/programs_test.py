@@ -176,9 +176,7 @@ def test_errors_name_the_flag_that_was_typed(capture, tmp_path, quick):
     return quick('train', *TINY, flags=flags, code=1)
 
   place = ('--out', str(tmp_path / 'r'))
-  _one_line(
-    fails('--data', '/no/such/folder', *place), '/no/such/folder', 'folder of the capture (--data)'
-  )
+  _one_line(fails('--data', '/no/such/folder', *place), '/no/such/folder', 'Set --data to')
   _one_line(fails('--data', str(capture), *place, '--factor', '-1'), '--factor must be at least 0')
   _one_line(fails('--data', str(capture)), 'Config.checkpoint_dir (--out) is not set')
   said = quick('eval', flags=[str(tmp_path)], config=None, code=1)

@@ -282,9 +282,11 @@ def doubt_convention(path: str, poses: np.ndarray) -> None:
   if len(poses) < _RING or not paths.are_rigid(poses).all():
     return
   here = _looking_inwards(poses)
+  if here >= _FEW_INWARDS:
+    return
   for what, convert in paths.OTHER_CONVENTIONS.items():
     there = _looking_inwards(convert(poses))
-    if here < _FEW_INWARDS and there > _MOST_INWARDS:
+    if there > _MOST_INWARDS:
       warnings.warn(
         f'{path}: {here:.0%} of the cameras look at the point where their lines of sight meet, and '
         f'{there:.0%} if {what}. If the pictures were taken all round something, convert the '

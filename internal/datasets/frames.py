@@ -68,7 +68,7 @@ def capture_dir(data_dir: str | None) -> str:
     )
   if not files.is_folder(data_dir):
     raise images.DataNotFoundError(
-      f'No such folder: {data_dir!r}. Name the folder of the capture (Config.data_dir).'
+      f'No such folder: {data_dir!r}. Set Config.data_dir to the folder of the capture.'
     )
   return data_dir
 

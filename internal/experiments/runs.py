@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from .. import configs, plugins
 from ..errors import UserError
 from ..evaluation import lpips, results
-from ..system import files, installation, progress
+from ..system import files, installation, progress, warnings
 from ..training import method, runlog
 from . import jobs
 
@@ -126,12 +126,10 @@ def is_finished(run: Run) -> bool:
       if (old := getattr(both[0], name)) != (new := getattr(both[1], name))
     }
     if changes := {**changes, **method.changes(existing, run.settings)}:
-      told = ', '.join(f'{name} ({change})' for name, change in list(changes.items())[:_CHANGES])
-      more = len(changes) - _CHANGES
+      told = warnings.first([f'{name} ({change})' for name, change in changes.items()], _CHANGES)
       raise RunError(
-        f'{run.folder} holds a run with other settings: {told}{f" and {more} more" * (more > 0)}. '
-        'Repeat the command with the settings of the run, remove the folder, or choose another '
-        '--out.'
+        f'{run.folder} holds a run with other settings: {told}. Repeat the command with the '
+        'settings of the run, remove the folder, or choose another --out.'
       )
   try:
     found = results.read(run.results)

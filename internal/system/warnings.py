@@ -36,8 +36,13 @@ def collect(echo: bool = False) -> Iterator[list[str]]:
 
 def some(names: Sequence[str], most: int = 3) -> str:
   """Lists quoted names for a message: "'a', 'b', 'c' and 4 more"."""
-  rest = f' and {len(names) - most} more' if len(names) > most else ''
-  return ', '.join(map(repr, names[:most])) + rest
+  return first([repr(name) for name in names], most)
+
+
+def first(texts: Sequence[str], most: int = 3) -> str:
+  """Lists texts for a message: "a, b, c and 4 more"."""
+  rest = f' and {len(texts) - most} more' if len(texts) > most else ''
+  return ', '.join(texts[:most]) + rest
 
 
 def count(n: int, noun: str) -> str:
